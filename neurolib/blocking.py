@@ -1,0 +1,734 @@
+"""From a tree and a volume to training blocks, and from block predictions back to a volume.
+
+Target: a traced tree becomes a response that falls off with the distance to the centreline, and
+a mask. Blocks: five slices of 100 x 100, named by (centre slice z, first row y, first column x).
+Stacking: weighted votes of overlapping blocks, divided by the sum of their weights.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from neurolib.errors import DataError, SettingsError, VolumeError
+from neurolib.swc import Tree
+
+BLOCK = (5, 100, 100)
+STRIDE = (1, 100, 100)
+KINDS = ("sironi", "scale_space", "radius")
+WEIGHTS = ("gaussian", "uniform")
+
+# An edge is cut into pieces no longer than this, each compared with a ball of voxels around its
+# middle: shorter pieces mean more balls, longer ones bigger balls. For balls of 5 voxels around
+# the centreline the work per voxel of neurite is flat between 4 and 6.
+PIECE = 4.0
+# Piece-voxel pairs computed at a time: temporaries of 0.5 MB each, small beside any volume.
+PAIRS = 1 << 16
+# Distances are computed in float64; a voxel exactly on a radius must not fall out by rounding.
+ROUNDING = 1e-9
+# Slices that `stack_blocks` sums at a time in double precision.
+SLAB = 16
+
+
+def tube_radius(tau: float = 0.1, *, a: float = 6.0, d_max: float = 5.0) -> float:
+    """Radius of the tube that `make_target` marks around a centreline.
+
+    The response y(D) = (exp(a (1 - D / d_max)) - 1) / (exp(a) - 1) solved for y = tau.
+
+    Parameters
+    ----------
+    tau : float
+        Threshold on the response, in (0, 1].
+    a, d_max : float
+        Steepness and range of the response, as in `make_target`.
+
+    Returns
+    -------
+    float
+        Radius in voxels of the finest spacing: 0.58, 1.90, 2.46, 3.65 for tau = 0.5, 0.1, 0.05,
+        0.01 and the default a, d_max.
+
+    Raises
+    ------
+    SettingsError
+        If a parameter is out of range.
+    """
+    _check_response(tau, a, d_max)
+    return float(d_max * (1 - np.log1p(tau * np.expm1(a)) / a))
+
+
+def make_target(
+    tree: Tree,
+    shape: tuple[int, int, int],
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    kind: str = "sironi",
+    *,
+    tau: float = 0.1,
+    a: float = 6.0,
+    d_max: float = 5.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Turn a traced tree into a response and a mask on the grid of its volume.
+
+    Parameters
+    ----------
+    tree : Tree
+        Nodes in voxel coordinates, radii in voxels of the finest spacing. Parts of the tree
+        outside the volume mark what they reach inside; a tree without nodes marks nothing.
+    shape : (int, int, int)
+        Volume shape (z, y, x).
+    spacing : (float, float, float)
+        Voxel size (dz, dy, dx) in any one unit; only the ratios matter.
+    kind : {"sironi", "scale_space", "radius"}
+        "sironi": y = (exp(a (1 - D / d_max)) - 1) / (exp(a) - 1) for D < d_max, else 0, with D
+        the distance to the nearest edge; the mask is y >= tau.
+        "scale_space": the same, with D including the difference of radii (see `scale_space`).
+        "radius": the union of the balls of radius max(r, 1) along all edges, r interpolated
+        between the nodes; the response is the mask as 0 or 1, and tau, a, d_max do not matter.
+    tau : float
+        Threshold on the response, in (0, 1]; `tube_radius` gives the tube that it cuts out.
+    a, d_max : float
+        Steepness and range of the response; d_max in voxels of the finest spacing.
+
+    Returns
+    -------
+    response : (z, y, x) float32 array in [0, 1]
+    mask : (z, y, x) bool array
+
+    Raises
+    ------
+    VolumeError
+        If shape or spacing is not three positive numbers.
+    SettingsError
+        If kind is unknown or tau, a, d_max are out of range.
+    DataError
+        If the tree has coordinates or radii that are not finite, or kind is "radius" and a
+        radius is larger than the volume.
+
+    Notes
+    -----
+    Distances are exact, to the edge and not to samples of it, so that a slanted neurite is as
+    wide as a straight one. Only voxels near the tree are visited. The form of the response is
+    that of Sironi, Türetken, Lepetit and Fua, "Multiscale Centerline Detection", TPAMI 2016;
+    a, d_max and tau are choices of this course.
+    """
+    if kind not in KINDS:
+        raise SettingsError(f"kind: unknown target {kind!r}; choose one of {', '.join(KINDS)}")
+    _check_response(tau, a, d_max)
+    if kind == "scale_space":
+        response, _ = scale_space(tree, shape, spacing, a=a, d_max=d_max)
+        return response, response >= np.float32(tau)
+
+    shape, scale = _check_frame(shape, spacing)
+    start, end = _pieces(tree, scale)
+    if kind == "radius":
+        # max(r, 1): the union of all pieces with radius 1 and of the thicker with their own.
+        thick = np.flatnonzero(np.maximum(start[:, 3], end[:, 3]) > 1)
+        which = np.append(np.arange(len(start)), thick)
+        radius = np.append(np.ones(len(start)), start[thick, 3])
+        growth = np.append(np.zeros(len(start)), end[thick, 3] - start[thick, 3])
+        start, end, reach = start[which, :3], end[which, :3], np.maximum(radius, radius + growth)
+        if reach.max(initial=0) > (shape * scale).max():
+            raise DataError(
+                f"tree: radius {reach.max():.4g} is larger than the volume of shape {shape}; "
+                "radii are in voxels of the finest spacing, convert them first"
+            )
+        mask = np.zeros(shape, bool)
+        for voxel, piece, along, distance in _near(start, end, reach, scale, shape, growth):
+            inside = distance <= radius[piece] + along * growth[piece] + ROUNDING
+            mask.reshape(-1)[voxel[inside]] = True
+        return mask.astype(np.float32), mask
+
+    response, reach = np.zeros(shape, np.float32), np.full(len(start), d_max)
+    for voxel, _, _, distance in _near(start[:, :3], end[:, :3], reach, scale, shape):
+        np.maximum.at(response.reshape(-1), voxel, _response(distance, a, d_max))
+    return response, response >= np.float32(tau)
+
+
+def scale_space(
+    tree: Tree,
+    shape: tuple[int, int, int],
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    radii: np.ndarray | None = None,
+    *,
+    a: float = 6.0,
+    d_max: float = 5.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Response maximised over radii, and the radius at which the maximum lies.
+
+    At voxel x and radius r, D² = |x - c|² + (r - r_c)² to the nearest point c of an edge with
+    radius r_c. Over all real r the maximum would be the response of "sironi"; over sampled radii
+    it is lower where r_c lies between two of them.
+
+    Parameters
+    ----------
+    tree, shape, spacing, a, d_max
+        As in `make_target`.
+    radii : (k,) array, optional
+        Radii to sample, in voxels of the finest spacing; by default every half voxel from the
+        smallest to the largest of the tree.
+
+    Returns
+    -------
+    response : (z, y, x) float32 array in [0, 1]
+    radius : (z, y, x) float32 array
+        The sampled radius with the largest response; 0 where the response is 0.
+
+    Raises
+    ------
+    VolumeError, SettingsError, DataError
+        As `make_target`; also if radii is empty, negative or not finite.
+
+    Notes
+    -----
+    The idea is that of Sironi et al., "Multiscale Centerline Detection", TPAMI 2016.
+    """
+    _check_response(1.0, a, d_max)
+    shape, scale = _check_frame(shape, spacing)
+    start, end = _pieces(tree, scale)
+    response, radius = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    if not len(start):
+        return response, radius
+    low, high = np.minimum(start[:, 3], end[:, 3]), np.maximum(start[:, 3], end[:, 3])
+    if radii is None:
+        radii = np.arange(np.floor(2 * low.min()), np.ceil(2 * high.max()) + 1) / 2
+    radii = np.unique(np.asarray(radii, float))
+    if not (radii.size and np.isfinite(radii).all() and radii[0] >= 0):
+        raise SettingsError(f"radii: expected numbers of at least 0, got {radii.tolist()}")
+
+    # Strategy: the nearest sampled radius is best at every point of a piece, so a piece is
+    # compared only with the radii whose neighbourhood its own radii touch: one or two of them.
+    # The difference of radii is then a fourth coordinate of the distance.
+    between = (radii[1:] + radii[:-1]) / 2
+    first = np.searchsorted(between, low, side="left")
+    count = np.searchsorted(between, high, side="right") - first + 1
+    piece = np.repeat(np.arange(len(start)), count)
+    level = radii[first[piece] + _counters(count)]
+    height = np.outer(level, (0, 0, 0, 1))
+    start, end, reach = start[piece] - height, end[piece] - height, np.full(len(piece), d_max)
+    flat, flat_radius = response.reshape(-1), radius.reshape(-1)
+    for voxel, pair, _, distance in _near(start, end, reach, scale, shape):
+        value = _response(distance, a, d_max)
+        np.maximum.at(flat, voxel, value)
+        won = (flat[voxel] == value) & (value > 0)
+        flat_radius[voxel[won]] = level[pair[won]]
+    return response, radius
+
+
+def block_starts(size: int, block: int, stride: int) -> np.ndarray:
+    """First voxels of the blocks along one axis; the last block shifts inward to end with it.
+
+    Parameters
+    ----------
+    size, block, stride : int
+        Voxels of the axis, of a block, and between blocks; all at least 1. An axis shorter than
+        a block has one block, at 0.
+
+    Returns
+    -------
+    (k,) int array
+        Increasing; with stride <= block the blocks cover the axis.
+
+    Raises
+    ------
+    SettingsError
+        If a number is less than 1.
+    """
+    if min(size, block, stride) < 1:
+        raise SettingsError(f"size {size}, block {block}, stride {stride}: each must be at least 1")
+    last = max(size - block, 0)
+    return np.append(np.arange(0, last, stride), last)
+
+
+def block_grid(
+    shape: tuple[int, int, int],
+    block: tuple[int, int, int] = BLOCK,
+    stride: tuple[int, int, int] = STRIDE,
+) -> np.ndarray:
+    """Positions of all blocks of a volume.
+
+    Parameters
+    ----------
+    shape : (int, int, int)
+        Volume shape (z, y, x).
+    block : (int, int, int)
+        Block shape; the depth is odd, so that there is a centre slice.
+    stride : (int, int, int)
+        Steps between blocks. With stride 1 in z every slice is the centre of blocks; a network
+        that predicts all slices of a block covers the volume with a stride of the depth too.
+
+    Returns
+    -------
+    (n, 3) int array
+        Centre slice z, first row y, first column x; ordered by z, then y, then x.
+
+    Raises
+    ------
+    VolumeError, SettingsError
+        If shape, block or stride are not three integers of at least 1, or the depth is even.
+    """
+    shape = _triple("shape", shape, VolumeError)
+    block, stride = _check_block(block), _triple("stride", stride, SettingsError)
+    axes = (
+        block_starts(shape[0], 1, stride[0]),
+        block_starts(shape[1], block[1], stride[1]),
+        block_starts(shape[2], block[2], stride[2]),
+    )
+    return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+
+
+def read_block(
+    data: np.ndarray, position: np.ndarray, block: tuple[int, int, int] = BLOCK
+) -> np.ndarray:
+    """Cut one block out of a volume.
+
+    Parameters
+    ----------
+    data : (z, y, x) array
+        The volume; anything that can be sliced (memory-mapped, zarr) will do.
+    position : (int, int, int)
+        Centre slice z and first row y, column x. Slices beyond the volume repeat the outermost
+        one; rows and columns beyond it are reflected, as often as it takes.
+    block : (int, int, int)
+        Block shape.
+
+    Returns
+    -------
+    array of shape `block`
+        A view on `data` where the block lies inside it (do not write to it), else a copy of
+        that block alone.
+
+    Raises
+    ------
+    VolumeError
+        If data is not 3D or z is not one of its slices.
+    SettingsError
+        If the block has no centre slice.
+    """
+    shape = _triple("shape", data.shape, VolumeError)
+    depth, rows, columns = _check_block(block)
+    z, y, x = (int(value) for value in position)
+    if not 0 <= z < shape[0]:
+        raise VolumeError(f"block at slice {z}: the volume has slices 0 to {shape[0] - 1}")
+    first = np.array([z - depth // 2, y, x])
+    if (first >= 0).all() and (first + block <= shape).all():
+        return data[tuple(slice(i, i + n) for i, n in zip(first, block, strict=True))]
+    index = (
+        np.clip(np.arange(depth) + first[0], 0, shape[0] - 1),
+        _reflect(np.arange(y, y + rows), shape[1]),
+        _reflect(np.arange(x, x + columns), shape[2]),
+    )
+    # Only plain slices touch `data`, so that arrays on disk need no fancy indexing.
+    near = np.asarray(data[tuple(slice(i.min(), i.max() + 1) for i in index)])
+    return near[np.ix_(*(i - i.min() for i in index))]
+
+
+def salient(
+    mask: np.ndarray,
+    positions: np.ndarray,
+    minimum: float = 0.001,
+    block: tuple[int, int, int] = BLOCK,
+) -> np.ndarray:
+    """Which blocks have enough foreground in their centre slice.
+
+    Parameters
+    ----------
+    mask : (z, y, x) bool array
+    positions : (n, 3) int array
+        From `block_grid`.
+    minimum : float
+        Least share of foreground in the centre slice, padding included. The paper asks for
+        salient blocks without a number; 0.001 (10 voxels of 100 x 100) is ours.
+    block : (int, int, int)
+        Block shape.
+
+    Returns
+    -------
+    (n,) bool array
+
+    Raises
+    ------
+    VolumeError
+        If mask is not 3D or a position lies outside it.
+    SettingsError
+        If the block has no centre slice.
+    """
+    shape = _triple("shape", mask.shape, VolumeError)
+    _, rows, columns = _check_block(block)
+    z, y, x = _check_positions(positions, shape).T
+    share = np.zeros(len(z))
+    # Strategy: in the table of sums over all rectangles that begin at the corner (0, 0), a box
+    # is four entries. The table is made slice by slice, so it never outgrows one slice.
+    height = max(shape[1], y.max(initial=0) + rows)
+    width = max(shape[2], x.max(initial=0) + columns)
+    order = np.argsort(z, kind="stable")
+    for which in np.split(order, np.flatnonzero(np.diff(z[order])) + 1) if len(z) else ():
+        plane = np.asarray(mask[z[which[0]]], dtype=bool)
+        if not plane.any():
+            continue
+        if plane.shape != (height, width):
+            inside = _reflect(np.arange(height), shape[1]), _reflect(np.arange(width), shape[2])
+            plane = plane[np.ix_(*inside)]
+        table = np.zeros((height + 1, width + 1), np.int64)
+        np.cumsum(plane, axis=0, out=table[1:, 1:])
+        np.cumsum(table[1:, 1:], axis=1, out=table[1:, 1:])
+        top, left = y[which], x[which]
+        low, right = top + rows, left + columns
+        count = table[low, right] - table[top, right] - table[low, left] + table[top, left]
+        share[which] = count / (rows * columns)
+    return share >= minimum
+
+
+def choose_blocks(
+    mask: np.ndarray,
+    positions: np.ndarray,
+    negatives: float = 0.25,
+    seed: int = 0,
+    *,
+    minimum: float = 0.001,
+    block: tuple[int, int, int] = BLOCK,
+) -> np.ndarray:
+    """Choose training blocks: all salient ones, and some others to learn the background from.
+
+    Parameters
+    ----------
+    mask, positions, minimum, block
+        As in `salient`.
+    negatives : float
+        Number of other blocks, as a share of the number of salient ones (rounded up); as many
+        as there are if there are fewer.
+    seed : int
+        The same seed chooses the same blocks.
+
+    Returns
+    -------
+    (k,) int array
+        Increasing indices into `positions`; empty if no block is salient.
+
+    Raises
+    ------
+    VolumeError, SettingsError
+        As `salient`; also if negatives is below 0.
+    """
+    if not 0 <= negatives < np.inf:
+        raise SettingsError(f"negatives: expected a share of at least 0, got {negatives}")
+    chosen = salient(mask, positions, minimum, block)
+    others = np.flatnonzero(~chosen)
+    number = min(len(others), int(np.ceil(negatives * chosen.sum())))
+    chosen[np.random.default_rng(seed).choice(others, number, replace=False)] = True
+    return np.flatnonzero(chosen)
+
+
+def gaussian_window(shape: tuple[int, int]) -> np.ndarray:
+    """Weights of a block's pixels that fall off from its centre.
+
+    The standard deviation is 1/8 of the side, as in nnU-Net (Isensee et al. 2021).
+
+    Parameters
+    ----------
+    shape : (int, int)
+        Rows and columns of a block.
+
+    Returns
+    -------
+    (y, x) float32 array
+        From about 1 in the middle to above 1e-7 in the corners.
+    """
+    offset = [(np.arange(n) - (n - 1) / 2) / (n / 8) for n in shape]
+    y, x = (np.exp(-0.5 * values**2) for values in offset)
+    return np.outer(y, x).astype(np.float32)
+
+
+def accumulate(
+    numerator: np.ndarray,
+    denominator: np.ndarray,
+    predictions: np.ndarray,
+    positions: np.ndarray,
+    window: np.ndarray,
+    first: int = 0,
+) -> None:
+    """Add a batch of weighted block predictions to a range of slices, in place.
+
+    Parameters
+    ----------
+    numerator, denominator : (k, y, x) float arrays
+        Sums of weighted predictions and of weights for the slices `first` to `first + k - 1`.
+        Votes for other slices and for padding are dropped.
+    predictions : (n, rows, columns) or (n, depth, rows, columns) array
+        Of the centre slice, or of all slices of each block.
+    positions : (n, 3) int array
+        As from `block_grid`.
+    window : (rows, columns) array
+        Weights, the same for every slice.
+    first : int
+        Slice of the volume that is the first of the range.
+
+    Raises
+    ------
+    VolumeError
+        If the shapes do not fit each other.
+    """
+    predictions, positions = np.asarray(predictions), np.asarray(positions)
+    if predictions.ndim == 3:
+        predictions = predictions[:, None]
+    if (
+        predictions.ndim != 4
+        or predictions.shape[1] % 2 == 0
+        or predictions.shape[2:] != window.shape
+        or positions.shape != (len(predictions), 3)
+        or numerator.shape != denominator.shape
+    ):
+        raise VolumeError(
+            f"cannot stack predictions {predictions.shape} at positions {positions.shape} with "
+            f"window {window.shape} into {numerator.shape} over {denominator.shape}; expected "
+            "(n, odd depth, y, x), (n, 3), (y, x) and two equal shapes"
+        )
+    slices, height, width = numerator.shape
+    _check_positions(positions, (np.inf, height, width))
+    depth, rows, columns = predictions.shape[1:]
+    for votes, (z, y, x) in zip(predictions, positions.tolist(), strict=True):
+        z -= first + depth // 2
+        used = slice(max(-z, 0), max(min(depth, slices - z), 0))
+        if used.start >= used.stop:
+            continue
+        there = np.s_[z + used.start : z + used.stop, y : y + rows, x : x + columns]
+        here = np.s_[: height - y, : width - x]
+        numerator[there] += window[here] * votes[used][:, *here]
+        denominator[there] += window[here]
+
+
+def normalise(
+    numerator: np.ndarray, denominator: np.ndarray, fill: float | None = None
+) -> np.ndarray:
+    """Divide summed votes by summed weights.
+
+    Parameters
+    ----------
+    numerator, denominator : (k, y, x) float arrays
+        From `accumulate`.
+    fill : float, optional
+        Value of voxels without a vote; by default there must be none.
+
+    Returns
+    -------
+    (k, y, x) float32 array
+
+    Raises
+    ------
+    SettingsError
+        If a voxel has no vote and no `fill` is given.
+    """
+    covered = denominator > 0
+    if fill is None and not covered.all():
+        raise SettingsError(
+            f"{np.count_nonzero(~covered)} voxels have no prediction; choose a stride no larger "
+            "than what a block predicts, or a fill value"
+        )
+    out = np.full(numerator.shape, 0.0 if fill is None else fill, np.float32)
+    np.divide(numerator, denominator, out=out, where=covered, casting="same_kind")
+    return out
+
+
+def stack_blocks(
+    predictions: np.ndarray,
+    positions: np.ndarray,
+    shape: tuple[int, int, int],
+    weight: str = "gaussian",
+) -> np.ndarray:
+    """Put block predictions back together into a volume.
+
+    Parameters
+    ----------
+    predictions : (n, rows, columns) or (n, depth, rows, columns) array
+        Of the centre slice, or of all slices of each block (every slice then gets the votes of
+        all blocks that contain it).
+    positions : (n, 3) int array
+        The blocks' positions from `block_grid`.
+    shape : (int, int, int)
+        Volume shape (z, y, x).
+    weight : {"gaussian", "uniform"}
+        Weights in y and x: `gaussian_window`, or all equal.
+
+    Returns
+    -------
+    (z, y, x) float32 array
+
+    Raises
+    ------
+    VolumeError
+        If the shapes do not fit each other.
+    SettingsError
+        If weight is unknown or a voxel has no prediction.
+    """
+    if weight not in WEIGHTS:
+        raise SettingsError(f"weight: unknown {weight!r}; choose one of {', '.join(WEIGHTS)}")
+    shape = _triple("shape", shape, VolumeError)
+    positions = _check_positions(positions, shape)
+    if predictions.ndim not in (3, 4) or len(predictions) != len(positions):
+        raise VolumeError(
+            f"predictions: expected {len(positions)} blocks (n, y, x) or (n, z, y, x), "
+            f"got shape {predictions.shape}"
+        )
+    size = predictions.shape[-2:]
+    window = gaussian_window(size) if weight == "gaussian" else np.ones(size, np.float32)
+    reach = predictions.shape[1] // 2 if predictions.ndim == 4 else 0
+    out = np.empty(shape, np.float32)
+    for first in range(0, shape[0], SLAB):
+        part = out[first : first + SLAB]
+        # Double precision, since a small stride sums thousands of votes per voxel.
+        numerator, denominator = np.zeros(part.shape), np.zeros(part.shape)
+        z = positions[:, 0]
+        near = np.flatnonzero((z >= first - reach) & (z < first + len(part) + reach))
+        accumulate(numerator, denominator, predictions[near], positions[near], window, first)
+        part[:] = normalise(numerator, denominator)
+    return out
+
+
+def _response(distance: np.ndarray, a: float, d_max: float) -> np.ndarray:
+    """Response (float32) at distances of at most d_max."""
+    return (np.expm1(a * (1 - distance / d_max)) / np.expm1(a)).astype(np.float32)
+
+
+def _pieces(tree: Tree, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the tree's edges, cut into short pieces: two (n, 4) arrays of z, y, x, radius.
+
+    Lengths are in voxels of the finest spacing. A root gives a piece of length 0, so that a
+    node without any edge counts too.
+    """
+    nodes = np.column_stack([tree.xyz[:, ::-1] * scale, np.maximum(tree.radius, 0)])
+    if not np.isfinite(nodes).all():
+        bad = int(np.flatnonzero(~np.isfinite(nodes).all(axis=1))[0])
+        raise DataError(f"tree: node {bad} has a coordinate or radius that is not finite")
+    base = nodes[np.where(tree.parent >= 0, tree.parent, np.arange(len(nodes)))]
+    step = nodes - base
+    count = np.maximum(np.ceil(np.linalg.norm(step[:, :3], axis=1) / PIECE), 1).astype(int)
+    edge, part = np.repeat(np.arange(len(nodes)), count), _counters(count)[:, None]
+    step = step[edge] / count[edge, None]
+    return base[edge] + part * step, base[edge] + (part + 1) * step
+
+
+def _near(
+    start: np.ndarray,
+    end: np.ndarray,
+    reach: np.ndarray,
+    scale: np.ndarray,
+    shape: tuple[int, int, int],
+    growth: np.ndarray | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Find the voxels within `reach` of each piece, and where on the piece they are nearest.
+
+    start, end: (n, 3), or (n, 4) where a fourth coordinate adds to the distance, the voxels
+    having 0 there; reach: (n,). With `growth` (n,), the change of radius from start to end,
+    "nearest" is where distance minus radius is least. Yields flat voxel index, piece, place on
+    it (0 start to 1 end) and distance, four (m,) arrays at a time; a voxel may come once for
+    every piece.
+    """
+    # Strategy: around the middle of every piece lies the same ball of voxels (`ball`, offsets
+    # to the voxel nearest to the middle), so that the squared distance to the middle and the
+    # coordinate along the piece are two matrix products (pieces x ball), and the distance to the
+    # segment follows by Pythagoras. Pieces are grouped by reach: one soma must not enlarge all
+    # balls.
+    # The floor under the half length keeps a piece of length 0 a point without dividing by 0.
+    middle, half = (start + end) / 2, np.maximum(np.linalg.norm(end - start, axis=1) / 2, ROUNDING)
+    direction = (end - start) / (2 * half[:, None])
+    centre = np.rint(middle[:, :3] / scale).astype(np.int64)
+    offset = middle.copy()
+    offset[:, :3] -= centre * scale
+    if growth is not None:
+        # A cone's nearest point lies ahead of the foot of the perpendicular, by a multiple of
+        # the perpendicular's length; where the ball at one end holds all others, it is that end.
+        slope = growth / (2 * half)
+        cone = np.abs(slope) < 1
+        ahead = np.where(cone, slope, 0) / np.sqrt(1 - np.where(cone, slope, 0) ** 2)
+        beyond = np.where(cone, 0, np.copysign(np.inf, slope))
+    level = np.ceil(reach).astype(int)
+    for size in np.unique(level):
+        radius = size + PIECE / 2 + np.linalg.norm(scale) / 2
+        extent = np.floor(radius / scale).astype(int)
+        touching = ((centre >= -extent) & (centre < shape + extent)).all(axis=1)
+        pieces = np.flatnonzero((level == size) & touching)
+        # A ball too large for one go (a soma) is taken in slabs.
+        sides = [np.arange(-n, n + 1) for n in extent]
+        slabs = min(len(sides[0]), -(-np.prod(2 * extent + 1) // PAIRS))
+        for slab in np.array_split(sides[0], slabs):
+            ball = np.stack(np.meshgrid(slab, *sides[1:], indexing="ij"), -1).reshape(-1, 3)
+            ball = ball[((ball * scale) ** 2).sum(axis=1) <= radius**2]
+            place = (ball * scale).T
+            far = (place**2).sum(axis=0)
+            step = max(1, PAIRS // max(1, len(ball)))
+            for some in (pieces[i : i + step] for i in range(0, len(pieces), step)):
+                shift, along = offset[some], direction[some, :3] @ place
+                along -= (direction[some] * shift).sum(axis=1)[:, None]
+                square = far - 2 * (shift[:, :3] @ place) + (shift**2).sum(axis=1)[:, None]
+                square -= along**2
+                np.maximum(square, 0, out=square)
+                nearest = along
+                if growth is not None:
+                    nearest = along + ahead[some, None] * np.sqrt(square) + beyond[some, None]
+                nearest = np.clip(nearest, -half[some, None], half[some, None])
+                along -= nearest
+                along *= along
+                square += along
+                hit = np.flatnonzero(square <= reach[some, None] ** 2 + ROUNDING)
+                row, column = np.divmod(hit, len(ball))
+                voxel = [centre[some, axis][row] + ball[column, axis] for axis in range(3)]
+                inside = np.logical_and.reduce(
+                    [(v >= 0) & (v < n) for v, n in zip(voxel, shape, strict=True)]
+                )
+                hit, piece = hit[inside], some[row[inside]]
+                flat = np.ravel_multi_index([v[inside] for v in voxel], shape)
+                where = (nearest.reshape(-1)[hit] / half[piece] + 1) / 2
+                yield flat, piece, where, np.sqrt(square.reshape(-1)[hit])
+
+
+def _counters(count: np.ndarray) -> np.ndarray:
+    """0 .. count[0] - 1, then 0 .. count[1] - 1, and so on, in one array."""
+    return np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+
+
+def _reflect(index: np.ndarray, size: int) -> np.ndarray:
+    """Indices mirrored at the first and last voxel (not repeating them) until they are inside."""
+    if size == 1:
+        return np.zeros_like(index)
+    index = np.abs(index) % (2 * size - 2)
+    return np.minimum(index, 2 * size - 2 - index)
+
+
+def _triple(name: str, values: tuple, error: type[Exception]) -> tuple[int, int, int]:
+    """Three integers of at least 1, or `error`."""
+    values = tuple(values)
+    if len(values) != 3 or any(int(v) != v or v < 1 for v in values):
+        raise error(f"{name}: expected three integers (z, y, x) of at least 1, got {values}")
+    return tuple(int(v) for v in values)
+
+
+def _check_block(block: tuple) -> tuple[int, int, int]:
+    block = _triple("block", block, SettingsError)
+    if block[0] % 2 == 0:
+        raise SettingsError(f"block: expected an odd depth (a centre slice), got {block[0]}")
+    return block
+
+
+def _check_positions(positions: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    positions = np.asarray(positions)
+    if positions.ndim != 2 or positions.shape[1] != 3:
+        raise VolumeError(f"positions: expected shape (n, 3), got {positions.shape}")
+    if ((positions < 0) | (positions >= shape)).any():
+        bad = positions[((positions < 0) | (positions >= shape)).any(axis=1)][0].tolist()
+        raise VolumeError(f"positions: {bad} lies outside the volume of shape {shape}")
+    return positions
+
+
+def _check_frame(shape: tuple, spacing: tuple) -> tuple[tuple[int, int, int], np.ndarray]:
+    """Volume shape, and voxel size in units of the finest spacing."""
+    shape, scale = _triple("shape", shape, VolumeError), np.asarray(spacing, float)
+    if scale.shape != (3,) or not (np.isfinite(scale).all() and (scale > 0).all()):
+        raise VolumeError(
+            f"spacing: expected three positive numbers (dz, dy, dx), got {tuple(spacing)}"
+        )
+    return shape, scale / scale.min()
+
+
+def _check_response(tau: float, a: float, d_max: float) -> None:
+    if not (0 < tau <= 1 and 0 < a < np.inf and 0 < d_max < np.inf):
+        raise SettingsError(
+            f"tau {tau}, a {a}, d_max {d_max}: expected 0 < tau <= 1 and positive a, d_max"
+        )

@@ -1,0 +1,816 @@
+"""SWC trees: reading what the world writes, writing what every program reads, and geometry.
+
+A tree lives in the voxel frame of its image: x = column, y = row, z = slice, voxel centres at
+integers. Sizes, spacings and boxes are given in array order (z, y, x), as everywhere else.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from scipy.ndimage import map_coordinates
+from scipy.sparse import coo_array, csr_array
+from scipy.sparse.csgraph import connected_components, depth_first_order
+
+from neurolib.errors import DataError, SwcError
+from neurolib.files import write_text
+from neurolib.volume import Volume
+
+COLUMNS = "id type x y z radius parent"
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A forest of neurite trees in voxel coordinates (voxel centres at integers).
+
+    xyz (n, 3) float64: x = column, y = row, z = slice; radius (n,) voxels; type (n,) SWC type;
+    parent (n,) row index of the parent, -1 for a root; repairs: what reading had to mend.
+    """
+
+    xyz: np.ndarray
+    radius: np.ndarray
+    type: np.ndarray
+    parent: np.ndarray
+    repairs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well a tree lies on the bright structures of an image.
+
+    contrast: mean intensity on the tree minus that of the whole image, in standard deviations
+    of the image; inside: share of the nodes within the image, 0 to 1; hint: one sentence that
+    names a frame which fits clearly better, empty if there is none.
+    """
+
+    contrast: float
+    inside: float
+    hint: str
+
+
+# --------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_swc(path: str | Path) -> Tree:
+    """Read an SWC (or .eswc) file.
+
+    Accepted are comments anywhere, blanks, tabs or commas between columns, ids written as
+    floats, any line ends, UTF-8, UTF-16 or Latin-1, columns after the seventh, parents after
+    their children, and several roots. Repaired, each with an entry in ``Tree.repairs``, are a
+    node listed twice with the same content, a node that is its own parent, a root marked by
+    something else than -1, a radius that is not positive (set to 1 voxel), a heading without
+    ``#``, and children listed before their parents (the nodes are put in depth-first order;
+    where all parents come first, the order of the file is kept).
+
+    Parameters
+    ----------
+    path : str or Path
+        File to read. Its coordinates are taken as they are; see `transform` for files in µm,
+        with other origins, or with y upwards.
+
+    Returns
+    -------
+    Tree
+        With every parent before its children.
+
+    Raises
+    ------
+    SwcError
+        With the line number, if a line has fewer than seven columns or something other than
+        finite numbers, ids repeat with different content, a parent does not exist, or parents
+        form a cycle; also if the file is missing or has no nodes.
+
+    Notes
+    -----
+    The columns are those of Cannon et al., J. Neurosci. Methods 84 (1998).
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise SwcError(f"{path.name}: cannot be read ({error.strerror}); check {path}") from None
+    if b"\0" in raw and not raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise SwcError(f"{path.name}: found binary data, expected the text lines of an SWC file")
+    text = _decode(raw)
+
+    # Strategy: NumPy's C parser takes a well-formed file in one go. Whatever it refuses goes
+    # through the line parser, which either understands it or knows the line to blame.
+    lines = text.split("\n")
+    repairs: list[str] = []
+    table = _parse_fast(lines)
+    if table is None:
+        table, numbers = _parse_lines(lines, path.name, repairs)
+    else:
+        numbers = None
+    return _assemble(table, _LineNumbers(lines, numbers), path.name, repairs)
+
+
+def _decode(raw: bytes) -> str:
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        text = raw.decode("utf-16", errors="replace")
+    else:
+        try:
+            text = raw.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            # Vaa3D writes file names into comments in whatever the system's code page was.
+            text = raw.decode("latin-1")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _parse_fast(lines: list[str]) -> np.ndarray | None:
+    """Parse all lines at once into (n, 7), or None if any of them is out of the ordinary."""
+    if not any(line and not line.isspace() and line[0] != "#" for line in lines):
+        return None
+    try:
+        return np.loadtxt(lines, comments="#", usecols=range(7), ndmin=2)
+    except ValueError:
+        return None
+
+
+def _parse_lines(lines: list[str], name: str, repairs: list[str]) -> tuple[np.ndarray, list[int]]:
+    """Parse line by line; return the table (n, 7) and the line number of each row."""
+    rows, numbers = [], []
+    for number, line in enumerate(lines, start=1):
+        content = line.partition("#")[0].strip()
+        if not content:
+            continue
+        if "," in content:
+            content = _split_commas(content, name, number)
+        tokens = content.split()
+        if not rows and not any(_is_number(token) for token in tokens):
+            repairs.append(f"line {number}: heading without # skipped")
+            continue
+        if len(tokens) < 7:
+            raise SwcError(
+                f"{name}: line {number}: found {len(tokens)} columns, expected 7 ({COLUMNS})"
+            )
+        word = next((token for token in tokens[:7] if not _is_number(token)), None)
+        if word is not None:
+            raise SwcError(
+                f"{name}: line {number}: found {word[:20]!r}, expected a number ({COLUMNS})"
+            )
+        rows.append([float(token) for token in tokens[:7]])
+        numbers.append(number)
+    if not rows:
+        raise SwcError(f"{name}: no nodes found, expected lines of 7 columns ({COLUMNS})")
+    return np.array(rows), numbers
+
+
+def _split_commas(content: str, name: str, number: int) -> str:
+    """Turn separating commas into blanks; refuse those that stand inside a number."""
+    words = content.split()
+    inner = sum("," in word.strip(",") for word in words)
+    if len(words) >= 7 and inner:
+        raise SwcError(
+            f"{name}: line {number}: found commas inside numbers, "
+            "expected decimal points; replace them"
+        )
+    return content.replace(",", " ")
+
+
+def _is_number(token: str) -> bool:
+    try:
+        float(token)
+    except ValueError:
+        return False
+    # Python takes "1_000" for a number; no writer of SWC files means that.
+    return "_" not in token
+
+
+class _LineNumbers:
+    """Line number of each table row, worked out only when something has to be reported."""
+
+    def __init__(self, lines: list[str], numbers: list[int] | None):
+        self.lines = lines
+        self.numbers = numbers
+
+    def __call__(self, row: int) -> int:
+        if self.numbers is None:
+            self.numbers = [
+                number
+                for number, line in enumerate(self.lines, start=1)
+                if line.partition("#")[0].strip()
+            ]
+        return self.numbers[row]
+
+    def sentence(self, rows: np.ndarray, what: str) -> str:
+        """Name up to three lines and count the rest."""
+        shown = ", ".join(str(self(row)) for row in rows[:3])
+        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+        return f"line{'s' if len(rows) > 1 else ''} {shown}{more}: {what}"
+
+
+def _assemble(table: np.ndarray, line_of: _LineNumbers, name: str, repairs: list[str]) -> Tree:
+    """Check the table (n, 7), mend what is unambiguous, and turn ids into row indexes."""
+
+    def refuse(row: int, what: str) -> SwcError:
+        return SwcError(f"{name}: line {line_of(row)}: {what}")
+
+    broken = ~np.isfinite(table)
+    if broken.any():
+        row = int(np.argmax(broken.any(axis=1)))
+        column = COLUMNS.split()[int(np.argmax(broken[row]))]
+        raise refuse(row, f"{column} is {table[row, np.argmax(broken[row])]}, expected a number")
+    for column in (0, 1, 6):
+        # Above 2^53 neighbouring integers are no longer distinct as floats.
+        wrong = (table[:, column] % 1 != 0) | (np.abs(table[:, column]) > 2**53)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise refuse(
+                row,
+                f"{COLUMNS.split()[column]} is {table[row, column]:g}, expected a whole number",
+            )
+    far = np.abs(table[:, 2:6]).max(axis=1) > 1e9
+    if far.any():
+        row = int(np.argmax(far))
+        raise refuse(row, "coordinate or radius beyond 1e9, expected voxels; the file is damaged")
+
+    rows, ids, order = _unique_nodes(table, line_of, refuse, repairs)
+    table = table[rows]
+    n = len(rows)
+
+    # `order` sorts the ids, so that a binary search finds every parent's row.
+    wanted = table[:, 6].astype(np.int64)
+    place = np.minimum(np.searchsorted(ids, wanted, sorter=order), n - 1)
+    parent = order[place].astype(np.int64)
+    known = ids[parent] == wanted
+    marked = ~known & (wanted <= 0)
+    unknown = np.flatnonzero(~known & ~marked)
+    if len(unknown):
+        row = unknown[0]
+        raise refuse(rows[row], f"parent {wanted[row]} does not exist; add it or use -1 for a root")
+    parent[marked] = -1
+    odd = np.flatnonzero(marked & (wanted != -1))
+    if len(odd):
+        repairs.append(line_of.sentence(rows[odd], "no such parent, taken as a root (-1)"))
+    itself = np.flatnonzero(parent == np.arange(n))
+    if len(itself):
+        parent[itself] = -1
+        repairs.append(line_of.sentence(rows[itself], "its own parent, taken as a root"))
+
+    radius = table[:, 5].copy()
+    flat = np.flatnonzero(radius <= 0)
+    if len(flat):
+        radius[flat] = 1.0
+        repairs.append(line_of.sentence(rows[flat], "radius not positive, set to 1"))
+
+    tree = Tree(table[:, 2:5].copy(), radius, table[:, 1].astype(np.int64), parent)
+    late = np.flatnonzero(parent > np.arange(n))
+    if len(late):
+        order = _depth_first(parent)
+        if len(order) < n:
+            row = _on_cycle(parent, order)
+            raise refuse(
+                rows[row], f"node {ids[row]} is its own ancestor; cut the cycle with parent -1"
+            )
+        tree = _take(tree, order)
+        repairs.append(line_of.sentence(rows[late], "listed before its parent, nodes reordered"))
+    return replace(tree, repairs=tuple(repairs))
+
+
+def _unique_nodes(table, line_of, refuse, repairs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Drop repeated nodes; return the rows kept, their ids, and the order that sorts the ids."""
+    ids = table[:, 0].astype(np.int64)
+    order = np.argsort(ids, kind="stable")
+    again = np.flatnonzero(ids[order][1:] == ids[order][:-1])
+    if not len(again):
+        return np.arange(len(ids)), ids, order
+    first, second = order[again], order[again + 1]
+    differ = (table[first] != table[second]).any(axis=1)
+    if differ.any():
+        worst = int(np.argmax(differ))
+        raise refuse(
+            second[worst],
+            f"id {ids[second[worst]]} is already that of line {line_of(first[worst])}, "
+            "with other content; ids must be unique",
+        )
+    repairs.append(line_of.sentence(np.sort(second), "repeats an earlier node, dropped"))
+    rows = np.delete(np.arange(len(ids)), second)
+    return rows, ids[rows], np.argsort(ids[rows], kind="stable")
+
+
+# --------------------------------------------------------------------------------------------
+# Order
+
+
+def topological_order(tree: Tree) -> np.ndarray:
+    """Rows of `tree` (n,) with every parent before its children.
+
+    The order is the tree's own where that already holds, else depth first with siblings in the
+    tree's order.
+
+    Raises
+    ------
+    SwcError
+        If the parents form a cycle.
+    """
+    parent = _checked_parent(tree)
+    if np.all(parent < np.arange(len(parent))):
+        return np.arange(len(parent))
+    order = _depth_first(parent)
+    if len(order) < len(parent):
+        row = _on_cycle(parent, order)
+        raise SwcError(f"row {row} is its own ancestor, expected a forest; make it a root (-1)")
+    return order
+
+
+def _checked_parent(tree: Tree) -> np.ndarray:
+    """The parent column, after making sure that it can be used as row indexes."""
+    parent = np.asarray(tree.parent)
+    n = len(parent)
+    if parent.ndim != 1 or parent.dtype.kind not in "iu":
+        raise SwcError(
+            f"parent has shape {parent.shape} and type {parent.dtype}, expected (n,) int"
+        )
+    shapes = [np.shape(tree.xyz), np.shape(tree.radius), np.shape(tree.type)]
+    if shapes != [(n, 3), (n,), (n,)]:
+        raise SwcError(
+            f"xyz, radius, type have shapes {shapes}, expected (n, 3), (n,), (n,), n={n}"
+        )
+    if n and (parent.min() < -1 or parent.max() >= n):
+        raise SwcError(f"parent rows run to {parent.max()}, expected -1 to {n - 1}")
+    return parent.astype(np.int64, copy=False)
+
+
+def _depth_first(parent: np.ndarray) -> np.ndarray:
+    """Rows in depth-first order; nodes on or behind a cycle are left out.
+
+    Strategy: SciPy's search rescans a node's whole neighbour list at each return, which is
+    quadratic for a forest of many roots. So the forest is first rewritten with two links per
+    node, to its first child and to its next sibling (roots being siblings of each other); a
+    search that follows "child" before "sibling" visits it in exactly the same order.
+    """
+    n = len(parent)
+    by_parent = np.argsort(parent, kind="stable")
+    sorted_parent = parent[by_parent]
+    same = sorted_parent[1:] == sorted_parent[:-1]
+    sibling = np.full(n, -1)
+    sibling[by_parent[:-1][same]] = by_parent[1:][same]
+    starts = by_parent[np.r_[True, ~same]] if n else by_parent
+    roots = starts[parent[starts] < 0]
+    if not len(roots):
+        return np.empty(0, dtype=np.int64)
+    child = np.full(n, -1)
+    starts = starts[parent[starts] >= 0]
+    child[parent[starts]] = starts
+
+    links = np.stack([child, sibling], axis=1)
+    ends = np.cumsum((links >= 0).sum(axis=1))
+    targets = links[links >= 0]
+    graph = csr_array((np.ones(len(targets)), targets, np.r_[0, ends]), shape=(n, n))
+    order = depth_first_order(graph, roots[0], directed=True, return_predecessors=False)
+    return order.astype(np.int64)
+
+
+def _on_cycle(parent: np.ndarray, reached: np.ndarray) -> int:
+    """A row that lies on a cycle, given the rows that a search from the roots has reached."""
+    lost = np.ones(len(parent), dtype=bool)
+    lost[reached] = False
+    row = int(np.argmax(lost))
+    # Every lost row leads into a cycle, in fewer steps than there are rows.
+    for _ in range(len(parent)):
+        row = int(parent[row])
+    return row
+
+
+def _take(tree: Tree, rows: np.ndarray) -> Tree:
+    """The nodes `rows` (each node's parent among them, or a root) in that order."""
+    place = np.full(len(tree.parent) + 1, -1)
+    place[rows] = np.arange(len(rows))
+    # The extra last entry of `place` serves the roots' index -1.
+    return Tree(
+        tree.xyz[rows],
+        tree.radius[rows],
+        tree.type[rows],
+        place[tree.parent[rows]],
+        tree.repairs,
+    )
+
+
+# --------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_swc(path: str | Path, tree: Tree, comment: str = "") -> Path:
+    """Write a tree with ids 1 to n, parents before children, -1 at every root.
+
+    Parameters
+    ----------
+    path : str or Path
+        File to write, whole or not at all.
+    tree : Tree
+        Coordinates are written with four decimals, radii with six significant digits.
+    comment : str
+        Lines for the head of the file; each gets its ``#``.
+
+    Returns
+    -------
+    Path
+        `path`.
+
+    Raises
+    ------
+    SwcError
+        If the tree has no nodes, a cycle, values that are not finite, or arrays of unequal
+        length.
+    SettingsError
+        If the folder cannot be written to.
+    """
+    path = Path(path)
+    try:
+        order = topological_order(tree)
+    except SwcError as error:
+        raise SwcError(f"{path.name}: {error}") from None
+    if not len(order):
+        raise SwcError(f"{path.name}: a tree without nodes, expected at least one; nothing written")
+    if not (np.isfinite(tree.xyz).all() and np.isfinite(tree.radius).all()):
+        raise SwcError(f"{path.name}: coordinates or radii are not finite; nothing written")
+    tree = _take(tree, order)
+    n = len(order)
+    parent = np.where(tree.parent < 0, -1, tree.parent + 1)
+    # Rounding first and adding 0 keeps "-0.0000" out of the file.
+    xyz = np.round(tree.xyz, 4) + 0.0
+    columns = zip(
+        range(1, n + 1),
+        tree.type.tolist(),
+        *xyz.T.tolist(),
+        tree.radius.tolist(),
+        parent.tolist(),
+        strict=True,
+    )
+    head = "".join(f"# {line}\n" for line in [*comment.splitlines(), COLUMNS])
+    lines = ("{} {} {:.4f} {:.4f} {:.4f} {:.6g} {}\n".format(*values) for values in columns)
+    return write_text(path, head + "".join(lines))
+
+
+# --------------------------------------------------------------------------------------------
+# Shape
+
+
+def components(tree: Tree) -> np.ndarray:
+    """Label of each node's tree, (n,) int, numbered from 0 in order of appearance."""
+    n = len(tree.parent)
+    child = np.flatnonzero(tree.parent >= 0)
+    graph = coo_array((np.ones(len(child)), (child, tree.parent[child])), shape=(n, n))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def length(tree: Tree, spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> float:
+    """Summed length of all edges, in voxels, or in µm with `spacing` (dz, dy, dx)."""
+    child = np.flatnonzero(tree.parent >= 0)
+    steps = (tree.xyz[child] - tree.xyz[tree.parent[child]]) * np.asarray(spacing)[::-1]
+    return float(np.linalg.norm(steps, axis=1).sum())
+
+
+def tips(tree: Tree) -> np.ndarray:
+    """Rows of the end points: nodes with at most one neighbour.
+
+    A root at the end of a neurite is one too, so that the answer does not depend on which end
+    a tracer chose as the root.
+    """
+    return np.flatnonzero(_degree(tree) <= 1)
+
+
+def branch_points(tree: Tree) -> np.ndarray:
+    """Rows of the branch points: nodes with three neighbours or more, wherever the root is."""
+    return np.flatnonzero(_degree(tree) >= 3)
+
+
+def _degree(tree: Tree) -> np.ndarray:
+    child = tree.parent >= 0
+    return np.bincount(tree.parent[child], minlength=len(tree.parent)) + child
+
+
+def densify(
+    tree: Tree, step: float = 0.5, spacing: Sequence[float] = (1.0, 1.0, 1.0)
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sample all edges so that no two neighbouring samples are more than `step` apart.
+
+    Parameters
+    ----------
+    tree : Tree
+    step : float
+        Largest distance between neighbours, in voxels, or in µm if `spacing` is given in µm.
+    spacing : sequence of float
+        (dz, dy, dx); samples are multiplied by it.
+
+    Returns
+    -------
+    points : ndarray, (m, 3) float64
+        x, y, z of every node and of the samples between.
+    radius : ndarray, (m,) float64
+        Linear between nodes. Radii are measured in the plane: they are multiplied by the
+        geometric mean of dy and dx.
+
+    Raises
+    ------
+    SwcError
+        If `step` is not positive.
+    """
+    _check_step(step)
+    scale = np.asarray(spacing, dtype=np.float64)
+    xyz = tree.xyz * scale[::-1]
+    radius = tree.radius * np.sqrt(scale[1] * scale[2])
+    child = np.flatnonzero(tree.parent >= 0)
+    above = tree.parent[child]
+    edge = xyz[child] - xyz[above]
+    pieces = np.maximum(np.ceil(np.linalg.norm(edge, axis=1) / step), 1).astype(np.int64)
+    which = np.repeat(np.arange(len(child)), pieces)
+    # 1 .. pieces within each edge; the piece's end at the child is exactly the child.
+    count = np.arange(len(which)) - np.repeat(np.cumsum(pieces) - pieces, pieces) + 1
+    t = count / pieces[which]
+    between = xyz[above[which]] + edge[which] * t[:, None]
+    last = count == pieces[which]
+    between[last] = xyz[child]
+    thickness = radius[above[which]] * (1 - t) + radius[child[which]] * t
+    roots = tree.parent < 0
+    return np.concatenate([xyz[roots], between]), np.concatenate([radius[roots], thickness])
+
+
+def resample(tree: Tree, step: float) -> Tree:
+    """Place nodes evenly along every unbranched path, at most `step` voxels apart.
+
+    Roots, tips and branch points stay exactly where they are; between them nodes are replaced
+    by samples of the polyline, radii are interpolated, and the type is that of the next
+    original node away from the root.
+
+    Raises
+    ------
+    SwcError
+        If `step` is not positive or the parents form a cycle.
+    """
+    _check_step(step)
+    topological_order(tree)
+    tree = _take(tree, _depth_first(np.asarray(tree.parent)))
+    n = len(tree.parent)
+    children = np.bincount(tree.parent[tree.parent >= 0], minlength=n)
+    root = tree.parent < 0
+    key = root | (children != 1)
+
+    # Strategy: in depth-first order an only child follows its parent directly, so each path
+    # from one key node to the next is a run of consecutive rows. All paths are laid end to end
+    # on one axis of arc length, with a gap of 1 between them, and sampled by one np.interp.
+    ends = np.flatnonzero(key & ~root)
+    if not len(ends):
+        return tree
+    firsts = np.flatnonzero(~root & key[tree.parent])
+    starts = tree.parent[firsts]
+    sizes = ends - firsts + 2
+    path = np.repeat(np.arange(len(ends)), sizes)
+    offset = np.cumsum(sizes) - sizes
+    inside = np.arange(len(path)) - offset[path]
+    rows = firsts[path] + inside - 1
+    rows[offset] = starts
+    edges = np.linalg.norm(np.diff(tree.xyz[rows], axis=0, prepend=tree.xyz[rows[:1]]), axis=1)
+    edges[offset] = 1.0
+    axis = np.cumsum(edges)
+    begin, finish = axis[offset], axis[offset + sizes - 1]
+
+    pieces = np.maximum(np.ceil((finish - begin) / step - 1e-9), 1).astype(np.int64)
+    which = np.repeat(np.arange(len(ends)), pieces)
+    first_new = np.cumsum(pieces) - pieces
+    count = np.arange(len(which)) - first_new[which] + 1
+    s = begin[which] + (finish - begin)[which] * (count / pieces[which])
+    at_end = count == pieces[which]
+    xyz = np.stack([np.interp(s, axis, tree.xyz[rows, k]) for k in range(3)], axis=1)
+    xyz[at_end] = tree.xyz[ends]
+    radius = np.interp(s, axis, tree.radius[rows])
+    radius[at_end] = tree.radius[ends]
+    kind = tree.type[rows[np.searchsorted(axis, s, side="left")]]
+    kind[at_end] = tree.type[ends]
+
+    # New rows: the roots, then the paths; a path's first sample hangs on its start.
+    roots = np.flatnonzero(root)
+    new_row = np.full(n, -1)
+    new_row[roots] = np.arange(len(roots))
+    new_row[ends] = len(roots) + first_new + pieces - 1
+    parent = len(roots) + np.arange(len(which)) - 1
+    parent[first_new] = new_row[starts]
+    return Tree(
+        np.concatenate([tree.xyz[roots], xyz]),
+        np.concatenate([tree.radius[roots], radius]),
+        np.concatenate([tree.type[roots], kind]),
+        np.concatenate([np.full(len(roots), -1), parent]),
+        tree.repairs,
+    )
+
+
+def _check_step(step: float) -> None:
+    if not (np.isfinite(step) and step > 0):
+        raise SwcError(f"step is {step}, expected a positive distance in voxels")
+
+
+# --------------------------------------------------------------------------------------------
+# Frames
+
+
+def transform(
+    tree: Tree,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    origin: float | Sequence[float] = 0.0,
+    flip_y: int | None = None,
+) -> Tree:
+    """Bring a foreign tree into the voxel frame of its image.
+
+    In this order: coordinates are divided by the spacing, the origin is subtracted, and y is
+    mirrored. Radii are divided by the geometric mean of dy and dx.
+
+    Parameters
+    ----------
+    tree : Tree
+    spacing : sequence of float
+        (dz, dy, dx), what one voxel measures in the units of the tree; 1 for voxels.
+    origin : float or (z, y, x)
+        Where the tree's frame puts the centre of the first voxel, in voxels: 0 (ours), 0.5
+        (corners at integers), 1 (counting from one).
+    flip_y : int, optional
+        Height of the image in voxels, for files whose y axis points up: y becomes
+        ``flip_y - 1 - y``.
+
+    Returns
+    -------
+    Tree
+
+    Raises
+    ------
+    SwcError
+        If the spacing is not three positive numbers or the origin not finite.
+    """
+    scale = np.asarray(spacing, dtype=np.float64)
+    if scale.shape != (3,) or not (np.isfinite(scale).all() and (scale > 0).all()):
+        raise SwcError(f"spacing is {spacing}, expected three positive numbers (dz, dy, dx)")
+    shift = np.broadcast_to(np.asarray(origin, dtype=np.float64), 3)
+    if not np.isfinite(shift).all():
+        raise SwcError(f"origin is {origin}, expected one or three finite numbers (z, y, x)")
+    xyz = tree.xyz / scale[::-1] - shift[::-1]
+    if flip_y is not None:
+        xyz[:, 1] = flip_y - 1 - xyz[:, 1]
+    return replace(tree, xyz=xyz, radius=tree.radius / np.sqrt(scale[1] * scale[2]))
+
+
+def crop(tree: Tree, lower: Sequence[float], upper: Sequence[float]) -> Tree:
+    """Cut out the part of a tree that belongs to a block of its image.
+
+    Edges are cut at the faces of the block, where new nodes are placed, so that the lengths of
+    adjoining blocks add up to that of the whole tree. The result is in the frame of the block:
+    ``crop(tree, (z0, y0, x0), (z1, y1, x1))`` fits ``data[z0:z1, y0:y1, x0:x1]``.
+
+    Parameters
+    ----------
+    tree : Tree
+    lower, upper : sequence of float
+        (z, y, x) of the first voxel and of the one after the last. A voxel reaches half a
+        voxel around its centre.
+
+    Returns
+    -------
+    Tree
+        With a root for every piece; it may have no nodes.
+
+    Raises
+    ------
+    SwcError
+        If `upper` is not above `lower`.
+    """
+    low = np.asarray(lower, dtype=np.float64)[::-1]
+    high = np.asarray(upper, dtype=np.float64)[::-1]
+    if low.shape != (3,) or high.shape != (3,) or not (low < high).all():
+        raise SwcError(f"block {lower} to {upper} is empty, expected upper above lower (z, y, x)")
+    floor, ceiling = low - 0.5, high - 0.5
+    n = len(tree.parent)
+    inside = ((tree.xyz >= floor) & (tree.xyz < ceiling)).all(axis=1)
+
+    # Strategy (Liang and Barsky 1984): an edge a + t (b - a), 0 <= t <= 1, is within the slab
+    # of one axis for t between two values; the block is where the three intervals overlap.
+    child = np.flatnonzero(tree.parent >= 0)
+    above = tree.parent[child]
+    a = tree.xyz[above]
+    edge = tree.xyz[child] - a
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.stack([(floor - a) / edge, (ceiling - a) / edge])
+    parallel = edge == 0
+    within = (a >= floor) & (a < ceiling)
+    near = np.where(parallel, np.where(within, -np.inf, np.inf), t.min(axis=0)).max(axis=1)
+    far = np.where(parallel, np.inf, t.max(axis=0)).min(axis=1)
+    near, far = np.maximum(near, 0), np.minimum(far, 1)
+
+    enters = (near < far) & ~inside[above]
+    leaves = (near < far) & ~inside[child]
+    e, f = np.flatnonzero(enters), np.flatnonzero(leaves)
+    kept = np.flatnonzero(inside)
+    row = np.full(n, -1)
+    row[kept] = np.arange(len(kept))
+    # New rows: nodes inside, then a root where an edge enters, then a tip where one leaves.
+    entry = np.full(len(child), -1)
+    entry[e] = len(kept) + np.arange(len(e))
+    parent = np.full(n, -1)
+    parent[child] = np.where(inside[above], row[above], entry)
+
+    def cut(values: np.ndarray, edges: np.ndarray, t: np.ndarray) -> np.ndarray:
+        return values[above[edges]] * (1 - t) + values[child[edges]] * t
+
+    xyz = np.concatenate(
+        [tree.xyz[kept], cut(tree.xyz, e, near[e, None]), cut(tree.xyz, f, far[f, None])]
+    )
+    cropped = Tree(
+        xyz - low,
+        np.concatenate(
+            [tree.radius[kept], cut(tree.radius, e, near[e]), cut(tree.radius, f, far[f])]
+        ),
+        np.concatenate([tree.type[kept], tree.type[child[e]], tree.type[child[f]]]),
+        np.concatenate([parent[kept], np.full(len(e), -1), parent[child[f]]]),
+        tree.repairs,
+    )
+    return _take(cropped, topological_order(cropped))
+
+
+# --------------------------------------------------------------------------------------------
+# Tree and image
+
+
+def check_pair(tree: Tree, volume_shape: Sequence[int], name: str) -> None:
+    """Refuse a tree that does not lie in its image.
+
+    Raises
+    ------
+    DataError
+        If the tree has no nodes, or less than half of them lie inside an image of
+        `volume_shape` (z, y, x).
+    """
+    if not len(tree.parent):
+        raise DataError(f"{name}: the SWC has no nodes, expected a tree")
+    inside = _inside(tree, volume_shape)
+    if inside >= 0.5:
+        return
+    low, high = tree.xyz.min(axis=0), tree.xyz.max(axis=0)
+    span = ", ".join(f"{k} {a:.0f} to {b:.0f}" for k, a, b in zip("xyz", low, high, strict=True))
+    raise DataError(
+        f"{name}: {inside:.0%} of the SWC lies in the image of shape {tuple(volume_shape)} "
+        f"(z, y, x), expected most of it; it spans {span}: give its spacing, origin or flip"
+    )
+
+
+def _inside(tree: Tree, shape: Sequence[int]) -> float:
+    """Share of nodes within the image; a voxel reaches half a voxel around its centre."""
+    upper = np.asarray(shape)[::-1] - 0.5
+    return float(((tree.xyz >= -0.5) & (tree.xyz < upper)).all(axis=1).mean())
+
+
+def fit(tree: Tree, volume: Volume) -> Fit:
+    """Compare the image on the tree with the image off it, here and in frames often confused.
+
+    Tried are mirrored axes, x and y exchanged, and shifts of up to 8 voxels along one axis.
+
+    Parameters
+    ----------
+    tree : Tree
+        In voxels of `volume`.
+    volume : Volume
+
+    Returns
+    -------
+    Fit
+
+    Raises
+    ------
+    SwcError
+        If the tree has no nodes.
+    """
+    if not len(tree.parent):
+        raise SwcError("a tree without nodes cannot be compared with an image")
+    data = np.asarray(volume.data)
+    shape = np.array(data.shape)
+    # A fixed sample of the image: a million voxels give its mean to a thousandth of its spread.
+    rng = np.random.default_rng(0)
+    sample = data[tuple(rng.integers(0, shape[:, None], size=(3, 1_000_000)))].astype(np.float64)
+    # Saturated spots must not outweigh the neurites: the same ceiling as for training.
+    ceiling = np.percentile(sample, 99.8)
+    ceiling = ceiling if ceiling > sample.min() else sample.max()
+    sample = np.minimum(sample, ceiling)
+    off, spread = sample.mean(), sample.std() or 1.0
+
+    points = densify(tree, 1.0)[0][:, ::-1]
+    if len(points) > 4000:
+        points = points[rng.choice(len(points), 4000, replace=False)]
+
+    def contrast(zyx: np.ndarray) -> float:
+        # Outside counts as background: leaving the image must not make a frame look better.
+        on = map_coordinates(data, zyx.T, np.float64, order=1, cval=off)
+        return float((np.minimum(on, ceiling).mean() - off) / spread)
+
+    here = contrast(points)
+    frames = {
+        f"flip {axis}?": np.where(np.arange(3) == k, shape[k] - 1 - points, points)
+        for k, axis in enumerate("zyx")
+    }
+    frames["exchange x and y?"] = points[:, [0, 2, 1]]
+    for k, axis in enumerate("zyx"):
+        for shift in np.arange(-8, 8.5, 0.5):
+            frames[f"offset by {shift:g} in {axis}?"] = points + shift * (np.arange(3) == k)
+    scores = {hint: contrast(frame) for hint, frame in frames.items()}
+    best = max(scores, key=scores.get)
+    # On six confocal neurons with trusted traces no other frame gained more than 5 %.
+    clearly = scores[best] > max(1.1 * here, here + 0.25)
+    return Fit(here, _inside(tree, data.shape), best if clearly else "")

@@ -1,0 +1,531 @@
+"""Targets against brute force; blocks and stacking against counting by hand."""
+
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial.distance import cdist
+
+from neurolib.blocking import (
+    KINDS,
+    accumulate,
+    block_grid,
+    block_starts,
+    choose_blocks,
+    gaussian_window,
+    make_target,
+    normalise,
+    read_block,
+    salient,
+    scale_space,
+    stack_blocks,
+    tube_radius,
+)
+from neurolib.errors import DataError, SettingsError, VolumeError
+from neurolib.swc import Tree
+
+REAL = Path(__file__).parents[1].parent / "shared" / "data" / "real3d"
+steady = settings(deadline=None, max_examples=40, derandomize=True)
+
+
+def tree_of(xyz, parent, radius=1.0):
+    xyz = np.asarray(xyz, float).reshape(-1, 3)
+    n = len(xyz)
+    return Tree(
+        xyz, np.broadcast_to(radius, n).astype(float), np.full(n, 3), np.asarray(parent, int)
+    )
+
+
+def random_tree(rng, shape, n=7):
+    """Edges across the whole volume and beyond it, several roots, radii from 0.2 to 4."""
+    xyz = rng.uniform(-3, np.array(shape[::-1]) + 3, (n, 3))
+    parent = [-1] + [int(rng.integers(-1, i)) for i in range(1, n)]
+    return tree_of(xyz, parent, rng.uniform(0.2, 4, n))
+
+
+def dense_samples(tree, scale, step=0.01):
+    """Points (z, y, x) in finest-spacing units and radii, so close that they are the edges."""
+    nodes = np.column_stack([tree.xyz[:, ::-1] * scale, tree.radius])
+    samples = [nodes]
+    for child, parent in enumerate(tree.parent):
+        if parent >= 0:
+            n = int(np.linalg.norm(nodes[child] - nodes[parent]) / step) + 2
+            samples.append(np.linspace(nodes[parent], nodes[child], n))
+    return np.concatenate(samples)
+
+
+def brute_force(tree, shape, spacing, kind, radii=None, a=6.0, d_max=5.0):
+    """Response and its radius by comparing every voxel with every sample."""
+    scale = np.asarray(spacing, float) / min(spacing)
+    voxels = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).reshape(-1, 3)
+    samples = dense_samples(tree, scale)
+    distance = cdist(voxels * scale, samples[:, :3])
+    if kind == "radius":
+        return (distance <= np.maximum(samples[:, 3], 1)).any(1).reshape(shape), None
+    best, radius = distance.min(1), None
+    if kind == "scale_space":
+        each = [np.sqrt(distance**2 + (r - samples[:, 3]) ** 2).min(1) for r in radii]
+        best, radius = np.min(each, axis=0), radii[np.argmin(each, axis=0)].reshape(shape)
+    y = np.where(best < d_max, (np.exp(a * (1 - best / d_max)) - 1) / (np.exp(a) - 1), 0)
+    return y.reshape(shape), radius
+
+
+# Targets
+
+
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (2.5, 1, 1), (0.3, 0.6, 0.45)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sironi_equals_brute_force(seed, spacing):
+    shape = (7, 19, 23)
+    tree = random_tree(np.random.default_rng(seed), shape)
+    response, mask = make_target(tree, shape, spacing)
+    expected, _ = brute_force(tree, shape, spacing, "sironi")
+    assert response.dtype == np.float32
+    assert mask.dtype == bool
+    assert response.shape == mask.shape == shape
+    # Samples 0.01 apart are at most 0.005 from the nearest point of the edge.
+    assert np.all(response - expected > -1e-6)
+    assert np.abs(response - expected).max() < 0.007
+    clear = np.abs(expected - 0.1) > 1e-3
+    assert np.array_equal(mask[clear], expected[clear] >= 0.1)
+    assert 0 < mask.mean() < 1
+
+
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (2.5, 1, 1)])
+def test_scale_space_equals_brute_force(spacing):
+    shape = (7, 15, 17)
+    tree = random_tree(np.random.default_rng(3), shape, 5)
+    radii = np.array([0.5, 1, 2, 3, 4.5])
+    response, radius = scale_space(tree, shape, spacing, radii)
+    expected, expected_radius = brute_force(tree, shape, spacing, "scale_space", radii)
+    assert np.abs(response - expected).max() < 0.007
+    near = expected > 1e-3
+    assert np.mean(radius[near] == expected_radius[near]) > 0.99
+    assert np.all(radius[response == 0] == 0)
+    assert np.array_equal(
+        make_target(tree, shape, spacing, "scale_space")[0], scale_space(tree, shape, spacing)[0]
+    )
+
+
+def test_scale_space_finds_the_radius_and_never_exceeds_sironi():
+    tree = tree_of([[0, 12, 12], [39, 12, 12]], [-1, 0], [1.0, 4.0])
+    response, radius = scale_space(tree, (25, 25, 40))
+    sironi, _ = make_target(tree, (25, 25, 40))
+    assert np.all(response <= sironi)
+    assert np.abs(radius[12, 12] - np.linspace(1, 4, 40)).max() <= 0.25 + 1e-6
+    assert np.abs(scale_space(tree, (25, 25, 40), radii=[2.0])[1][12, 12, 13] - 2) == 0
+
+
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (2.5, 1, 1)])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_radius_equals_brute_force(seed, spacing):
+    shape = (7, 19, 23)
+    tree = random_tree(np.random.default_rng(seed), shape)
+    response, mask = make_target(tree, shape, spacing, "radius")
+    expected, _ = brute_force(tree, shape, spacing, "radius")
+    assert np.array_equal(response, mask)
+    assert np.all(mask >= expected)  # the samples only ever miss a voxel, within 0.005
+    assert np.count_nonzero(mask != expected) <= 3
+
+
+def test_radius_of_single_nodes_flat_cones_and_coincident_nodes():
+    ball = tree_of([[8, 8, 8]], [-1], 3.0)
+    z, y, x = np.ogrid[:17, :17, :17]
+    distance = np.sqrt((z - 8) ** 2 + (y - 8) ** 2 + (x - 8) ** 2)
+    assert np.array_equal(make_target(ball, (17, 17, 17), kind="radius")[1], distance <= 3)
+    # The large ball holds the small one: the cone's tip is nowhere, and nothing is added.
+    held = tree_of([[8, 8, 8], [9, 8, 8]], [-1, 0], [3.0, 0.5])
+    assert np.array_equal(make_target(held, (17, 17, 17), kind="radius")[1], distance <= 3)
+    for radius in ([3.0, 1.0], [1.0, 3.0]):
+        same = tree_of([[8, 8, 8], [8, 8, 8]], [-1, 0], radius)
+        assert np.array_equal(make_target(same, (17, 17, 17), kind="radius")[1], distance <= 3)
+    thin = make_target(tree_of([[2, 8, 8], [14, 8, 8]], [-1, 0], 0.0), (17, 17, 17), kind="radius")
+    assert thin[1].sum() == 5 * 13 + 2
+
+
+@pytest.mark.parametrize("end", [(60, 30, 12), (60, 11, 17), (57, 53, 15), (60, 11.3, 12.2)])
+def test_a_slanted_line_has_no_staircase_and_no_bias(end):
+    start, end = np.array([4, 10.3, 10.2]), np.array(end, float)
+    response, mask = make_target(tree_of([start, end], [-1, 0]), (28, 64, 64))
+    z, y, x = np.nonzero(mask)
+    offset = np.stack([x, y, z], 1) - start
+    axis = (end - start) / np.linalg.norm(end - start)
+    along = offset @ axis
+    across = offset - along[:, None] * axis
+    middle = (along > 3) & (along < np.linalg.norm(end - start) - 3)
+    # Depends on the true distance alone, wherever along the line: no staircase.
+    distance = np.linalg.norm(across[middle], axis=1)
+    expected = np.expm1(6 * (1 - distance / 5)) / np.expm1(6)
+    assert np.abs(response[z, y, x][middle] - expected).max() < 1e-5
+    # Over a line that sweeps whole voxels in y and z, the positions within a voxel average out:
+    # the mask's centre is on the line and its cross section is that of the tube.
+    assert np.abs(across[middle].mean(0)).max() < 0.06
+    area = middle.sum() / np.ptp(along[middle])
+    assert np.sqrt(area / np.pi) == pytest.approx(tube_radius(0.1), rel=0.04)
+
+
+def test_a_large_soma_is_a_ball_without_much_memory():
+    tree = tree_of([[60, 50, 40], [65, 55, 40]], [-1, 0], [38.0, 1.0])
+    tracemalloc.start()
+    mask = make_target(tree, (81, 101, 121), kind="radius")[1]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    z, y, x = np.ogrid[:81, :101, :121]
+    assert np.array_equal(mask, (z - 40) ** 2 + (y - 50) ** 2 + (x - 60) ** 2 <= 38**2)
+    assert peak < 5 * mask.size + 16e6
+
+
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (3.7, 1, 1)])
+def test_no_voxel_within_reach_of_an_edge_is_missed(spacing):
+    scale, rng = np.array(spacing), np.random.default_rng(0)
+    shape = (21, 25, 25)
+    voxels = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) * scale
+    for _ in range(40):
+        # As long as a piece can be and half a voxel off: the farthest a voxel can lie from the
+        # middle of a piece and still be near one of its ends.
+        direction = rng.normal(size=3)
+        step = 3.99 * direction / np.linalg.norm(direction)
+        middle = (np.array([10, 12, 12]) + rng.choice([-0.49, 0.49], 3)) * scale
+        ends = np.array([middle - step / 2, middle + step / 2]) / scale
+        along = np.clip((voxels - middle) @ step / (step @ step), -0.5, 0.5)
+        distance = np.linalg.norm(voxels - middle - along[..., None] * step, axis=-1)
+        response, _ = make_target(tree_of(ends[:, ::-1], [-1, 0]), shape, spacing, a=0.1, d_max=4.0)
+        expected = np.where(distance < 4, np.expm1(0.1 * (1 - distance / 4)) / np.expm1(0.1), 0)
+        assert np.abs(response - expected).max() < 1e-6
+
+
+def test_an_edge_in_pieces_equals_the_edge():
+    ends = np.array([[1.5, 2, 3], [50.2, 40, 20]])
+    whole = tree_of(ends, [-1, 0], [1, 5])
+    share = np.linspace(0, 1, 60)[:, None]
+    cut = tree_of(ends[0] + share * (ends[1] - ends[0]), range(-1, 59), 1 + 4 * share[:, 0])
+    for kind in KINDS:
+        one, other = (make_target(tree, (24, 48, 56), kind=kind)[0] for tree in (whole, cut))
+        assert np.abs(one - other).max() < 1e-5
+
+
+def test_axes_are_x_y_z_in_the_tree_and_z_y_x_in_the_array():
+    response, mask = make_target(tree_of([[30, 20, 10]], [-1]), (15, 28, 40))
+    assert np.unravel_index(response.argmax(), response.shape) == (10, 20, 30)
+    assert response[10, 20, 30] == 1
+    assert mask[10, 20, 31]
+    assert response[10, 20, 35] == 0
+
+
+def test_anisotropic_voxels_give_a_physical_tube():
+    _, mask = make_target(tree_of([[20, 20, 10]], [-1]), (21, 41, 41), (0.9, 0.3, 0.3), tau=0.01)
+    extent = np.abs(np.argwhere(mask) - (10, 20, 20)).max(0)
+    assert extent.tolist() == [1, 3, 3]  # radius 3.65 voxels of 0.3 is 1.2 voxels of 0.9
+
+
+def test_tube_radius_is_where_the_mask_ends():
+    radii = [tube_radius(tau) for tau in (0.5, 0.1, 0.05, 0.01)]
+    assert np.round(radii, 2).tolist() == [0.58, 1.90, 2.46, 3.65]
+    assert tube_radius(1.0) == 0
+    for tau in (0.5, 0.1, 0.01):
+        for nudge, inside in ((-1e-3, True), (1e-3, False)):
+            at = 10 + tube_radius(tau) + nudge
+            _, mask = make_target(tree_of([[10, at, 10]], [-1]), (20, 20, 20), tau=tau)
+            assert mask[10, 10, 10] == inside
+
+
+def test_trees_outside_and_empty_trees_mark_nothing():
+    for tree in (tree_of([[500, 9, 9], [600, 9, 9]], [-1, 0]), tree_of([], [])):
+        for kind in KINDS:
+            response, mask = make_target(tree, (9, 9, 9), kind=kind)
+            assert not response.any()
+            assert not mask.any()
+
+
+def test_target_needs_little_more_memory_than_its_output():
+    tree = random_tree(np.random.default_rng(0), (40, 256, 256), 30)
+    tracemalloc.start()
+    response, mask = make_target(tree, (40, 256, 256))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < response.nbytes + mask.nbytes + 16e6
+
+
+# Blocks
+
+
+@steady
+@given(st.integers(1, 60), st.integers(1, 20), st.data())
+def test_starts_cover_the_axis_and_stay_inside(size, block, data):
+    stride = data.draw(st.integers(1, block))
+    starts = block_starts(size, block, stride)
+    covered = np.zeros(max(size, block), bool)
+    for start in starts:
+        covered[start : start + block] = True
+    assert covered.all()
+    assert starts[0] == 0
+    assert starts[-1] == max(size - block, 0)
+    assert np.all(np.diff(starts) > 0)
+    assert np.all(np.diff(starts) <= stride)
+
+
+def test_the_last_block_shifts_inward_and_every_slice_is_a_centre():
+    assert block_starts(512, 100, 100).tolist() == [0, 100, 200, 300, 400, 412]
+    assert block_starts(500, 100, 100).tolist() == [0, 100, 200, 300, 400]
+    grid = block_grid((7, 250, 30))
+    assert grid.shape == (7 * 3, 3)
+    assert np.unique(grid[:, 0]).tolist() == list(range(7))
+    assert np.unique(grid[:, 1]).tolist() == [0, 100, 150]
+    assert np.unique(grid[:, 2]).tolist() == [0]
+
+
+shapes = st.tuples(st.integers(1, 9), st.integers(1, 15), st.integers(1, 15))
+blocks = st.tuples(st.sampled_from([1, 3, 5]), st.integers(1, 8), st.integers(1, 8))
+
+
+@steady
+@given(shapes, blocks, st.data())
+def test_blocks_equal_those_of_the_padded_volume(shape, block, data):
+    volume = np.random.default_rng(0).random(shape)
+    stride = tuple(data.draw(st.integers(1, 9)) for _ in range(3))
+    half = block[0] // 2
+    padded = np.pad(volume, ((half, half), (0, 0), (0, 0)), mode="edge")
+    # numpy repeats the reflection as often as needed, but cannot reflect a single voxel.
+    for axis in (1, 2):
+        pad = [(0, 0)] * 3
+        pad[axis] = (0, max(block[axis] - shape[axis], 0))
+        padded = np.pad(padded, pad, mode="edge" if shape[axis] == 1 else "reflect")
+    for z, y, x in block_grid(shape, block, stride):
+        expected = padded[z : z + block[0], y : y + block[1], x : x + block[2]]
+        assert np.array_equal(read_block(volume, (z, y, x), block), expected)
+
+
+def test_reflection_repeats_in_volumes_smaller_than_half_a_block():
+    volume = np.arange(3, dtype=np.uint8).reshape(1, 1, 3)
+    block = read_block(volume, (0, 0, 0))
+    assert block.shape == (5, 100, 100)
+    assert block[4, 99, :9].tolist() == [0, 1, 2, 1, 0, 1, 2, 1, 0]
+    assert read_block(volume, (0, 0, -2), (1, 1, 5))[0, 0].tolist() == [2, 1, 0, 1, 2]
+
+
+def test_blocks_inside_are_views_and_make_no_copy():
+    volume = np.zeros((40, 300, 300), np.float32)
+    grid = block_grid(volume.shape, stride=(1, 50, 50))
+    inside = [tuple(p) for p in grid if 2 <= p[0] < 38]
+    assert all(np.shares_memory(read_block(volume, p), volume) for p in inside[::50])
+    assert not np.shares_memory(read_block(volume, (0, 0, 0)), volume)
+    tracemalloc.start()
+    for position in grid:
+        read_block(volume, position)
+    salient(volume, grid)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < volume.nbytes / 8
+
+
+def test_blocks_come_out_of_memory_mapped_files(tmp_path):
+    volume = np.random.default_rng(0).random((6, 20, 30)).astype(np.float32)
+    np.save(tmp_path / "volume.npy", volume)
+    mapped = np.load(tmp_path / "volume.npy", mmap_mode="r")
+    for position in block_grid(volume.shape, (5, 12, 40), (1, 7, 7)):
+        one, other = (read_block(data, position, (5, 12, 40)) for data in (mapped, volume))
+        assert np.array_equal(one, other)
+
+
+# Choice of blocks
+
+
+@steady
+@given(shapes, blocks, st.floats(0, 0.5), st.sampled_from([0.001, 0.1, 0.5]), st.data())
+def test_salience_equals_counting(shape, block, density, minimum, data):
+    mask = np.random.default_rng(data.draw(st.integers(0, 9))).random(shape) < density
+    grid = block_grid(shape, block, (1, 3, 3))
+    centre = block[0] // 2
+    expected = [read_block(mask, p, block)[centre].mean() >= minimum for p in grid]
+    assert salient(mask, grid, minimum, block).tolist() == expected
+    grid = np.concatenate([grid, [np.array(shape) - 1]])  # a block that overhangs counts too
+    expected.append(read_block(mask, grid[-1], block)[centre].mean() >= minimum)
+    order = np.random.default_rng(0).permutation(len(grid))
+    shuffled = salient(mask, grid[order], minimum, block)
+    assert np.array_equal(shuffled, np.array(expected)[order])
+
+
+def test_the_limit_itself_is_salient():
+    mask = np.zeros((1, 100, 100), bool)
+    mask.flat[:9] = True
+    assert not salient(mask, block_grid(mask.shape))[0]
+    mask.flat[9] = True
+    assert salient(mask, block_grid(mask.shape))[0]
+    assert salient(mask, np.empty((0, 3), int)).shape == (0,)
+
+
+def test_choice_is_salient_blocks_and_a_share_of_others():
+    mask = np.zeros((10, 400, 400), bool)
+    mask[4:6, :, 120:125] = True
+    grid = block_grid(mask.shape)
+    wanted = np.flatnonzero(salient(mask, grid))
+    assert len(wanted) == 8
+    chosen = choose_blocks(mask, grid, 0.25, seed=1)
+    assert len(chosen) == 10
+    assert np.isin(wanted, chosen).all()
+    assert np.all(np.diff(chosen) > 0)
+    assert np.array_equal(chosen, choose_blocks(mask, grid, 0.25, seed=1))
+    assert not np.array_equal(chosen, choose_blocks(mask, grid, 0.25, seed=2))
+    assert np.array_equal(choose_blocks(mask, grid, 0), wanted)
+    assert len(choose_blocks(mask, grid, 1000)) == len(grid)
+    assert len(choose_blocks(np.zeros_like(mask), grid)) == 0
+
+
+# Stacking
+
+
+@steady
+@given(shapes, blocks, st.sampled_from(["gaussian", "uniform"]), st.booleans(), st.data())
+def test_an_identity_network_gives_the_volume_back(shape, block, weight, every_slice, data):
+    volume = np.random.default_rng(0).random(shape)
+    limits = (block[0] if every_slice else 1, *block[1:])
+    stride = tuple(data.draw(st.integers(1, limit)) for limit in limits)
+    grid = block_grid(shape, block, stride)
+    cut = np.stack([read_block(volume, p, block) for p in grid])
+    predictions = cut if every_slice else cut[:, block[0] // 2]
+    assert np.abs(stack_blocks(predictions, grid, shape, weight) - volume).max() < 1e-6
+
+
+def test_votes_are_weighted_means():
+    grid = block_grid((1, 1, 6), (1, 1, 4), (1, 1, 2))
+    predictions = np.array([[[1.0, 1, 1, 1]], [[3.0, 3, 3, 3]]])
+    assert stack_blocks(predictions, grid, (1, 1, 6), "uniform").tolist() == [[[1, 1, 2, 2, 3, 3]]]
+    w = gaussian_window((1, 4))[0]
+    expected = (w[2] + 3 * w[0]) / (w[2] + w[0])
+    assert stack_blocks(predictions, grid, (1, 1, 6))[0, 0, 2] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("every_slice", [False, True])
+def test_streaming_over_slices_equals_stacking_at_once(every_slice):
+    rng = np.random.default_rng(0)
+    shape, block = (37, 30, 21), (5, 16, 16)
+    grid = block_grid(shape, block, (1, 8, 8))
+    size = block if every_slice else block[1:]
+    predictions = rng.random((len(grid), *size), dtype=np.float32)
+    whole = stack_blocks(predictions, grid, shape)
+    window, parts = gaussian_window(block[1:]), []
+    for first in range(0, shape[0], 10):
+        size = (min(10, shape[0] - first), *shape[1:])
+        sums = np.zeros(size, np.float32), np.zeros(size, np.float32)
+        for i in range(0, len(grid), 64):
+            batch = slice(i, i + 64)
+            accumulate(*sums, predictions[batch], grid[batch], window, first)
+        parts.append(normalise(*sums))
+    assert np.abs(np.concatenate(parts) - whole).max() < 1e-6
+
+
+def test_gaussian_window_is_symmetric_positive_and_highest_in_the_middle():
+    window = gaussian_window((100, 60))
+    assert window.dtype == np.float32
+    assert window.shape == (100, 60)
+    assert np.array_equal(window, window[::-1, ::-1])
+    assert window.min() > 0
+    assert np.unravel_index(window.argmax(), window.shape) == (49, 29)
+    assert gaussian_window((1, 1)).tolist() == [[1]]
+
+
+def test_voxels_without_votes_are_an_error_or_filled():
+    grid = block_grid((1, 1, 9), (1, 1, 2), (1, 1, 4))
+    with pytest.raises(SettingsError, match="3 voxels have no prediction"):
+        stack_blocks(np.ones((len(grid), 1, 2)), grid, (1, 1, 9))
+    filled = normalise(np.array([[[2.0, 0]]]), np.array([[[4.0, 0]]]), fill=0.25)
+    assert filled.tolist() == [[[0.5, 0.25]]]
+
+
+# Bad input
+
+TREE = tree_of([[4, 4, 4]], [-1])
+BAD = [
+    (SettingsError, "sironi, scale_space, radius", lambda: make_target(TREE, (9, 9, 9), kind="x")),
+    (VolumeError, "shape: expected three", lambda: make_target(TREE, (9, 9))),
+    (VolumeError, "shape: expected three", lambda: scale_space(TREE, (9, 0, 9))),
+    (VolumeError, "spacing", lambda: make_target(TREE, (9, 9, 9), (1, 0, 1))),
+    (VolumeError, "spacing", lambda: make_target(TREE, (9, 9, 9), (1, float("nan"), 1))),
+    (SettingsError, "tau", lambda: make_target(TREE, (9, 9, 9), tau=0)),
+    (SettingsError, "d_max", lambda: tube_radius(0.1, d_max=-1)),
+    (SettingsError, "radii", lambda: scale_space(TREE, (9, 9, 9), radii=[])),
+    (DataError, "node 0", lambda: make_target(tree_of([[4, 4, np.nan]], [-1]), (9, 9, 9))),
+    (
+        DataError,
+        "larger than the volume",
+        lambda: make_target(tree_of([[4, 4, 4]], [-1], 99), (9, 9, 9), kind="radius"),
+    ),
+    (SettingsError, "odd depth", lambda: block_grid((9, 9, 9), (4, 3, 3))),
+    (SettingsError, "block", lambda: block_grid((9, 9, 9), (3, 3))),
+    (SettingsError, "stride", lambda: block_grid((9, 9, 9), (3, 3, 3), (1, 0, 1))),
+    (SettingsError, "stride 0", lambda: block_starts(9, 3, 0)),
+    (VolumeError, "slices 0 to 8", lambda: read_block(np.zeros((9, 9, 9)), (9, 0, 0))),
+    (VolumeError, "shape", lambda: read_block(np.zeros((9, 9)), (0, 0, 0))),
+    (VolumeError, "positions", lambda: salient(np.zeros((2, 9, 9), bool), np.zeros((3, 2)))),
+    (VolumeError, r"\[5, 0, 0\] lies outside", lambda: salient(np.ones((2, 9, 9)), [[5, 0, 0]])),
+    (
+        SettingsError,
+        "negatives",
+        lambda: choose_blocks(np.zeros((2, 9, 9)), block_grid((2, 9, 9)), -1),
+    ),
+    (
+        SettingsError,
+        "gaussian, uniform",
+        lambda: stack_blocks(np.zeros((1, 9, 9)), [[0, 0, 0]], (1, 9, 9), "x"),
+    ),
+    (
+        VolumeError,
+        "expected 1 blocks",
+        lambda: stack_blocks(np.zeros((2, 9, 9)), [[0, 0, 0]], (1, 9, 9)),
+    ),
+    (
+        VolumeError,
+        "cannot stack",
+        lambda: accumulate(
+            np.zeros((1, 9, 9)), np.zeros((1, 9, 9)), np.zeros((1, 3, 3)), [[0, 0, 0]], np.ones(3)
+        ),
+    ),
+    (
+        VolumeError,
+        r"\[0, 9, 0\] lies outside",
+        lambda: accumulate(
+            *np.zeros((2, 1, 9, 9)), np.zeros((1, 3, 3)), [[0, 9, 0]], np.ones((3, 3))
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("error", "words", "call"), BAD)
+def test_bad_input_is_one_clear_line(error, words, call):
+    with pytest.raises(error, match=words) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+# Real neurons
+
+
+@pytest.mark.parametrize("name", ["sensory_I4-2", "class1_sn23"])
+def test_real_neurons(name):
+    if not (REAL / f"{name}.tif").exists():
+        pytest.skip(f"the real image {name} is not in {REAL}")
+    tifffile = pytest.importorskip("tifffile")
+    volume = tifffile.imread(REAL / f"{name}.tif")
+    table = np.loadtxt(REAL / f"{name}.swc", ndmin=2)
+    row = {int(identity): i for i, identity in enumerate(table[:, 0])}
+    parent = [row.get(int(p), -1) for p in table[:, 6]]
+    tree = Tree(table[:, 2:5], table[:, 5], table[:, 1].astype(int), np.array(parent))
+    response, mask = make_target(tree, volume.shape)
+    nodes = tuple(np.rint(tree.xyz[:, ::-1]).astype(int).clip(0, np.array(volume.shape) - 1).T)
+    assert mask[nodes].all()
+    assert 1e-4 < mask.mean() < 0.02
+    # The neurite is bright where the target says it is: it lies on the image, in its frame.
+    assert volume[mask].mean() > 3 * volume[response == 0].mean()
+
+    grid = block_grid(volume.shape)
+    chosen = choose_blocks(mask, grid)
+    share = np.array([read_block(mask, p)[2].mean() for p in grid[chosen]])
+    positives = np.count_nonzero(share >= 0.001)
+    assert positives == salient(mask, grid).sum()
+    assert len(chosen) == positives + np.ceil(positives / 4)
+
+    predictions = np.stack([read_block(volume, p)[2] for p in grid]) / 255
+    assert np.abs(stack_blocks(predictions, grid, volume.shape) - volume / 255).max() < 1e-6

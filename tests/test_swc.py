@@ -1,0 +1,676 @@
+"""SWC files and trees, against independent oracles."""
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neurolib.errors import DataError, SwcError
+from neurolib.swc import (
+    Tree,
+    branch_points,
+    check_pair,
+    components,
+    crop,
+    densify,
+    fit,
+    length,
+    read_swc,
+    resample,
+    tips,
+    topological_order,
+    transform,
+    write_swc,
+)
+from neurolib.volume import Volume, read_volume
+
+DATA = Path(__file__).parents[1].parent / "shared" / "data"
+CASES = int(os.environ.get("NEUROLIB_FUZZ", "600"))
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")
+
+Y_SHAPE = """\
+# a root, a branch point, two tips
+1 1 10 10 10 3 -1
+2 3 14 10 10 1 1
+3 3 14 13 14 1 2
+4 3 14 10 20 2 2
+"""
+
+
+def save(folder, content, name="tree.swc"):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def read(folder, content, name="tree.swc"):
+    return read_swc(save(folder, content, name))
+
+
+def nodes(tree):
+    """The tree as a sorted list of nodes with their parents' content: free of any row order."""
+
+    def content(row):
+        return (*np.round(tree.xyz[row], 6), round(float(tree.radius[row]), 6), int(tree.type[row]))
+
+    return sorted((content(row), content(p) if p >= 0 else ()) for row, p in enumerate(tree.parent))
+
+
+def same(a, b):
+    return all(np.array_equal(getattr(a, k), getattr(b, k)) for k in ("xyz", "type", "parent"))
+
+
+def forest(seed, n, roots=2, spread=40.0):
+    """A random forest with short edges, parents first."""
+    rng = np.random.default_rng(seed)
+    parent = np.array([-1 if k < roots else rng.integers(max(0, k - 6), k) for k in range(n)])
+    xyz = rng.uniform(0, spread, (n, 3))
+    for k in range(roots, n):
+        xyz[k] = xyz[parent[k]] + rng.normal(0, 3, 3)
+    return Tree(xyz, rng.uniform(0.5, 3, n), rng.integers(1, 5, n), parent)
+
+
+@st.composite
+def trees(draw):
+    """Any forest, with coordinates of four decimals."""
+    n = draw(st.integers(1, 30))
+    number = st.integers(-(10**7), 10**7).map(lambda k: k / 10**4)
+    xyz = [[draw(number) for _ in range(3)] for _ in range(n)]
+    radius = draw(st.lists(st.integers(1, 99999), min_size=n, max_size=n))
+    parent = [-1] + [draw(st.integers(-1, k - 1)) for k in range(1, n)]
+    return Tree(
+        np.array(xyz),
+        np.array(radius) / 1000,
+        np.array(draw(st.lists(st.integers(0, 20), min_size=n, max_size=n))),
+        np.array(parent),
+    )
+
+
+# Reading ------------------------------------------------------------------------------------
+
+
+def test_reads_columns_into_rows(tmp_path):
+    tree = read(tmp_path, Y_SHAPE)
+    assert tree.xyz.tolist() == [[10, 10, 10], [14, 10, 10], [14, 13, 14], [14, 10, 20]]
+    assert tree.radius.tolist() == [3, 1, 1, 2]
+    assert tree.type.tolist() == [1, 3, 3, 3]
+    assert tree.parent.tolist() == [-1, 0, 1, 1]
+    assert tree.repairs == ()
+    assert tree.xyz.dtype == np.float64
+    assert tree.parent.dtype.kind == "i"
+
+
+@pytest.mark.parametrize(
+    ("label", "change"),
+    [
+        ("crlf", lambda t: t.replace("\n", "\r\n")),
+        ("cr", lambda t: t.replace("\n", "\r")),
+        ("tabs", lambda t: t.replace(" ", "\t")),
+        ("wide", lambda t: t.replace(" ", "   ")),
+        ("indented", lambda t: "  " + t.replace("\n", "  \n  ")),
+        ("commas", lambda t: t.replace(" ", ",")),
+        ("commas and blanks", lambda t: t.replace(" ", ", ")),
+        ("float ids", lambda t: t.replace("\n2 3", "\n2.0 3.0").replace(" 1 1\n", " 1 1.0\n")),
+        ("bom", lambda t: "\ufeff" + t),
+        ("inline comment", lambda t: t.replace("-1\n", "-1 # soma\n")),
+        ("comments between", lambda t: t.replace("\n3 3", "\n# half\n\n#\n3 3")),
+        ("extra columns", lambda t: t.replace("-1\n", "-1 0 0 7 8.5\n")),
+        ("no last line end", lambda t: t.rstrip("\n")),
+        ("exponents", lambda t: t.replace("14 10 20", "1.4e1 1E+1 2e+01")),
+    ],
+)
+def test_reads_every_dialect_alike(tmp_path, label, change):
+    plain = read(tmp_path, Y_SHAPE)
+    tree = read(tmp_path, change(Y_SHAPE))
+    assert same(tree, plain)
+    assert np.array_equal(tree.radius, plain.radius)
+    assert tree.repairs == ()
+
+
+def test_reads_other_encodings(tmp_path):
+    plain = read(tmp_path, Y_SHAPE)
+    assert same(read(tmp_path, ("# Zürich µm\n" + Y_SHAPE).encode("latin-1")), plain)
+    assert same(read(tmp_path, Y_SHAPE.encode("utf-16")), plain)
+
+
+def test_reads_eswc(tmp_path):
+    text = "#name x\n##n,type,x,y,z,radius,parent,seg_id,level,mode,timestamp,feature_value\n"
+    rows = "1 2 5 6 7 1 -1 0 1 0 1 0 0\n2 2 6 6 7 1 1 0 1 0 1 0 0\n"
+    assert read(tmp_path, text + rows, "a.eswc").parent.tolist() == [-1, 0]
+
+
+def test_keeps_file_order_where_parents_come_first(tmp_path):
+    tree = read(tmp_path, "7 3 0 0 0 1 -1\n3 3 1 0 0 1 7\n9 3 2 0 0 1 7\n1 3 3 0 0 1 3\n")
+    assert tree.xyz[:, 0].tolist() == [0, 1, 2, 3]
+    assert tree.parent.tolist() == [-1, 0, 0, 1]
+    assert tree.repairs == ()
+
+
+def test_reorders_forward_parents_and_says_so(tmp_path):
+    tree = read(tmp_path, "1 3 0 0 0 1 2\n2 3 1 0 0 1 3\n3 3 2 0 0 1 -1\n4 3 9 0 0 1 2\n")
+    # Depth first from node 3: 3, 2, then 2's children 1 and 4 in the order of the file.
+    assert tree.xyz[:, 0].tolist() == [2, 1, 0, 9]
+    assert tree.parent.tolist() == [-1, 0, 1, 1]
+    assert tree.repairs == ("lines 1, 2: listed before its parent, nodes reordered",)
+
+
+@pytest.mark.parametrize(
+    ("text", "parent", "repair"),
+    [
+        ("1 3 0 0 0 1 1\n2 3 1 0 0 1 1\n", [-1, 0], "line 1: its own parent, taken as a root"),
+        (
+            "1 3 0 0 0 1 0\n2 3 1 0 0 1 1\n",
+            [-1, 0],
+            "line 1: no such parent, taken as a root (-1)",
+        ),
+        (
+            "#\n1 3 0 0 0 1 -1\n2 3 1 0 0 1 1\n\n2 3 1 0 0 1 1\n3 3 2 0 0 1 2\n",
+            [-1, 0, 1],
+            "line 5: repeats an earlier node, dropped",
+        ),
+        ("1 3 0 0 0 0 -1\n2 3 1 0 0 -2 1\n", [-1, 0], "lines 1, 2: radius not positive, set to 1"),
+        (
+            "id type x y z r parent\n1 3 0 0 0 1 -1\n",
+            [-1],
+            "line 1: heading without # skipped",
+        ),
+    ],
+)
+def test_repairs_and_reports(tmp_path, text, parent, repair):
+    tree = read(tmp_path, text)
+    assert tree.parent.tolist() == parent
+    assert tree.repairs == (repair,)
+    assert (tree.radius == 1).all()
+
+
+def test_zero_may_be_an_id(tmp_path):
+    tree = read(tmp_path, "0 3 0 0 0 1 -1\n1 3 1 0 0 1 0\n")
+    assert tree.parent.tolist() == [-1, 0]
+    assert tree.repairs == ()
+
+
+def test_long_repairs_are_counted_not_listed(tmp_path):
+    rows = [f"{k} 3 {k} 0 0 0 {k - 1 if k > 1 else -1}" for k in range(1, 1001)]
+    tree = read(tmp_path, "\n".join(rows))
+    assert tree.repairs == ("lines 1, 2, 3 and 997 more: radius not positive, set to 1",)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "no nodes"),
+        ("# only\n# comments\n", "no nodes"),
+        ("1 3 0 0 0 1 -1\n2 3 1 0 0 1\n", "line 2: found 6 columns, expected 7"),
+        ("1 3 0 0 0 1 -1\n\n2 3 one 0 0 1 1\n", "line 3: found 'one', expected a number"),
+        ("1 3 0 0 0 1 -1\n2 3 1_0 0 0 1 1\n", "line 2: found '1_0'"),
+        ("1 3 0 0 0 1 -1\n# x\n2 3 nan 0 0 1 1\n", "line 3: x is nan"),
+        ("1 3 0 0 0 1 -1\n2 3 0 0 0 inf 1\n", "line 2: radius is inf"),
+        ("1 3 0 0 1e999 1 -1\n", "line 1: z is inf"),
+        ("1 3 0 0 0 1 -1\n2.5 3 0 0 0 1 1\n", "line 2: id is 2.5"),
+        ("1 3 0 0 0 1 -1\n2 3 0 0 0 1 0.5\n", "line 2: parent is 0.5"),
+        ("1 3.5 0 0 0 1 -1\n", "line 1: type is 3.5"),
+        ("1 3 0 0 0 1 -1\n2 3 0 4e12 0 1 1\n", "line 2: coordinate or radius beyond"),
+        ("1 3 0 0 0 1 -1\n2 3 0 0 0 1 8\n", "line 2: parent 8 does not exist"),
+        ("1 3 0 0 0 1 -1\n1 3 5 0 0 1 -1\n", "line 2: id 1 is already that of line 1"),
+        ("1 3 0 0 0 1 -1\n2 3 1 0 0 1 3\n3 3 1 0 0 1 2\n", "its own ancestor"),
+        ("1 3 0 0 0 1 2\n2 3 0 0 0 1 3\n3 3 0 0 0 1 1\n", "its own ancestor"),
+        ("1 3 1,5 2,5 3,5 1,0 -1\n", "1 columns|commas|columns"),
+        ("1 3 1,5 2,5 3,5 1,0 -1 0\n", "line 1: found commas inside numbers"),
+        ("1 3 0 0\x000 1 -1\n", "binary"),
+    ],
+)
+def test_refuses_with_the_line(tmp_path, text, words):
+    with pytest.raises(SwcError, match=words) as caught:
+        read(tmp_path, text)
+    assert str(caught.value).startswith("tree.swc: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_cycle_is_blamed_on_a_node_of_it(tmp_path):
+    # Node 2 hangs on the cycle 3-4 but is not part of it.
+    with pytest.raises(SwcError, match=r"line [34]: node [34] is its own ancestor"):
+        read(tmp_path, "1 3 0 0 0 1 -1\n2 3 1 0 0 1 3\n3 3 1 0 0 1 4\n4 3 1 0 0 1 3\n")
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(SwcError, match="cannot be read"):
+        read_swc(tmp_path / "none.swc")
+    with pytest.raises(SwcError, match="cannot be read"):
+        read_swc(tmp_path)
+
+
+def test_large_files_never_need_the_line_parser(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    table = rng.uniform(1, 500, (35_000, 4)).round(3)
+    rows = [
+        f"{k + 1} 3 {x:.3f} {y:.3f} {z:.3f} {r:.3f} {k if k else -1}"
+        for k, (x, y, z, r) in enumerate(table)
+    ]
+    # The line parser takes ten times as long as NumPy's; it is for files that NumPy refuses.
+    monkeypatch.setattr("neurolib.swc._parse_lines", None)
+    for order in (rows, rows[::-1]):
+        tree = read_swc(save(tmp_path, "\n".join(order)))
+        assert np.array_equal(tree.xyz, table[:, :3])
+        assert np.array_equal(tree.parent, np.arange(-1, 34_999))
+
+
+def test_order_of_a_star_of_200000_children():
+    n = 200_000
+    star = np.zeros(n, dtype=int)
+    star[-1] = -1
+    star[:-1] = n - 1
+    order = topological_order(Tree(np.zeros((n, 3)), np.ones(n), np.ones(n, int), star))
+    assert order[0] == n - 1
+    assert order[1:].tolist() == list(range(n - 1))
+
+
+# Round trip ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(tree=trees())
+def test_round_trip_is_exact(tmp_path_factory, tree):
+    path = tmp_path_factory.mktemp("swc") / "a.swc"
+    back = read_swc(write_swc(path, tree))
+    assert same(back, tree)
+    assert np.array_equal(back.radius, tree.radius)
+    assert back.repairs == ()
+
+
+@settings(max_examples=30, deadline=None)
+@given(tree=trees(), seed=st.integers(0, 2**32))
+def test_permuted_lines_give_the_same_tree(tmp_path_factory, tree, seed):
+    path = write_swc(tmp_path_factory.mktemp("swc") / "a.swc", tree)
+    lines = path.read_text().splitlines()
+    random.Random(seed).shuffle(lines)
+    path.write_text("\n".join(lines))
+    back = read_swc(path)
+    assert nodes(back) == nodes(tree)
+    assert (back.parent < np.arange(len(back.parent))).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(tree=trees(), seed=st.integers(0, 2**32))
+def test_written_files_are_parent_first_with_ids_from_one(tmp_path_factory, tree, seed):
+    shuffled = np.random.default_rng(seed).permutation(len(tree.parent))
+    place = np.append(np.argsort(shuffled), -1)
+    mixed = Tree(
+        tree.xyz[shuffled],
+        tree.radius[shuffled],
+        tree.type[shuffled],
+        place[tree.parent[shuffled]],
+    )
+    path = write_swc(tmp_path_factory.mktemp("swc") / "a.swc", mixed, "two\nlines")
+    head, body = [], []
+    for line in path.read_text().splitlines():
+        (head if line.startswith("#") else body).append(line.split())
+    assert [" ".join(row) for row in head] == ["# two", "# lines", "# id type x y z radius parent"]
+    assert [int(row[0]) for row in body] == list(range(1, len(body) + 1))
+    assert all(row[6] == "-1" or 1 <= int(row[6]) < int(row[0]) for row in body)
+    assert sum(row[6] == "-1" for row in body) == len(set(components(mixed).tolist()))
+    assert nodes(read_swc(path)) == nodes(tree)
+
+
+def test_write_refuses_what_is_no_forest(tmp_path):
+    ok = Tree(np.zeros((2, 3)), np.ones(2), np.ones(2, int), np.array([-1, 0]))
+    bad = {
+        "its own ancestor": {"parent": np.array([1, 0])},
+        "expected -1 to 1": {"parent": np.array([-1, 5])},
+        "not finite": {"xyz": np.full((2, 3), np.nan)},
+        "shapes": {"radius": np.ones(3)},
+        "int": {"parent": np.array([-1.0, 0.0])},
+    }
+    for words, change in bad.items():
+        with pytest.raises(SwcError, match=words):
+            write_swc(tmp_path / "bad.swc", Tree(**{**vars(ok), **change}))
+    with pytest.raises(SwcError, match="without nodes"):
+        write_swc(tmp_path / "bad.swc", Tree(np.zeros((0, 3)), *[np.zeros(0, int)] * 3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_small_radii_and_negative_zero_survive(tmp_path):
+    tree = Tree(np.array([[-1e-9, 0, 0]]), np.array([1.25e-5]), np.array([3]), np.array([-1]))
+    path = write_swc(tmp_path / "a.swc", tree)
+    assert "-0.0000" not in path.read_text()
+    assert read_swc(path).radius.tolist() == [1.25e-5]
+
+
+# Shape --------------------------------------------------------------------------------------
+
+
+def test_tips_and_branch_points_do_not_depend_on_the_root(tmp_path):
+    tree = read(tmp_path, Y_SHAPE)
+    assert tips(tree).tolist() == [0, 2, 3]
+    assert branch_points(tree).tolist() == [1]
+    turned = Tree(tree.xyz, tree.radius, tree.type, np.array([1, -1, 1, 1]))
+    assert tips(turned).tolist() == [0, 2, 3]
+    assert branch_points(turned).tolist() == [1]
+    lone = Tree(np.zeros((1, 3)), np.ones(1), np.ones(1, int), np.array([-1]))
+    assert tips(lone).tolist() == [0]
+    assert branch_points(lone).tolist() == []
+
+
+def test_length_in_voxels_and_micrometres(tmp_path):
+    tree = read(tmp_path, Y_SHAPE)
+    assert length(tree) == pytest.approx(4 + 5 + 10)
+    # Edge 2-3 runs 3 in y and 4 in z.
+    assert length(tree, (2, 1, 0.5)) == pytest.approx(2 + (9 + 64) ** 0.5 + 20)
+
+
+@settings(max_examples=20, deadline=None)
+@given(tree=trees())
+def test_components_are_those_of_a_walk_to_the_root(tree):
+    def root(row):
+        while tree.parent[row] >= 0:
+            row = tree.parent[row]
+        return int(row)
+
+    roots = [root(row) for row in range(len(tree.parent))]
+    first_seen = list(dict.fromkeys(roots))
+    assert components(tree).tolist() == [first_seen.index(r) for r in roots]
+
+
+def distance_to_tree(points, tree):
+    """Distance of each point to the nearest edge (or lone node), one edge at a time."""
+    best = np.full(len(points), np.inf)
+    for row, p in enumerate(tree.parent):
+        a = tree.xyz[p if p >= 0 else row]
+        d = tree.xyz[row] - a
+        t = np.clip((points - a) @ d / max(d @ d, 1e-300), 0, 1)
+        best = np.minimum(best, np.linalg.norm(points - a - t[:, None] * d, axis=1))
+    return best
+
+
+@pytest.mark.parametrize("step", [0.3, 0.5, 2.0])
+def test_densify_covers_every_edge(step):
+    tree = forest(1, 60)
+    points, radius = densify(tree, step)
+    expected, thickness = [], []
+    for row, p in enumerate(tree.parent):
+        if p < 0:
+            expected.append(tree.xyz[row])
+            thickness.append(tree.radius[row])
+            continue
+        edge = tree.xyz[row] - tree.xyz[p]
+        pieces = max(1, int(np.ceil(np.linalg.norm(edge) / step)))
+        assert np.linalg.norm(edge) / pieces <= step + 1e-12
+        for k in range(1, pieces + 1):
+            expected.append(tree.xyz[p] + edge * k / pieces)
+            change = tree.radius[row] - tree.radius[p]
+            thickness.append(tree.radius[p] + change * k / pieces)
+    assert len(points) == len(expected)
+    by_place = np.lexsort(np.round(points, 6).T)
+    oracle = np.lexsort(np.round(expected, 6).T)
+    assert np.allclose(points[by_place], np.array(expected)[oracle])
+    assert np.allclose(radius[by_place], np.array(thickness)[oracle])
+
+
+def test_densify_in_micrometres():
+    tree = Tree(
+        np.array([[0.0, 0, 0], [0, 0, 3], [4, 0, 3]]),
+        np.array([2.0, 2, 2]),
+        np.ones(3, int),
+        np.array([-1, 0, 1]),
+    )
+    points, radius = densify(tree, 0.5, spacing=(2.0, 0.5, 0.5))
+    # 6 µm along z and 2 µm along x.
+    assert len(points) == 1 + 12 + 4
+    assert points.max(axis=0).tolist() == [2, 0, 6]
+    assert np.allclose(radius, 1.0)
+
+
+@pytest.mark.parametrize("step", [0.7, 2.0, 1000.0])
+def test_resample_keeps_key_points_and_stays_on_the_tree(step):
+    for seed in range(5):
+        tree = forest(seed, 80, roots=3)
+        new = resample(tree, step)
+        key = np.union1d(
+            np.union1d(tips(tree), branch_points(tree)), np.flatnonzero(tree.parent < 0)
+        )
+        old_key = {tuple(p) for p in tree.xyz[key]}
+        assert old_key <= {tuple(p) for p in new.xyz}
+        assert {tuple(p) for p in new.xyz[tips(new)]} == {tuple(p) for p in tree.xyz[tips(tree)]}
+        assert {tuple(p) for p in new.xyz[branch_points(new)]} == {
+            tuple(p) for p in tree.xyz[branch_points(tree)]
+        }
+        assert distance_to_tree(new.xyz, tree).max() < 1e-6
+        child = new.parent >= 0
+        gaps = np.linalg.norm(new.xyz[child] - new.xyz[new.parent[child]], axis=1)
+        assert gaps.max() <= step + 1e-6 or step == 1000.0
+        assert length(new) <= length(tree) + 1e-6
+        assert len(set(components(new))) == len(set(components(tree)))
+        assert set(new.type) <= set(tree.type)
+        if step == 1000.0:
+            assert {tuple(p) for p in new.xyz} == old_key
+
+
+def test_resample_of_a_straight_line_is_even_with_linear_radius():
+    tree = Tree(
+        np.array([[0.0, 0, 0], [1, 0, 0], [9, 0, 0], [10, 0, 0]]),
+        np.array([1.0, 1.1, 1.9, 2.0]),
+        np.array([1, 2, 3, 4]),
+        np.array([-1, 0, 1, 2]),
+    )
+    new = resample(tree, 2.0)
+    assert np.allclose(new.xyz[:, 0], [0, 2, 4, 6, 8, 10])
+    assert np.allclose(new.radius, [1, 1.2, 1.4, 1.6, 1.8, 2])
+    assert new.type.tolist() == [1, 3, 3, 3, 3, 4]
+    assert new.parent.tolist() == [-1, 0, 1, 2, 3, 4]
+
+
+def test_resample_survives_coincident_and_lone_nodes():
+    xyz = np.array([[5.0, 5, 5], [5, 5, 5], [5, 5, 5], [9, 9, 9]])
+    tree = Tree(xyz, np.ones(4), np.ones(4, int), np.array([-1, 0, 1, -1]))
+    new = resample(tree, 1.0)
+    assert sorted(map(tuple, new.xyz)) == [(5, 5, 5), (5, 5, 5), (9, 9, 9)]
+    lone = Tree(xyz[:1], np.ones(1), np.ones(1, int), np.array([-1]))
+    assert same(resample(lone, 1.0), lone)
+
+
+@pytest.mark.parametrize("step", [0, -1, np.nan, np.inf])
+def test_steps_must_be_positive(step):
+    tree = forest(0, 5)
+    for function in (resample, densify):
+        with pytest.raises(SwcError, match="step"):
+            function(tree, step)
+
+
+# Frames -------------------------------------------------------------------------------------
+
+
+def test_transform_in_its_documented_order():
+    tree = Tree(np.array([[3.0, 8.0, 30.0]]), np.array([2.0]), np.array([3]), np.array([-1]))
+    moved = transform(tree, spacing=(3, 2, 0.5), origin=1)
+    assert moved.xyz.tolist() == [[5, 3, 9]]
+    assert moved.radius.tolist() == [2.0]
+    assert transform(tree, flip_y=100).xyz.tolist() == [[3, 91, 30]]
+    assert transform(tree, origin=(0.5, 0, 2)).xyz.tolist() == [[1, 8, 29.5]]
+    assert tree.xyz.tolist() == [[3, 8, 30]]
+    for wrong in ({"spacing": (1, 0, 1)}, {"spacing": (1, 1)}, {"origin": np.nan}):
+        with pytest.raises(SwcError):
+            transform(tree, **wrong)
+
+
+def test_flip_twice_is_nothing():
+    tree = forest(3, 20)
+    assert np.allclose(transform(transform(tree, flip_y=77), flip_y=77).xyz, tree.xyz)
+
+
+def test_crops_of_adjoining_blocks_add_up():
+    for seed in range(4):
+        tree = forest(seed, 120, spread=30)
+        low = np.floor(tree.xyz.min(axis=0))[::-1] - 1
+        high = np.ceil(tree.xyz.max(axis=0))[::-1] + 2
+        cuts = [np.unique([a, a + 7, a + 18, b]) for a, b in zip(low, high, strict=True)]
+        total, count = 0.0, 0
+        for z0, z1 in zip(cuts[0], cuts[0][1:], strict=False):
+            for y0, y1 in zip(cuts[1], cuts[1][1:], strict=False):
+                for x0, x1 in zip(cuts[2], cuts[2][1:], strict=False):
+                    part = crop(tree, (z0, y0, x0), (z1, y1, x1))
+                    size = np.array([x1 - x0, y1 - y0, z1 - z0])
+                    assert (part.xyz >= -0.5 - 1e-9).all()
+                    assert (part.xyz <= size - 0.5 + 1e-9).all()
+                    assert (part.parent < np.arange(len(part.parent))).all()
+                    if len(part.parent):
+                        back = part.xyz + np.array([x0, y0, z0])
+                        assert distance_to_tree(back, tree).max() < 1e-9
+                    total += length(part)
+                    count += len(part.parent)
+        assert total == pytest.approx(length(tree))
+        assert count > len(tree.parent)
+
+
+def test_crop_is_in_the_frame_of_the_block():
+    line = Tree(
+        np.array([[0.0, 5, 5], [20, 5, 5]]),
+        np.array([1.0, 3.0]),
+        np.array([1, 2]),
+        np.array([-1, 0]),
+    )
+    part = crop(line, (4, 3, 10), (8, 8, 15))
+    assert part.xyz.tolist() == [[-0.5, 2, 1], [4.5, 2, 1]]
+    assert np.allclose(part.radius, [1.95, 2.45])
+    assert part.parent.tolist() == [-1, 0]
+    assert len(crop(line, (4, 6, 10), (8, 8, 15)).parent) == 0
+    whole = crop(line, (0, 0, 0), (30, 30, 30))
+    assert same(whole, line)
+    with pytest.raises(SwcError, match="empty"):
+        crop(line, (4, 3, 10), (8, 3, 15))
+
+
+# Tree and image -----------------------------------------------------------------------------
+
+
+def painted(tree, shape):
+    """An image that is bright within two voxels of the tree, with noise."""
+    grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1).reshape(-1, 3)
+    near = distance_to_tree(grid[:, ::-1].astype(float), tree) < 2
+    noise = np.random.default_rng(0).uniform(0, 40, shape)
+    return Volume((noise + 200 * near.reshape(shape)).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def pair():
+    points = np.array([[6.0, 5, 6], [20, 9, 8], [34, 20, 12], [25, 24, 20], [42, 8, 16]])
+    tree = Tree(points, np.ones(5), np.ones(5, int), np.array([-1, 0, 1, 2, 1]))
+    return tree, painted(tree, (26, 34, 50))
+
+
+def test_fit_of_the_right_frame_has_no_hint(pair):
+    tree, volume = pair
+    report = fit(tree, volume)
+    assert report.contrast > 3
+    assert report.inside == 1
+    assert report.hint == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        ({"flip_y": 34}, "flip y?"),
+        ({"origin": (3.5, 0, 0)}, "offset by 3.5 in z?"),
+        ({"origin": (2, 0, 0)}, "offset by 2 in z?"),
+        ({"origin": (0, -4, 0)}, "offset by -4 in y?"),
+    ],
+)
+def test_fit_names_the_frame_that_was_lost(pair, change, hint):
+    tree, volume = pair
+    report = fit(transform(tree, **change), volume)
+    assert report.contrast < fit(tree, volume).contrast / 1.1
+    found = report.hint.split()
+    wanted = hint.split()
+    assert found[0] == wanted[0]
+    assert found[-1] == wanted[-1]
+    if found[0] == "offset":
+        # Along a bright tube two voxels wide, the best shift is known to a voxel.
+        assert abs(float(found[2]) - float(wanted[2])) <= 1
+
+
+def test_check_pair(pair):
+    tree, volume = pair
+    assert check_pair(tree, volume.data.shape, "a") is None
+    with pytest.raises(DataError, match=r"a: 0% .* x 500 to 536"):
+        check_pair(transform(tree, origin=(0, 0, -494)), volume.data.shape, "a")
+    with pytest.raises(DataError, match="no nodes"):
+        check_pair(Tree(np.zeros((0, 3)), *[np.zeros(0, int)] * 3), (5, 5, 5), "a")
+
+
+# Real data ----------------------------------------------------------------------------------
+
+
+@needs_data
+def test_all_real_trees_read_and_round_trip(tmp_path):
+    paths = sorted(DATA.rglob("*.swc"))
+    assert len(paths) > 60
+    for path in paths:
+        tree = read_swc(path)
+        rows = [r.split() for r in path.read_text(errors="replace").splitlines()]
+        rows = [r for r in rows if r and not r[0].startswith("#")]
+        dropped = any("dropped" in repair for repair in tree.repairs)
+        assert len(tree.parent) == len(rows) or dropped
+        assert (tree.parent < np.arange(len(tree.parent))).all()
+        back = read_swc(write_swc(tmp_path / "copy.swc", tree))
+        assert np.array_equal(back.parent, tree.parent)
+        assert np.abs(back.xyz - tree.xyz).max() <= 0.5001e-4
+
+
+@needs_data
+@pytest.mark.parametrize("name", ["class1_sn23", "sensory_I4-2", "sensory_M4-4"])
+def test_fit_on_real_pairs(name):
+    tree = read_swc(DATA / "real3d" / f"{name}.swc")
+    volume = read_volume(DATA / "real3d" / f"{name}.tif")
+    check_pair(tree, volume.data.shape, name)
+    report = fit(tree, volume)
+    assert report.hint == ""
+    assert report.contrast > 2
+    assert fit(transform(tree, flip_y=volume.data.shape[1]), volume).hint == "flip y?"
+
+
+# Fuzz ---------------------------------------------------------------------------------------
+
+
+def mutate(content: bytes, rng: random.Random) -> bytes:
+    data = bytearray(content)
+    for _ in range(rng.randint(1, 2)):
+        kind = rng.randrange(5)
+        at = rng.randrange(len(data)) if data else 0
+        if kind == 0:
+            del data[at:]
+        elif kind == 1 and data:
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 2:
+            words = [b"nan", b"-1", b"1e309", b"99999999999999999999", b"#", b",", b"\n", b"\0"]
+            data[at:at] = rng.choice([*words, b"\xff\xfe", b" ", b"9" * 400])
+        elif kind == 3:
+            end = min(len(data), at + rng.randint(1, 30))
+            data[at:at] = data[at:end]
+        elif kind == 4:
+            del data[at : at + rng.randint(1, 30)]
+    return bytes(data)
+
+
+def test_damaged_files_are_refused_or_read_as_trees(tmp_path):
+    rng = random.Random(2)
+    source = write_swc(tmp_path / "a.swc", forest(0, 40)).read_bytes()
+    path = tmp_path / "damaged.swc"
+    refused = several_lines = 0
+    for case in range(CASES):
+        path.write_bytes(mutate(source, rng))
+        try:
+            tree = read_swc(path)
+        except SwcError as error:
+            refused += 1
+            several_lines += "\n" in str(error)
+            continue
+        n = len(tree.parent)
+        assert np.isfinite(tree.xyz).all(), case
+        assert (tree.radius > 0).all(), case
+        assert (tree.parent < np.arange(n)).all(), case
+        assert (tree.parent >= -1).all(), case
+    print(f"SWC: {CASES} damaged files, {refused} refused, {CASES - refused} read")
+    assert 0 < refused < CASES
+    assert several_lines == 0
