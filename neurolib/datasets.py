@@ -1,0 +1,289 @@
+"""Data sets: pairs of an image and its SWC, split by neuron.
+
+A data set is a folder of pairs with the same name (``cell.tif`` and ``cell.swc``), wherever it
+comes from: generated (``synthetic``), downloaded (``bigneuron-janelia``), or somebody's own.
+"""
+
+import csv
+import hashlib
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from neurolib import synthesis
+from neurolib.blocking import make_target
+from neurolib.errors import DataError
+from neurolib.files import atomic_path, sha256, write_text
+from neurolib.swc import Tree, check_pair, read_swc, write_swc
+from neurolib.volume import SUFFIXES, normalise, read_volume, write_volume
+from neurolib.weights import cache_folder
+
+# Part words by which people name several crops of one neuron: they never go into two splits.
+PART = re.compile(
+    r"([_\-. ](body|tail|head|soma|axon|dendrite|dendrites|left|right|top|bottom|"
+    r"(crop|part|tile|piece|section|stack)[_\-]?\d*))+$",
+    re.IGNORECASE,
+)
+NEURONS_FILE = "neurons.csv"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image and its tree: `name`, the `neuron` it shows, both files, and how it was made."""
+
+    name: str
+    neuron: str
+    image: Path
+    swc: Path
+    style: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A pair, read: normalised image (z, y, x), spacing (dz, dy, dx) µm, tree and target."""
+
+    pair: Pair
+    image: np.ndarray
+    spacing: tuple[float, float, float]
+    tree: Tree
+    response: np.ndarray
+    mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class Split:
+    """Pairs for training, validation and test; no neuron is in two of them."""
+
+    train: tuple[Pair, ...]
+    validation: tuple[Pair, ...]
+    test: tuple[Pair, ...]
+
+    def __iter__(self):
+        return iter((self.train, self.validation, self.test))
+
+
+def load_dataset(name: str | Path) -> list[Pair]:
+    """Pairs of a data set.
+
+    Parameters
+    ----------
+    name : str or path
+        ``synthetic``, ``bigneuron-janelia``, or a folder of pairs.
+
+    Raises
+    ------
+    DataError
+        If the folder is missing or holds no pair.
+    """
+    if str(name) == "synthetic":
+        return synthetic_pairs()
+    if str(name) == "bigneuron-janelia":
+        from neurolib.bigneuron import fetch_janelia
+
+        return folder_pairs(fetch_janelia())
+    return folder_pairs(name)
+
+
+def folder_pairs(folder: str | Path, style: str = "real") -> list[Pair]:
+    """Find the image/SWC pairs of a folder, sorted by name.
+
+    An optional ``neurons.csv`` with the columns ``name,neuron`` says which pairs show the same
+    neuron. Without it, names that differ only in part words at their end (``_body``, ``_tail``,
+    ``_crop2``, ``_left_part1`` ...) are taken for one neuron.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: no such folder; expected 'synthetic', 'bigneuron-janelia' or a folder "
+            "of image/SWC pairs with equal names"
+        )
+    images, doubles = {}, []
+    for path in sorted(folder.iterdir()):
+        suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
+        if suffix and not path.name.startswith("."):
+            stem = path.name[: -len(suffix)]
+            if stem in images:
+                doubles.append(stem)
+            images[stem] = path
+    trees = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in (".swc", ".eswc")}
+    names = sorted(images.keys() & trees.keys())
+    if doubles:
+        raise DataError(f"{folder}: two images named {doubles[0]}; keep one of them")
+    if not names:
+        raise DataError(
+            f"{folder}: found {len(images)} images and {len(trees)} SWC files but no two of equal "
+            "name; expected pairs such as cell1.tif and cell1.swc"
+        )
+    neurons = _read_neurons(folder / NEURONS_FILE)
+    return [
+        Pair(n, neurons.get(n) or PART.sub("", n) or n, images[n], trees[n], style) for n in names
+    ]
+
+
+def _read_neurons(path: Path) -> dict[str, str]:
+    if not path.exists():
+        return {}
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"name", "neuron"} <= rows[0].keys():
+        raise DataError(f"{path}: expected the columns name,neuron")
+    return {row["name"]: row["neuron"] for row in rows}
+
+
+def split_by_neuron(
+    pairs: list[Pair], test: int = 1, validation: int = 1, seed: int = 0, held_out: str = ""
+) -> Split:
+    """Split pairs so that all crops of a neuron stay together.
+
+    Parameters
+    ----------
+    pairs : list of Pair
+    test, validation : int
+        Numbers of neurons.
+    seed : int
+        Seeds the shuffle of the neurons.
+    held_out : str
+        Names of test neurons (or of their pairs), separated by commas, instead of a draw.
+
+    Raises
+    ------
+    DataError
+        If no neuron is left to train on, or a held-out name is unknown.
+    """
+    if test < 0 or validation < 0:
+        raise DataError(f"test={test}, validation={validation}: expected numbers of neurons")
+    neurons = sorted({pair.neuron for pair in pairs})
+    order = [neurons[i] for i in np.random.default_rng(seed).permutation(len(neurons))]
+    if held_out:
+        by_name = {pair.name: pair.neuron for pair in pairs} | {n: n for n in neurons}
+        asked = [name.strip() for name in held_out.split(",") if name.strip()]
+        unknown = [name for name in asked if name not in by_name]
+        if unknown:
+            raise DataError(f"held_out: no neuron {unknown[0]!r}; there are {', '.join(neurons)}")
+        chosen = {by_name[name] for name in asked}
+        order = [n for n in order if n in chosen] + [n for n in order if n not in chosen]
+        test = len(chosen)
+    if len(neurons) - test - validation < 1:
+        raise DataError(
+            f"{len(neurons)} neurons cannot be split into {test} for test, {validation} for "
+            "validation and at least one for training; add pairs or hold out fewer"
+        )
+    role = {n: "test" for n in order[:test]}
+    role |= {n: "validation" for n in order[test : test + validation]}
+    groups = {"train": [], "validation": [], "test": []}
+    for pair in pairs:
+        groups[role.get(pair.neuron, "train")].append(pair)
+    return Split(**{name: tuple(members) for name, members in groups.items()})
+
+
+def write_manifest(path: str | Path, split: Split, seed: int) -> Path:
+    """Write which pair is in which split, with the hash of each file and the seed, as JSON."""
+    roles = zip(("train", "validation", "test"), split, strict=True)
+    entries = [
+        {
+            "name": pair.name,
+            "neuron": pair.neuron,
+            "split": role,
+            "style": pair.style,
+            "image": str(pair.image),
+            "image_sha256": _digest(pair.image),
+            "swc": str(pair.swc),
+            "swc_sha256": _digest(pair.swc),
+        }
+        for role, pairs in roles
+        for pair in pairs
+    ]
+    return write_text(path, json.dumps({"seed": seed, "pairs": entries}, indent=1))
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of all files of a folder (OME-Zarr)."""
+    if path.is_file():
+        return sha256(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    listing = "".join(f"{file.relative_to(path).as_posix()} {sha256(file)}\n" for file in files)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def read_manifest(path: str | Path) -> Split:
+    """Read a split back; refuse it if a file has changed since."""
+    path = Path(path)
+    groups = {"train": [], "validation": [], "test": []}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["pairs"]
+        for entry in entries:
+            files = Path(entry["image"]), Path(entry["swc"])
+            pair = Pair(entry["name"], entry["neuron"], *files, entry["style"])
+            for kind, file in zip(("image", "swc"), files, strict=True):
+                if not file.exists() or _digest(file) != entry[f"{kind}_sha256"]:
+                    raise DataError(
+                        f"{file}: missing, or changed since {path} was written; run notebook 01 "
+                        "again"
+                    )
+            groups[entry["split"]].append(pair)
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: no readable split; run notebook 01 first") from None
+    return Split(**{name: tuple(members) for name, members in groups.items()})
+
+
+def read_sample(pair: Pair, kind: str = "sironi", tau: float = 0.1) -> Sample:
+    """Read a pair: normalised image, tree, response and mask of the target.
+
+    Raises
+    ------
+    VolumeError, SwcError, DataError
+        If a file is unusable, or most of the tree lies outside the image.
+    """
+    volume = read_volume(pair.image)
+    tree = read_swc(pair.swc)
+    check_pair(tree, volume.data.shape, pair.name)
+    response, mask = make_target(tree, volume.data.shape, volume.spacing, kind, tau=tau)
+    return Sample(pair, normalise(volume.data), volume.spacing, tree, response, mask)
+
+
+def crop(sample: Sample, lower: tuple, upper: tuple) -> Sample:
+    """The part of a sample between two corners (z, y, x); views, except of the tree."""
+    box = tuple(slice(a, b) for a, b in zip(lower, upper, strict=True))
+    offset = np.asarray(lower[::-1], float)
+    return replace(
+        sample,
+        image=sample.image[box],
+        response=sample.response[box],
+        mask=sample.mask[box],
+        tree=replace(sample.tree, xyz=sample.tree.xyz - offset),
+    )
+
+
+# The embedded data set: large enough to hold an arbor, small enough for two cores.
+SYNTHETIC_COUNT = 6
+SYNTHETIC_SHAPE = (48, 192, 192)
+
+
+def synthetic_pairs(
+    count: int = SYNTHETIC_COUNT,
+    shape: tuple[int, int, int] = SYNTHETIC_SHAPE,
+    style: str = "confocal",
+    seed: int = 0,
+) -> list[Pair]:
+    """Generate the embedded data set, or find it in the cache.
+
+    The cache folder is named by the settings and by the hash of the generator's own source:
+    a changed generator never leaves old data in use.
+    """
+    source = sha256(synthesis.__file__)[:12]
+    size = "x".join(map(str, shape))
+    folder = cache_folder() / f"synthetic-{style}-{size}-n{count}-s{seed}-{source}"
+    if not folder.is_dir():
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            for i in range(count):
+                tree = synthesis.grow(seed * 1000 + i, shape)
+                volume = synthesis.render(tree, shape, style=style, seed=seed * 1000 + i)
+                write_volume(temporary / f"synthetic_{i}.tif", volume.data, volume.spacing)
+                write_swc(temporary / f"synthetic_{i}.swc", tree, "generated, not a real neuron")
+    return folder_pairs(folder, style="synthetic")

@@ -1,0 +1,296 @@
+"""Weight inflation: a patch embedding learnt on 2D colour images, made ready for 3D grey blocks.
+
+The functions follow notebook 02: fold the colours, inflate along z, resize the position
+embedding, and do all three to a whole state dict. Source of the two strategies: Zhang et al.
+2022 (TransSeg), as used by Cheng et al.; folding exactly, `gaussian` and `random` are ours.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from neurolib.errors import SettingsError, WeightsError
+
+STRATEGIES = ("average", "center", "gaussian", "random")
+PATCH_WEIGHT, PATCH_BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
+POSITION = "pos_embed"
+
+# A pre-trained encoder that fills less than this share of the model's keys is another model.
+REQUIRED_MATCH = 0.95
+
+
+def fold_rgb(
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    fold: str = "exact",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fold a colour patch embedding and its input normalisation into one for grey images.
+
+    A grey slice g in [0, 1] shown to the 2D model is repeated in three channels and normalised,
+    (g - µ_c) / σ_c. The patch embedding is linear, so
+
+        w' = Σ_c w_c / σ_c,     b' = b - Σ_c µ_c / σ_c Σ_uv w_c(u, v)
+
+    gives the same tokens from g itself.
+
+    Parameters
+    ----------
+    weight : torch.Tensor, (E, 3, p, p)
+    bias : torch.Tensor, (E,)
+    mean, std : sequence of 3 floats
+        Normalisation that the encoder was trained with.
+    fold : {"exact", "sum"}
+        ``sum`` adds the channels and ignores µ and σ, as TransSeg's code does.
+
+    Returns
+    -------
+    weight : torch.Tensor, (E, 1, p, p)
+    bias : torch.Tensor, (E,)
+
+    Raises
+    ------
+    SettingsError
+        If the shapes do not fit, or `fold` is unknown.
+    """
+    if weight.ndim != 4 or weight.shape[1] != len(mean) or len(mean) != len(std):
+        raise SettingsError(
+            f"fold_rgb: expected a weight (E, {len(mean)}, p, p), got {tuple(weight.shape)}"
+        )
+    if fold == "sum":
+        return weight.sum(1, keepdim=True), bias.clone()
+    if fold != "exact":
+        raise SettingsError(f"fold={fold!r}: expected 'exact' or 'sum'")
+    # In float64: the bias is a difference of sums over 3·p² products.
+    w = weight.double()
+    mean = torch.as_tensor(mean, dtype=torch.float64).view(1, -1, 1, 1)
+    std = torch.as_tensor(std, dtype=torch.float64).view(1, -1, 1, 1)
+    folded = (w / std).sum(1, keepdim=True)
+    shift = (w * mean / std).sum((1, 2, 3))
+    return folded.to(weight.dtype), (bias.double() - shift).to(bias.dtype)
+
+
+def slice_weights(depth: int, strategy: str) -> torch.Tensor:
+    """Weights of the slices of one block, (depth,), that `inflate` multiplies the kernel with.
+
+    ``average``: 1/D each. ``center``: 1 for slice D // 2, else 0 (an even depth has no centre:
+    the slice after the middle is taken). ``gaussian``: a normal curve around the centre with
+    σ = D/4, normalised to sum 1, between the two in what it blurs.
+    """
+    z = torch.arange(depth, dtype=torch.float64)
+    if strategy == "average":
+        return torch.full_like(z, 1 / depth)
+    if strategy == "center":
+        return (z == depth // 2).double()
+    if strategy == "gaussian":
+        curve = torch.exp(-0.5 * ((z - depth // 2) / (depth / 4)) ** 2)
+        return curve / curve.sum()
+    raise SettingsError(f"strategy={strategy!r}: expected one of {', '.join(STRATEGIES)}")
+
+
+def inflate(
+    weight: torch.Tensor,
+    depth: int,
+    strategy: str,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Inflate a 2D kernel along z.
+
+    Parameters
+    ----------
+    weight : torch.Tensor, (E, C, p, p)
+    depth : int
+        Number of slices D that become one plane of tokens.
+    strategy : {"average", "center", "gaussian", "random"}
+        How the 2D kernel is spread over the slices (see `slice_weights`). ``random`` keeps the
+        2D kernel out: a truncated normal of timm's scale (σ = 0.02), the control that separates
+        the patch embedding from the encoder behind it.
+    generator : torch.Generator, optional
+        Source of randomness for ``random``.
+
+    Returns
+    -------
+    torch.Tensor, (E, C, D, p, p)
+        For ``average`` and ``gaussian`` the sum over D is `weight`: a block of equal slices
+        gives the tokens of the 2D model. For ``center`` any block gives the tokens of the 2D
+        model on its centre slice.
+    """
+    if weight.ndim != 4:
+        raise SettingsError(f"inflate: expected a weight (E, C, p, p), got {tuple(weight.shape)}")
+    if depth < 1:
+        raise SettingsError(f"depth={depth}: expected at least one slice")
+    if strategy == "random":
+        shape = (*weight.shape[:2], depth, *weight.shape[2:])
+        values = torch.empty(shape, dtype=weight.dtype)
+        return torch.nn.init.trunc_normal_(values, std=0.02, generator=generator)
+    along_z = slice_weights(depth, strategy).to(weight.dtype)
+    return weight[:, :, None] * along_z.view(1, 1, -1, 1, 1)
+
+
+def resize_position(
+    embedding: torch.Tensor, grid: tuple[int, int], prefix: int = 1, old: tuple | None = None
+) -> torch.Tensor:
+    """Resize a learnt position embedding to another grid of tokens, bicubically.
+
+    Parameters
+    ----------
+    embedding : torch.Tensor, (1, prefix + h·w, E)
+        Class (and register) tokens first.
+    grid : (int, int)
+        New grid (rows, columns); need not be square.
+    prefix : int
+        Number of tokens without a place, copied as they are.
+    old : (int, int), optional
+        Grid (h, w) of `embedding`; square if not given.
+
+    Returns
+    -------
+    torch.Tensor, (1, prefix + rows·columns, E)
+    """
+    if old is None:
+        side = math.isqrt(embedding.shape[1] - prefix)
+        old = (side, side)
+    if old[0] * old[1] + prefix != embedding.shape[1]:
+        raise SettingsError(
+            f"position embedding has {embedding.shape[1]} tokens, expected {prefix} + "
+            f"{old[0]}x{old[1]}; give its grid as `old`"
+        )
+    if tuple(grid) == tuple(old):
+        return embedding
+    fixed, places = embedding[:, :prefix], embedding[:, prefix:]
+    places = places.reshape(1, *old, -1).permute(0, 3, 1, 2)
+    places = F.interpolate(places, size=grid, mode="bicubic", antialias=True)
+    return torch.cat([fixed, places.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `inflate_encoder` found: keys that matched, were missing, unexpected or misshapen."""
+
+    matched: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    misshapen: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        """Share of the model's keys that the weights filled."""
+        return len(self.matched) / (len(self.matched) + len(self.missing) + len(self.misshapen))
+
+    def __str__(self) -> str:
+        total = len(self.matched) + len(self.missing) + len(self.misshapen)
+        lines = [f"{len(self.matched)} of {total} keys of the encoder matched ({self.share:.0%})"]
+        for name in ("missing", "unexpected", "misshapen"):
+            keys = getattr(self, name)
+            if keys:
+                more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+                lines.append(f"{name}: {', '.join(keys[:4])}{more}")
+        return "; ".join(lines)
+
+
+def inflate_encoder(
+    encoder: torch.nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    strategy: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    fold: str = "exact",
+    generator: torch.Generator | None = None,
+) -> LoadReport:
+    """Put 2D weights into `encoder`, a timm ViT whose input channels are the D slices.
+
+    A Conv3d over (1, D, H, W) whose kernel spans all D slices is a Conv2d over (D, H, W): both
+    multiply and add the same numbers. The encoder can therefore stay timm's own, with
+    ``in_chans=D``, and the inflated kernel (E, 1, D, p, p) enters it as (E, D, p, p).
+
+    Parameters
+    ----------
+    encoder : timm VisionTransformer
+        Built with ``in_chans`` = depth; changed in place.
+    weights : mapping of str to torch.Tensor
+        2D state dict in timm's key layout (`neurolib.weights.load_pretrained`).
+    strategy, fold, generator
+        See `inflate` and `fold_rgb`.
+    mean, std : sequences of 3 floats
+        The encoder's input normalisation.
+
+    Returns
+    -------
+    LoadReport
+
+    Raises
+    ------
+    WeightsError
+        If fewer than 95 % of the encoder's keys are filled, or the patch or position embedding
+        does not fit (another patch size, say). The encoder is left unchanged.
+    """
+    target = encoder.state_dict()
+    weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
+    if PATCH_WEIGHT not in weights:
+        raise WeightsError(f"the weights have no {PATCH_WEIGHT}; expected a timm ViT's state dict")
+    kernel = weights[PATCH_WEIGHT]
+    # CLIP's patch embedding has no bias of its own; folding gives it one.
+    grey, bias = fold_rgb(
+        kernel, weights.get(PATCH_BIAS, kernel.new_zeros(len(kernel))), mean, std, fold
+    )
+    depth = target[PATCH_WEIGHT].shape[1]
+    weights[PATCH_WEIGHT] = inflate(grey, depth, strategy, generator)[:, 0]
+    weights[PATCH_BIAS] = bias
+    if POSITION in weights and POSITION in target:
+        grid = tuple(encoder.patch_embed.grid_size)
+        prefix = target[POSITION].shape[1] - grid[0] * grid[1]
+        if (weights[POSITION].shape[1] - prefix) == math.isqrt(
+            weights[POSITION].shape[1] - prefix
+        ) ** 2:
+            weights[POSITION] = resize_position(weights[POSITION], grid, prefix)
+    fits = {k: v for k, v in weights.items() if k in target and v.shape == target[k].shape}
+    report = LoadReport(
+        matched=tuple(fits),
+        missing=tuple(k for k in target if k not in weights),
+        unexpected=tuple(k for k in weights if k not in target),
+        misshapen=tuple(k for k in weights if k in target and k not in fits),
+    )
+    # Two keys of 174, but without either the encoder does not see the image it was trained on.
+    embeddings = {PATCH_WEIGHT, PATCH_BIAS, POSITION} & target.keys() <= fits.keys()
+    if report.share < REQUIRED_MATCH or not embeddings:
+        raise WeightsError(
+            f"weights of another architecture: {report}; expected at least {REQUIRED_MATCH:.0%}, the "
+            "patch and position embedding among them"
+        )
+    encoder.load_state_dict({**target, **fits})
+    return report
+
+
+def tube_response(
+    kernels: Mapping[str, torch.Tensor], size: int, radius: float = 4.0
+) -> dict[str, list[float]]:
+    """How much the tokens change when a bright tube lies in one slice of an empty block.
+
+    Parameters
+    ----------
+    kernels : mapping of name to (E, 1, D, p, p) kernel
+    size : int
+        Rows and columns of the block, in pixels of the encoder.
+    radius : float
+        Of the horizontal tube, in the same pixels; 4 is a neurite of 2 voxels at scale 2.24.
+
+    Returns
+    -------
+    dict of name to D norms
+        One per slice in which the tube lies, relative to the largest of all kernels.
+    """
+    rows = torch.arange(size) - size / 2
+    tube = torch.exp(-0.5 * (rows / radius) ** 2)[None, None, :, None].expand(1, 1, size, size)
+    norms = {
+        name: [
+            F.conv2d(tube, kernel[:, :, z], stride=kernel.shape[-1]).norm().item()
+            for z in range(kernel.shape[2])
+        ]
+        for name, kernel in kernels.items()
+    }
+    top = max(max(values) for values in norms.values())
+    return {name: [value / top for value in values] for name, values in norms.items()}

@@ -1,0 +1,296 @@
+"""The segmentation network: timm's vision transformer behind an inflated patch embedding.
+
+    block (B, 1, 5, 100, 100)
+      → resized in-plane to the scale the encoder knows (100 → 224)
+      → D slices in, one plane of tokens out  (inflated patch embedding)
+      → transformer blocks, unchanged; tokens after 4 of them
+      → pyramid of 4 scales, pooled and fused (UPerNet-style decoder, GroupNorm)
+      → logits of the centre slice (B, 1, 100, 100), or of all five (B, 5, 100, 100)
+
+`stem=True` adds a convolutional path at full resolution. It is ours, not the paper's: a token
+of 14 pixels at this scale is 6 voxels wide, a neurite 2 to 4. Results with it are labelled so.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from neurolib._timm import timm
+from neurolib.errors import SettingsError
+from neurolib.inflation import LoadReport, inflate_encoder
+from neurolib.weights import load_pretrained
+
+PREDICT = ("center", "all")
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """Everything that decides the shape of the network, saved with each checkpoint."""
+
+    encoder: str = "vit_small_patch14_dinov2.lvd142m"
+    depth: int = 5  # slices of a block
+    block: int = 100  # rows and columns of a block
+    size: int = 224  # rows and columns that the encoder sees
+    predict: str = "center"
+    stem: bool = False
+    width: int = 64  # channels of the decoder
+
+    def __post_init__(self):
+        if self.predict not in PREDICT:
+            raise SettingsError(f"predict={self.predict!r}: expected one of {', '.join(PREDICT)}")
+        if self.depth < 1 or self.depth % 2 == 0:
+            raise SettingsError(f"depth={self.depth}: expected an odd number of slices")
+        if self.block < 1 or self.size < 1:
+            raise SettingsError(f"block={self.block}, size={self.size}: expected at least 1 pixel")
+        if self.width < 32 or self.width % 32:
+            raise SettingsError(f"width={self.width}: expected a multiple of 32 channels")
+        if not timm.is_model(self.encoder.split(".")[0]):
+            raise SettingsError(f"encoder={self.encoder!r}: timm has no such model")
+        try:
+            timm.get_pretrained_cfg(self.encoder)
+        except RuntimeError as error:
+            raise SettingsError(f"encoder={self.encoder!r}: {error}") from None
+
+
+class Segmenter(nn.Module):
+    """A vision transformer encoder with a light pyramid decoder.
+
+    Parameters
+    ----------
+    settings : NetworkSettings
+        ``depth=1`` is the 2D network: the same class, the same decoder.
+
+    Notes
+    -----
+    Input (B, 1, D, h, w), values in [0, 1]; h and w need not be `block`: larger tiles are
+    resized by the same factor, to the nearest multiple of the patch. Output: logits
+    (B, 1, h, w) for ``predict="center"``, (B, D, h, w) for ``"all"``.
+    """
+
+    def __init__(self, settings: NetworkSettings):
+        super().__init__()
+        self.settings = settings
+        # How `build` made the network; a checkpoint of a frozen encoder makes it again.
+        self.initialisation, self.weights_file, self.seed, self.fold = "scratch", "", 0, "exact"
+        try:
+            self.encoder = timm.create_model(
+                settings.encoder.split(".")[0],
+                pretrained=False,
+                num_classes=0,
+                in_chans=settings.depth,
+                img_size=settings.size,
+                dynamic_img_size=True,
+            )
+        except TypeError:
+            raise SettingsError(
+                f"encoder={settings.encoder!r}: not a plain vision transformer; choose a vit_..."
+            ) from None
+        projection = self.encoder.patch_embed.proj
+        if projection.bias is None:
+            # CLIP's: the bias receives what folding the input normalisation leaves.
+            projection.bias = nn.Parameter(torch.zeros(projection.out_channels))
+        layers = len(self.encoder.blocks)
+        # Four evenly spaced depths, the last one included (2, 5, 8, 11 of a ViT-S or ViT-B).
+        self.taps = [layers * (i + 1) // 4 - 1 for i in range(4)]
+        self.patch = self.encoder.patch_embed.patch_size[0]
+        outputs = 1 if settings.predict == "center" else settings.depth
+        self.decoder = PyramidDecoder(self.encoder.embed_dim, settings.width)
+        self.stem = Stem(settings.depth, settings.width // 4) if settings.stem else None
+        features = settings.width // 2 + (settings.width // 4 if settings.stem else 0)
+        self.head = nn.Sequential(
+            convolution(features, settings.width // 2), nn.Conv2d(settings.width // 2, outputs, 1)
+        )
+        # Neurites fill about one voxel in a hundred: start there, not at one half.
+        nn.init.constant_(self.head[-1].bias, -4.0)
+
+    def forward(self, blocks: torch.Tensor) -> torch.Tensor:
+        slices = blocks.squeeze(1)
+        height, width = slices.shape[-2:]
+        pyramid = self.encode(slices)
+        features = self.decoder(pyramid)
+        # The encoder saw an enlarged block, or a padded one: its padding is cut off again, since
+        # scaling it away would shift every voxel.
+        area = [side + pad for side, pad in zip((height, width), self.padding(slices), strict=True)]
+        features = F.interpolate(features, area, mode="bilinear", align_corners=False)
+        features = features[..., :height, :width]
+        if self.stem is not None:
+            features = torch.cat([features, self.stem(slices)], dim=1)
+        return self.head(features)
+
+    def encode(self, slices: torch.Tensor) -> list[torch.Tensor]:
+        """Tokens (B, E, rows, columns) after four of the encoder's blocks, shallow to deep."""
+        return self.encoder.forward_intermediates(
+            self.resize(slices), indices=self.taps, intermediates_only=True, output_fmt="NCHW"
+        )
+
+    def resize(self, slices: torch.Tensor) -> torch.Tensor:
+        """Bring slices (B, D, h, w) to the encoder's scale and to multiples of its patch."""
+        if self.pads:
+            rows, columns = self.padding(slices)
+            return F.pad(slices, (0, columns, 0, rows), mode="reflect")
+        factor = self.settings.size / self.settings.block
+        target = [
+            max(1, round(side * factor / self.patch)) * self.patch for side in slices.shape[-2:]
+        ]
+        return F.interpolate(slices, target, mode="bicubic", align_corners=False)
+
+    @property
+    def pads(self) -> bool:
+        """Whether blocks are padded and not scaled: the small CPU setting (100 to 112)."""
+        return 1 <= self.settings.size / self.settings.block < 1.2
+
+    def padding(self, slices: torch.Tensor) -> list[int]:
+        """Rows and columns that `resize` adds below and to the right of slices (B, D, h, w)."""
+        return [-side % self.patch if self.pads else 0 for side in slices.shape[-2:]]
+
+    def load_encoder(
+        self, weights: dict, strategy: str, seed: int = 0, fold: str = "exact"
+    ) -> LoadReport:
+        """Fill the encoder with 2D weights inflated by `strategy`; see `inflate_encoder`."""
+        generator = torch.Generator().manual_seed(seed)
+        mean, std = normalisation(self.settings.encoder)
+        return inflate_encoder(self.encoder, weights, strategy, mean, std, fold, generator)
+
+
+class PyramidDecoder(nn.Module):
+    """Tokens of four layers to features of twice four times their resolution (B, width/2, 8h, 8w).
+
+    UPerNet (Xiao et al. 2018) on a plain ViT: the layers are brought to scales 4, 2, 1 and 1/2
+    of the token grid, the coarsest is pooled at four sizes, a top-down path adds the coarse to
+    the fine, and all are fused at the finest. GroupNorm, since batches are small.
+    """
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.scales = (4, 2, 1, 0.5)
+        self.laterals = nn.ModuleList(nn.Conv2d(channels, width, 1) for _ in self.scales)
+        self.pools = (1, 2, 3, 6)
+        self.pooled = nn.ModuleList(nn.Conv2d(width, width // 4, 1) for _ in self.pools)
+        self.bottleneck = convolution(2 * width, width)
+        self.smooth = nn.ModuleList(convolution(width, width) for _ in self.scales[:-1])
+        self.fuse = convolution(len(self.scales) * width, width)
+        self.refine = convolution(width, width // 2)
+
+    def forward(self, tokens: Sequence[torch.Tensor]) -> torch.Tensor:
+        maps = [
+            resize_by(lateral(layer), scale)
+            for layer, lateral, scale in zip(tokens, self.laterals, self.scales, strict=True)
+        ]
+        coarse = maps[-1]
+        context = [
+            resize_to(project(F.adaptive_avg_pool2d(coarse, size)), coarse)
+            for size, project in zip(self.pools, self.pooled, strict=True)
+        ]
+        maps[-1] = self.bottleneck(torch.cat([coarse, *context], dim=1))
+        for i in range(len(maps) - 2, -1, -1):
+            maps[i] = self.smooth[i](maps[i] + resize_to(maps[i + 1], maps[i]))
+        fused = self.fuse(torch.cat([resize_to(m, maps[0]) for m in maps], dim=1))
+        return self.refine(resize_by(fused, 2))
+
+
+class Stem(nn.Module):
+    """Two convolutions at full resolution, (B, D, h, w) to (B, width, h, w)."""
+
+    def __init__(self, depth: int, width: int):
+        super().__init__()
+        self.layers = nn.Sequential(convolution(depth, width), convolution(width, width))
+
+    def forward(self, slices: torch.Tensor) -> torch.Tensor:
+        return self.layers(slices)
+
+
+def convolution(inputs: int, outputs: int) -> nn.Sequential:
+    """3x3 convolution, GroupNorm over groups of 8 channels, GELU."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+        nn.GroupNorm(max(1, outputs // 8), outputs),
+        nn.GELU(),
+    )
+
+
+def resize_by(maps: torch.Tensor, factor: float) -> torch.Tensor:
+    """Resize (B, C, h, w) bilinearly by `factor`; a side never falls under one."""
+    size = [max(1, int(side * factor)) for side in maps.shape[-2:]]
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def resize_to(maps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Resize (B, C, h, w) bilinearly to the rows and columns of `like`."""
+    return F.interpolate(maps, like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def build(
+    settings: NetworkSettings,
+    initialisation: str,
+    weights_file: str = "",
+    seed: int = 0,
+    fold: str = "exact",
+) -> tuple[Segmenter, LoadReport | None]:
+    """Build a network and initialise its encoder.
+
+    Parameters
+    ----------
+    settings : NetworkSettings
+    initialisation : {"scratch", "average", "center", "gaussian", "random"}
+        ``scratch``: timm's own random initialisation, asked for by this name only. The others
+        load pre-trained 2D weights and inflate them.
+    weights_file : str
+        A file of the user's with 2D weights; empty: the sources of `load_pretrained`.
+    seed : int
+        Seeds decoder, scratch encoder and ``random`` inflation. The decoder of one seed is the
+        same under every initialisation.
+
+    Returns
+    -------
+    network : Segmenter
+    report : LoadReport or None
+        Which keys the pre-trained weights filled; None for ``scratch``.
+    """
+    torch.manual_seed(seed)
+    network = Segmenter(settings)
+    network.initialisation = initialisation
+    network.weights_file, network.seed, network.fold = str(weights_file), seed, fold
+    if initialisation == "scratch":
+        return network, None
+    weights = load_pretrained(settings.encoder, weights_file or None)
+    return network, network.load_encoder(weights, initialisation, seed, fold)
+
+
+def settings_of(network: Segmenter) -> dict:
+    """The settings as plain values, as they are stored in a checkpoint's header."""
+    return asdict(network.settings)
+
+
+def normalisation(encoder: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of the images an encoder was trained on."""
+    config = timm.get_pretrained_cfg(encoder)
+    return tuple(config.mean), tuple(config.std)
+
+
+@torch.inference_mode()
+def token_colours(network: Segmenter, slices: torch.Tensor) -> np.ndarray:
+    """The last tokens of one block as an image: three principal components as red, green, blue.
+
+    Parameters
+    ----------
+    network : Segmenter
+    slices : torch.Tensor, (1, D, h, w)
+
+    Returns
+    -------
+    (rows, columns, 3) array
+        One pixel per token, each component stretched to [0, 1].
+    """
+    tokens = network.encode(slices)[-1][0]
+    flat = tokens.flatten(1).T.double()
+    flat = flat - flat.mean(0)
+    _, _, directions = torch.linalg.svd(flat, full_matrices=False)
+    # The sign of a direction is arbitrary: fix it, so that a picture can be made again.
+    signs = directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
+    parts = flat @ (directions * signs)[:3].T
+    low, high = parts.min(0).values, parts.max(0).values
+    return ((parts - low) / (high - low)).reshape(*tokens.shape[1:], 3).numpy()

@@ -1,0 +1,729 @@
+"""Training: batches of blocks, losses, and a loop that can be read from top to bottom.
+
+A run can be killed at any moment and goes on to the same weights: the blocks and the
+augmentation of step k depend on the seed and on k alone, and everything else that the loop
+carries (weights, moments of the optimiser, running average) is in the resume file.
+"""
+
+import csv
+import json
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from neurolib.blocking import block_grid, choose_blocks, read_block, salient
+from neurolib.datasets import Sample
+from neurolib.errors import DataError, SettingsError, WeightsError
+from neurolib.files import atomic_path
+from neurolib.network import NetworkSettings, Segmenter, build, settings_of
+
+# Response of a voxel at most one voxel off the centreline: the dilated skeleton of the target,
+# (exp(6 (1 - 1/5)) - 1) / (exp(6) - 1).
+SKELETON = math.expm1(6 * (1 - 1 / 5)) / math.expm1(6)
+
+LOSSES = ("dice+focal", "dice+ce+skeleton")
+# What a checkpoint of a frozen encoder says of how `build` makes it again, in its order.
+REBUILD = ("initialisation", "weights_file", "network_seed", "fold")
+# Finer towards 1, where a network that is asked for recall puts its doubts.
+THRESHOLDS = (*(i / 20 for i in range(1, 20)), 0.97, 0.98, 0.99)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Settings of one training run; rates are per step of AdamW."""
+
+    steps: int = 1000
+    batch: int = 8  # blocks per step
+    encoder_rate: float = 1e-4
+    decoder_rate: float = 1e-3
+    layer_decay: float = 0.75  # rate of each encoder layer relative to the one above it
+    weight_decay: float = 0.05  # on matrices only
+    warmup: float = 0.05  # share of the steps
+    clip: float = 1.0  # norm of the gradient
+    average: float = 0.98  # decay of the running average of the weights that is kept (EMA)
+    loss: str = "dice+ce+skeleton"
+    frozen: bool = False  # train the decoder (and stem) only
+    negatives: float = 0.25  # share of blocks without foreground
+    augment: bool = True
+    validate_every: int = 50  # steps
+    validation_blocks: int = 32  # per validation volume, half of them salient
+    save_every: int = 25  # steps between resume files
+    seed: int = 0
+    precision: str = "32-true"
+
+    def __post_init__(self):
+        if self.steps < 1 or self.batch < 1:
+            raise SettingsError(
+                f"steps={self.steps}, batch={self.batch}: expected at least one of each"
+            )
+        if min(self.validate_every, self.validation_blocks, self.save_every) < 1:
+            raise SettingsError(
+                f"validate_every={self.validate_every}, validation_blocks="
+                f"{self.validation_blocks}, save_every={self.save_every}: expected at least 1"
+            )
+        if not (0 < self.encoder_rate < math.inf and 0 < self.decoder_rate < math.inf):
+            raise SettingsError(
+                f"encoder_rate={self.encoder_rate}, decoder_rate={self.decoder_rate}: expected "
+                "positive rates; frozen=True leaves the encoder as it is"
+            )
+        if not (0 <= self.average < 1 and 0 <= self.warmup <= 1 and 0 <= self.negatives <= 1):
+            raise SettingsError(
+                f"average={self.average}, warmup={self.warmup}, negatives={self.negatives}: "
+                "expected shares from 0 to 1"
+            )
+        if self.loss not in LOSSES:
+            raise SettingsError(f"loss={self.loss!r}: expected one of {', '.join(LOSSES)}")
+
+
+# ---------------------------------------------------------------------------------- batches
+
+
+class BlockSource:
+    """Training blocks of several volumes, drawn by step number.
+
+    Parameters
+    ----------
+    samples : sequence of Sample
+    depth, size : int
+        A block is (depth, size, size).
+    negatives : float
+        Share of blocks of a batch that are drawn from those without foreground.
+    stride : int
+        In y and x; in z every slice is the centre of a block.
+
+    Raises
+    ------
+    DataError
+        If no block of any sample is salient.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        depth: int = 5,
+        size: int = 100,
+        negatives: float = 0.25,
+        stride: int = 50,
+        seed: int = 0,
+    ):
+        self.samples = samples
+        self.shape = (depth, size, size)
+        self.seed = seed
+        places = []
+        for number, sample in enumerate(samples):
+            grid = block_grid(sample.image.shape, self.shape, (1, stride, stride))
+            chosen = choose_blocks(sample.mask, grid, negatives, seed, block=self.shape)
+            places.append(np.column_stack([np.full(len(chosen), number), grid[chosen]]))
+        self.places = np.concatenate(places) if places else np.empty((0, 4), int)
+        if not len(self.places):
+            names = ", ".join(s.pair.name for s in samples) or "none"
+            raise DataError(
+                f"no salient block in the training volumes ({names}); expected foreground in at "
+                "least 0.1 % of some block's centre slice: check the SWC files and their frame"
+            )
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def batch(self, step: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Blocks and responses of one step, each (count, 1 or depth..., size, size) float32.
+
+        An epoch visits every place once, in an order drawn from the seed and the epoch.
+        """
+        rows = [self._row(step * count + i) for i in range(count)]
+        return read_places(self.samples, self.places[rows], self.shape)
+
+    def _row(self, index: int) -> int:
+        epoch, place = divmod(index, len(self.places))
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.places))
+        return int(order[place])
+
+
+def read_places(
+    samples: Sequence[Sample], places: np.ndarray, shape: tuple[int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read the blocks at `places`, rows of (number of the sample, z, y, x).
+
+    Returns
+    -------
+    blocks : torch.Tensor, (n, 1, depth, rows, columns)
+    responses : torch.Tensor, (n, depth, rows, columns)
+    """
+    blocks = [read_block(samples[i].image, np.array(at), shape) for i, *at in places]
+    responses = [read_block(samples[i].response, np.array(at), shape) for i, *at in places]
+    return torch.from_numpy(np.stack(blocks)[:, None]), torch.from_numpy(np.stack(responses))
+
+
+def augment(
+    blocks: torch.Tensor, responses: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random views of blocks that a microscope could have taken.
+
+    Flips, quarter turns and zoom (0.8 to 1.25) in the plane, z reversed; gamma (0.7 to 1.5),
+    noise (σ up to 0.05), one slice blanked in one block of ten. The geometry moves block and
+    response alike.
+
+    Parameters
+    ----------
+    blocks : torch.Tensor, (n, 1, D, h, w)
+        Values in [0, 1].
+    responses : torch.Tensor, (n, D, h, w)
+    generator : torch.Generator
+        On the CPU; the only source of randomness.
+    """
+
+    def draw(low: float, high: float) -> float:
+        return low + (high - low) * torch.rand((), generator=generator).item()
+
+    out_blocks, out_responses = [], []
+    for block, response in zip(blocks[:, 0], responses, strict=True):
+        both = torch.stack([block, response])
+        flips = [dim for dim in (1, 2, 3) if draw(0, 1) < 0.5]
+        both = torch.rot90(both.flip(flips), int(draw(0, 4)), (2, 3))
+        if draw(0, 1) < 0.3:
+            both = _zoom(both, draw(0.8, 1.25))
+        block, response = both
+        block = block.clamp(0, 1) ** draw(0.7, 1.5)
+        noise = torch.randn(block.shape, generator=generator)
+        block = (block + draw(0, 0.05) * noise).clamp(0, 1)
+        # The centre slice carries the target of predict="center": it is never blanked.
+        if draw(0, 1) < 0.1 and len(block) > 1:
+            others = [z for z in range(len(block)) if z != len(block) // 2]
+            block = block.clone()
+            block[others[int(draw(0, len(others)))]] = 0
+        out_blocks.append(block)
+        out_responses.append(response)
+    return torch.stack(out_blocks)[:, None], torch.stack(out_responses)
+
+
+def _zoom(both: torch.Tensor, factor: float) -> torch.Tensor:
+    """Scale (2, D, h, w) about its centre in the plane; reflected where it shrinks."""
+    theta = torch.tensor([[[1 / factor, 0, 0], [0, 1 / factor, 0]]]).expand(len(both), -1, -1)
+    grid = F.affine_grid(theta, list(both.shape), align_corners=False)
+    return F.grid_sample(both, grid, padding_mode="reflection", align_corners=False)
+
+
+# ----------------------------------------------------------------------------------- losses
+
+
+def soft_dice(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """1 - Dice of the probabilities over the whole batch (Milletari et al. 2016, not squared).
+
+    Over the batch and not per block: a block without foreground has no Dice of its own.
+    """
+    p = logits.sigmoid()
+    return 1 - (2 * (p * mask).sum() + 1) / (p.sum() + mask.sum() + 1)
+
+
+def focal(logits: torch.Tensor, mask: torch.Tensor, gamma: float = 2.0) -> torch.Tensor:
+    """Focal loss (Lin et al. 2017): cross-entropy times (1 - p_true)^γ, mean over voxels."""
+    ce = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")
+    return (ce * (1 - torch.exp(-ce)) ** gamma).mean()
+
+
+def skeleton_recall(logits: torch.Tensor, skeleton: torch.Tensor) -> torch.Tensor:
+    """1 - share of the dilated skeleton that is found (Kirchhoff et al. 2024)."""
+    p = logits.sigmoid()
+    return 1 - ((p * skeleton).sum() + 1) / (skeleton.sum() + 1)
+
+
+def loss_terms(
+    name: str, logits: torch.Tensor, response: torch.Tensor, tau: float
+) -> dict[str, torch.Tensor]:
+    """The terms whose sum is the loss `name`.
+
+    Parameters
+    ----------
+    name : {"dice+focal", "dice+ce+skeleton"}
+        The first is the pair usual in the field, for parity; the second is our default.
+    logits, response : torch.Tensor, (n, slices, h, w)
+        `response` is the target before its threshold.
+    tau : float
+        Threshold that makes the mask.
+    """
+    mask = (response >= tau).to(logits.dtype)
+    terms = {"dice": soft_dice(logits, mask)}
+    if name == "dice+focal":
+        terms["focal"] = focal(logits, mask)
+    else:
+        terms["ce"] = F.binary_cross_entropy_with_logits(logits, mask)
+        skeleton = (response >= SKELETON).to(logits.dtype)
+        terms["skeleton"] = skeleton_recall(logits, skeleton)
+    return terms
+
+
+# ------------------------------------------------------------------------------------- loop
+
+
+def start(device: str = "auto", precision: str = "32-true", devices: int = 1) -> Fabric:
+    """Start Lightning Fabric on a device.
+
+    Parameters
+    ----------
+    device : str
+        ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
+    precision : str
+        ``32-true``, or ``bf16-mixed`` on a GPU.
+    devices : int
+        GPUs (or CPU processes) of this machine.
+
+    Raises
+    ------
+    SettingsError
+        If there is no such device.
+    """
+    try:
+        fabric = Fabric(accelerator=device, devices=devices, precision=precision)
+    except Exception as error:  # Fabric raises its own classes, and plain ones
+        reason = str(error).splitlines()[0][:120]
+        raise SettingsError(
+            f"device={device!r}, precision={precision!r}: not usable here ({reason}); try "
+            "device='cpu', precision='32-true'"
+        ) from None
+    fabric.launch()
+    return fabric
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run leaves: best validation Dice, its step and threshold, history, checkpoint."""
+
+    dice: float
+    step: int
+    threshold: float
+    history: list[dict]
+    checkpoint: Path
+
+
+def parameter_groups(network: Segmenter, settings: TrainingSettings) -> list[dict]:
+    """AdamW groups: encoder rates fall by `layer_decay` per layer; only matrices decay.
+
+    The patch embedding and the position embedding are layer 0, transformer block i is layer
+    i + 1; what comes behind the last block keeps the encoder's full rate. Position embedding,
+    class and register tokens are tables of vectors, not matrices: they do not decay.
+    """
+    depth = len(network.encoder.blocks) + 1
+    tables = ("encoder.pos_embed", "encoder.cls_token", "encoder.reg_token")
+    groups: dict[tuple[float, float], list] = {}
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        rate = settings.decoder_rate
+        if name.startswith("encoder."):
+            layer = 0
+            if name.startswith("encoder.blocks."):
+                layer = int(name.split(".")[2]) + 1
+            elif name.startswith("encoder.norm."):
+                layer = depth
+            rate = settings.encoder_rate * settings.layer_decay ** (depth - layer)
+        decay = settings.weight_decay if parameter.ndim > 1 and name not in tables else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [
+        {"params": members, "lr": rate, "peak": rate, "weight_decay": decay}
+        for (rate, decay), members in groups.items()
+    ]
+
+
+def schedule(step: int, settings: TrainingSettings) -> float:
+    """Share of the peak rate at a step: linear warm-up, then half a cosine to 1 %."""
+    warm = max(1, round(settings.warmup * settings.steps))
+    if step < warm:
+        return (step + 1) / warm
+    progress = (step - warm) / max(1, settings.steps - warm)
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train(
+    network: Segmenter,
+    samples: Sequence[Sample],
+    validation: Sequence[Sample],
+    folder: str | Path,
+    settings: TrainingSettings,
+    tau: float = 0.1,
+    fabric: Fabric | None = None,
+    on_step: Callable[[dict], None] | None = None,
+) -> TrainingResult:
+    """Train a network; go on where a killed run with the same settings stopped.
+
+    Parameters
+    ----------
+    network : Segmenter
+        Initialised; its weights are changed in place and end as the best checkpoint's.
+    samples, validation : sequences of Sample
+    folder : path
+        Receives ``checkpoint.safetensors`` (the best running average so far),
+        ``history.csv``, and while training ``resume.safetensors``.
+    settings : TrainingSettings
+    tau : float
+        Threshold of the target.
+    fabric : lightning_fabric.Fabric, optional
+        Device, precision and number of processes; by default one process on the best device.
+    on_step : function, optional
+        Called with the newest row of the history.
+
+    Returns
+    -------
+    TrainingResult
+
+    Raises
+    ------
+    DataError
+        If no training block is salient.
+    SettingsError
+        If the loss stops being finite, or the device runs out of memory.
+    """
+    folder = Path(folder)
+    fabric = fabric or start(precision=settings.precision)
+    shape = network.settings
+    blocks = BlockSource(samples, shape.depth, shape.block, settings.negatives, seed=settings.seed)
+    checks = [validation_blocks(s, shape, settings) for s in validation]
+    for parameter in network.encoder.parameters():
+        parameter.requires_grad_(not settings.frozen)
+    optimizer = torch.optim.AdamW(parameter_groups(network, settings), fused=True)
+    module, optimizer = fabric.setup(network, optimizer)
+    average = {k: v.detach().clone() for k, v in network.state_dict().items()}
+    state = _Resume(folder, network, optimizer, average, _identity(network, settings, tau, blocks))
+    step, history, best = state.load()
+
+    bar = tqdm(
+        range(step, settings.steps),
+        initial=step,
+        total=settings.steps,
+        desc="training",
+        mininterval=2,
+    )
+    for step in bar:
+        share = schedule(step, settings)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        place = step * fabric.world_size + fabric.global_rank
+        block, response = blocks.batch(place, settings.batch)
+        if settings.augment:
+            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + place)
+            block, response = augment(block, response, generator)
+        block, response = fabric.to_device((block, response))
+        optimizer.zero_grad()
+        try:
+            logits = module(block)
+            terms = loss_terms(settings.loss, logits, _wanted(response, network), tau)
+            loss = sum(terms.values())
+            fabric.backward(loss)
+        except torch.OutOfMemoryError:
+            raise SettingsError(
+                f"out of memory at batch={settings.batch}, size={shape.size}; lower one of them"
+            ) from None
+        norm = fabric.clip_gradients(
+            module, optimizer, max_norm=settings.clip, error_if_nonfinite=False
+        )
+        # A finite loss can have a gradient that is not, and one such step spoils all weights.
+        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+            raise SettingsError(
+                f"the loss is {loss.item():g}, its gradient {norm.item():g} at step {step}; the "
+                f"last good weights, if any, are in {folder}; lower the rates "
+                f"({settings.encoder_rate}, {settings.decoder_rate})"
+            )
+        optimizer.step()
+        # A short run must not remember its first steps: the decay grows from 1/11 to its value.
+        decay = min(settings.average, (1 + step) / (10 + step))
+        for key, value in network.state_dict().items():
+            average[key].lerp_(value.detach().to(average[key].dtype), 1 - decay)
+        row = {"step": step + 1, "loss": loss.item()}
+        row |= {key: value.item() for key, value in terms.items()}
+        last = step + 1 == settings.steps
+        if last or (step + 1) % settings.validate_every == 0:
+            dice, threshold = validate(network, average, checks, tau)
+            row |= {"validation_dice": dice, "threshold": threshold}
+            if dice > best["dice"] or best["step"] == 0:
+                best = {"dice": dice, "step": step + 1, "threshold": threshold}
+                save_checkpoint(
+                    folder / "checkpoint.safetensors",
+                    network,
+                    average,
+                    best | {"tau": tau, "training": asdict(settings)},
+                )
+        history.append(row)
+        bar.set_postfix(loss=f"{row['loss']:.3f}", dice=f"{best['dice']:.3f}", refresh=False)
+        if on_step:
+            on_step(row)
+        if last or (step + 1) % settings.save_every == 0:
+            state.save(step + 1, history, best)
+    _write_history(folder / "history.csv", history)
+    restore(network, folder / "checkpoint.safetensors")
+    return TrainingResult(
+        best["dice"], best["step"], best["threshold"], history, folder / "checkpoint.safetensors"
+    )
+
+
+def _wanted(response: torch.Tensor, network: Segmenter) -> torch.Tensor:
+    """The slices of the response (n, D, h, w) that the network predicts."""
+    if network.settings.predict == "all":
+        return response
+    middle = response.shape[1] // 2
+    return response[:, middle : middle + 1]
+
+
+@dataclass(frozen=True)
+class Check:
+    """Validation blocks of one volume; weight (n,): how many blocks of the volume each stands for.
+
+    blocks (n, 1, D, h, w), responses (n, D, h, w).
+    """
+
+    blocks: torch.Tensor
+    responses: torch.Tensor
+    weight: torch.Tensor
+
+
+def validation_blocks(sample: Sample, shape: NetworkSettings, settings: TrainingSettings) -> Check:
+    """Blocks from which the Dice of a whole volume can be estimated without predicting it.
+
+    Half of them are salient, half are not, each evenly chosen along the grid that tiles the
+    volume. Most blocks of a volume are empty, and what a network finds in them by mistake counts
+    in its Dice: each chosen block stands for as many as its kind has left out.
+    """
+    block = (shape.depth, shape.block, shape.block)
+    grid = block_grid(sample.image.shape, block, (1, shape.block, shape.block))
+    full = np.flatnonzero(salient(sample.mask, grid, block=block))
+    empty = np.setdiff1d(np.arange(len(grid)), full)
+    kinds = [
+        (rows, _evenly(rows, max(1, settings.validation_blocks // 2))) for rows in (full, empty)
+    ]
+    weight = [np.full(len(some), len(rows) / max(1, len(some))) for rows, some in kinds]
+    chosen = np.concatenate([some for _, some in kinds])
+    places = np.column_stack([np.zeros(len(chosen), int), grid[chosen]])
+    return Check(
+        *read_places([sample], places, block), torch.from_numpy(np.concatenate(weight)).float()
+    )
+
+
+def _evenly(rows: np.ndarray, count: int) -> np.ndarray:
+    if len(rows) <= count:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
+
+
+@torch.no_grad()
+def validate(
+    network: Segmenter,
+    weights: dict[str, torch.Tensor],
+    checks: Sequence[Check],
+    tau: float,
+    batch: int = 8,
+) -> tuple[float, float]:
+    """Mean over the validation volumes of their estimated Dice, and its best threshold.
+
+    Parameters
+    ----------
+    network : Segmenter
+        Runs with `weights` (the running average) and keeps its own.
+    weights : dict
+        State dict to validate.
+    checks : sequence of Check
+        One per volume.
+    tau : float
+        Threshold of the target.
+    batch : int
+        Blocks per forward pass.
+
+    Returns
+    -------
+    dice : float
+        At the threshold of `THRESHOLDS` where it is highest; the same for all volumes.
+    threshold : float
+    """
+    if not checks:
+        raise DataError("no validation volume; hold out at least one neuron for validation")
+    device = next(network.parameters()).device
+    scores = []
+    for check in checks:
+        probability = []
+        for first in range(0, len(check.blocks), batch):
+            piece = check.blocks[first : first + batch].to(device)
+            logits = torch.func.functional_call(network, weights, (piece,))
+            probability.append(logits.float().sigmoid().cpu())
+        found = torch.cat(probability)
+        mask = _wanted(check.responses, network) >= tau
+        # One number per block, then the sum over all blocks that it stands for.
+        wanted = check.weight @ mask.flatten(1).sum(1).float()
+        row = []
+        for threshold in THRESHOLDS:
+            guess = found >= threshold
+            both = check.weight @ (guess & mask).flatten(1).sum(1).float()
+            total = check.weight @ guess.flatten(1).sum(1).float() + wanted
+            row.append(2 * both.item() / max(1.0, total.item()))
+        scores.append(row)
+    mean = np.mean(scores, axis=0)
+    return float(mean.max()), THRESHOLDS[int(mean.argmax())]
+
+
+# ------------------------------------------------------------------------------ checkpoints
+
+
+def save_checkpoint(
+    path: str | Path, network: Segmenter, weights: dict[str, torch.Tensor], facts: dict
+) -> None:
+    """Write weights and everything needed to rebuild the network as safetensors, atomically.
+
+    An encoder that was frozen is left out: it is made again from the pre-trained weights, and
+    the file is fifty times smaller.
+    """
+    facts = facts | {"initialisation": network.initialisation}
+    if facts["training"]["frozen"]:
+        facts |= {
+            "weights_file": network.weights_file,
+            "network_seed": network.seed,
+            "fold": network.fold,
+            "encoder_sum": encoder_sum(network),
+        }
+        weights = {k: v for k, v in weights.items() if not k.startswith("encoder.")}
+    header = {"network": json.dumps(settings_of(network)), "facts": json.dumps(facts)}
+    with atomic_path(path) as temporary:
+        save_file({k: v.contiguous().cpu() for k, v in weights.items()}, temporary, header)
+
+
+def load_checkpoint(path: str | Path) -> tuple[Segmenter, dict]:
+    """Rebuild the network of a checkpoint.
+
+    Returns
+    -------
+    network : Segmenter
+        In evaluation mode, on the CPU.
+    facts : dict
+        ``dice``, ``step``, ``threshold``, ``tau`` and ``training`` settings, as saved.
+
+    Raises
+    ------
+    WeightsError
+        If the file is missing, truncated, or not a checkpoint of this package.
+    """
+    header = _read_header(path)
+    try:
+        settings = NetworkSettings(**json.loads(header["network"]))
+        facts = json.loads(header["facts"])
+        frozen = facts["training"]["frozen"]
+        how = [facts[key] for key in REBUILD] if frozen else []
+    except (KeyError, TypeError, ValueError):
+        raise WeightsError(
+            f"{path}: no checkpoint of this package; expected one that notebook 03 or "
+            "`neurolib run` wrote"
+        ) from None
+    network = build(settings, *how)[0] if frozen else Segmenter(settings)
+    if frozen and encoder_sum(network) != facts["encoder_sum"]:
+        raise WeightsError(
+            f"{path}: trained on a frozen encoder with other pre-trained weights than those "
+            "found here; put the same weights file in place"
+        )
+    restore(network, path)
+    return network.eval(), facts
+
+
+def encoder_sum(network: Segmenter) -> str:
+    """A number that tells one encoder's weights from another's, as text."""
+    total = sum(p.detach().double().abs().sum().item() for p in network.encoder.parameters())
+    return f"{total:.9e}"
+
+
+def restore(network: Segmenter, path: str | Path) -> None:
+    """Load a checkpoint's weights into a network of the same settings."""
+    facts = json.loads(_read_header(path).get("facts", "{}"))
+    weights = load_file(path)
+    if facts.get("training", {}).get("frozen"):
+        kept = network.state_dict()
+        weights |= {k: v for k, v in kept.items() if k.startswith("encoder.")}
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()[:120]
+        raise WeightsError(f"{path}: weights of another network ({reason})") from None
+
+
+def _read_header(path: str | Path) -> dict:
+    if not Path(path).is_file():
+        raise WeightsError(f"{path}: no such checkpoint; train first, or check the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a readable checkpoint ({error})") from None
+
+
+def _identity(
+    network: Segmenter, settings: TrainingSettings, tau: float, blocks: BlockSource
+) -> str:
+    """What must be equal for a killed run to go on: settings, first weights and blocks."""
+    first = float(sum(p.detach().double().abs().sum() for p in network.parameters()))
+    return json.dumps(
+        {
+            "network": settings_of(network),
+            "training": asdict(settings),
+            "tau": tau,
+            "weights": f"{first:.9e}",
+            "neurons": [sample.pair.name for sample in blocks.samples],
+            "places": zlib.crc32(np.ascontiguousarray(blocks.places, np.int64).tobytes()),
+        },
+        sort_keys=True,
+    )
+
+
+class _Resume:
+    """The full state of a run in one safetensors file: weights, their average, both moments."""
+
+    def __init__(self, folder: Path, network, optimizer, average: dict, identity: str):
+        self.path = folder / "resume.safetensors"
+        self.network, self.optimizer, self.average = network, optimizer, average
+        self.identity = identity
+
+    def load(self) -> tuple[int, list[dict], dict]:
+        """Step to go on with, history so far, best validation so far."""
+        start = (0, [], {"dice": 0.0, "step": 0, "threshold": 0.5})
+        if not self.path.exists():
+            return start
+        header = _read_header(self.path)
+        if header.get("identity") != self.identity:
+            return start
+        tensors = load_file(self.path)
+        self.network.load_state_dict(_under("network.", tensors))
+        for key, value in _under("average.", tensors).items():
+            self.average[key].copy_(value)
+        moments: dict[int, dict] = {}
+        for key, value in _under("optimizer.", tensors).items():
+            number, name = key.split(".")
+            moments.setdefault(int(number), {})[name] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        progress = json.loads(header["progress"])
+        return progress["step"], progress["history"], progress["best"]
+
+    def save(self, step: int, history: list[dict], best: dict) -> None:
+        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.items()}
+        for number, entry in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": v for name, v in entry.items()}
+        progress = json.dumps({"step": step, "history": history, "best": best})
+        header = {"identity": self.identity, "progress": progress}
+        with atomic_path(self.path) as temporary:
+            save_file(
+                {k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, header
+            )
+
+
+def _under(prefix: str, tensors: dict) -> dict:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _write_history(path: Path, history: list[dict]) -> None:
+    columns = list(dict.fromkeys(key for row in history for key in row))
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(history)

