@@ -1,0 +1,675 @@
+"""How good a mask or a tree is: overlap, surface distance, topology, tree distance, statistics.
+
+Masks are boolean arrays (z, y, x). Distances between masks are in the unit of `spacing` (voxels
+with the default); distances between trees are in voxels, as in the field's published tables.
+Every number comes with what it is undefined for: an empty mask, a tree without edges, one pair.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+from scipy.spatial import KDTree
+
+from neurolib.errors import SettingsError, SwcError, VolumeError
+from neurolib.swc import Tree, branch_points, tips
+
+FULL_CONNECTIVITY = np.ones((3, 3, 3), dtype=bool)  # 26 neighbours: a neurite may run diagonally
+EXACT_PERMUTATIONS = 20  # up to 2**20 sign flips are all tried
+RANDOM_PERMUTATIONS = 100_000
+
+
+# --- Masks -------------------------------------------------------------------------------------
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    """Dice coefficient 2 |a ∩ b| / (|a| + |b|) of two masks; 1 if both are empty.
+
+    Parameters
+    ----------
+    a, b : boolean arrays of one shape (any number of dimensions)
+
+    Raises
+    ------
+    VolumeError
+        If the masks are not boolean or differ in shape.
+    """
+    a, b = _check_masks(a, b)
+    total = np.count_nonzero(a) + np.count_nonzero(b)
+    return 2 * np.count_nonzero(a & b) / total if total else 1.0
+
+
+def hd95(
+    a: np.ndarray,
+    b: np.ndarray,
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    method: str = "monai",
+) -> float:
+    """95th percentile of the distances between the surfaces of two masks.
+
+    A surface is the set of foreground voxels with a background voxel among their six neighbours;
+    what lies outside the volume is background. Both reference implementations take it so.
+
+    Parameters
+    ----------
+    a, b : boolean arrays (z, y, x) of one shape
+    spacing : (dz, dy, dx); the result is in its unit
+    method : "monai" takes the larger of the two directed 95th percentiles, "medpy" the 95th
+        percentile of the distances of both directions pooled (never larger)
+
+    Returns
+    -------
+    float
+        0 if both masks are empty, inf if one is (see `aggregate` for means over such values).
+
+    Raises
+    ------
+    VolumeError
+        If the masks are not boolean, not 3D, or differ in shape, or the spacing is not positive.
+    SettingsError
+        If the method has another name.
+    """
+    a, b = _check_masks(a, b, dimensions=3)
+    spacing = _check_spacing(spacing)
+    if method not in ("monai", "medpy"):
+        raise SettingsError(f'hd95: method is "monai" or "medpy", got {method!r}')
+    surface_a, surface_b = surface_voxels(a), surface_voxels(b)
+    if len(surface_a) == 0 or len(surface_b) == 0:
+        return 0.0 if len(surface_a) == len(surface_b) else float("inf")
+    surface_a, surface_b = surface_a * spacing, surface_b * spacing
+    # Voxels of one surface that are also on the other are at distance 0: the search, which is
+    # fast for small distances, leaves them at once.
+    a_to_b = KDTree(surface_b).query(surface_a)[0]
+    b_to_a = KDTree(surface_a).query(surface_b)[0]
+    if method == "monai":
+        return float(max(np.percentile(a_to_b, 95), np.percentile(b_to_a, 95)))
+    return float(np.percentile(np.concatenate([a_to_b, b_to_a]), 95))
+
+
+def surface_voxels(mask: np.ndarray) -> np.ndarray:
+    """Indices (n, 3) of the foreground voxels with a face neighbour that is not foreground.
+
+    Parameters
+    ----------
+    mask : boolean array (z, y, x); outside of it is background
+
+    Raises
+    ------
+    VolumeError
+        If the mask is not boolean or not 3D.
+    """
+    mask = _check_mask(mask, dimensions=3)
+    box = bounding_box(mask)
+    if box is None:
+        return np.zeros((0, 3), dtype=np.intp)
+    # Looking at the six neighbours of the foreground alone is many times faster on a sparse
+    # volume than eroding all of it; the margin keeps neighbours from wrapping to the next row.
+    crop = np.pad(mask[box], 1)
+    flat, foreground = crop.ravel(), np.flatnonzero(crop)
+    steps = np.array([crop.shape[1] * crop.shape[2], crop.shape[2], 1])
+    inside = np.ones(len(foreground), dtype=bool)
+    for step in (*steps, *-steps):
+        inside &= flat[foreground + step]
+    surface = np.unravel_index(foreground[~inside], crop.shape)
+    return np.stack(surface, axis=1) - 1 + [part.start for part in box]
+
+
+def bounding_box(mask: np.ndarray) -> tuple[slice, slice, slice] | None:
+    """Slices of the smallest box around the foreground of a 3D mask; None if it is empty."""
+    slices = []
+    for axes in ((1, 2), (0, 2), (0, 1)):
+        used = np.flatnonzero(mask.any(axis=axes))
+        if len(used) == 0:
+            return None
+        slices.append(slice(int(used[0]), int(used[-1]) + 1))
+    return tuple(slices)
+
+
+def cl_dice(a: np.ndarray, b: np.ndarray) -> float:
+    """Centre-line Dice: harmonic mean of each skeleton's share inside the other mask.
+
+    Shit et al., "clDice: a novel topology-preserving loss function for tubular structure
+    segmentation", CVPR 2021; skeletons by Lee's 3D thinning (scikit-image). 1 if both masks are
+    empty, 0 if one is.
+
+    Parameters
+    ----------
+    a, b : boolean arrays (z, y, x) of one shape
+
+    Raises
+    ------
+    VolumeError
+        If the masks are not boolean, not 3D, or differ in shape.
+    """
+    a, b = _check_masks(a, b, dimensions=3)
+    if not a.any() or not b.any():
+        return 1.0 if a.any() == b.any() else 0.0
+    precision, recall = _skeleton_share(a, b), _skeleton_share(b, a)
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _skeleton_share(mask: np.ndarray, other: np.ndarray) -> float:
+    """Share of the skeleton voxels of `mask` that lie inside `other`."""
+    from skimage.morphology import skeletonize  # half a second to import: only where it is used
+
+    box = bounding_box(mask)
+    skeleton = skeletonize(mask[box]) > 0
+    return np.count_nonzero(skeleton & other[box]) / np.count_nonzero(skeleton)
+
+
+def betti0_error(a: np.ndarray, b: np.ndarray) -> int:
+    """Difference of the numbers of connected components (26 neighbours) of two masks.
+
+    Parameters
+    ----------
+    a, b : boolean arrays (z, y, x) of one shape
+
+    Raises
+    ------
+    VolumeError
+        If the masks are not boolean, not 3D, or differ in shape.
+    """
+    a, b = _check_masks(a, b, dimensions=3)
+    return abs(_count_components(a) - _count_components(b))
+
+
+def _count_components(mask: np.ndarray) -> int:
+    box = bounding_box(mask)
+    return 0 if box is None else ndimage.label(mask[box], structure=FULL_CONNECTIVITY)[1]
+
+
+def volume_diagonal(
+    shape: tuple[int, int, int], spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+) -> float:
+    """Length of the diagonal of a volume, edge to edge: no two voxels of it are farther apart.
+
+    Takes the place of an infinite `hd95` in a mean (see `aggregate`).
+
+    Parameters
+    ----------
+    shape : (z, y, x) in voxels
+    spacing : (dz, dy, dx); the result is in its unit
+    """
+    return float(np.linalg.norm(np.multiply(shape, _check_spacing(spacing))))
+
+
+@dataclass(frozen=True)
+class VolumeScores:
+    """Scores of one predicted mask: hd95 in the unit of the spacing, the others without unit."""
+
+    dice: float
+    hd95: float
+    cl_dice: float
+    betti0_error: int
+
+
+def volume_scores(
+    prediction: np.ndarray,
+    truth: np.ndarray,
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    protocol: str = "standard",
+) -> VolumeScores:
+    """All scores of one predicted mask against the truth.
+
+    Parameters
+    ----------
+    prediction, truth : boolean arrays (z, y, x) of one shape
+    spacing : (dz, dy, dx), the unit of hd95
+    protocol : "standard", or "transunet": the habits of that code base (Chen et al. 2021), only
+        to compare with tables made by it. hd95 is then the pooled percentile in voxels, whatever
+        the spacing; an empty truth counts as Dice 1 and hd95 0 for any prediction that is not
+        empty, and an empty prediction as Dice 0 and hd95 0, the best distance there is.
+
+    Raises
+    ------
+    VolumeError
+        If the masks are not boolean, not 3D, or differ in shape.
+    SettingsError
+        If the protocol has another name.
+    """
+    if protocol not in ("standard", "transunet"):
+        raise SettingsError(f'protocol is "standard" or "transunet", got {protocol!r}')
+    overlap, distance = dice(prediction, truth), None
+    if protocol == "standard":
+        distance = hd95(prediction, truth, spacing)
+    elif not np.any(prediction):
+        overlap, distance = 0.0, 0.0
+    elif not np.any(truth):
+        overlap, distance = 1.0, 0.0
+    else:
+        distance = hd95(prediction, truth, method="medpy")
+    return VolumeScores(
+        overlap, distance, cl_dice(prediction, truth), betti0_error(prediction, truth)
+    )
+
+
+def _check_mask(mask: np.ndarray, dimensions: int | None = None) -> np.ndarray:
+    mask = np.asarray(mask)
+    if mask.dtype != bool:
+        raise VolumeError(
+            f"expected a boolean mask, got {mask.dtype}; threshold it first (for example p >= 0.5)"
+        )
+    if dimensions is not None and mask.ndim != dimensions:
+        raise VolumeError(f"expected a {dimensions}D mask (z, y, x), got shape {mask.shape}")
+    return mask
+
+
+def _check_masks(
+    a: np.ndarray, b: np.ndarray, dimensions: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    a, b = _check_mask(a, dimensions), _check_mask(b, dimensions)
+    if a.shape != b.shape:
+        raise VolumeError(
+            f"two masks of one volume must have one shape, got {a.shape} and {b.shape}"
+        )
+    return a, b
+
+
+def _check_spacing(spacing: tuple[float, float, float]) -> np.ndarray:
+    values = np.asarray(spacing, dtype=float)
+    if values.shape != (3,) or not np.all(np.isfinite(values) & (values > 0)):
+        raise VolumeError(f"spacing must be three positive numbers (dz, dy, dx), got {spacing}")
+    return values
+
+
+# --- Trees -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TreeDistance:
+    """Distances of two trees in voxels (esa, dsa) and shares (pds); see `tree_distance`."""
+
+    esa_12: float
+    esa_21: float
+    esa: float
+    dsa: float
+    pds_12: float
+    pds_21: float
+    pds: float
+
+
+def tree_distance(tree: Tree, reference: Tree, threshold: float = 2.0) -> TreeDistance:
+    """Distances between two trees as Vaa3D's "neuron distance" defines them.
+
+    Every edge of one tree is sampled with int(1 + length + 0.5) points, both its nodes included
+    (so a node counts once per edge at it). The distance of a point is that to the nearest edge of
+    the other tree. Direction 12 samples `tree`, direction 21 samples `reference`.
+
+    - esa, "entire structure average": mean distance, averaged over the two directions;
+    - dsa, "different structure average": mean of the distances of at least `threshold`, averaged
+      over the directions that have any, 0 if none has;
+    - pds, "percentage of different structures": share of such points (0 to 1), averaged.
+
+    Peng et al., "V3D enables real-time 3D visualization and quantitative analysis of large-scale
+    biological image data sets", Nature Biotechnology 2010.
+
+    Parameters
+    ----------
+    tree, reference : trees in voxel coordinates
+    threshold : distance, in voxels, from which a point counts as different
+
+    Raises
+    ------
+    SwcError
+        If a tree has no node. A tree of isolated nodes is compared by its nodes.
+    """
+    _check_trees(tree, reference)
+    there = distance_to_tree(sample_edges(tree), reference)
+    back = distance_to_tree(sample_edges(reference), tree)
+    apart = [distances[distances >= threshold] for distances in (there, back)]
+    pds_12, pds_21 = len(apart[0]) / len(there), len(apart[1]) / len(back)
+    means = [distances.mean() for distances in apart if len(distances)]
+    return TreeDistance(
+        esa_12=float(there.mean()),
+        esa_21=float(back.mean()),
+        esa=float(there.mean() + back.mean()) / 2,
+        dsa=float(np.mean(means)) if means else 0.0,
+        pds_12=pds_12,
+        pds_21=pds_21,
+        pds=(pds_12 + pds_21) / 2,
+    )
+
+
+def sample_edges(tree: Tree) -> np.ndarray:
+    """Points (m, 3), as x, y, z: int(1 + length + 0.5) per edge, from the child to the parent.
+
+    A tree without any edge gives its nodes.
+    """
+    child, parent = _edges(tree)
+    if len(child) == 0:
+        return tree.xyz
+    start, step = tree.xyz[child], tree.xyz[parent] - tree.xyz[child]
+    count = (1 + np.linalg.norm(step, axis=1) + 0.5).astype(int)
+    edge = np.repeat(np.arange(len(child)), count)
+    number = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count)
+    return start[edge] + step[edge] * (number / np.maximum(count[edge] - 1, 1))[:, None]
+
+
+def _edges(tree: Tree) -> tuple[np.ndarray, np.ndarray]:
+    """Row indices (child, parent) of the edges of a tree, each (m,)."""
+    child = np.flatnonzero(tree.parent >= 0)
+    return child, tree.parent[child]
+
+
+def distance_to_tree(points: np.ndarray, tree: Tree) -> np.ndarray:
+    """Exact distance of each point to the nearest edge of a tree, in voxels.
+
+    Parameters
+    ----------
+    points : (m, 3), as x, y, z in voxels
+    tree : a tree; one without edges is taken as its nodes
+
+    Returns
+    -------
+    ndarray
+        (m,) distances.
+    """
+    # Strategy: cut the edges into pieces no longer than `longest` and put the middles into a
+    # KD-tree. No point of a piece is farther than longest / 2 from its middle, so a piece whose
+    # middle is at distance d is at least d - longest / 2 away. Look at the k pieces with the
+    # nearest middles and take the best exact distance; if the k-th middle is at least
+    # best + longest / 2 away, no piece left out can be better and the result is proved. The few
+    # points for which it is not are asked again with more pieces.
+    start, step = _edge_pieces(tree)
+    longest = np.sqrt((step**2).sum(axis=1).max())
+    middles = KDTree(start + step / 2)
+    distances = np.empty(len(points))
+    open_points, k = np.arange(len(points)), min(8, len(start))
+    while len(open_points):
+        unproved = []
+        for part in np.array_split(open_points, -(-len(open_points) * k // 1_000_000)):
+            to_middle, piece = middles.query(points[part], k=np.arange(1, k + 1))
+            best = _distance_to_pieces(points[part, None], start[piece], step[piece]).min(axis=1)
+            distances[part] = best
+            if k < len(start):
+                unproved.append(part[to_middle[:, -1] < best + longest / 2])
+        open_points = np.concatenate(unproved) if unproved else open_points[:0]
+        k = min(4 * k, len(start))
+    return distances
+
+
+def _edge_pieces(tree: Tree) -> tuple[np.ndarray, np.ndarray]:
+    """Start and step (p, 3) of the edges, those longer than the mean cut into equal pieces."""
+    child, parent = _edges(tree)
+    if len(child) == 0:
+        return tree.xyz, np.zeros_like(tree.xyz)
+    start, step = tree.xyz[child], tree.xyz[parent] - tree.xyz[child]
+    length = np.linalg.norm(step, axis=1)
+    # Pieces of the mean length at most double the number of edges, whatever the unit.
+    count = np.ceil(length / length.mean()).astype(int) if length.any() else np.ones_like(child)
+    count = np.maximum(count, 1)
+    edge = np.repeat(np.arange(len(child)), count)
+    number = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count)
+    step = step[edge] / count[edge, None]
+    return start[edge] + step * number[:, None], step
+
+
+def _distance_to_pieces(points: np.ndarray, start: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """Distance of points to straight pieces start + t * step, t in [0, 1], by broadcasting."""
+    square = np.maximum((step**2).sum(axis=-1), np.finfo(float).tiny)
+    along = np.clip(((points - start) * step).sum(axis=-1) / square, 0, 1)
+    return np.sqrt(((points - start - along[..., None] * step) ** 2).sum(axis=-1))
+
+
+@dataclass(frozen=True)
+class TreeScores:
+    """Scores of a tree against a reference; lengths in voxels, see `tree_scores`."""
+
+    precision: float
+    recall: float
+    f1: float
+    length: float
+    reference_length: float
+    length_ratio: float
+    tips: int
+    reference_tips: int
+    branch_points: int
+    reference_branch_points: int
+    trees: int
+    reference_trees: int
+
+
+def tree_scores(tree: Tree, reference: Tree, threshold: float = 2.0) -> TreeScores:
+    """Length-weighted precision and recall of a tree, and counts of its parts.
+
+    Precision is the share of the length of `tree` that lies within `threshold` of the reference,
+    recall the share of the reference's length within `threshold` of `tree`. Tips are nodes with
+    at most one neighbour and branch points nodes with three or more, wherever the root is.
+
+    Parameters
+    ----------
+    tree, reference : trees in voxel coordinates
+    threshold : distance in voxels up to which two trees agree
+
+    Raises
+    ------
+    SwcError
+        If a tree has no node. The length of a tree without edges counts by its nodes.
+    """
+    _check_trees(tree, reference)
+    precision, length = _length_within(tree, reference, threshold)
+    recall, reference_length = _length_within(reference, tree, threshold)
+    return TreeScores(
+        precision=precision,
+        recall=recall,
+        f1=2 * precision * recall / (precision + recall) if precision + recall else 0.0,
+        length=length,
+        reference_length=reference_length,
+        length_ratio=length / reference_length if reference_length else float("nan"),
+        tips=len(tips(tree)),
+        reference_tips=len(tips(reference)),
+        branch_points=len(branch_points(tree)),
+        reference_branch_points=len(branch_points(reference)),
+        trees=int((tree.parent < 0).sum()),
+        reference_trees=int((reference.parent < 0).sum()),
+    )
+
+
+def _length_within(tree: Tree, other: Tree, threshold: float) -> tuple[float, float]:
+    """Share of the length of `tree` within `threshold` of `other`, and that length."""
+    child, parent = _edges(tree)
+    if len(child) == 0:
+        return float((distance_to_tree(tree.xyz, other) <= threshold).mean()), 0.0
+    start, step = tree.xyz[child], tree.xyz[parent] - tree.xyz[child]
+    length = np.linalg.norm(step, axis=1)
+    # The middles of pieces of at most half a voxel, each weighted by the length of its piece.
+    count = np.maximum(np.ceil(2 * length), 1).astype(int)
+    edge = np.repeat(np.arange(len(child)), count)
+    number = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count)
+    points = start[edge] + step[edge] * ((number + 0.5) / count[edge])[:, None]
+    within = distance_to_tree(points, other) <= threshold
+    total = length.sum()
+    if total == 0:
+        return float(within.mean()), 0.0
+    return float(np.average(within, weights=length[edge] / count[edge])), float(total)
+
+
+def _check_trees(*trees: Tree) -> None:
+    if any(len(tree.xyz) == 0 for tree in trees):
+        raise SwcError("a tree without nodes cannot be compared; expected at least one node")
+
+
+# --- Statistics --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over n values with a percentile bootstrap interval.
+
+    misses counts the values that were infinite and were replaced (see `aggregate`).
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    misses: int = 0
+
+
+def bootstrap_interval(
+    values: np.ndarray, resamples: int = 10_000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Mean of a few values and its percentile bootstrap interval.
+
+    Given the differences of paired values (one per neuron), it is the paired bootstrap: neurons
+    are drawn, not single measurements (Efron and Tibshirani, 1993). With very few values the
+    interval is too narrow: print n beside it.
+
+    Parameters
+    ----------
+    values : (n,) finite values or differences, at least one
+    resamples : number of draws of n values with replacement
+    seed : of the draws, so that a table can be made again
+    level : share of the resampled means inside the interval
+
+    Raises
+    ------
+    SettingsError
+        If there are no values or some are not finite.
+    """
+    values = _check_values(values)
+    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    low, high = np.percentile(values[draws].mean(axis=1), [50 * (1 - level), 50 * (1 + level)])
+    return Interval(float(values.mean()), float(low), float(high), len(values))
+
+
+def aggregate(
+    values: np.ndarray, penalty: float | np.ndarray | None = None, seed: int = 0
+) -> Interval:
+    """Mean over volumes with a bootstrap interval, where infinite values count as misses.
+
+    Parameters
+    ----------
+    values : (n,) one score per volume; inf where it is undefined (`hd95` with one mask empty)
+    penalty : what takes the place of an infinite value, per volume or for all: the volume's
+        diagonal (`volume_diagonal`), so that a miss can never raise the mean score
+    seed : of the bootstrap
+
+    Returns
+    -------
+    Interval
+        With the number of replaced values in `misses`.
+
+    Raises
+    ------
+    SettingsError
+        If there are no values, some are NaN, or some are infinite and no penalty is given.
+    """
+    values = np.asarray(values, dtype=float)
+    missed = np.isposinf(values)
+    if missed.any():
+        if penalty is None:
+            raise SettingsError(
+                f"{missed.sum()} of {values.size} values are infinite (an empty mask); give the "
+                "volumes' diagonals as penalty"
+            )
+        values = np.where(missed, penalty, values)
+    summary = bootstrap_interval(values, seed=seed)
+    return Interval(summary.mean, summary.low, summary.high, summary.n, int(missed.sum()))
+
+
+@dataclass(frozen=True)
+class PermutationTest:
+    """Two-sided p of a paired permutation test over n differences; exact if all were tried."""
+
+    p: float
+    n: int
+    exact: bool
+
+
+def permutation_p(differences: np.ndarray, seed: int = 0) -> PermutationTest:
+    """Two-sided sign-flip permutation test of the mean of paired differences against 0.
+
+    Under the null hypothesis each difference could as well have the other sign. Up to 20
+    differences all 2ⁿ sign patterns are tried: the smallest p possible is then 2 / 2ⁿ (0.125 for
+    four neurons, so four can never be "significant"). Beyond, 100,000 random patterns are drawn
+    and p counts the observed one among them, so that it is never 0.
+
+    Parameters
+    ----------
+    differences : (n,) finite paired differences, at least one
+    seed : of the random patterns, where they are drawn
+
+    Raises
+    ------
+    SettingsError
+        If there are no differences or some are not finite.
+    """
+    differences = _check_values(differences)
+    n = len(differences)
+    # Sums that differ only by rounding are the same sum.
+    observed = abs(differences.sum()) - 1e-9 * np.abs(differences).sum()
+    if n <= EXACT_PERMUTATIONS:
+        # A pattern and its opposite have the same absolute sum: the first sign can stay.
+        sums = differences[:1]
+        for difference in differences[1:]:
+            sums = np.concatenate([sums + difference, sums - difference])
+        return PermutationTest(float((np.abs(sums) >= observed).mean()), n, exact=True)
+    random = np.random.default_rng(seed)
+    sums = np.zeros(RANDOM_PERMUTATIONS)
+    for difference in differences:
+        sums += difference * random.choice([-1.0, 1.0], size=RANDOM_PERMUTATIONS)
+    extreme = np.count_nonzero(np.abs(sums) >= observed)
+    return PermutationTest((extreme + 1) / (RANDOM_PERMUTATIONS + 1), n, exact=False)
+
+
+def _check_values(values: np.ndarray) -> np.ndarray:
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
+        raise SettingsError(
+            f"expected a list of at least one finite value, got shape {values.shape} with "
+            f"{np.count_nonzero(~np.isfinite(values))} not finite"
+        )
+    return values
+
+
+def compare(tree: Tree, reference: Tree) -> dict[str, float]:
+    """The scores of a tree that a table of neurons shows: ESA, DSA, PDS, precision, recall, trees.
+
+    See `tree_distance` and `tree_scores`; distances in voxels, threshold 2 voxels.
+    """
+    distance, scores = tree_distance(tree, reference), tree_scores(tree, reference)
+    return {
+        "ESA": distance.esa,
+        "DSA": distance.dsa,
+        "PDS": distance.pds,
+        "precision": scores.precision,
+        "recall": scores.recall,
+        "trees": scores.trees,
+    }
+
+
+def compare_networks(values: Mapping[str, Mapping[str, float]], baseline: str) -> list[dict]:
+    """Mean of each method, and its paired difference from one of them.
+
+    Parameters
+    ----------
+    values : mapping of method to mapping of neuron to value
+    baseline : str
+        The method that the others are compared with, on the neurons that both have.
+
+    Returns
+    -------
+    list of dict
+        Per method: ``mean``, ``difference``, ``low`` and ``high`` (95 % interval of the paired
+        bootstrap), ``p`` (exact sign flips) and ``n``.
+
+    Raises
+    ------
+    SettingsError
+        If there is no such method.
+    """
+    if baseline not in values:
+        raise SettingsError(f"baseline={baseline!r}: expected one of {', '.join(values)}")
+    rows = []
+    for name, scores in values.items():
+        row = {"network": name, "mean": float(np.mean(list(scores.values())))}
+        if name != baseline:
+            shared = [neuron for neuron in scores if neuron in values[baseline]]
+            gain = np.array([scores[neuron] - values[baseline][neuron] for neuron in shared])
+            found = bootstrap_interval(gain)
+            row |= {"difference": found.mean, "low": found.low, "high": found.high}
+            row |= {"p": permutation_p(gain).p, "n": found.n}
+        rows.append(row)
+    return rows
