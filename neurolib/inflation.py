@@ -258,8 +258,8 @@ def inflate_encoder(
     embeddings = {PATCH_WEIGHT, PATCH_BIAS, POSITION} & target.keys() <= fits.keys()
     if report.share < REQUIRED_MATCH or not embeddings:
         raise WeightsError(
-            f"weights of another architecture: {report}; expected at least {REQUIRED_MATCH:.0%}, the "
-            "patch and position embedding among them"
+            f"weights of another architecture: {report}; expected at least {REQUIRED_MATCH:.0%}, "
+            "the patch and position embedding among them"
         )
     encoder.load_state_dict({**target, **fits})
     return report

@@ -578,7 +578,9 @@ def resample(tree: Tree, step: float) -> Tree:
     xyz[at_end] = tree.xyz[ends]
     radius = np.interp(s, axis, tree.radius[rows])
     radius[at_end] = tree.radius[ends]
-    kind = tree.type[rows[np.searchsorted(axis, s, side="left")]]
+    # Rounding can put the last position a hair behind the end of the path.
+    at = np.minimum(np.searchsorted(axis, s, side="left"), len(rows) - 1)
+    kind = tree.type[rows[at]]
     kind[at_end] = tree.type[ends]
 
     # New rows: the roots, then the paths; a path's first sample hangs on its start.

@@ -387,8 +387,10 @@ def train(
     shape = network.settings
     blocks = BlockSource(samples, shape.depth, shape.block, settings.negatives, seed=settings.seed)
     checks = [validation_blocks(s, shape, settings) for s in validation]
-    for parameter in network.encoder.parameters():
-        parameter.requires_grad_(not settings.frozen)
+    for name, parameter in network.encoder.named_parameters():
+        # Nothing reads the last norm, which lies behind the last tap: several processes would
+        # wait for its gradient.
+        parameter.requires_grad_(not (settings.frozen or name.startswith("norm.")))
     optimizer = torch.optim.AdamW(parameter_groups(network, settings), fused=True)
     module, optimizer = fabric.setup(network, optimizer)
     average = {k: v.detach().clone() for k, v in network.state_dict().items()}
@@ -445,19 +447,22 @@ def train(
             row |= {"validation_dice": dice, "threshold": threshold}
             if dice > best["dice"] or best["step"] == 0:
                 best = {"dice": dice, "step": step + 1, "threshold": threshold}
-                save_checkpoint(
-                    folder / "checkpoint.safetensors",
-                    network,
-                    average,
-                    best | {"tau": tau, "training": asdict(settings)},
-                )
+                if fabric.is_global_zero:
+                    save_checkpoint(
+                        folder / "checkpoint.safetensors",
+                        network,
+                        average,
+                        best | {"tau": tau, "training": asdict(settings)},
+                    )
         history.append(row)
         bar.set_postfix(loss=f"{row['loss']:.3f}", dice=f"{best['dice']:.3f}", refresh=False)
         if on_step:
             on_step(row)
-        if last or (step + 1) % settings.save_every == 0:
+        if fabric.is_global_zero and (last or (step + 1) % settings.save_every == 0):
             state.save(step + 1, history, best)
-    _write_history(folder / "history.csv", history)
+    if fabric.is_global_zero:
+        _write_history(folder / "history.csv", history)
+    fabric.barrier()
     restore(network, folder / "checkpoint.safetensors")
     return TrainingResult(
         best["dice"], best["step"], best["threshold"], history, folder / "checkpoint.safetensors"

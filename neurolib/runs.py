@@ -1,0 +1,617 @@
+"""Runs: the notebooks executed in order by papermill, in a folder that can be taken up again.
+
+A run folder holds the executed notebooks, what they hand on (split, checkpoint, predicted
+volumes, SWC), ``figures/``, ``metrics.json`` and ``report.html``. A notebook is executed again
+only if its key has changed: the hash of its code, its parameters, the package's source, and the
+key of the notebook before it.
+"""
+
+import ast
+import contextlib
+import csv
+import difflib
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import yaml
+
+from neurolib.datasets import (
+    Split,
+    folder_pairs,
+    load_dataset,
+    read_manifest,
+    split_by_neuron,
+    write_manifest,
+)
+from neurolib.errors import NeurolibError, SettingsError
+from neurolib.files import atomic_path, sha256, write_text
+from neurolib.swc import check_pair, read_swc
+from neurolib.volume import read_volume
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NOTEBOOKS = REPOSITORY / "notebooks"
+PROFILES = REPOSITORY / "profiles"
+COURSE = (
+    "00_start_here",
+    "01_data_blocking",
+    "02_weight_inflation",
+    "03_training",
+    "04_evaluation",
+    "05_swc_tracing",
+)
+# A kernel that hangs is ended: seconds to start, and per cell (GPU profiles train for hours).
+START_TIMEOUT, CELL_TIMEOUT = 120, 24 * 3600
+MEMORY_LIMIT_MB = 1500
+WIDGET = "application/vnd.jupyter.widget-view+json"
+PROGRESS = re.compile(r"\d+%\s*\|.*\d+/\d+|\d+it \[|\bit/s\b|\bs/it\b")
+
+
+# ------------------------------------------------------------------- the folder of a run
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and what notebooks leave in it."""
+
+    folder: Path
+
+    @property
+    def figures(self) -> Path:
+        """Folder of the figures."""
+        return self.folder / "figures"
+
+    def path(self, name: str) -> Path:
+        """Path of a file of the run."""
+        return self.folder / name
+
+    def record(self, stage: str, values: dict) -> None:
+        """Put `values` under `stage` into ``metrics.json``."""
+        metrics = self.metrics()
+        metrics[stage] = values
+        write_text(self.path("metrics.json"), json.dumps(metrics, indent=1))
+
+    def metrics(self) -> dict:
+        """What has been recorded so far, by stage."""
+        path = self.path("metrics.json")
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def hand_over(self, name: str) -> str:
+        """The line of a checkpoint: the file's name, size and hash."""
+        path = self.path(name)
+        return f"{name}: {path.stat().st_size / 1e6:.1f} MB, sha256 {sha256(path)[:12]}"
+
+
+def split_of(run: Run, data: str) -> Split:
+    """The split that notebook 01 left in a run; without it, its default split of `data`."""
+    path = run.path("split.json")
+    if not path.exists():
+        write_manifest(path, split_by_neuron(load_dataset(data)), seed=0)
+    return read_manifest(path)
+
+
+def target_of(run: Run) -> dict:
+    """Kind and threshold of the target of a run: ``kind`` and ``tau`` for `read_sample`."""
+    return run.metrics().get("target", {"kind": "sironi", "tau": 0.1})
+
+
+def checkpoint_of(run: Run) -> Path:
+    """The checkpoint that notebook 03 left in a run; without it, the one that comes along.
+
+    ``data/example.safetensors`` holds a decoder trained for a few minutes on the synthetic data
+    behind a frozen, center-inflated encoder.
+    """
+    path = run.path("checkpoint.safetensors")
+    return path if path.exists() else REPOSITORY / "data" / "example.safetensors"
+
+
+def open_run(folder: str | Path) -> Run:
+    """Open a run folder, made if need be."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            f"{folder}: cannot be made ({error.strerror}); choose a folder you may write to"
+        ) from None
+    return Run(folder)
+
+
+# ------------------------------------------------------------------ profiles and parameters
+
+
+def read_profile(name: str | Path) -> dict:
+    """Read a profile: a flat YAML file of notebook parameters.
+
+    Parameters
+    ----------
+    name : str or path
+        A file, or the name of one in ``profiles/`` without suffix.
+
+    Raises
+    ------
+    SettingsError
+        If there is no such profile or it is not a flat mapping.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = PROFILES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
+        raise SettingsError(f"{name}: no such profile; there are {known}, or give a file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise SettingsError(f"{path}:{where} not valid YAML; expected lines 'key: value'") from None
+    if not isinstance(values, dict) or any(isinstance(v, dict | list) for v in values.values()):
+        raise SettingsError(f"{path}: expected a flat list of 'parameter: value' lines")
+    return values
+
+
+def notebook_parameters(path: Path) -> dict:
+    """Names and default values in the one cell tagged ``parameters`` (literals only)."""
+    notebook = nbformat.read(path, as_version=4)
+    cells = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise SettingsError(f"{path.name}: {len(cells)} cells tagged 'parameters', expected one")
+    defaults = {}
+    for statement in ast.parse(cells[0].source).body:
+        if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
+            raise SettingsError(f"{path.name}: its parameters cell holds more than assignments")
+        defaults[statement.targets[0].id] = ast.literal_eval(statement.value)
+    return defaults
+
+
+def choose_parameters(values: dict, defaults: dict[str, dict]) -> dict[str, dict]:
+    """Give each notebook the parameters that it declares.
+
+    Parameters
+    ----------
+    values : dict
+        Of a profile and the command line.
+    defaults : mapping of notebook name to its parameters and their default values
+
+    Raises
+    ------
+    SettingsError
+        If no notebook declares a parameter, or its value is of another type.
+    """
+    known = {name: value for part in defaults.values() for name, value in part.items()}
+    for name, value in values.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+            raise SettingsError(f"parameter {name!r}: no notebook declares it; {hint}")
+        kind = type(known[name])
+        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if not fits and not (kind is float and type(value) is int):
+            raise SettingsError(
+                f"parameter {name!r}: expected {kind.__name__} as in {known[name]!r}, got {value!r}"
+            )
+    return {
+        notebook: {name: values[name] for name in part if name in values}
+        for notebook, part in defaults.items()
+    }
+
+
+# -------------------------------------------------------------------------------- execution
+
+
+def run_course(
+    data: str = "synthetic",
+    profile: str = "course",
+    name: str = "",
+    folder: str | Path = "runs",
+    parameters: dict | None = None,
+    notebooks: tuple[str, ...] = COURSE,
+) -> Run:
+    """Execute the notebooks on a data set; skip what is done, go on where a run was interrupted.
+
+    Parameters
+    ----------
+    data : str
+        ``synthetic``, ``bigneuron-janelia``, or a folder of image/SWC pairs.
+    profile : str
+        See `read_profile`.
+    name : str
+        Of the run; by default from data and profile.
+    folder : path
+        In which runs lie.
+    parameters : dict, optional
+        Override the profile.
+    notebooks : tuple of str
+
+    Returns
+    -------
+    Run
+    """
+    defaults = {n: notebook_parameters(notebook_path(n)) for n in notebooks}
+    values = read_profile(profile) | (parameters or {})
+    name = name or f"{Path(data).name}-{Path(profile).stem}"
+    is_folder = Path(data).exists()
+    # Notebooks run in their own folder: what they get is relative to it.
+    values |= {
+        "run_dir": os.path.relpath(Path(folder) / name, NOTEBOOKS),
+        "data": os.path.relpath(data, NOTEBOOKS) if is_folder else data,
+    }
+    chosen = choose_parameters(values, defaults)
+    if "01_data_blocking" in notebooks:
+        _check_data(data, defaults["01_data_blocking"] | values)
+    run = open_run(Path(folder) / name)
+    before = _data_key(data) if is_folder else data
+    for number, notebook in enumerate(notebooks, 1):
+        before = _key(notebook, chosen[notebook], before)
+        label = f"[{number}/{len(notebooks)}] {notebook}"
+        if _is_done(run, notebook, before):
+            print(f"{label}: done before", flush=True)
+            continue
+        print(label, flush=True)
+        _execute(run, notebook, chosen[notebook], before)
+    write_report(run, notebooks)
+    return run
+
+
+def notebook_path(name: str) -> Path:
+    """Path of one of the repository's own notebooks."""
+    path = NOTEBOOKS / f"{name}.ipynb"
+    if not path.is_file():
+        raise SettingsError(
+            f"{path}: no such notebook; the command works in a clone of the repository "
+            "installed with 'pip install -e .'"
+        )
+    return path
+
+
+def _check_data(data: str, values: dict) -> None:
+    """Unusable data must fail at once and in one line, not inside a notebook."""
+    if data in ("synthetic", "bigneuron-janelia"):
+        return
+    pairs = load_dataset(data)
+    asked = ("test_neurons", "validation_neurons", "seed", "held_out")
+    split_by_neuron(pairs, *(values[name] for name in asked))
+    for pair in pairs:
+        check_pair(read_swc(pair.swc), read_volume(pair.image).data.shape, pair.name)
+
+
+def _data_key(folder: str) -> str:
+    files = [file for pair in folder_pairs(folder) for file in (pair.image, pair.swc)]
+    return ",".join(f"{f.name}:{sha256(f)}" for f in files if f.is_file())
+
+
+def _key(notebook: str, parameters: dict, before: str) -> str:
+    content = nbformat.read(notebook_path(notebook), as_version=4)
+    package = Path(__file__).parent
+    parts = [
+        before,
+        json.dumps(parameters, sort_keys=True),
+        *(cell.source for cell in content.cells if cell.cell_type == "code"),
+        *(sha256(path) for path in sorted(package.glob("*.py"))),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def _is_done(run: Run, notebook: str, key: str) -> bool:
+    record = run.metrics().get("notebooks", {}).get(notebook, {})
+    return record.get("key") == key and run.path(f"{notebook}.ipynb").exists()
+
+
+def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    source, target = notebook_path(notebook), run.path(f"{notebook}.ipynb")
+    started = time.monotonic()
+    with tempfile_beside(target) as temporary, peak_memory() as peak, passive_threads():
+        try:
+            papermill.execute_notebook(
+                source,
+                temporary,
+                parameters=parameters,
+                cwd=NOTEBOOKS,
+                kernel_name="python3",
+                start_timeout=START_TIMEOUT,
+                execution_timeout=CELL_TIMEOUT,
+                stderr_file=sys.stderr,
+                # A warning about its local ports would tear up the progress bars.
+                extra_arguments=["--log-level=ERROR"],
+                progress_bar={"mininterval": 2, "ascii": True},
+            )
+        except PapermillExecutionError as error:
+            failed = run.path(f"{notebook}.failed.ipynb")
+            shutil.copy(temporary, failed)
+            raise _in_one_line(notebook, error, failed) from None
+        executed = nbformat.read(temporary, as_version=4)
+        for cell in executed.cells:
+            if cell.cell_type == "code":
+                cell.outputs = list(without_progress(cell.outputs))
+        nbformat.write(executed, temporary)
+        os.replace(temporary, target)
+    run.path(f"{notebook}.failed.ipynb").unlink(missing_ok=True)
+    records = run.metrics().get("notebooks", {})
+    records[notebook] = {
+        "key": key,
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_mb": round(peak[0] / 2**20),
+    }
+    run.record("notebooks", records)
+
+
+def without_progress(outputs: Iterable[nbformat.NotebookNode]) -> Iterable[nbformat.NotebookNode]:
+    """Outputs without progress bars, be they lines on stderr or widgets."""
+    for output in outputs:
+        if output.output_type == "stream" and output.name == "stderr":
+            # A bar draws over itself with returns and "cursor up".
+            lines = re.split(r"[\r\n]+", output.text.replace("\x1b[A", ""))
+            kept = [line for line in lines if line.strip() and not PROGRESS.search(line)]
+            output = nbformat.from_dict({**output, "text": "".join(f"{line}\n" for line in kept)})
+            if not kept:
+                continue
+        data = output.get("data", {})
+        if WIDGET not in data or not PROGRESS.search(data.get("text/plain", "")):
+            yield output
+
+
+def _in_one_line(notebook: str, error, failed: Path) -> NeurolibError:
+    """A papermill error as the one line of its cause; ours keep their own words."""
+    ours = {cls.__name__: cls for cls in NeurolibError.__subclasses__()}
+    cls = ours.get(error.ename, NotebookError)
+    return cls(f"{notebook}, cell {error.exec_count}: {error.evalue} (all of it: {failed})")
+
+
+class NotebookError(NeurolibError):
+    """A notebook failed for another reason than bad input."""
+
+
+@contextlib.contextmanager
+def tempfile_beside(target: Path) -> Iterator[Path]:
+    """A hidden path in the same folder, removed at the end if it is still there."""
+    temporary = target.with_name(f".{os.getpid()}-{target.name}")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def passive_threads() -> Iterator[None]:
+    """Let idle OpenMP threads sleep: on a shared CPU spinning ones slow a ViT step six times."""
+    before = os.environ.get("OMP_WAIT_POLICY")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_WAIT_POLICY"]
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Largest resident memory of this process's children, in bytes, as the one list element."""
+    import psutil
+
+    peak, stop = [0], threading.Event()
+
+    def watch():
+        me = psutil.Process()
+        while not stop.wait(0.3):
+            with contextlib.suppress(psutil.Error):
+                sizes = (child.memory_info().rss for child in me.children(recursive=True))
+                peak[0] = max(peak[0], sum(sizes))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+# ----------------------------------------------------------------------------------- report
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as a Markdown table; numbers with three decimals."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+
+    def cell(value) -> str:
+        return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[cell(row.get(column, "")) for column in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def summary(run: Run) -> str:
+    """What a run found, as Markdown: a line per test neuron, then a line per notebook."""
+    metrics = run.metrics()
+    parts = []
+    neurons = metrics.get("neurons", {})
+    if neurons:
+        parts.append(table([{"neuron": name, **values} for name, values in neurons.items()]))
+    about = metrics.get("about", {})
+    if about:
+        parts.append("\n".join(f"- {key}: {value}" for key, value in about.items()))
+    notebooks = [
+        {"notebook": name, "seconds": record["seconds"], "peak MB": record["peak_mb"]}
+        for name, record in metrics.get("notebooks", {}).items()
+    ]
+    if notebooks:
+        parts.append(table(notebooks))
+    return "\n\n".join(parts)
+
+
+def write_report(run: Run, notebooks: tuple[str, ...] = COURSE) -> Path:
+    """Write ``report.html``: the summary, then every executed notebook, for any browser."""
+    from nbconvert import HTMLExporter
+
+    merged = nbformat.v4.new_notebook()
+    merged.metadata["language_info"] = {"name": "python"}
+    merged.metadata["title"] = run.folder.name
+    links = "\n".join(f"- [{name}](#{name})" for name in notebooks)
+    top = f"# Run {run.folder.name}\n\n{summary(run)}\n\n{links}"
+    merged.cells.append(nbformat.v4.new_markdown_cell(top))
+    for name in notebooks:
+        executed = nbformat.read(run.path(f"{name}.ipynb"), as_version=4)
+        merged.cells.append(nbformat.v4.new_markdown_cell(f'<hr id="{name}">'))
+        merged.cells.extend(executed.cells)
+    for number, cell in enumerate(merged.cells):
+        cell["id"] = f"cell-{number}"
+    exporter = HTMLExporter(embed_images=True)
+    body, _ = exporter.from_notebook_node(merged, {"metadata": {"name": run.folder.name}})
+    with atomic_path(run.path("report.html")) as temporary:
+        temporary.write_text(body, encoding="utf-8")
+    return run.path("report.html")
+
+
+# ------------------------------------------------------------------------------------ sweep
+
+# What one line of a results file says, in this order.
+COLUMNS = (
+    "network", "seed", "fold", "neuron", "style", "data", "dice", "hd95", "cldice",
+    "threshold_tau", "steps", "batch", "size", "seconds", "weights", "device", "key",
+)  # fmt: skip
+SWEPT = ("01_data_blocking", "03_training", "04_evaluation")
+
+
+def read_grid(path: str | Path) -> dict:
+    """Read a sweep's grid: YAML with ``data``, ``networks``, ``seeds``, ``folds``, ``common``.
+
+    ``networks`` maps the name of each row to its parameters, ``folds`` lists held-out neurons,
+    ``common`` holds parameters of all runs, ``results`` names the tidy file to write.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SettingsError(f"{path}: no such grid; profiles/table1-cpu.yaml is one")
+    try:
+        grid = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        raise SettingsError(f"{path}: not valid YAML") from None
+    wanted = {"data", "networks", "seeds", "folds", "common", "results"}
+    if not isinstance(grid, dict) or set(grid) != wanted:
+        found = ", ".join(sorted(grid)) if isinstance(grid, dict) else type(grid).__name__
+        raise SettingsError(f"{path}: expected the keys {', '.join(sorted(wanted))}; got {found}")
+    return grid
+
+
+def run_sweep(path: str | Path, folder: str | Path = "runs", data: str = "") -> Path:
+    """Run every network, seed and fold of a grid, skip what is done, write the tidy results.
+
+    Parameters
+    ----------
+    path : path
+        A grid, see `read_grid`.
+    folder : path
+        In which the runs lie, each in ``<grid>/<network>-s<seed>-f<fold>``.
+    data : str
+        Instead of the grid's own.
+
+    Returns
+    -------
+    Path
+        The results file.
+    """
+    grid = read_grid(path)
+    data = data or grid["data"]
+    cells = [
+        (network, seed, fold)
+        for fold in range(len(grid["folds"]))
+        for seed in grid["seeds"]
+        for network in grid["networks"]
+    ]
+    defaults = {n: notebook_parameters(notebook_path(n)) for n in SWEPT}
+    for changes in grid["networks"].values():
+        choose_parameters(grid["common"] | changes, defaults)
+    results = REPOSITORY / grid["results"]
+    rows = []
+    for number, (network, seed, fold) in enumerate(cells, 1):
+        print(f"== {number}/{len(cells)}: {network}, seed {seed}, fold {fold}", flush=True)
+        settings = grid["common"] | grid["networks"][network]
+        settings |= {"seed": seed, "held_out": grid["folds"][fold]}
+        name = f"{Path(path).stem}/{network.replace(' ', '-')}-s{seed}-f{fold}"
+        run = run_course(data, Path(path).parent / "empty.yaml", name, folder, settings, SWEPT)
+        rows += _result_rows(run, network, seed, fold, settings)
+        _write_results(results, rows)
+    return results
+
+
+def _result_rows(run: Run, network: str, seed: int, fold: int, settings: dict) -> list[dict]:
+    import torch
+
+    metrics = run.metrics()
+    records = metrics["notebooks"]
+    shared = {
+        "network": network,
+        "seed": seed,
+        "fold": fold,
+        "data": Path(metrics["about"]["data"]).name,
+        "threshold_tau": metrics["target"]["tau"],
+        "weights": metrics["about"]["weights"] if "scratch" not in network else "none",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "seconds": round(sum(records[n]["seconds"] for n in SWEPT)),
+        "key": records[SWEPT[-1]]["key"][:16],
+    } | {key: settings.get(key, "") for key in ("steps", "batch", "size")}
+    return [
+        shared
+        | {"neuron": name, "style": scores["style"]}
+        | {key.lower(): round(scores[key], 4) for key in ("Dice", "Hd95", "clDice")}
+        for name, scores in metrics["neurons"].items()
+    ]
+
+
+def _write_results(path: Path, rows: list[dict]) -> None:
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_results(path: str | Path) -> list[dict]:
+    """Read a tidy results file; numbers as floats."""
+    path = Path(path)
+    if not path.is_file():
+        raise SettingsError(f"{path}: no results; run: neurolib sweep profiles/table1-cpu.yaml")
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or set(rows[0]) != set(COLUMNS):
+        raise SettingsError(f"{path}: expected the columns {', '.join(COLUMNS)}")
+    return [
+        {k: float(v) if k in ("dice", "hd95", "cldice", "seconds") else v for k, v in row.items()}
+        for row in rows
+    ]
+
+
+def by_network(rows: list[dict], column: str) -> dict[str, dict[str, float]]:
+    """Mean over seeds of a column, as network → neuron → value, in the order of the file."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        found.setdefault(row["network"], {}).setdefault(row["neuron"], []).append(row[column])
+    return {
+        network: {neuron: sum(v) / len(v) for neuron, v in neurons.items()}
+        for network, neurons in found.items()
+    }
+
+
+def describe_results(rows: list[dict]) -> list[str]:
+    """What a results file was made with, one fact a line."""
+
+    def values(column: str) -> str:
+        return ", ".join(sorted({str(row[column]) for row in rows}))
+
+    return [
+        f"data: {values('data')} ({values('style')}), target threshold {values('threshold_tau')}",
+        f"seeds: {values('seed')}; folds: {values('fold')}",
+        f"{values('steps')} steps of {values('batch')} blocks at {values('size')} pixels",
+        f"{sum(row['seconds'] for row in rows) / 60:.0f} minutes on {values('device')}",
+    ]
