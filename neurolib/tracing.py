@@ -775,9 +775,9 @@ def paint(foreground: Foreground, values: np.ndarray) -> np.ndarray:
     return volume
 
 
-def path_numbers(foreground: Foreground, paths: list[np.ndarray]) -> np.ndarray:
-    """Number of the path through each foreground voxel, from 1 on; 0 for voxels on none."""
-    numbers = np.zeros(len(foreground.voxels))
-    for number, path in reversed(list(enumerate(paths, 1))):
-        numbers[path] = number
-    return numbers
+def path_order(foreground: Foreground, paths: list[np.ndarray]) -> np.ndarray:
+    """Per foreground voxel (n,): 1 on the first path, falling to 0.4 on the last; 0 beside them."""
+    order = np.zeros(len(foreground.voxels))
+    for path, value in reversed(list(zip(paths, np.linspace(1, 0.4, len(paths)), strict=True))):
+        order[path] = value
+    return order

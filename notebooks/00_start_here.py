@@ -1,0 +1,116 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Start here: neurons, transformers, and this course
+#
+# *What the course is about, whether your machine is ready, and where to go first.*
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/neurite-vit-course/neurite-vit-course/blob/main/notebooks/00_start_here.ipynb)
+# [![Open on Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/neurite-vit-course/neurite-vit-course/main?urlpath=lab/tree/notebooks/00_start_here.ipynb)
+#
+# **You will be able to**
+#
+# - say what the paper claims and what the course checks
+# - tell whether this machine can run the course
+# - find the notebook that you need
+#
+# **Before this:** nothing but some Python.
+
+# %% tags=["parameters"]
+run_dir = "../runs/small"  # folder in which this and the following notebooks leave their results
+data = "synthetic"  # "synthetic", "bigneuron-janelia", or a folder of image/SWC pairs
+
+# %% tags=["bootstrap"]
+import sys
+
+if "google.colab" in sys.modules:  # in JupyterLab and on Binder there is nothing to do
+    # !git clone -q --depth 1 https://github.com/neurite-vit-course/neurite-vit-course
+    # %cd neurite-vit-course/notebooks
+    # %pip install -q -e ..
+    import site
+
+    site.main()  # lets this running Python see the package just installed
+
+# %%
+from neurolib import plotting, runs
+from neurolib.cli import check_environment
+from neurolib.datasets import load_dataset, read_sample
+
+run = runs.open_run(run_dir)
+
+# %% [markdown]
+# ## The question
+#
+# A neuron in a light microscope is a tree of thin threads, *neurites*, a few voxels wide, in a
+# volume of which they fill about one part in a thousand. Here is one of the volumes of this
+# course, as three maximum projections, and the tree that we want a computer to find in it.
+
+# %%
+sample = read_sample(load_dataset(data)[0])
+figure = plotting.projections({sample.pair.name: sample.image}, {"reference tree": sample.tree})
+alt = "Three maximum projections of a volume; the reference tree follows its bright threads."
+plotting.show(figure, "neuron", alt, run.figures)
+
+# %% [markdown]
+# Few volumes come with a hand-made tree, far fewer than a deep network likes. The paper
+# *Boosting 3D Neuron Segmentation with 2D Vision Transformer Pre-trained on Natural Images*
+# (Cheng et al.) therefore borrows: a vision transformer that has learnt from a million
+# photographs (DINO, Caron et al. 2021) is made to read small stacks of slices, by *inflating* the
+# one layer that touches the pixels. Its claim, in numbers:
+#
+# | network | pre-trained | transfer | Dice | Hd95 |
+# |---|---|---|---|---|
+# | 2D ViT | no | | 0.4469 | 7.649 |
+# | 2D ViT | yes | | 0.4876 | 2.893 |
+# | 3D ViT | no | | 0.4174 | 37.943 |
+# | 3D ViT | yes | average | 0.4942 | 2.863 |
+# | 3D ViT | yes | center | 0.5045 | 2.810 |
+#
+# *Dice* says how much of a predicted mask overlaps the true one (1 is perfect). *Hd95* is how far
+# the two surfaces lie apart, in voxels, leaving out the worst twentieth. The paper tests on four
+# neurons and prints one number each. We repeat the experiment with intervals, and say where the
+# gain holds and where it does not.
+#
+# ## The way
+#
+# | notebook | from | to |
+# |---|---|---|
+# | [01 Data blocking](01_data_blocking.ipynb) | volume and SWC | target, blocks, a split by neuron |
+# | [02 Weight inflation](02_weight_inflation.ipynb) | 2D weights | a 3D patch embedding |
+# | [03 Training](03_training.ipynb) | blocks | a checkpoint |
+# | [04 Evaluation](04_evaluation.ipynb) | checkpoint | predicted volumes, Dice, Hd95 |
+# | [05 SWC tracing](05_swc_tracing.ipynb) | predicted volumes | trees, ESA, DSA, PDS |
+# | [06 Table 1](06_table1.ipynb) | many runs | the paper's table, with intervals |
+#
+# Step through them in this order, or start anywhere: a notebook that misses the result of the one
+# before makes a small one for itself. To run all of them on your own volumes, put images and SWC
+# files of equal names into a folder and call `make course DATA=folder`.
+#
+# ## Is this machine ready?
+
+# %% tags=["nbval-ignore-output"]
+problems = check_environment()
+print("ready" if not problems else "\n".join(problems))
+
+# %% [markdown]
+# ## Checkpoint
+#
+# You have a machine that can run the course, and seen what it is about.
+#
+# **Next:** [01 Data blocking](01_data_blocking.ipynb), where a volume and a tree become something
+# that a network can learn from.
+#
+# **References.** Cheng, Zhao, Wang, Peng, Cai, *Boosting 3D Neuron Segmentation with 2D Vision
+# Transformer Pre-trained on Natural Images*. Caron et al., *Emerging Properties in Self-Supervised
+# Vision Transformers*, ICCV 2021. Zhang et al., *Adapting Pre-trained Vision Transformers from 2D
+# to 3D through Weight Inflation Improves Medical Image Segmentation*, 2022.

@@ -1,0 +1,484 @@
+"""Fetching the Janelia neurons from a local server that misbehaves in every way we know of."""
+
+import hashlib
+import io
+import struct
+import threading
+import time
+import zipfile
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from neurolib import bigneuron, datasets
+from neurolib.bigneuron import fetch_janelia, janelia_split
+from neurolib.errors import DataError, SettingsError
+
+ROOT = "gold166/p_checked7_janelia_flylight_part1"
+SWC = b"# gold\n1 1 2 3 1 1.5 -1\n2 3 12 9 2 1 1\n3 3 20 14 3 1 2\n"
+
+
+def v3draw(seed=0, shape=(5, 16, 24)):
+    """A stack (z, y, x) in Vaa3D's raw format."""
+    data = np.random.default_rng(seed).integers(0, 255, shape, np.uint8)
+    sizes = struct.pack("<h4i", 1, shape[2], shape[1], shape[0], 1)
+    return b"raw_image_stack_by_hpeng" + b"L" + sizes + data.tobytes()
+
+
+def archive_of(members):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as opened:
+        for name, content in members.items():
+            opened.writestr(name, content)
+    return buffer.getvalue()
+
+
+def neuron(name, folder=ROOT, suffix=".v3draw", content=None, stamp=".ano_stamp_2015_06_17_11_23"):
+    image = f"{folder}/{name}/{name}{suffix}"
+    return {image: content or v3draw(), f"{folder}/{name}/{name}{suffix}{stamp}.swc": SWC}
+
+
+@pytest.fixture(scope="module")
+def release():
+    """45 Janelia neurons in two parts, neurons of other groups, and what else lies in folders."""
+    members = {"gold166/readme.txt": b"166 neurons"}
+    for i in range(45):
+        part = ROOT if i < 24 else ROOT.replace("checked7", "checked6").replace("part1", "part2")
+        name = f"GMR_57C10_AD_01-m-A-2011100{i}_B5-left_optic_lobe.v3draw.extract_{i % 3}"
+        members |= neuron(name, part, content=v3draw(i))
+    members[f"{ROOT}/{name}/{name}.v3draw_app2.swc"] = b"an automatic tracing"
+    members |= neuron("ChaMARCM-F000006", "gold166/p_checked7_taiwan_flycirciut")
+    members[f"__MACOSX/{ROOT}/x/._x.v3draw"] = b"resource fork"
+    return archive_of(members)
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `data` the way that the first part of the path says; remembers the requests."""
+
+    daemon_threads = True
+
+    def __init__(self, data):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.data, self.requests = data, []
+
+    def url(self, way):
+        return f"http://127.0.0.1:{self.server_port}/{way}/gold166.zip"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def head(self, status, length=None, **headers):
+        self.send_response(status)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+
+    def do_GET(self):
+        way, data = self.path.split("/")[1], self.server.data
+        asked = self.headers.get("Range")
+        self.server.requests.append((way, asked))
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+        self.close_connection = True
+        with suppress(BrokenPipeError, ConnectionResetError):
+            getattr(self, way)(data, start)
+
+    def ranged(self, data, start, send=None):
+        """Answer as a proper server does, and send `send` bytes of it (all by default)."""
+        if start >= len(data):
+            self.head(416, 0, Content_Range=f"bytes */{len(data)}")
+        elif start:
+            told = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            self.head(206, len(data) - start, Content_Range=told)
+        else:
+            self.head(200, len(data))
+        if start < len(data):
+            self.wfile.write(data[start:][:send])
+
+    def good(self, data, start):
+        self.ranged(data, start)
+
+    def drops(self, data, start):
+        """Each connection breaks after a tenth of the archive."""
+        self.ranged(data, start, len(data) // 10 + 1)
+
+    def drops_once(self, data, _):
+        """Knows no ranges; the first connection breaks."""
+        first = sum(way == "drops_once" for way, _ in self.server.requests) == 1
+        self.head(200, len(data))
+        self.wfile.write(data[: len(data) // 2 if first else None])
+
+    def truncated(self, data, start):
+        """Announces the whole and never sends more than half."""
+        self.ranged(data, start, max(0, len(data) // 2 - start))
+
+    def short(self, data, _):
+        """Lies: announces half, and half is what arrives."""
+        self.head(200, len(data) // 2)
+        self.wfile.write(data[: len(data) // 2])
+
+    def endless(self, *_):
+        """Announces nothing and never stops."""
+        self.head(200)
+        while True:
+            self.wfile.write(bytes(1 << 20))
+
+    def unannounced(self, data, _):
+        self.head(200)
+        self.wfile.write(data)
+
+    def huge(self, *_):
+        self.head(200, 10**15)
+        self.wfile.write(b"PK")
+
+    def altered(self, data, _):
+        self.head(200, len(data))
+        self.wfile.write(data[:100] + bytes([data[100] ^ 255]) + data[101:])
+
+    def elsewhere(self, data, start):
+        """Answers a request for the rest with some other part."""
+        if start:
+            self.head(206, 10, Content_Range=f"bytes 0-9/{len(data)}")
+            self.wfile.write(data[:10])
+        else:
+            self.ranged(data, 0, len(data) // 2)
+
+    def trickle(self, data, start):
+        self.head(200, len(data))
+        for i in range(200):
+            self.wfile.write(data[i : i + 1])
+            time.sleep(0.02)
+
+    def silent(self, *_):
+        time.sleep(2)
+
+    def page(self, *_):
+        text = b"<html>Please log in</html>"
+        self.head(200, len(text))
+        self.wfile.write(text)
+
+    def missing(self, *_):
+        self.head(404, 0)
+
+    def busy(self, data, start):
+        if sum(way == "busy" for way, _ in self.server.requests) < 3:
+            self.head(503, 0)
+        else:
+            self.ranged(data, start)
+
+    def down(self, *_):
+        self.head(503, 0)
+
+    def loop(self, *_):
+        self.head(302, 0, Location=self.path)
+
+
+@pytest.fixture
+def server(release):
+    server = Server(release)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """Waiting times of tests; the user's addresses must not be asked."""
+    monkeypatch.setattr(bigneuron, "PAUSE", 0.0)
+    monkeypatch.setattr(bigneuron, "TIMEOUT", 0.3)
+    monkeypatch.setattr(bigneuron, "WINDOW", 0.2)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name in ("URL", "SHA256"):
+        monkeypatch.delenv(f"NEUROLIB_BIGNEURON_{name}", raising=False)
+
+
+def hash_of(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def refused(*args, error=DataError, **kwargs):
+    with pytest.raises(error) as caught:
+        fetch_janelia(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def leftovers(cache):
+    """What is neither a record nor a transfer that may go on."""
+    return sorted(p.name for p in cache.rglob("*") if p.suffix not in (".json", ".part"))
+
+
+# ---------------------------------------------------------------------------- the good way
+
+
+def test_release_becomes_a_folder_of_pairs_of_whole_neurons(server, release, tmp_path):
+    folder = fetch_janelia(server.url("good"), hash_of(release), tmp_path)
+    pairs = datasets.folder_pairs(folder)
+    assert len(pairs) == 45
+    assert len(list(folder.iterdir())) == 90
+    assert len({pair.neuron for pair in pairs}) == 45
+    assert all(pair.image.suffix == ".v3draw" for pair in pairs)
+    assert all(pair.swc.read_bytes() == SWC for pair in pairs)
+    name = "GMR_57C10_AD_01-m-A-20111007_B5-left_optic_lobe.v3draw.extract_1"
+    (seventh,) = [pair for pair in pairs if pair.name == name]
+    assert seventh.image.read_bytes() == v3draw(7)
+    sample = datasets.read_sample(seventh)
+    assert sample.image.shape == (5, 16, 24)
+    assert sample.mask.any()
+
+
+def test_second_call_asks_no_server(server, release, tmp_path):
+    folder = fetch_janelia(server.url("good"), hash_of(release), tmp_path)
+    asked = len(server.requests)
+    assert fetch_janelia(server.url("good"), hash_of(release), tmp_path) == folder
+    assert fetch_janelia(server.url("good"), cache=tmp_path) == folder
+    assert len(server.requests) == asked == 1
+    assert not list(tmp_path.glob("*.zip")), "the archive is kept beside what was in it"
+
+
+def test_address_hash_and_cache_come_from_the_environment(server, release, tmp_path, monkeypatch):
+    monkeypatch.setenv("NEUROLIB_CACHE", str(tmp_path))
+    monkeypatch.setenv("NEUROLIB_BIGNEURON_URL", server.url("good"))
+    monkeypatch.setenv("NEUROLIB_BIGNEURON_SHA256", hash_of(release).upper())
+    pairs = datasets.load_dataset("bigneuron-janelia")
+    assert len(pairs) == 45
+    assert pairs[0].image.is_relative_to(tmp_path / "bigneuron")
+    monkeypatch.setenv("NEUROLIB_BIGNEURON_SHA256", "0" * 64)
+    assert "downloaded before" in refused()
+    monkeypatch.setenv("NEUROLIB_BIGNEURON_SHA256", "12")
+    assert "hexadecimal" in refused()
+
+
+def test_split_of_45_neurons_has_the_papers_numbers_and_follows_its_seed(server, release, tmp_path):
+    pairs = datasets.folder_pairs(fetch_janelia(server.url("good"), hash_of(release), tmp_path))
+    split = janelia_split(pairs)
+    assert [len(part) for part in split] == [38, 3, 4]
+    assert {p.name for part in split for p in part} == {p.name for p in pairs}
+    assert janelia_split(pairs) == split
+    assert janelia_split(pairs, seed=1) != split
+    assert [len(part) for part in janelia_split(pairs[:8])] == [1, 3, 4]
+    with pytest.raises(DataError, match="7 neurons"):
+        janelia_split(pairs[:7])
+
+
+# ----------------------------------------------------------------------------- transfers
+
+
+def test_dropped_connections_are_resumed_where_they_stopped(server, release, tmp_path):
+    fetch_janelia(server.url("drops"), hash_of(release), tmp_path)
+    starts = [int(asked[6:-1]) if asked else 0 for _, asked in server.requests]
+    step = len(release) // 10 + 1
+    assert starts == [step * i for i in range(10)]
+
+
+def test_a_later_call_goes_on_with_what_an_earlier_one_left(server, release, tmp_path, monkeypatch):
+    monkeypatch.setattr(bigneuron, "MAX_CONNECTIONS", 4)
+    message = refused(server.url("drops"), hash_of(release), tmp_path)
+    assert "4 connections" in message
+    assert "call again" in message
+    assert leftovers(tmp_path) == []
+    monkeypatch.setattr(bigneuron, "MAX_CONNECTIONS", 100)
+    fetch_janelia(server.url("drops"), hash_of(release), tmp_path)
+    assert len(server.requests) == 10
+
+
+def test_transfer_that_was_whole_but_not_yet_renamed_is_recognised(server, release, tmp_path):
+    fetch_janelia(server.url("good"), hash_of(release), tmp_path)
+    (record,) = tmp_path.glob("*.json")
+    bigneuron.shutil.rmtree(next(tmp_path.glob("janelia*")))
+    record.with_suffix(".part").write_bytes(release)
+    folder = fetch_janelia(server.url("good"), cache=tmp_path)
+    assert len(list(folder.iterdir())) == 90
+    # More bytes than the server has are of something else: it starts again.
+    bigneuron.shutil.rmtree(folder)
+    record.with_suffix(".part").write_bytes(release + b"more")
+    assert len(list(fetch_janelia(server.url("good"), cache=tmp_path).iterdir())) == 90
+
+
+@pytest.mark.parametrize("way", ["drops_once", "busy", "unannounced"])
+def test_servers_without_ranges_lengths_or_time_are_borne_with(server, release, tmp_path, way):
+    folder = fetch_janelia(server.url(way), hash_of(release), tmp_path)
+    assert len(list(folder.iterdir())) == 90
+
+
+@pytest.mark.parametrize(
+    ("way", "part"),
+    [
+        ("truncated", "stopped at"),
+        ("trickle", "bytes per second"),
+        ("silent", "timed out"),
+        ("down", "503"),
+        ("missing", "answered 404"),
+        ("huge", "not the release"),
+        ("elsewhere", "the server sent"),
+        ("loop", "redirect"),
+    ],
+)
+def test_servers_that_never_deliver_come_to_an_end(server, release, tmp_path, way, part):
+    message = refused(server.url(way), hash_of(release), tmp_path)
+    assert part in message
+    assert server.url(way) in message
+    assert leftovers(tmp_path) == []
+    assert len(server.requests) <= (31 if way == "loop" else 10)
+
+
+def test_server_that_never_stops_is_stopped(server, release, tmp_path, monkeypatch):
+    monkeypatch.setattr(bigneuron, "MAX_ARCHIVE", 10 << 20)
+    assert "more bytes" in refused(server.url("endless"), hash_of(release), tmp_path)
+    assert sum(p.stat().st_size for p in tmp_path.iterdir()) <= 10 << 20
+
+
+def test_no_server_and_no_address_are_data_errors(server, tmp_path):
+    nobody = "http://127.0.0.1:9/gold166.zip"
+    assert nobody in refused(nobody, cache=tmp_path)
+    for bad in ("gold166.zip", "ftp://127.0.0.1/gold166.zip", "http://", "http://[/"):
+        assert "check the address" in refused(bad, cache=tmp_path)
+
+
+def test_archive_that_does_not_fit_on_the_disk_is_not_begun(server, release, tmp_path, monkeypatch):
+    full = bigneuron.shutil._ntuple_diskusage(100, 99, 1)
+    monkeypatch.setattr(bigneuron.shutil, "disk_usage", lambda _: full)
+    assert "do not fit" in refused(server.url("good"), hash_of(release), tmp_path)
+
+
+# --------------------------------------------------------------------------------- content
+
+
+@pytest.mark.parametrize("way", ["altered", "short", "page"])
+def test_wrong_bytes_are_refused_and_not_kept(server, release, tmp_path, way):
+    assert "expected " + hash_of(release) in refused(server.url(way), hash_of(release), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*no hash of this archive")
+@pytest.mark.parametrize("way", ["altered", "short", "page"])
+def test_damaged_archive_without_known_hash_is_neither_kept_nor_remembered(server, tmp_path, way):
+    assert "cannot be unpacked" in refused(server.url(way), cache=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_hash_is_recorded_at_the_first_download_and_enforced_later(
+    server, release, tmp_path
+):
+    with pytest.warns(UserWarning, match=hash_of(release)):
+        folder = fetch_janelia(server.url("good"), cache=tmp_path)
+    bigneuron.shutil.rmtree(folder)
+    server.data = archive_of(neuron("another"))
+    assert "expected " + hash_of(release) in refused(server.url("good"), cache=tmp_path)
+    server.data = release
+    assert fetch_janelia(server.url("good"), cache=tmp_path) == folder
+    (record,) = tmp_path.glob("*.json")
+    record.write_text("{")
+    assert "not a readable record" in refused(server.url("good"), cache=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil.swc", "/evil.swc", "gold166/../../evil.swc", "..\\evil.swc", "C:/evil.swc"]
+)
+def test_members_that_point_outside_are_refused(server, tmp_path, name):
+    server.data = archive_of(neuron("cell") | {name: b"evil"})
+    cache = tmp_path / "deep" / "cache"
+    assert "points outside" in refused(server.url("good"), hash_of(server.data), cache)
+    assert not list(tmp_path.rglob("*evil*"))
+    assert leftovers(cache) == []
+
+
+def test_archive_that_would_unpack_far_beyond_the_release_is_refused(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(bigneuron, "MAX_UNPACKED", 1 << 20)
+    server.data = archive_of(neuron("bomb", content=bytes(2 << 20)))
+    assert len(server.data) < 1 << 16
+    assert "unpacked" in refused(server.url("good"), hash_of(server.data), tmp_path)
+    assert leftovers(tmp_path) == []
+
+
+def test_archive_without_janelia_neurons_is_refused(server, tmp_path):
+    server.data = archive_of(neuron("cell", "gold166/p_checked7_taiwan_flycirciut"))
+    assert "not the gold166" in refused(server.url("good"), hash_of(server.data), tmp_path)
+
+
+def test_encrypted_archive_is_refused(server, tmp_path):
+    data = bytearray(archive_of(neuron("cell")))
+    # The flag "encrypted" in the local header and in the central directory of each member.
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        at = data.find(signature)
+        while at >= 0:
+            data[at + offset] |= 1
+            at = data.find(signature, at + 1)
+    server.data = bytes(data)
+    assert "cannot be unpacked" in refused(server.url("good"), hash_of(server.data), tmp_path)
+
+
+def test_cache_that_cannot_be_written_is_a_settings_error(server, release, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    message = refused(
+        server.url("good"), hash_of(release), tmp_path / "file" / "x", error=SettingsError
+    )
+    assert "cannot be written" in message
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fetch(server, tmp_path, members):
+    server.data = archive_of(members)
+    return fetch_janelia(server.url("good"), hash_of(server.data), tmp_path)
+
+
+def test_gold_tree_is_told_from_automatic_ones_and_images_from_copies(server, tmp_path):
+    members = neuron("cell_1", suffix=".v3dpbd", content=b"compressed")
+    members |= {
+        f"{ROOT}/cell_1/cell_1.tif": b"a copy",
+        f"{ROOT}/cell_1/cell_1.v3dpbd_app2.swc": b"automatic",
+        f"{ROOT}/cell_1/cell_1.v3dpbd.marker": b"1,2,3",
+        f"{ROOT}/plain/plain.v3dpbd": b"image",
+        f"{ROOT}/plain/proofread.swc": SWC,
+    }
+    folder = fetch(server, tmp_path, members)
+    assert names(folder) == ["cell_1.swc", "cell_1.v3dpbd", "plain.swc", "plain.v3dpbd"]
+    assert (folder / "cell_1.swc").read_bytes() == SWC
+    assert (folder / "cell_1.v3dpbd").read_bytes() == b"compressed"
+
+
+def test_images_that_share_a_folder_keep_their_own_trees(server, tmp_path):
+    folder = fetch(
+        server,
+        tmp_path,
+        {
+            f"{ROOT}/n1.tif": b"one",
+            f"{ROOT}/n10.tif": b"ten",
+            f"{ROOT}/n1.tif_stamp_2015_06_15.swc": SWC,
+            f"{ROOT}/n10.swc": b"# ten\n" + SWC,
+        },
+    )
+    assert names(folder) == ["n1.swc", "n1.tif", "n10.swc", "n10.tif"]
+    assert (folder / "n10.swc").read_bytes().startswith(b"# ten")
+
+
+def test_images_without_a_sure_tree_are_left_out_and_named(server, tmp_path):
+    members = neuron("good")
+    members |= {
+        f"{ROOT}/lonely/lonely.v3dpbd": b"image",
+        f"{ROOT}/two/two.v3dpbd": b"image",
+        f"{ROOT}/two/two.v3dpbd_a.swc": SWC,
+        f"{ROOT}/two/two.v3dpbd_b.swc": SWC,
+    }
+    with pytest.warns(UserWarning, match="2 images .*lonely, two"):
+        folder = fetch(server, tmp_path, members)
+    assert names(folder) == ["good.swc", "good.v3draw"]
+
+
+def test_names_are_made_safe_and_an_image_in_two_parts_is_one_neuron(server, tmp_path):
+    again = ROOT.replace("part1", "part2")
+    members = neuron("a cell*") | neuron("same") | neuron("same", again, content=v3draw(9))
+    folder = fetch(server, tmp_path, members)
+    assert names(folder) == ["a_cell_.swc", "a_cell_.v3draw", "same.swc", "same.v3draw"]
+    assert (folder / "same.v3draw").read_bytes() == v3draw()

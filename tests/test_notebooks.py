@@ -1,0 +1,143 @@
+"""The way through the course: one small papermill run, taken up again, and its bad inputs.
+
+That each stored notebook still gives the outputs it holds is nbval's part (see `make test`).
+"""
+
+import math
+import subprocess
+import sys
+
+import pytest
+
+from neurolib import runs
+from neurolib.errors import NeurolibError, SettingsError
+from neurolib.swc import read_swc
+
+MEASURES = {"dice", "hd95", "esa", "dsa", "pds"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """The course on the embedded data set, with the smallest profile and real weights."""
+    return runs.run_course(profile="smoke", name="smoke", folder=folder)
+
+
+def test_every_notebook_is_executed(run):
+    assert list(run.metrics()["notebooks"]) == list(runs.COURSE)
+    for name in runs.COURSE:
+        assert run.path(f"{name}.ipynb").is_file()
+        record = run.metrics()["notebooks"][name]
+        assert 0 < record["peak_mb"] < runs.MEMORY_LIMIT_MB, name
+
+
+def test_test_neurons_are_measured(run):
+    neurons = run.metrics()["neurons"]
+    assert neurons
+    for name, values in neurons.items():
+        values = {key.lower(): value for key, value in values.items()}
+        assert values.keys() >= MEASURES, name
+        assert 0 <= values["dice"] <= 1
+        assert 0 <= values["pds"] <= 1
+        # A distance is infinite where nothing was found: a smoke run may find nothing.
+        assert all(values[key] >= 0 and not math.isnan(values[key]) for key in MEASURES), name
+
+
+def test_every_test_neuron_has_a_valid_swc(run):
+    trees = sorted(run.folder.rglob("*.swc"))
+    assert {path.stem for path in trees} >= set(run.metrics()["neurons"])
+    for path in trees:
+        rows = [line.split() for line in path.read_text().splitlines() if line[:1] not in "#"]
+        seen = set()
+        for row in rows:
+            assert row[0] not in seen, f"{path.name}: two nodes {row[0]}"
+            assert row[6] == "-1" or row[6] in seen, f"{path.name}: {row[0]} before its parent"
+            seen.add(row[0])
+        assert len(read_swc(path).xyz) == len(rows)
+
+
+def test_checkpoint_volumes_and_figures_are_left(run):
+    assert run.path("checkpoint.safetensors").is_file()
+    assert list(run.folder.rglob("*.tif"))
+    assert list(run.figures.glob("*.png"))
+    assert not list(run.folder.rglob("*.failed.ipynb"))
+    assert not [path.name for path in run.folder.iterdir() if path.name.startswith(".")]
+
+
+def test_report_stands_alone(run):
+    report = run.path("report.html").read_text(encoding="utf-8")
+    for name in (*runs.COURSE, *run.metrics()["neurons"]):
+        assert name in report
+    assert "data:image/png;base64," in report
+
+
+def test_a_second_call_skips_everything(run, folder, capfd):
+    before = {name: run.path(f"{name}.ipynb").stat().st_mtime_ns for name in runs.COURSE}
+    runs.run_course(profile="smoke", name="smoke", folder=folder)
+    assert capfd.readouterr().out.count("done before") == len(runs.COURSE)
+    assert before == {n: run.path(f"{n}.ipynb").stat().st_mtime_ns for n in runs.COURSE}
+
+
+def test_an_interrupted_run_goes_on(run, folder, capfd):
+    *done, last = runs.COURSE
+    run.path(f"{last}.ipynb").unlink()
+    runs.run_course(profile="smoke", name="smoke", folder=folder)
+    assert capfd.readouterr().out.count("done before") == len(done)
+    assert run.path(f"{last}.ipynb").is_file()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"setps": 3}, "did you mean 'steps'"),
+        ({"steps": "many"}, "expected int"),
+        ({"stem": 1}, "expected bool"),
+    ],
+)
+def test_unusable_parameters_are_refused(parameters, message, tmp_path):
+    with pytest.raises(SettingsError, match=message):
+        runs.run_course(profile="smoke", folder=tmp_path, parameters=parameters)
+
+
+def test_unusable_profiles_are_refused(tmp_path):
+    with pytest.raises(SettingsError, match="no such profile"):
+        runs.run_course(profile="smok", folder=tmp_path)
+    profile = tmp_path / "mine.yaml"
+    profile.write_text("seteps: 3\n")
+    with pytest.raises(SettingsError, match="'seteps': no notebook declares it"):
+        runs.run_course(profile=str(profile), folder=tmp_path)
+    profile.write_text("steps: [1, 2]\n")
+    with pytest.raises(SettingsError, match="flat list"):
+        runs.run_course(profile=str(profile), folder=tmp_path)
+    profile.write_text("steps: {\n")
+    with pytest.raises(SettingsError, match="not valid YAML"):
+        runs.run_course(profile=str(profile), folder=tmp_path)
+
+
+def test_data_that_is_no_data_is_refused(tmp_path):
+    with pytest.raises(NeurolibError, match="no such folder"):
+        runs.run_course(data=str(tmp_path / "none"), profile="smoke", folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--profile", "smoke", "-p", "setps=3"],
+        ["run", "--profile", "smoke", "-p", "steps"],
+        ["run", "--data", "no_such_folder"],
+        ["fetch", "no_such_model"],
+    ],
+)
+def test_the_command_says_it_in_one_line(arguments, tmp_path):
+    command = [sys.executable, "-m", "neurolib.cli", *arguments]
+    if arguments[0] == "run":
+        command += ["--folder", str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("neurolib: ")
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.rglob("*.ipynb"))

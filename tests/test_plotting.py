@@ -1,0 +1,96 @@
+"""Figures: what is drawn where, that nothing is mirrored, and that alternative texts survive."""
+
+import base64
+import re
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from neurolib import plotting
+from neurolib.swc import Tree
+
+matplotlib.use("agg")
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    plt.close("all")
+
+
+def one_voxel(shape=(6, 20, 30), at=(1, 4, 25)):
+    """A volume with a single bright voxel, and a tree of one short edge through it."""
+    volume = np.zeros(shape, np.float32)
+    volume[at] = 1
+    z, y, x = at
+    xyz = np.array([[x, y, z], [x + 1, y, z]], float)
+    return volume, Tree(xyz, np.ones(2), np.ones(2, int), np.array([-1, 0])), at
+
+
+def test_image_and_tree_lie_on_each_other_in_every_view():
+    volume, tree, (z, y, x) = one_voxel()
+    figure = plotting.projections({"image": volume}, {"tree": tree})
+    wanted = {(y, x), (y, z), (z, x)}  # (row, column) of the bright pixel in xy, zy, xz
+    seen = set()
+    for axes in figure.get_axes():
+        image = axes.images[0].get_array()
+        row, column = np.unravel_index(image.argmax(), image.shape)
+        start = axes.collections[0].get_segments()[0][1]
+        assert (start[0], start[1]) == (column, row)
+        seen.add((int(row), int(column)))
+    assert seen == wanted
+
+
+def test_overlay_colours_what_was_found_added_and_missed():
+    image = np.zeros((3, 10, 12), np.float32)
+    mask, target = np.zeros_like(image, bool), np.zeros_like(image, bool)
+    mask[1, 2, 3] = target[1, 2, 3] = True
+    mask[1, 5, 6] = True
+    target[1, 8, 9] = True
+    figure = plotting.overlay(image, mask, target)
+    rgb = figure.get_axes()[0].images[0].get_array()
+    for place, colour in (((2, 3), "BLUE"), ((5, 6), "ORANGE"), ((8, 9), "PURPLE")):
+        expected = matplotlib.colors.to_rgb(getattr(plotting, colour))
+        assert tuple(rgb[place]) == pytest.approx(expected)
+    assert not rgb[0, 0].any()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "spacing", "text"), [(100, 1.0, "20 µm"), (300, 0.38, "20 µm"), (512, 2.0, "200 µm")]
+)
+def test_scale_bar_is_as_long_as_it_says(pixels, spacing, text):
+    _, axes = plt.subplots()
+    plotting.scale_bar(axes, pixels, spacing, "µm")
+    (start, end) = axes.lines[0].get_xdata()
+    assert axes.texts[0].get_text() == text
+    assert (end - start) * spacing == pytest.approx(float(text.split()[0]))
+
+
+def test_show_keeps_id_and_alternative_text(capsys, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    figure, _ = plt.subplots()
+    plotting.show(figure, "curve", 'a "curve" <rising>', tmp_path)
+    text = shown[0].data
+    assert 'id="curve"' in text
+    assert "a &quot;curve&quot; &lt;rising&gt;" in text
+    png = base64.b64decode(re.search(r"base64,([^\"]+)", text)[1])
+    assert png == (tmp_path / "curve.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+
+
+def test_dots_show_every_neuron_of_every_group():
+    groups = {"a": {"n1": 0.1, "n2": 0.2}, "b": {"n1": 0.3, "n2": 0.4}}
+    axes = plotting.dots(groups, "Dice", {"a": (0.1, 0.2)}).get_axes()[0]
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in axes.lines}
+    assert drawn == {"n1": [0.1, 0.3], "n2": [0.2, 0.4]}
+
+
+def test_learning_draws_all_terms_and_the_validation():
+    history = [{"step": 1, "loss": 2.0, "dice": 1.0}, {"step": 2, "loss": 1.0, "dice": 0.5}]
+    history[1] |= {"validation_dice": 0.4, "threshold": 0.5}
+    left, right = plotting.learning(history).get_axes()
+    assert [line.get_label() for line in left.lines] == ["loss", "dice"]
+    assert right.lines[0].get_ydata().tolist() == [0.4]

@@ -1,0 +1,300 @@
+"""Synthetic neurons: valid, reproducible, rendered in place, and like the measured ones."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from scipy.ndimage import map_coordinates
+
+from neurolib.errors import NeurolibError, SettingsError, SwcError
+from neurolib.swc import Tree, components, length, read_swc
+from neurolib.synthesis import (
+    GOLD_RANGES,
+    MARGIN,
+    REAL_RANGES,
+    STYLES,
+    grow,
+    image_statistics,
+    render,
+    statistics,
+)
+from neurolib.volume import Volume
+
+DATA = Path(__file__).parents[1].parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")
+SHAPE = (48, 192, 192)
+SMALL = (32, 80, 80)
+
+
+def line(start, stop, radius=1.0, n=40):
+    """A straight neurite between two points (x, y, z)."""
+    xyz = np.linspace(start, stop, n)
+    return Tree(xyz, np.full(n, radius), np.full(n, 3), np.arange(n) - 1)
+
+
+def forest(*trees):
+    starts = np.cumsum([0] + [len(t.parent) for t in trees])
+    parents = [
+        np.where(t.parent < 0, -1, t.parent + s) for t, s in zip(trees, starts, strict=False)
+    ]
+    return Tree(
+        np.concatenate([t.xyz for t in trees]),
+        np.concatenate([t.radius for t in trees]),
+        np.concatenate([t.type for t in trees]),
+        np.concatenate(parents),
+    )
+
+
+def fingerprint():
+    tree = grow(3, SMALL)
+    parts = [tree.xyz, tree.radius, tree.type, tree.parent, render(tree, SMALL, seed=3).data]
+    return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
+
+
+def test_same_seed_same_bits_in_another_process():
+    code = "from tests.test_synthesis import fingerprint; print(fingerprint())"
+    # Another hash seed and thread count than this process is likely to have.
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert out.stdout.strip() == fingerprint()
+
+
+def test_seeds_differ():
+    assert grow(0, SMALL).xyz.tobytes() != grow(1, SMALL).xyz.tobytes()
+    tree = grow(0, SMALL)
+    assert (render(tree, SMALL, seed=0).data != render(tree, SMALL, seed=1).data).any()
+
+
+@pytest.mark.parametrize("shape", [(24, 64, 64), SHAPE, (100, 96, 300)])
+@pytest.mark.parametrize("seed", range(4))
+def test_grown_tree_is_valid(seed, shape):
+    tree = grow(seed, shape)
+    n = len(tree.parent)
+    assert tree.xyz.shape == (n, 3)
+    assert tree.xyz.dtype == tree.radius.dtype == np.float64
+    assert tree.parent.dtype.kind == tree.type.dtype.kind == "i"
+    assert (tree.parent < 0).sum() == 1
+    assert tree.type[0] == 1
+    assert tree.parent[0] == -1
+    assert (tree.parent < np.arange(n)).all()
+    assert components(tree).max() == 0
+    assert (tree.radius >= 1).all()
+    upper = np.array(shape[::-1]) - 1 - MARGIN
+    assert (tree.xyz >= MARGIN).all()
+    assert (tree.xyz <= upper).all()
+    # Bifurcations only, and no two nodes in one place.
+    assert np.bincount(tree.parent[1:]).max() <= 2
+    assert len(np.unique(tree.xyz.round(3), axis=0)) == n
+
+
+def test_statistics_within_the_gold_ranges():
+    found = [statistics(grow(seed, SHAPE)) for seed in range(12)]
+    found += [statistics(grow(seed, (64, 320, 320))) for seed in range(3)]
+    # In small volumes a tree has few segments and its medians scatter; the typical neuron must
+    # be a typical one, and none may be far outside.
+    for name, (low, high) in GOLD_RANGES.items():
+        values = [row[name] for row in found]
+        assert low <= np.median(values) <= high, name
+        assert min(values) >= 0.5 * low, name
+        assert max(values) <= 3.0 * high, name
+
+
+def test_statistics_of_a_known_tree():
+    # A trunk of 20, two branches of 10, one of them with a detour.
+    xyz = np.array([[0, 0, 0], [20, 0, 0], [30, 0, 0], [20, 5, 3], [20, 10, 0]], dtype=float)
+    tree = Tree(xyz, np.array([3.0, 1, 1, 1, 1]), np.full(5, 3), np.array([-1, 0, 1, 1, 3]))
+    found = statistics(tree)
+    detour = 2 * np.hypot(5, 3)
+    assert found["length"] == pytest.approx(length(tree))
+    assert (found["tips"], found["branches"]) == (3, 1)
+    assert found["segment_median"] == pytest.approx(detour)
+    assert found["segment_mean"] == pytest.approx((30 + detour) / 3)
+    assert found["tortuosity"] == pytest.approx(1.0)
+    assert found["radius_max"] == 3
+    # The order of the nodes must not matter.
+    order = np.array([4, 2, 0, 3, 1])
+    place = np.argsort(order)
+    shuffled = Tree(xyz[order], tree.radius[order], tree.type, place[tree.parent[order]])
+    shuffled.parent[tree.parent[order] < 0] = -1
+    assert statistics(shuffled) == pytest.approx(found)
+
+
+def test_rendering_is_centred():
+    # Neurites at sub-voxel places along each axis: the centroid of the light across them, less
+    # the background, is where the tree is.
+    shape = (41, 61, 61)
+    for axis, point in enumerate([(30.0, 30.3, 20.4), (29.6, 30.0, 19.7), (30.25, 29.75, 20.0)]):
+        start, stop = np.array(point), np.array(point)
+        start[axis], stop[axis] = -5, shape[::-1][axis] + 5
+        data = np.mean(
+            [
+                render(line(start, stop, n=200), shape, "flylight", s).data.astype(float)
+                for s in range(4)
+            ],
+            axis=0,
+        )
+        across = data.mean(axis=2 - axis)
+        others = [2 - k for k in range(3) if k != axis][::-1]
+        across[across < 0.2 * across.max()] = 0
+        grids = np.meshgrid(*map(np.arange, across.shape), indexing="ij")
+        centroid = [(g * across).sum() / across.sum() for g in grids]
+        expected = [point[2 - k] for k in others]
+        assert np.abs(np.subtract(centroid, expected)).max() < 0.2
+
+
+def test_ridge_lies_on_a_grown_tree():
+    tree = grow(1, SHAPE)
+    data = render(tree, SHAPE, "flylight", 1).data.astype(float)
+
+    def brightness(shift):
+        return map_coordinates(data, (tree.xyz[:, ::-1] + shift).T, order=1).mean()
+
+    # A parabola through the mean brightness on the tree moved by -1, 0, 1 voxels has its top
+    # where the ridge is.
+    for axis in np.eye(3):
+        low, middle, high = (brightness(k * axis) for k in (-1, 0, 1))
+        top = 0.5 * (low - high) / (low - 2 * middle + high)
+        assert abs(top) < 0.2
+
+
+def test_intensity_falls_off_and_z_is_blurred_more():
+    shape = (41, 61, 200)
+    data = render(line((-5, 30, 20), (205, 30, 20), n=300), shape, "confocal", 5).data
+    mean = data.astype(float).mean(axis=2)
+    across = mean[20, 30:42]
+    assert (np.diff(across[:5]) < 0).all()
+    assert across[0] > 2 * across[10]
+    assert mean[24, 30] > mean[20, 34]
+
+
+def test_spacing_keeps_tubes_round_in_space():
+    # At dz = 3 the same physical blur covers a third of the slices.
+    shape = (31, 61, 120)
+    tree = line((-5, 30, 15), (125, 30, 15), radius=4.0, n=100)
+    volumes = [render(tree, shape, "flylight", 2, (dz, 1, 1)) for dz in (1, 3)]
+    widths = [(v.data[:, 30].mean(axis=1) > 30).sum() for v in volumes]
+    assert volumes[1].spacing == (3.0, 1.0, 1.0)
+    assert 2 * widths[1] < widths[0]
+
+
+def test_thick_parts_are_not_carved_by_thin_neighbours():
+    # A ball of radius 8 on a thin neurite: a voxel at its flank is nearer to the neurite's
+    # samples than to the ball's centre, and yet inside the ball.
+    shape = (41, 61, 61)
+    tree = line((10, 30, 20), (50, 30, 20), n=21)
+    tree.radius[10] = 8.0
+    data = render(tree, shape, "flylight", 0).data
+    assert data[20, 30 + 6, 30] > 30
+    assert data[20, 30 + 6, 10] < 30
+
+
+def test_styles():
+    tree = grow(2, SHAPE)
+    plain, masked = (render(tree, SHAPE, style, 2) for style in STYLES)
+    for volume in (plain, masked):
+        assert volume.data.dtype == np.uint8
+        assert volume.data.shape == SHAPE
+    assert (plain.data == 0).mean() < 0.05
+    assert (masked.data == 0).mean() > 0.7
+    found = image_statistics(masked, tree)
+    assert found["axis_50"] > 80
+    assert found["far_50"] == 0
+
+
+def test_segmenting_the_default_stacks_is_no_toy():
+    for seed in range(2):
+        tree = grow(seed, SHAPE)
+        found = image_statistics(render(tree, SHAPE, seed=seed), tree)
+        assert 0.3 < found["dice"] < 0.65
+        for name in ("axis_50", "far_50", "contrast", "near_50"):
+            low, high = REAL_RANGES[name]
+            assert 0.8 * low <= found[name] <= 1.25 * high, name
+
+
+def test_any_forest_renders():
+    shape = (20, 50, 70)
+    trees = forest(
+        line((5, 5, 5), (60, 5, 5)),
+        line((5, 40, 10), (60, 45, 30), radius=0.3),  # leaves the volume
+        line((30, 20, 10), (30, 20, 10), radius=3.0, n=1),  # a single node
+        line((-50, -50, -50), (-20, -20, -20)),  # outside
+    )
+    backwards = Tree(
+        trees.xyz[::-1],
+        trees.radius[::-1],
+        trees.type[::-1],
+        np.where(trees.parent < 0, -1, len(trees.parent) - 1 - trees.parent)[::-1],
+    )
+    for tree in (trees, backwards):
+        found = image_statistics(render(tree, shape, seed=4), tree)
+        assert found["contrast"] > 1.5
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda t: grow(-1), SettingsError),
+        (lambda t: grow(0.5), SettingsError),
+        (lambda t: grow("a"), SettingsError),
+        (lambda t: grow(0, (10, 20, 20)), SettingsError),
+        (lambda t: grow(0, (48, 192)), SettingsError),
+        (lambda t: grow(0, 48), SettingsError),
+        (lambda t: render(t, SMALL, "cartoon"), SettingsError),
+        (lambda t: render(t, SMALL, seed=-2), SettingsError),
+        (lambda t: render(t, (0, 80, 80)), SettingsError),
+        (lambda t: render(t, SMALL, spacing=(0, 1, 1)), SettingsError),
+        (lambda t: render(t, SMALL, spacing=(1, 1)), SettingsError),
+        (lambda t: render(t, SMALL, spacing=(1, 1, float("nan"))), SettingsError),
+        (lambda t: render(replace(t, xyz=t.xyz + 1000), SMALL), SwcError),
+        (lambda t: render(replace(t, xyz=t.xyz * np.nan), SMALL), SwcError),
+        (lambda t: render(replace(t, radius=0 * t.radius), SMALL), SwcError),
+        (lambda t: render(replace(t, parent=np.arange(len(t.parent))), SMALL), SwcError),
+        (lambda t: statistics(line((0, 0, 0), (0, 0, 0), n=1)), SwcError),
+        (lambda t: image_statistics(Volume(np.zeros(SMALL)), t), SettingsError),
+        (
+            lambda t: image_statistics(
+                Volume(np.zeros(SMALL, np.uint8)), replace(t, xyz=t.xyz + 1000)
+            ),
+            SwcError,
+        ),
+    ],
+)
+def test_bad_arguments_are_one_line_errors(call, error):
+    with pytest.raises(error) as caught:
+        call(grow(0, SMALL))
+    assert isinstance(caught.value, NeurolibError)
+    assert "\n" not in str(caught.value)
+
+
+@needs_data
+def test_gold_ranges_are_those_of_the_gold_trees():
+    found = [statistics(read_swc(path)) for path in sorted((DATA / "janelia_gold").glob("*.swc"))]
+    assert len(found) == 32
+    for name, (low, high) in GOLD_RANGES.items():
+        values = [row[name] for row in found]
+        assert (min(values), max(values)) == pytest.approx((low, high), rel=0.01), name
+
+
+@needs_data
+def test_real_stack_and_its_synthetic_twin():
+    path = DATA / "real3d" / "sensory_I4-2.tif"
+    tree = read_swc(path.with_suffix(".swc"))
+    real = Volume(tifffile.imread(path))
+    twin = render(tree, real.data.shape, seed=1)
+    expected, found = image_statistics(real, tree), image_statistics(twin, tree)
+    for key, (low, high) in REAL_RANGES.items():
+        assert low * 0.99 - 1e-3 <= expected[key] <= high * 1.01 + 1e-3, key
+    assert abs(found["dice"] - expected["dice"]) < 0.15
+    assert 0.5 < found["contrast"] / expected["contrast"] < 2.0

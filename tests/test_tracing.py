@@ -1,0 +1,543 @@
+"""The tracer: invariants on any mask, known shapes, invariances, and six real neurons."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+from scipy.spatial import KDTree
+
+from neurolib import tracing
+from neurolib.blocking import make_target
+from neurolib.errors import NeurolibError, SettingsError, VolumeError
+from neurolib.evaluation import distance_to_tree, sample_edges, tree_distance, tree_scores
+from neurolib.swc import Tree, densify, read_swc, tips, write_swc
+from neurolib.tracing import (
+    background_shell,
+    bridge_gaps,
+    find_foreground,
+    find_paths,
+    find_root,
+    measure_radius,
+    path_cost,
+    paths_to_tree,
+    prune_paths,
+    smooth_tree,
+    trace,
+)
+
+REAL = Path(__file__).parents[1].parent / "shared" / "data" / "real3d"
+TUBE = 1.9  # radius of the tubes, in voxels
+NEURONS = [
+    "class1_sn23",
+    "in40_body",
+    "in40_tail",
+    "sensory_I4-2",
+    "sensory_IM3-1_sn30",
+    "sensory_M4-4",
+]
+
+
+def draw(tree: Tree, shape: tuple, radius: float = TUBE, spacing: tuple = (1, 1, 1)) -> np.ndarray:
+    """Mask of the voxels whose centre lies within `radius` of the tree, in units of `spacing`."""
+    points, _ = densify(tree, 0.25, spacing)
+    near = KDTree(points[:, ::-1])
+    mask = np.zeros(shape, bool)
+    low = np.maximum(tree.xyz.min(axis=0)[::-1] - radius - 1, 0).astype(int)
+    high = np.minimum(tree.xyz.max(axis=0)[::-1] + radius + 2, shape).astype(int)
+    voxels = np.indices(high - low).reshape(3, -1).T + low
+    found = near.query(voxels * spacing, distance_upper_bound=radius + 1e-6)[0] <= radius
+    mask[tuple(voxels[found].T)] = True
+    return mask
+
+
+def line(*points: tuple) -> Tree:
+    n = len(points)
+    return Tree(np.array(points, float), np.ones(n), np.zeros(n, int), np.arange(n) - 1)
+
+
+def grow(seed: int, shape: tuple = (40, 90, 100), branches: int = 7) -> Tree:
+    """A curved random tree inside a volume, in steps of two voxels."""
+    rng = np.random.default_rng(seed)
+    low, high = np.full(3, 6.0), np.array(shape[::-1]) - 7.0
+    xyz, parent = [np.array(shape[::-1]) / 2], [-1]
+    for _ in range(branches):
+        above = int(rng.integers(len(xyz)))
+        direction = rng.normal(size=3) * [1, 1, 0.6]
+        for _ in range(20):
+            direction = direction / np.linalg.norm(direction) + rng.normal(0, 0.15, 3)
+            point = xyz[above] + 2 * direction / np.linalg.norm(direction)
+            if np.any(point < low) or np.any(point > high):
+                break
+            xyz.append(point)
+            parent.append(above)
+            above = len(xyz) - 1
+    n = len(xyz)
+    return Tree(np.array(xyz), np.full(n, TUBE), np.zeros(n, int), np.array(parent))
+
+
+def check_is_forest(tree: Tree, mask: np.ndarray) -> None:
+    n = len(tree.xyz)
+    assert n > 0
+    assert tree.xyz.shape == (n, 3)
+    assert len(tree.radius) == len(tree.type) == len(tree.parent) == n
+    assert np.all(tree.parent < np.arange(n))  # parents first, so no cycle
+    assert np.all(tree.parent >= -1)
+    assert len(np.unique(tree.xyz, axis=0)) == n
+    assert np.isfinite(tree.xyz).all()
+    assert np.all(tree.radius >= 0.5)
+    assert np.all((tree.xyz >= 0) & (tree.xyz <= np.array(mask.shape)[::-1] - 1))
+    voxels = np.argwhere(mask)
+    # No node is farther from the foreground than half the longest bridge.
+    assert KDTree(voxels).query(tree.xyz[:, ::-1])[0].max() <= 7.5
+
+
+# --- Stages against brute force ------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.tuples(*[st.integers(1, 9)] * 3))
+def test_graph_and_components_are_their_definitions(seed, shape):
+    mask = np.random.default_rng(seed).random(shape) < 0.3
+    mask.flat[seed % mask.size] = True
+    spacing = np.array((2.0, 1.0, 1.5))
+    found = find_foreground(mask, tuple(spacing), min_size=1)
+    label, count = ndimage.label(mask, np.ones((3, 3, 3)))
+    assert found.component[-1] + 1 == count
+    sizes = np.bincount(found.component)
+    assert np.all(np.diff(sizes) <= 0)  # the largest first
+    assert sorted(sizes) == sorted(np.bincount(label.ravel())[1:])
+    assert {tuple(v) for v in found.voxels} == {tuple(v) for v in np.argwhere(mask)}
+    steps = found.voxels[:, None] - found.voxels[None]
+    expected = np.linalg.norm(steps * spacing, axis=2) * (np.abs(steps).max(axis=2) == 1)
+    np.testing.assert_allclose(found.neighbours.toarray(), expected)
+    kept = find_foreground(mask, min_size=int(sizes[0]))
+    assert np.all(np.bincount(kept.component) == sizes[0])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([0.02, 0.9]), st.integers(1, 8))
+def test_radius_is_the_distance_to_the_background(seed, density, depth):
+    mask = np.random.default_rng(seed).random((depth, 8, 9)) < density
+    mask[0, 4, 4] = mask[-1, 0, 8] = True
+    spacing = np.array((1.5, 1.0, 2.0))
+    found = find_foreground(mask, tuple(spacing), min_size=1)
+    # Outside is background, but not along an axis with a single slice.
+    margin = [(int(depth > 1),) * 2, (1, 1), (1, 1)]
+    padded = np.pad(mask, margin)
+    distance = ndimage.distance_transform_edt(padded, sampling=spacing)
+    expected = distance[tuple((found.voxels + np.array(margin)[:, 0]).T)] - 0.5
+    assert measure_radius(found) == pytest.approx(expected)
+    assert measure_radius(found, found.points) == pytest.approx(expected)
+    shell = {tuple(v) for v in background_shell(found)}
+    grown = ndimage.binary_dilation(
+        np.pad(mask, 1), np.array([ndimage.generate_binary_structure(3, 1)])[0]
+    ) & ~np.pad(mask, 1)
+    everywhere = {tuple(v - 1) for v in np.argwhere(grown)}
+    assert shell == {v for v in everywhere if depth > 1 or v[0] == 0}
+
+
+def test_cost_is_its_formula():
+    probability = np.zeros((5, 5, 12))
+    probability[1:4, 1:4, 1:11] = 0.7
+    found = find_foreground(probability)
+    radius = measure_radius(found)
+    expected = np.exp(10 * (1 - radius / radius.max()) ** 2) * np.exp(2 * 0.3)
+    assert path_cost(found, radius) == pytest.approx(expected)
+
+
+def test_paths_share_no_voxel_and_start_on_earlier_ones():
+    tree = grow(1)
+    mask = draw(tree, (40, 90, 100))
+    found = find_foreground(mask)
+    radius = measure_radius(found)
+    paths = find_paths(found, radius, path_cost(found, radius))
+    seen = set()
+    for path in paths:
+        assert (not seen) or path[0] in seen
+        assert not seen.intersection(path[1:].tolist())
+        assert np.all(np.abs(np.diff(found.voxels[path], axis=0)).max(axis=1) == 1)
+        seen.update(path.tolist())
+    kept = prune_paths(paths, found, radius)
+    assert kept[0] is paths[0]
+    starts = set(np.concatenate(kept).tolist())
+    assert all(path[0] in starts for path in kept)
+    for path in kept[1:]:
+        length = np.linalg.norm(np.diff(found.points[path], axis=0), axis=1).sum()
+        assert length + 0.5 >= 6 + radius[path[0]]
+    nodes = paths_to_tree(kept, found, radius)
+    assert len(nodes.xyz) == len(starts)
+    assert (nodes.parent < 0).sum() == 1
+
+
+def test_short_branches_are_dropped_and_long_ones_kept():
+    for length, expected in ((4, 2), (15, 3)):
+        mask = np.zeros((15, 40, 60), bool)
+        mask[6:9, 10:13, 5:55] = True
+        mask[6:9, 13 : 13 + length, 29:32] = True
+        assert len(tips(trace(mask))) == expected
+
+
+# --- The root ------------------------------------------------------------------------------------
+
+
+def bar(soma: bool) -> np.ndarray:
+    mask = np.zeros((30, 30, 90), bool)
+    mask[13:16, 13:16, 5:85] = True
+    if soma:
+        mask |= np.linalg.norm(np.indices(mask.shape).T - [14, 14, 60], axis=-1).T <= 7
+    return mask
+
+
+def test_root_at_the_soma_then_the_seed_then_an_end():
+    tree = trace(bar(soma=True))
+    assert tree.type[0] == 1
+    assert np.allclose(tree.xyz[0], [60, 14, 14], atol=1.5)
+    assert tree.radius[0] == pytest.approx(7, abs=0.6)
+    assert np.all(tree.type[1:] == 0)
+    with_seed = trace(bar(soma=True), seed=(14, 14, 10))
+    assert np.allclose(with_seed.xyz, tree.xyz)
+
+    tree = trace(bar(soma=False), seed=(14, 14, 40))
+    assert np.allclose(tree.xyz[0], [40, 14, 14], atol=1.5)
+    assert tree.type[0] == 0
+
+    tree = trace(bar(soma=False))
+    assert min(abs(tree.xyz[0, 0] - 5), abs(tree.xyz[0, 0] - 84)) < 3
+    assert len(tips(tree)) == 2
+    assert 0 in tips(tree)
+
+
+def test_the_tree_with_the_seed_comes_first():
+    mask = np.zeros((20, 50, 90), bool)
+    mask[9:12, 10:13, 5:85] = True
+    mask[9:12, 40:43, 30:60] = True
+    assert trace(mask).xyz[0, 1] < 20
+    tree = trace(mask, seed=(0, 49, 45))  # off the foreground: the nearest voxel counts
+    assert np.allclose(tree.xyz[0], [45, 41, 10], atol=2)
+    assert (tree.parent < 0).sum() == 2
+
+
+def test_root_of_a_component_of_one_voxel():
+    mask = np.zeros((3, 3, 3), bool)
+    mask[1, 1, 1] = True
+    found = find_foreground(mask, min_size=1)
+    assert find_root(found.neighbours, measure_radius(found)) == 0
+
+
+# --- Round trip ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_swc_to_mask_to_swc(seed, tmp_path):
+    tree = grow(seed)
+    mask = draw(tree, (40, 90, 100))
+    traced = trace(mask)
+    check_is_forest(traced, mask)
+    traced = read_swc(write_swc(tmp_path / "traced.swc", traced))
+    assert traced.repairs == ()
+    distance, score = tree_distance(traced, tree), tree_scores(traced, tree)
+    assert distance.esa < 0.5
+    assert distance.pds < 0.05
+    assert min(score.precision, score.recall) > 0.95
+    # Signed: the mean of the steps from each sample to the nearest point of the reference.
+    points, dense = sample_edges(traced), densify(tree, 0.05)[0]
+    offset = points - dense[KDTree(dense).query(points)[1]]
+    assert np.all(np.abs(offset.mean(axis=0)) < 0.1)
+
+
+@pytest.mark.parametrize("radius", [1.5, 1.9, 2.5, 3.5, 5.0])
+def test_radius_and_ends_of_a_tube(radius):
+    rng = np.random.default_rng(int(10 * radius))
+    radii, ends, off_axis = [], [], []
+    for _ in range(4):
+        way = rng.normal(size=3)
+        way /= np.linalg.norm(way)
+        centre = 29 + rng.random(3)
+        tube = line(tuple(centre - 18 * way), tuple(centre + 18 * way))
+        traced = trace(draw(tube, (60, 60, 60), radius))
+        along = (traced.xyz - centre) @ way
+        off_axis.append(distance_to_tree(traced.xyz[np.abs(along) < 15], tube).mean())
+        radii.append(np.median(traced.radius))
+        ends += [along.max() - 18, -along.min() - 18]
+    assert np.mean(radii) == pytest.approx(radius, abs=0.15)
+    assert abs(np.mean(ends)) < 1
+    assert np.mean(off_axis) < 0.5
+
+
+@pytest.mark.parametrize("name", NEURONS)
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is absent")
+def test_six_real_neurons(name):
+    tree = read_swc(REAL / f"{name}.swc")
+    shape = tuple((np.ceil(tree.xyz.max(axis=0)) + 4).astype(int)[::-1])
+    mask = make_target(tree, shape)[1]  # a tube of radius 1.90 voxels
+    traced = trace(mask)
+    check_is_forest(traced, mask)
+    distance, score = tree_distance(traced, tree), tree_scores(traced, tree)
+    assert distance.esa < 0.5
+    assert distance.pds < 0.05
+    assert min(score.precision, score.recall) >= 0.95
+    assert score.trees == score.reference_trees
+    assert abs(score.tips - score.reference_tips) <= 6
+
+
+# --- Invariance ----------------------------------------------------------------------------------
+
+
+def same(one: Tree, two: Tree) -> bool:
+    distance = tree_distance(one, two)
+    return distance.esa < 0.4 and distance.pds < 0.04
+
+
+def moved(tree: Tree, xyz: np.ndarray) -> Tree:
+    return Tree(xyz, tree.radius, tree.type, tree.parent)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_flips(axis):
+    mask = draw(grow(2), (40, 90, 100))
+    tree, flipped = trace(mask), trace(np.flip(mask, axis))
+    xyz = flipped.xyz.copy()
+    xyz[:, 2 - axis] = mask.shape[axis] - 1 - xyz[:, 2 - axis]
+    assert same(moved(flipped, xyz), tree)
+
+
+@pytest.mark.parametrize("order", [(1, 2, 0), (2, 1, 0), (0, 2, 1)])
+def test_transposes_with_their_spacing(order):
+    spacing = (2.0, 1.0, 1.0)
+    tree = grow(3, (60, 90, 100))
+    mask = draw(moved(tree, tree.xyz * [1, 1, 0.5]), (30, 90, 100), 2.5, spacing)
+    straight = trace(mask, spacing)
+    turned = trace(mask.transpose(order), tuple(np.array(spacing)[list(order)]))
+    xyz = np.empty_like(turned.xyz)
+    xyz[:, ::-1][:, list(order)] = turned.xyz[:, ::-1]
+    assert same(moved(turned, xyz), straight)
+
+
+def test_crops_and_margins_change_nothing():
+    mask = draw(grow(4), (40, 90, 100))
+    tree = trace(mask)
+    wide = trace(np.pad(mask, ((3, 9), (20, 0), (5, 1))))
+    assert np.allclose(wide.xyz - [5, 20, 3], tree.xyz)
+    box = ndimage.find_objects(mask.astype(int))[0]
+    tight = trace(mask[box])
+    assert np.allclose(tight.xyz + [part.start for part in box[::-1]], tree.xyz)
+    assert np.allclose(tight.radius, tree.radius)
+
+
+def test_anisotropic_voxels():
+    # A neuron of 100 slices seen with every third slice only.
+    tree = grow(5, (99, 90, 100))
+    thin = moved(tree, tree.xyz / [1, 1, 3])
+    mask = draw(thin, (33, 90, 100), 3.0, (3, 1, 1))
+    traced = trace(mask, (3, 1, 1))
+    check_is_forest(traced, mask)
+    back = moved(traced, traced.xyz * [1, 1, 3])
+    assert tree_distance(back, tree).esa < 1
+    assert tree_scores(back, tree, 3.0).recall > 0.95
+    assert np.median(traced.radius) == pytest.approx(3, abs=0.5)
+    # Only ratios count.
+    assert np.allclose(trace(mask, (6, 2, 2)).xyz, traced.xyz)
+
+
+def test_mask_and_probability_of_one_are_the_same():
+    mask = draw(grow(6), (40, 90, 100))
+    assert np.array_equal(trace(mask).xyz, trace(mask.astype(np.float32)).xyz)
+    assert np.array_equal(trace(mask).xyz, trace(mask * 0.9, threshold=0.9).xyz)
+
+
+# --- Gaps ----------------------------------------------------------------------------------------
+
+
+def cut_bar(gap: int) -> np.ndarray:
+    probability = bar(soma=False).astype(np.float32) * 0.9
+    start = 45 - gap // 2
+    probability[:, :, start : start + gap] = 0.1
+    return probability
+
+
+def test_a_gap_is_bridged_and_logged_or_kept():
+    log = []
+    tree = trace(cut_bar(8), log=log)
+    check_is_forest(tree, cut_bar(8) >= 0.5)
+    assert (tree.parent < 0).sum() == 1
+    assert len(tips(tree)) == 2
+    assert 0 in tips(tree)  # the root is an end of the whole, not the end at the gap
+    assert len(log) == 1
+    assert log[0].length == pytest.approx(9, abs=1)
+    assert log[0].probability == pytest.approx(0.2, abs=0.1)
+    assert {round(log[0].start[0] / 2), round(log[0].end[0] / 2)} == {20, 24}
+
+    log = []
+    assert (trace(cut_bar(8), bridge=0, log=log).parent < 0).sum() == 2
+    assert (trace(cut_bar(8), bridge=6, log=log).parent < 0).sum() == 2
+    assert (trace(cut_bar(20), log=log).parent < 0).sum() == 2
+    assert log == []
+
+
+def test_ends_that_do_not_face_each_other_stay_apart():
+    mask = np.zeros((20, 60, 80), bool)
+    mask[9:12, 20:23, 5:75] = True
+    mask[9:12, 30:33, 5:75] = True  # parallel: the ends are near, but point past each other
+    assert (trace(mask).parent < 0).sum() == 2
+
+
+def test_bridges_make_no_loop_and_take_the_probable_way():
+    # Three arms that end near one point: two bridges join them, the third would close a loop.
+    arms = [(30 + 26 * np.cos(a), 30 + 26 * np.sin(a)) for a in (0.3, 2.4, 4.5)]
+    mask = np.zeros((15, 61, 61), bool)
+    for x, y in arms:
+        inner = (30 + (x - 30) * 0.2, 30 + (y - 30) * 0.2)
+        mask |= draw(line((x, y, 7), (*inner, 7)), mask.shape, 1.5)
+    log = []
+    tree = trace(mask, log=log)
+    assert len(log) == 2
+    assert (tree.parent < 0).sum() == 1
+    check_is_forest(tree, mask)
+    # Make the pair that was not joined the probable one: it is joined now.
+    ends = {bridge.start for bridge in log} | {bridge.end for bridge in log}
+    assert len(ends) == 3
+    joined = {frozenset((bridge.start, bridge.end)) for bridge in log}
+    left_out = next((a, b) for a in ends for b in ends if a < b and frozenset((a, b)) not in joined)
+    probability = mask * 1.0
+    probability[draw(line(*left_out), mask.shape, 1.0) & ~mask] = 0.45
+    log = []
+    trace(probability, log=log)
+    assert frozenset(left_out) in {frozenset((bridge.start, bridge.end)) for bridge in log}
+
+
+def test_bridging_keeps_soma_and_seed_as_root():
+    mask = bar(soma=True)
+    mask[:, :, 40:47] = False
+    tree = trace(mask)
+    assert (tree.parent < 0).sum() == 1
+    assert tree.type[0] == 1
+    tree = trace(cut_bar(8), seed=(14, 14, 60))
+    assert (tree.parent < 0).sum() == 1
+    assert np.allclose(tree.xyz[0], [60, 14, 14], atol=1.5)
+
+
+def test_a_cut_neuron_keeps_its_recall_as_forest_and_bridged():
+    tree = grow(0, (50, 150, 150), branches=14)
+    whole = draw(tree, (50, 150, 150))
+    mask, where = whole.copy(), np.argwhere(whole)
+    for node in np.random.default_rng(0).choice(len(tree.xyz), 6, replace=False):
+        hole = np.linalg.norm(where - tree.xyz[node][::-1], axis=1) <= 3.5
+        mask[tuple(where[hole].T)] = False
+    forest, joined = trace(mask, bridge=0), trace(mask)
+    assert tree_scores(forest, tree).recall > 0.85
+    assert tree_scores(joined, tree).recall >= tree_scores(forest, tree).recall
+    assert (joined.parent < 0).sum() < (forest.parent < 0).sum()
+    assert tree_scores(joined, tree).precision > 0.95
+
+
+def test_stages_are_what_trace_does():
+    mask = cut_bar(8)
+    found = find_foreground(mask)
+    radius = measure_radius(found)
+    paths = prune_paths(find_paths(found, radius, path_cost(found, radius)), found, radius)
+    tree, bridges = bridge_gaps(paths_to_tree(paths, found, radius), mask)
+    assert len(bridges) == 1
+    assert np.array_equal(smooth_tree(tree, found).xyz, trace(mask).xyz)
+
+
+# --- Adversarial ---------------------------------------------------------------------------------
+
+
+def ball(radius: int) -> np.ndarray:
+    return ((np.indices((40, 40, 40)) - 20) ** 2).sum(axis=0) <= radius**2
+
+
+ODD = {
+    "full": np.ones((20, 22, 24), bool),
+    "ball": ball(12),
+    "shell": ball(14) & ~ball(12),
+    "slice": np.pad(np.ones((1, 5, 40), bool), ((0, 0), (5, 5), (3, 3))),
+    "full slice": np.ones((1, 30, 30), bool),
+    "column": np.ones((30, 1, 1), bool),
+    "line": np.eye(40, dtype=bool)[None].repeat(1, 0),
+    "checkerboard": np.indices((14, 14, 14)).sum(axis=0) % 2 == 0,
+    "sheet": np.pad(np.ones((1, 40, 40), bool), 2),
+    "noise": np.random.default_rng(0).random((30, 30, 30)) < 0.2,
+    "at the border": np.pad(np.ones((3, 3, 40), bool), ((0, 20), (20, 0), (0, 0))),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_masks_give_a_forest(name):
+    check_is_forest(trace(ODD[name]), ODD[name])
+
+
+def test_a_loop_is_traced_round_but_not_closed():
+    angle = np.linspace(0, 2 * np.pi, 200)
+    ring = line(*np.stack([30 + 20 * np.cos(angle), 30 + 20 * np.sin(angle), 10 + 0 * angle], 1))
+    mask = draw(ring, (20, 60, 60))
+    tree = trace(mask)
+    check_is_forest(tree, mask)
+    assert tree_scores(tree, ring).recall > 0.9
+
+
+def test_a_single_voxel_is_one_node():
+    mask = np.zeros((5, 6, 7), bool)
+    mask[1, 2, 3] = True
+    tree = trace(mask, min_size=1)
+    assert tree.xyz.tolist() == [[3, 2, 1]]
+    assert tree.parent.tolist() == [-1]
+    assert trace(np.ones((1, 1, 1), bool), min_size=1).xyz.tolist() == [[0, 0, 0]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(0, 10_000),
+    st.floats(0.05, 0.95),
+    st.tuples(*[st.integers(1, 14)] * 3),
+    st.sampled_from([(1, 1, 1), (3, 1, 1), (0.5, 0.2, 0.2)]),
+)
+def test_any_mask_gives_a_forest(seed, density, shape, spacing):
+    mask = np.random.default_rng(seed).random(shape) < density
+    mask.flat[seed % mask.size] = True
+    check_is_forest(trace(mask, spacing, min_size=1), mask)
+
+
+@pytest.mark.parametrize(
+    ("volume", "options", "error", "words"),
+    [
+        (np.zeros((5, 5, 5), bool), {}, VolumeError, "lower the threshold"),
+        (np.full((5, 5, 5), 0.4), {}, VolumeError, "0 voxels reach the threshold 0.5"),
+        (ODD["line"], {"min_size": 41}, VolumeError, "40 voxels"),
+        (np.full((3, 3, 3), np.nan), {}, VolumeError, "nan"),
+        (np.full((3, 3, 3), 1.5), {}, VolumeError, r"in \[0, 1\]"),
+        (np.full((3, 3, 3), -0.5), {}, VolumeError, r"in \[0, 1\]"),
+        (np.ones((3, 3, 3), np.uint8), {}, VolumeError, "uint8"),
+        (np.ones((9, 9), bool), {}, VolumeError, "3D"),
+        (np.ones((0, 9, 9), bool), {}, VolumeError, "3D"),
+        (ODD["full"], {"spacing": (1, 1)}, VolumeError, "three positive"),
+        (ODD["full"], {"spacing": (1, -1, 1)}, VolumeError, "three positive"),
+        (ODD["full"], {"seed": (0, 0, 24)}, VolumeError, "outside"),
+        (ODD["full"], {"seed": (0, np.nan, 0)}, VolumeError, "outside"),
+        (ODD["full"], {"seed": (0, 1)}, VolumeError, "outside"),
+        (ODD["full"], {"threshold": 0}, SettingsError, "threshold"),
+        (ODD["full"], {"min_size": 0}, SettingsError, "min_size"),
+        (ODD["full"], {"step": 0}, SettingsError, "step"),
+        (ODD["full"], {"bridge": -1}, SettingsError, "bridge"),
+    ],
+)
+def test_errors_are_one_line_of_ours(volume, options, error, words):
+    with pytest.raises(NeurolibError, match=words) as caught:
+        trace(volume, **options)
+    assert caught.type is error
+    assert "\n" not in str(caught.value)
+
+
+def test_stages_can_be_painted_back_into_the_volume():
+    mask = np.zeros((5, 9, 30), bool)
+    mask[1:4, 3:6, 2:28] = True
+    foreground = tracing.find_foreground(mask)
+    assert np.array_equal(tracing.paint(foreground, np.ones(mask.sum())) > 0, mask)
+    radius = tracing.measure_radius(foreground)
+    paths = tracing.find_paths(foreground, radius, tracing.path_cost(foreground, radius))
+    order = tracing.path_order(foreground, paths)
+    assert (order[paths[0]] == 1).all()
+    assert set(np.flatnonzero(order)) == set(np.concatenate(paths))

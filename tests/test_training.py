@@ -1,0 +1,785 @@
+"""Training: each loss against plain NumPy, the loop against being killed."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from neurolib import training
+from neurolib.blocking import make_target
+from neurolib.datasets import Pair, Sample
+from neurolib.errors import DataError, SettingsError, WeightsError
+from neurolib.network import NetworkSettings, Segmenter, build
+from neurolib.swc import Tree
+from neurolib.training import (
+    LOSSES,
+    SKELETON,
+    THRESHOLDS,
+    BlockSource,
+    Check,
+    TrainingSettings,
+    augment,
+    focal,
+    load_checkpoint,
+    loss_terms,
+    parameter_groups,
+    restore,
+    save_checkpoint,
+    schedule,
+    skeleton_recall,
+    soft_dice,
+    train,
+    validate,
+    validation_blocks,
+)
+
+# timm's own test model: 6 layers of 64 channels.
+NETWORK = NetworkSettings(encoder="test_vit", depth=3, block=48, size=48, width=32)
+FAST = TrainingSettings(
+    steps=6, batch=2, validate_every=3, validation_blocks=4, save_every=2, seed=1
+)
+
+
+def tubes(name, seed, shape=(9, 64, 80)):
+    """A sample of three straight neurites in noise."""
+    rng = np.random.default_rng(seed)
+    ends = rng.uniform((4, 4, 2), (shape[2] - 5, shape[1] - 5, shape[0] - 3), (3, 2, 3))
+    ends[:, 1, :2] = (np.array(shape[2:0:-1]) - 5) - ends[:, 0, :2]
+    tree = Tree(
+        ends.reshape(-1, 3), np.full(6, 1.5), np.full(6, 3), np.array([-1, 0, -1, 2, -1, 4])
+    )
+    response, mask = make_target(tree, shape)
+    image = np.clip(0.8 * mask + rng.normal(0.1, 0.05, shape), 0, 1).astype(np.float32)
+    pair = Pair(name, name, Path(f"{name}.tif"), Path(f"{name}.swc"), "synthetic")
+    return Sample(pair, image, (1.0, 1.0, 1.0), tree, response, mask)
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return [tubes("a", 0), tubes("b", 1)]
+
+
+@pytest.fixture(scope="module")
+def checks():
+    return [tubes("v", 2)]
+
+
+# ------------------------------------------------------------------------------- losses
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (3, 1, 16, 16))
+    response = rng.uniform(0, 1, (3, 1, 16, 16)) ** 3
+    return logits, response
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def test_soft_dice_is_that_of_the_whole_batch(batch):
+    logits, response = batch
+    mask = (response >= 0.1).astype(float)
+    mask[1] = 0  # a block without foreground
+    p = sigmoid(logits)
+    expected = 1 - (2 * (p * mask).sum() + 1) / (p.sum() + mask.sum() + 1)
+    found = soft_dice(torch.tensor(logits), torch.tensor(mask)).item()
+    assert found == pytest.approx(expected, rel=1e-9)
+    perfect = torch.tensor(mask * 80 - 40)
+    assert soft_dice(perfect, torch.tensor(mask)).item() == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_focal_is_its_definition(batch, gamma):
+    logits, response = batch
+    mask = response >= 0.1
+    p_true = np.where(mask, sigmoid(logits), sigmoid(-logits))
+    expected = (-((1 - p_true) ** gamma) * np.log(p_true)).mean()
+    found = focal(torch.tensor(logits), torch.tensor(mask, dtype=torch.float64), gamma).item()
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
+def test_skeleton_recall_is_its_definition(batch):
+    logits, response = batch
+    skeleton = (response >= SKELETON).astype(float)
+    expected = 1 - ((sigmoid(logits) * skeleton).sum() + 1) / (skeleton.sum() + 1)
+    found = skeleton_recall(torch.tensor(logits), torch.tensor(skeleton)).item()
+    assert found == pytest.approx(expected, rel=1e-9)
+    everywhere = torch.full(logits.shape, 40.0, dtype=torch.float64)
+    assert skeleton_recall(everywhere, torch.tensor(skeleton)).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_loss_terms_threshold_the_response_as_they_say(batch):
+    logits, response = batch
+    mask, skeleton = response >= 0.3, response >= SKELETON
+    p = sigmoid(logits)
+    ce = -(mask * np.log(p) + ~mask * np.log(1 - p)).mean()
+    terms = loss_terms("dice+ce+skeleton", torch.tensor(logits), torch.tensor(response), 0.3)
+    assert list(terms) == ["dice", "ce", "skeleton"]
+    assert terms["ce"].item() == pytest.approx(ce, rel=1e-9)
+    expected = 1 - (2 * p[mask].sum() + 1) / (p.sum() + mask.sum() + 1)
+    assert terms["dice"].item() == pytest.approx(expected, rel=1e-9)
+    expected = 1 - (p[skeleton].sum() + 1) / (skeleton.sum() + 1)
+    assert terms["skeleton"].item() == pytest.approx(expected, rel=1e-9)
+    parity = loss_terms("dice+focal", torch.tensor(logits), torch.tensor(response), 0.3)
+    assert list(parity) == ["dice", "focal"]
+    assert parity["focal"].item() < terms["ce"].item()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_term_pulls_on_every_logit_in_the_right_direction(batch, name):
+    _, response = batch
+    response = torch.tensor(response)
+    start = torch.zeros(response.shape, dtype=torch.float64, requires_grad=True)
+    for term, value in loss_terms(name, start, response, 0.1).items():
+        (gradient,) = torch.autograd.grad(value, start, retain_graph=True)
+        wanted = response >= (SKELETON if term == "skeleton" else 0.1)
+        assert (gradient[wanted] < 0).all(), term
+        if term != "skeleton":
+            assert (gradient[~wanted] > 0).all(), term
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_skeleton_threshold_marks_the_centreline_and_its_neighbours(axis):
+    """Five voxels across a straight neurite on voxel centres: exactly one voxel off counts."""
+    shape = (11, 11, 11)
+    ends = np.full((2, 3), 5.0)
+    ends[:, 2 - axis] = 0, 10
+    tree = Tree(ends, np.ones(2), np.full(2, 3), np.array([-1, 0]))
+    response, _ = make_target(tree, shape)
+    across = torch.from_numpy(response).select(axis, 5) >= SKELETON
+    plus = torch.zeros(11, 11, dtype=torch.bool)
+    plus[5, 4:7] = plus[4:7, 5] = True
+    assert torch.equal(across, plus)
+
+
+# ------------------------------------------------------------------------ rates, schedule
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return Segmenter(dataclasses.replace(NETWORK, stem=True))
+
+
+def test_every_parameter_is_in_one_group_with_its_rate_and_decay(network):
+    settings = TrainingSettings(encoder_rate=1e-4, decoder_rate=1e-3, layer_decay=0.5)
+    groups = parameter_groups(network, settings)
+    by_parameter = {}
+    for group in groups:
+        assert group["lr"] == group["peak"]
+        for parameter in group["params"]:
+            assert id(parameter) not in by_parameter
+            by_parameter[id(parameter)] = group
+    names = dict(network.named_parameters())
+    assert by_parameter.keys() == {id(p) for p in names.values()}
+    for name, power in {
+        "encoder.patch_embed.proj.weight": 7,
+        "encoder.pos_embed": 7,
+        "encoder.cls_token": 7,
+        "encoder.blocks.0.attn.qkv.weight": 6,
+        "encoder.blocks.3.norm1.bias": 3,
+        "encoder.blocks.5.mlp.fc2.weight": 1,
+        "encoder.norm.weight": 0,
+    }.items():
+        assert by_parameter[id(names[name])]["lr"] == pytest.approx(1e-4 * 0.5**power)
+    for name, parameter in names.items():
+        group = by_parameter[id(parameter)]
+        if not name.startswith("encoder."):
+            assert group["lr"] == 1e-3, name
+        matrix = name.endswith("weight") and "norm" not in name and parameter.ndim > 1
+        assert group["weight_decay"] == (0.05 if matrix else 0), name
+
+
+def test_frozen_encoder_is_in_no_group(network):
+    for parameter in network.encoder.parameters():
+        parameter.requires_grad_(False)
+    try:
+        members = [p for g in parameter_groups(network, FAST) for p in g["params"]]
+    finally:
+        for parameter in network.encoder.parameters():
+            parameter.requires_grad_(True)
+    outside = [p for n, p in network.named_parameters() if not n.startswith("encoder.")]
+    assert {id(p) for p in members} == {id(p) for p in outside}
+
+
+def test_schedule_warms_up_and_falls_as_half_a_cosine():
+    settings = TrainingSettings(steps=200, warmup=0.05)
+    rates = [schedule(step, settings) for step in range(200)]
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10)
+    assert rates[10] == 1
+    assert rates[10 + 95] == pytest.approx(0.505)
+    assert (np.diff(rates[10:]) < 0).all()
+    assert 0.01 <= rates[-1] < 0.011
+    assert [schedule(0, TrainingSettings(steps=n)) for n in (1, 2)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"steps": 0},
+        {"batch": 0},
+        {"loss": "mse"},
+        {"validate_every": 0},
+        {"save_every": 0},
+        {"validation_blocks": 0},
+        {"encoder_rate": -1e-4},
+        {"decoder_rate": math.nan},
+        {"average": 1.0},
+        {"warmup": 2.0},
+        {"negatives": -0.1},
+    ],
+    ids=str,
+)
+def test_unusable_settings_are_refused_in_one_line(bad):
+    with pytest.raises(SettingsError) as error:
+        TrainingSettings(**bad)
+    assert next(iter(bad)) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bad", [{"device": "tpu9"}, {"precision": "7-bit"}], ids=str)
+def test_device_or_precision_that_does_not_exist_is_refused(bad):
+    with pytest.raises(SettingsError, match=next(iter(bad.values()))):
+        training.start(**bad)
+
+
+# ------------------------------------------------------------------------------- batches
+
+
+def test_an_epoch_visits_every_place_once_and_the_next_in_another_order(samples):
+    source = BlockSource(samples, 3, 48, stride=16, seed=4)
+    n = len(source)
+    assert n > 20
+    first, second = ([source._row(i + n * epoch) for i in range(n)] for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(n))
+    assert first != second
+    assert set(source.places[:, 0]) == {0, 1}
+
+
+def test_batches_depend_on_seed_and_step_alone(samples):
+    one, same, other = (BlockSource(samples, 3, 48, seed=s) for s in (4, 4, 5))
+    for step in (7, 0, 3):
+        a, b = one.batch(step, 3), same.batch(step, 3)
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[1], b[1])
+    assert not torch.equal(one.batch(0, 3)[0], other.batch(0, 3)[0])
+    assert not torch.equal(one.batch(0, 3)[0], one.batch(1, 3)[0])
+
+
+def test_blocks_and_responses_come_from_the_same_place(samples):
+    source = BlockSource(samples, 3, 48, seed=0)
+    blocks, responses = source.batch(0, 5)
+    assert blocks.shape == (5, 1, 3, 48, 48)
+    assert responses.shape == (5, 3, 48, 48)
+    assert blocks.dtype == responses.dtype == torch.float32
+    # The image of `tubes` is bright on its mask: 0.9 against 0.1.
+    on = responses >= 0.1
+    assert blocks[:, 0][on].mean() > 0.8
+    assert blocks[:, 0][~on].mean() < 0.2
+    number, z, y, x = source.places[source._row(0)]
+    there = samples[number].image[max(z - 1, 0) : z + 2, y : y + 48, x : x + 48]
+    assert np.array_equal(blocks[0, 0].numpy()[-len(there) :], there)
+
+
+def test_share_of_blocks_without_foreground(samples):
+    lengths = [len(BlockSource(samples, 3, 24, n, stride=8)) for n in (0, 0.25)]
+    masks = [s.mask for s in samples]
+    only = BlockSource(samples, 3, 24, 0, stride=8)
+    for number, z, y, x in only.places:
+        assert masks[number][z, y : y + 24, x : x + 24].sum() >= 0.001 * 24 * 24
+    assert lengths[0] < lengths[1] <= math.ceil(1.25 * lengths[0]) + 1
+
+
+def test_no_salient_block_is_a_data_error_that_names_the_volumes(samples):
+    empty = dataclasses.replace(samples[0], mask=np.zeros_like(samples[0].mask))
+    with pytest.raises(DataError, match=r"\(a\)"):
+        BlockSource([empty], 3, 48)
+    with pytest.raises(DataError, match="none"):
+        BlockSource([], 3, 48)
+
+
+# ------------------------------------------------------------------------- augmentation
+
+
+def marked(n=64, side=24):
+    """Blocks (n, 1, 5, side, side) with one bright patch each; the response is the block."""
+    rng = np.random.default_rng(0)
+    blocks = torch.zeros(n, 1, 5, side, side)
+    for block in blocks:
+        y, x = rng.integers(3, side - 6, 2)
+        block[0, 2, y : y + 3, x : x + 3] = 1
+    return blocks, blocks[:, 0].clone()
+
+
+def test_augmentation_moves_block_and_response_alike():
+    blocks, responses = marked()
+    out, moved = augment(blocks, responses, torch.Generator().manual_seed(0))
+    assert out.shape == blocks.shape
+    assert moved.shape == responses.shape
+    centres = torch.arange(24.0)
+    moves = 0
+    for block, response, before in zip(out[:, 0], moved, responses, strict=True):
+        # The patch stays in the centre slice, in the block where it is in the response.
+        assert response[2].sum() > 0
+        assert response[[0, 1, 3, 4]].sum() == 0
+        bright = block[2] * (block[2] > 0.3)
+        for dim, axis in ((1, "y"), (0, "x")):
+            a = (bright.sum(dim) * centres).sum() / bright.sum()
+            b = (response[2].sum(dim) * centres).sum() / response[2].sum()
+            assert a.item() == pytest.approx(b.item(), abs=0.5), axis
+        moves += not torch.equal(response, before)
+    assert moves > 40
+
+
+def test_augmentation_keeps_the_range_and_its_input(samples):
+    blocks, responses = BlockSource(samples, 3, 48).batch(0, 40)
+    before = blocks.clone(), responses.clone()
+    out, moved = augment(blocks, responses, torch.Generator().manual_seed(1))
+    assert torch.equal(blocks, before[0])
+    assert torch.equal(responses, before[1])
+    for values in (out, moved):
+        assert values.min() >= 0
+        assert values.max() <= 1
+        assert torch.isfinite(values).all()
+
+
+def test_augmentation_follows_its_generator_only():
+    blocks, responses = marked(8)
+    torch.manual_seed(1)
+    a = augment(blocks, responses, torch.Generator().manual_seed(5))
+    torch.manual_seed(2)
+    b = augment(blocks, responses, torch.Generator().manual_seed(5))
+    c = augment(blocks, responses, torch.Generator().manual_seed(6))
+    assert torch.equal(a[0], b[0])
+    assert torch.equal(a[1], b[1])
+    assert not torch.equal(a[0], c[0])
+
+
+def test_augmentation_turns_z_over_and_blanks_slices_but_never_the_centre():
+    n = 300
+    blocks = torch.full((n, 1, 5, 8, 8), 0.5)
+    responses = torch.arange(5.0).view(1, 5, 1, 1).expand(n, 5, 8, 8) / 10
+    out, moved = augment(blocks, responses, torch.Generator().manual_seed(0))
+    blank = (out[:, 0] == 0).flatten(2).all(2)
+    assert not blank[:, 2].any()
+    assert blank.sum(1).max() == 1
+    assert 0.05 < blank.any(1).float().mean() < 0.17
+    assert set(torch.nonzero(blank)[:, 1].tolist()) == {0, 1, 3, 4}
+    turned = moved[:, 0, 4, 4] > moved[:, 4, 4, 4]
+    assert 0.4 < turned.float().mean() < 0.6
+    assert torch.allclose(moved[:, 2], torch.tensor(0.2))
+
+
+# ------------------------------------------------------------------------------ validation
+
+
+class Known(torch.nn.Module):
+    """A network whose probability is the image, moved by a gain on the logits."""
+
+    settings = NETWORK
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, blocks):
+        return torch.logit(blocks[:, 0, 1:2]) + self.gain
+
+
+def test_validation_dice_is_the_mean_over_volumes_at_one_common_threshold():
+    rng = np.random.default_rng(0)
+    checks = []
+    for n in (3, 11):
+        response = torch.from_numpy(rng.uniform(0, 1, (n, 3, 16, 16)).astype(np.float32))
+        noise = torch.from_numpy(rng.uniform(-0.3, 0.3, (n, 3, 16, 16)).astype(np.float32))
+        blocks = (response + noise).clamp(0.01, 0.99)[:, None]
+        checks.append(Check(blocks, response, torch.arange(1.0, n + 1)))
+
+    # The weights that are passed count, not the module's own.
+    dice, threshold = validate(Known(), {"gain": torch.tensor(0.5)}, checks, tau=0.4, batch=4)
+    rows = []
+    for check in checks:
+        p = sigmoid(torch.logit(check.blocks[:, 0, 1]).numpy() + 0.5)
+        mask = check.responses[:, 1].numpy() >= 0.4
+        weight = np.arange(1.0, len(p) + 1)[:, None, None]
+        rows.append(
+            [
+                2
+                * (weight * (mask & (p >= t))).sum()
+                / ((weight * mask).sum() + (weight * (p >= t)).sum())
+                for t in THRESHOLDS
+            ]
+        )
+    mean = np.mean(rows, axis=0)
+    assert dice == pytest.approx(mean.max(), rel=1e-5)
+    assert threshold == THRESHOLDS[mean.argmax()]
+    assert 0.4 < threshold < 0.7
+
+
+def test_validation_estimates_the_dice_of_the_whole_volume(checks):
+    """Few blocks stand for all: the estimate is near what all blocks together give."""
+    sample = tubes("big", 3, shape=(30, 192, 192))
+    rng = np.random.default_rng(1)
+    # False alarms everywhere: a Dice of salient blocks alone would miss most of them.
+    image = np.clip(sample.response + (rng.random(sample.mask.shape) < 0.01), 0.01, 0.99)
+    sample = dataclasses.replace(sample, image=image.astype(np.float32))
+    guess = sample.image >= 0.1
+    whole = 2 * (guess & sample.mask).sum() / (guess.sum() + sample.mask.sum())
+    found = {}
+    for count in (10_000, 60):
+        settings = dataclasses.replace(FAST, validation_blocks=count)
+        check = validation_blocks(sample, NETWORK, settings)
+        assert check.weight.sum().item() == pytest.approx(30 * 4 * 4, rel=1e-5)
+        weights = {"gain": torch.logit(torch.tensor(0.5)) - torch.logit(torch.tensor(0.1))}
+        assert len(check.blocks) == len(check.weight) <= count
+        found[count], _ = validate(Known(), weights, [check], 0.1)
+    # The grid of 48 tiles 192 without overlap, so that all blocks are the whole volume.
+    assert found[10_000] >= whole - 1e-6
+    assert found[60] == pytest.approx(found[10_000], rel=0.15)
+    only = dataclasses.replace(check, weight=torch.ones_like(check.weight))
+    assert validate(Known(), weights, [only], 0.1)[0] > 1.15 * found[10_000]
+
+
+def test_validation_without_a_volume_is_a_data_error(network):
+    with pytest.raises(DataError, match="validation"):
+        validate(network, {}, [], 0.1)
+
+
+def test_validation_blocks_are_spread_over_both_kinds(checks):
+    settings = dataclasses.replace(FAST, validation_blocks=8)
+    check = validation_blocks(checks[0], NETWORK, settings)
+    assert len(check.blocks) == len(check.responses) == len(check.weight) <= 8
+    foreground = (check.responses[:, 1] >= 0.1).flatten(1).float().mean(1) >= 0.001
+    assert 0 < foreground.sum() <= 4
+    assert len({block.sum().item() for block in check.blocks}) == len(check.blocks)
+    one = dataclasses.replace(FAST, validation_blocks=1)
+    assert len(validation_blocks(checks[0], NETWORK, one).blocks) >= 1
+
+
+# --------------------------------------------------------------------------------- the loop
+
+
+def test_training_on_tubes_learns_them(tmp_path, samples, checks):
+    network, _ = build(dataclasses.replace(NETWORK, stem=True), "scratch", seed=0)
+    settings = dataclasses.replace(
+        FAST, steps=40, batch=4, decoder_rate=5e-3, validate_every=40, save_every=40, average=0.8
+    )
+    seen = []
+    result = train(network, samples, checks, tmp_path, settings, on_step=seen.append)
+    losses = [row["loss"] for row in result.history]
+    assert seen == result.history
+    assert [row["step"] for row in seen] == list(range(1, 41))
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:3])
+    # All voxels called foreground would give 0.1.
+    assert result.dice > 0.4
+    assert result.step == 40
+    for row in seen:
+        assert row["loss"] == pytest.approx(row["dice"] + row["ce"] + row["skeleton"], rel=1e-5)
+    lines = (tmp_path / "history.csv").read_text().splitlines()
+    assert lines[0].startswith("step,loss,dice,ce,skeleton")
+    assert len(lines) == 41
+    # The network that is left is the one of the checkpoint, and it finds the tubes.
+    found, facts = load_checkpoint(result.checkpoint)
+    assert facts["dice"] == result.dice
+    check = validation_blocks(checks[0], network.settings, settings)
+    again, threshold = validate(found, found.state_dict(), [check], 0.1)
+    assert again == pytest.approx(result.dice, abs=1e-6)
+    assert threshold == result.threshold == facts["threshold"]
+
+
+def test_frozen_training_leaves_the_encoder_and_its_file_out(tmp_path, samples, checks):
+    network, _ = build(NETWORK, "scratch", seed=2)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    settings = dataclasses.replace(FAST, frozen=True, loss="dice+focal")
+    result = train(network, samples, checks, tmp_path, settings)
+    after = network.state_dict()
+    for key, value in before.items():
+        same = torch.equal(after[key], value)
+        assert same == (key.startswith("encoder.") or same), key
+        if key.startswith("encoder."):
+            assert same, key
+    assert not torch.equal(after["head.1.weight"], before["head.1.weight"])
+    assert not any(key.startswith("encoder.") for key in load_file(result.checkpoint))
+    found, _ = load_checkpoint(result.checkpoint)
+    assert all(torch.equal(v, after[k]) for k, v in found.state_dict().items())
+
+
+def test_frozen_checkpoint_is_rebuilt_from_its_own_weights_file_only(tmp_path, samples, checks):
+    pretrained = tmp_path / "mine.safetensors"
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        flat = Segmenter(dataclasses.replace(NETWORK, depth=3)).encoder.state_dict()
+        flat["patch_embed.proj.weight"] = torch.randn(64, 3, 16, 16)
+        if seed == 1:
+            save_file(flat, pretrained)
+            network, _ = build(NETWORK, "center", str(pretrained), seed=6, fold="sum")
+            settings = dataclasses.replace(FAST, frozen=True, steps=1)
+            result = train(network, samples, checks, tmp_path, settings)
+            found, _ = load_checkpoint(result.checkpoint)
+            after = network.state_dict()
+            assert all(torch.equal(v, after[k]) for k, v in found.state_dict().items())
+    save_file(flat, pretrained)
+    with pytest.raises(WeightsError, match="frozen encoder"):
+        load_checkpoint(result.checkpoint)
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
+    tmp_path, samples, checks
+):
+    network, _ = build(NETWORK, "scratch", seed=0)
+    bad = dataclasses.replace(samples[0], image=np.full_like(samples[0].image, np.nan))
+    with pytest.raises(SettingsError) as error:
+        train(network, [bad], checks, tmp_path / "bad", FAST)
+    assert "loss is nan" in str(error.value)
+    assert "at step 0" in str(error.value)
+    assert "\n" not in str(error.value)
+
+    def poison(row):
+        if row["step"] == 4:
+            network.head[1].bias.data.fill_(math.nan)
+
+    # The same network: gradients of the run that failed must not leak into this one.
+    with pytest.raises(SettingsError, match=r"loss is nan.*at step 4"):
+        train(network, samples, checks, tmp_path / "late", FAST, on_step=poison)
+    kept, facts = load_checkpoint(tmp_path / "late" / "checkpoint.safetensors")
+    assert facts["step"] == 3
+    assert all(torch.isfinite(value).all() for value in kept.state_dict().values())
+
+
+def test_finite_loss_with_an_infinite_gradient_stops_the_run_too(
+    tmp_path, samples, checks, monkeypatch
+):
+    network, _ = build(NETWORK, "scratch", seed=0)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    # The slope of a root at zero is infinite, its value is not.
+    monkeypatch.setattr(
+        training, "loss_terms", lambda _, logits, *__: {"root": (logits * 0).abs().sqrt().sum()}
+    )
+    with pytest.raises(SettingsError, match="loss is 0, its gradient nan at step 0"):
+        train(network, samples, checks, tmp_path, FAST)
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def test_out_of_memory_proposes_what_to_lower(tmp_path, samples, checks, monkeypatch):
+    network, _ = build(NETWORK, "scratch", seed=0)
+
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "loss_terms", exhausted)
+    with pytest.raises(SettingsError, match="batch=2"):
+        train(network, samples, checks, tmp_path, FAST)
+
+
+# ------------------------------------------------------------------------- killed and resumed
+
+RUN = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from test_training import FAST, NETWORK, tubes
+from neurolib.network import build
+from neurolib.training import train
+
+kill_at = int(sys.argv[2])
+
+def on_step(row):
+    if row["step"] == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+network, _ = build(NETWORK, "scratch", seed=3)
+train(network, [tubes("a", 0), tubes("b", 1)], [tubes("v", 2)], sys.argv[1], FAST, on_step=on_step)
+"""
+
+
+def tensors_of(folder):
+    return {name: load_file(folder / f"{name}.safetensors") for name in ("checkpoint", "resume")}
+
+
+def header(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+def test_killed_run_resumes_to_bit_equal_weights(tmp_path, samples, checks):
+    """Killed in step 5 of 6: two steps after a checkpoint, one after a resume file."""
+    script = tmp_path / "run.py"
+    script.write_text(RUN.format(tests=str(Path(__file__).parent)))
+    killed = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "killed"), "5"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert json.loads(header(tmp_path / "killed" / "resume.safetensors")["progress"])["step"] == 4
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    steps = {}
+    try:
+        for name in ("killed", "whole"):
+            network, _ = build(NETWORK, "scratch", seed=3)
+            rows = []
+            result = train(network, samples, checks, tmp_path / name, FAST, on_step=rows.append)
+            steps[name] = [row["step"] for row in rows], result
+    finally:
+        torch.set_num_threads(threads)
+    assert steps["killed"][0] == [5, 6]
+    assert steps["whole"][0] == [1, 2, 3, 4, 5, 6]
+    killed, whole = (tensors_of(tmp_path / name) for name in ("killed", "whole"))
+    for kind in ("checkpoint", "resume"):
+        assert killed[kind].keys() == whole[kind].keys()
+        for key, value in whole[kind].items():
+            assert torch.equal(killed[kind][key], value), (kind, key)
+    assert any(key.endswith("exp_avg_sq") for key in whole["resume"])
+    assert steps["killed"][1].history == steps["whole"][1].history
+    assert steps["killed"][1].dice == steps["whole"][1].dice
+
+
+def test_finished_run_is_not_trained_again_and_other_settings_start_anew(tmp_path, samples, checks):
+    def steps(network_seed=0, data=samples, **changes):
+        network, _ = build(NETWORK, "scratch", seed=network_seed)
+        rows = []
+        settings = dataclasses.replace(FAST, steps=2, save_every=1, **changes)
+        train(network, data, checks, tmp_path, settings, on_step=rows.append)
+        return len(rows)
+
+    assert [steps(), steps()] == [2, 0]
+    assert steps(decoder_rate=2e-3) == 2
+    assert steps(decoder_rate=2e-3) == 0
+    assert steps(network_seed=1, decoder_rate=2e-3) == 2
+    assert steps(network_seed=1, decoder_rate=2e-3, data=samples[:1]) == 2
+
+
+# ------------------------------------------------------------------------- two processes
+
+PAIR = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from test_training import NETWORK, TWO, tubes
+from neurolib.network import build
+from neurolib.training import start, train
+
+fabric = start("cpu", devices=2)
+network, _ = build(NETWORK, "scratch", seed=3)
+train(network, [tubes("a", 0), tubes("b", 1)], [tubes("v", 2)], sys.argv[1], TWO, fabric=fabric)
+"""
+TWO = dataclasses.replace(FAST, steps=2, save_every=1, augment=False, clip=1e9, warmup=0.0)
+
+
+def test_two_processes_step_along_the_mean_of_their_gradients(tmp_path, samples):
+    """Both see different blocks; the first moments after two steps tell the mean gradients."""
+    script = tmp_path / "pair.py"
+    script.write_text(PAIR.format(tests=str(Path(__file__).parent)))
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "run")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    network, _ = build(NETWORK, "scratch", seed=3)
+    network.encoder.norm.requires_grad_(False)
+    optimizer = torch.optim.AdamW(parameter_groups(network, TWO))
+    source = BlockSource(samples, 3, 48, TWO.negatives, seed=TWO.seed)
+    for step in range(2):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * schedule(step, TWO)
+        optimizer.zero_grad()
+        for rank in range(2):
+            blocks, responses = source.batch(2 * step + rank, TWO.batch)
+            terms = loss_terms(TWO.loss, network(blocks), responses[:, 1:2], 0.1)
+            (sum(terms.values()) / 2).backward()
+        optimizer.step()
+    found = load_file(tmp_path / "run" / "resume.safetensors")
+    for number, entry in optimizer.state_dict()["state"].items():
+        moment = found[f"optimizer.{number}.exp_avg"]
+        torch.testing.assert_close(moment, entry["exp_avg"], rtol=1e-3, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture
+def checkpoint(tmp_path, network):
+    path = tmp_path / "checkpoint.safetensors"
+    facts = {"dice": 0.5, "step": 3, "threshold": 0.4, "tau": 0.1}
+    facts["training"] = dataclasses.asdict(FAST)
+    save_checkpoint(path, network, network.state_dict(), facts)
+    return path
+
+
+def test_checkpoint_rebuilds_the_network(checkpoint, network):
+    found, facts = load_checkpoint(checkpoint)
+    assert found.settings == network.settings
+    assert not found.training
+    assert found.state_dict().keys() == network.state_dict().keys()
+    assert all(torch.equal(v, found.state_dict()[k]) for k, v in network.state_dict().items())
+    assert (facts["dice"], facts["step"], facts["threshold"]) == (0.5, 3, 0.4)
+    assert TrainingSettings(**facts["training"]) == FAST
+
+
+def test_checkpoint_of_another_network_is_refused(checkpoint):
+    other = Segmenter(NETWORK)
+    with pytest.raises(WeightsError, match="another network") as error:
+        restore(other, checkpoint)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("length", [0, 7, 200, -1])
+def test_truncated_checkpoint_is_refused(checkpoint, length):
+    data = checkpoint.read_bytes()
+    checkpoint.write_bytes(data[:length])
+    with pytest.raises(WeightsError, match="checkpoint") as error:
+        load_checkpoint(checkpoint)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        {"network": "{}"},
+        {"network": "no json", "facts": "{}"},
+        {"network": '{"surprise": 1}', "facts": "{}"},
+        {"network": "{}", "facts": "{}"},
+        {"network": "[1]", "facts": "[]"},
+    ],
+    ids=str,
+)
+def test_foreign_file_is_refused(tmp_path, metadata):
+    path = tmp_path / "foreign.safetensors"
+    save_file({"x": torch.zeros(2)}, path, metadata)
+    with pytest.raises(WeightsError, match="no checkpoint of this package"):
+        load_checkpoint(path)
+
+
+def test_missing_checkpoint_and_text_are_refused(tmp_path):
+    with pytest.raises(WeightsError, match="no such checkpoint"):
+        load_checkpoint(tmp_path / "missing.safetensors")
+    (tmp_path / "text.safetensors").write_text("not a checkpoint, not at all")
+    with pytest.raises(WeightsError, match="not a readable checkpoint"):
+        load_checkpoint(tmp_path / "text.safetensors")
