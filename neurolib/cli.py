@@ -76,6 +76,9 @@ def segment(
         float | None,
         typer.Option(help="On the probability; default: the one chosen on validation neurons."),
     ] = None,
+    min_size: Annotated[
+        int, typer.Option(help="Smaller pieces are dropped, in voxels; 200 is a tube 18 long.")
+    ] = 200,
     channel: Annotated[int | None, typer.Option(help="Channel of a multi-channel image.")] = None,
     overlap: Annotated[float, typer.Option(help="Overlap of tiles in y and x, 0 to 0.9.")] = 0.25,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
@@ -97,7 +100,7 @@ def segment(
     volume = read_volume(image, channel=channel)
     found = predict_volume(network, normalise(volume.data), overlap, device=device)
     cut = facts["threshold"] if threshold is None else threshold
-    tree = trace(found, volume.spacing, threshold=cut)
+    tree = trace(found, volume.spacing, threshold=cut, min_size=min_size)
     write_swc(out, tree, f"traced from {image.name} at threshold {cut:g}")
     print(f"{out}: {len(tree.xyz)} nodes, {length(tree):.0f} voxels long, {len(tips(tree))} tips")
     if mask:

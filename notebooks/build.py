@@ -88,6 +88,8 @@ def execute(notebook: NotebookNode, folder: Path = FOLDER) -> NotebookNode:
         timeout=CELL_TIMEOUT,
         startup_timeout=START_TIMEOUT,
         kernel_name="python3",
+        # A warning about its local ports says nothing to who builds notebooks.
+        extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(folder)}},
         store_widget_state=False,
         on_cell_start=progress,
