@@ -148,15 +148,19 @@ def read_profile(name: str | Path) -> dict:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
         raise SettingsError(f"{name}: no such profile; there are {known}, or give a file")
+    values = _read_yaml(path) or {}
+    if not isinstance(values, dict) or any(isinstance(v, dict | list) for v in values.values()):
+        raise SettingsError(f"{path}: expected a flat list of 'parameter: value' lines")
+    return values
+
+
+def _read_yaml(path: Path) -> object:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise SettingsError(f"{path}:{where} not valid YAML; expected lines 'key: value'") from None
-    if not isinstance(values, dict) or any(isinstance(v, dict | list) for v in values.values()):
-        raise SettingsError(f"{path}: expected a flat list of 'parameter: value' lines")
-    return values
 
 
 def notebook_parameters(path: Path) -> dict:
@@ -312,7 +316,7 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
 
     source, target = notebook_path(notebook), run.path(f"{notebook}.ipynb")
     started = time.monotonic()
-    with tempfile_beside(target) as temporary, peak_memory() as peak, passive_threads():
+    with atomic_path(target) as temporary, peak_memory() as peak, passive_threads():
         try:
             papermill.execute_notebook(
                 source,
@@ -336,7 +340,6 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
             if cell.cell_type == "code":
                 cell.outputs = list(without_progress(cell.outputs))
         nbformat.write(executed, temporary)
-        os.replace(temporary, target)
     run.path(f"{notebook}.failed.ipynb").unlink(missing_ok=True)
     records = run.metrics().get("notebooks", {})
     records[notebook] = {
@@ -371,16 +374,6 @@ def _in_one_line(notebook: str, error, failed: Path) -> NeurolibError:
 
 class NotebookError(NeurolibError):
     """A notebook failed for another reason than bad input."""
-
-
-@contextlib.contextmanager
-def tempfile_beside(target: Path) -> Iterator[Path]:
-    """A hidden path in the same folder, removed at the end if it is still there."""
-    temporary = target.with_name(f".{os.getpid()}-{target.name}")
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -494,10 +487,7 @@ def read_grid(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise SettingsError(f"{path}: no such grid; profiles/table1-cpu.yaml is one")
-    try:
-        grid = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError:
-        raise SettingsError(f"{path}: not valid YAML") from None
+    grid = _read_yaml(path)
     wanted = {"data", "networks", "seeds", "folds", "common", "results"}
     if not isinstance(grid, dict) or set(grid) != wanted:
         found = ", ".join(sorted(grid)) if isinstance(grid, dict) else type(grid).__name__
