@@ -265,7 +265,7 @@ def _assemble(table: np.ndarray, line_of: _LineNumbers, name: str, repairs: list
             raise refuse(
                 rows[row], f"node {ids[row]} is its own ancestor; cut the cycle with parent -1"
             )
-        tree = _take(tree, order)
+        tree = take(tree, order)
         repairs.append(line_of.sentence(rows[late], "listed before its parent, nodes reordered"))
     return replace(tree, repairs=tuple(repairs))
 
@@ -375,8 +375,8 @@ def _on_cycle(parent: np.ndarray, reached: np.ndarray) -> int:
     return row
 
 
-def _take(tree: Tree, rows: np.ndarray) -> Tree:
-    """The nodes `rows` (each node's parent among them, or a root) in that order."""
+def take(tree: Tree, rows: np.ndarray) -> Tree:
+    """The nodes `rows` (n,) in that order; one whose parent is not among them becomes a root."""
     place = np.full(len(tree.parent) + 1, -1)
     place[rows] = np.arange(len(rows))
     # The extra last entry of `place` serves the roots' index -1.
@@ -427,7 +427,7 @@ def write_swc(path: str | Path, tree: Tree, comment: str = "") -> Path:
         raise SwcError(f"{path.name}: a tree without nodes, expected at least one; nothing written")
     if not (np.isfinite(tree.xyz).all() and np.isfinite(tree.radius).all()):
         raise SwcError(f"{path.name}: coordinates or radii are not finite; nothing written")
-    tree = _take(tree, order)
+    tree = take(tree, order)
     n = len(order)
     parent = np.where(tree.parent < 0, -1, tree.parent + 1)
     # Rounding first and adding 0 keeps "-0.0000" out of the file.
@@ -543,7 +543,7 @@ def resample(tree: Tree, step: float) -> Tree:
     """
     _check_step(step)
     topological_order(tree)
-    tree = _take(tree, _depth_first(np.asarray(tree.parent)))
+    tree = take(tree, _depth_first(np.asarray(tree.parent)))
     n = len(tree.parent)
     children = np.bincount(tree.parent[tree.parent >= 0], minlength=n)
     root = tree.parent < 0
@@ -725,7 +725,7 @@ def crop(tree: Tree, lower: Sequence[float], upper: Sequence[float]) -> Tree:
         np.concatenate([parent[kept], np.full(len(e), -1), parent[child[f]]]),
         tree.repairs,
     )
-    return _take(cropped, topological_order(cropped))
+    return take(cropped, topological_order(cropped))
 
 
 # --------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from scipy.sparse import csgraph
 from scipy.spatial import KDTree
 
 from neurolib.errors import SettingsError, VolumeError
-from neurolib.swc import Tree, components, resample, tips
+from neurolib.swc import Tree, components, resample, take, tips
 
 SOMA_RATIO = 2.5  # a soma is this many times thicker than the median foreground voxel
 HALF_VOXEL = 0.5
@@ -675,14 +675,7 @@ def _rooted(tree: Tree, edges: np.ndarray, roots: list[int]) -> Tree:
     edges = np.concatenate([edges, np.stack([roots, np.full(len(roots), n)])], axis=1)
     graph = sparse.csr_array((np.ones(edges.shape[1]), tuple(edges)), shape=(n + 1, n + 1))
     order, above = csgraph.breadth_first_order(graph, n, directed=False)
-    return _take(replace(tree, parent=np.where(above[:n] == n, -1, above[:n])), order[1:])
-
-
-def _take(tree: Tree, rows: np.ndarray) -> Tree:
-    """The tree of these rows, in this order; a node whose parent is left out becomes a root."""
-    new_row = np.full(len(tree.parent) + 1, -1)  # one more, so that parent -1 stays -1
-    new_row[rows] = np.arange(len(rows))
-    return Tree(tree.xyz[rows], tree.radius[rows], tree.type[rows], new_row[tree.parent[rows]])
+    return take(replace(tree, parent=np.where(above[:n] == n, -1, above[:n])), order[1:])
 
 
 # --- 7. Smooth ---------------------------------------------------------------------------------
@@ -734,7 +727,7 @@ def _draw_back(tree: Tree, around: sparse.csr_array) -> Tree:
     for number in np.flatnonzero(np.bincount(label, weights=kept) == 0):
         rows = np.flatnonzero(label == number)
         kept[rows[np.argmax(tree.radius[rows])]] = True
-    return _take(tree, np.flatnonzero(kept))
+    return take(tree, np.flatnonzero(kept))
 
 
 # --- Checks ------------------------------------------------------------------------------------
