@@ -6,6 +6,27 @@ pre-trained weights are fetched once, not once per run.
 
 import os
 
+import pytest
+
 # Before torch is imported, also in kernels that tests start: idle OpenMP threads sleep. Spinning
 # ones take the cores from the process beside them and slow a ViT six times.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Damaged files that tests gave to the readers.
+DAMAGED = pytest.StashKey[int]()
+
+
+@pytest.fixture
+def count_damaged(pytestconfig):
+    """Call it with a number of damaged files, once all of them were refused or read."""
+
+    def count(files):
+        pytestconfig.stash[DAMAGED] = pytestconfig.stash.get(DAMAGED, 0) + files
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    files = config.stash.get(DAMAGED, 0)
+    if files:
+        terminalreporter.write_line(f"fuzz: {files:,} damaged files, all refused or read")

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from neurolib.swc import (
 from neurolib.volume import Volume, read_volume
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
-CASES = int(os.environ.get("NEUROLIB_FUZZ", "600"))
+CASES = int(os.environ.get("NEUROLIB_FUZZ", "3000"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")
 
 Y_SHAPE = """\
@@ -590,6 +591,31 @@ def test_fit_names_the_frame_that_was_lost(pair, change, hint):
         assert abs(float(found[2]) - float(wanted[2])) <= 1
 
 
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        ({"flip_y": 34, "origin": (0, 0, 4)}, "flip y, offset by 4 in x?"),
+        ({"origin": (0, -4, 4)}, "offset by -4 in y and 4 in x?"),
+        ({"flip_y": 34, "origin": (-3, 4, 0)}, "flip y, offset by -3 in z and 4 in y?"),
+    ],
+)
+def test_fit_names_every_change_of_a_frame(pair, change, hint):
+    tree, volume = pair
+    found = fit(transform(tree, **change), volume).hint
+    number = re.compile(r"-?\d+(\.\d+)?")
+    assert number.sub("_", found) == number.sub("_", hint)
+    sizes = [[float(m[0]) for m in number.finditer(text)] for text in (found, hint)]
+    assert np.abs(np.subtract(*sizes)).max() <= 1.5, found
+
+
+def test_fit_sees_coordinates_in_micrometres(pair):
+    tree, volume = pair
+    spacing = (2.0, 0.5, 0.5)
+    scaled = transform(tree, spacing=tuple(1 / d for d in spacing))
+    assert fit(scaled, Volume(volume.data, spacing)).hint == "divide by the spacing?"
+    assert fit(tree, Volume(volume.data, spacing)).hint == ""
+
+
 def test_check_pair(pair):
     tree, volume = pair
     assert check_pair(tree, volume.data.shape, "a") is None
@@ -653,7 +679,7 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
     return bytes(data)
 
 
-def test_damaged_files_are_refused_or_read_as_trees(tmp_path):
+def test_damaged_files_are_refused_or_read_as_trees(tmp_path, count_damaged):
     rng = random.Random(2)
     source = write_swc(tmp_path / "a.swc", forest(0, 40)).read_bytes()
     path = tmp_path / "damaged.swc"
@@ -671,6 +697,6 @@ def test_damaged_files_are_refused_or_read_as_trees(tmp_path):
         assert (tree.radius > 0).all(), case
         assert (tree.parent < np.arange(n)).all(), case
         assert (tree.parent >= -1).all(), case
-    print(f"SWC: {CASES} damaged files, {refused} refused, {CASES - refused} read")
     assert 0 < refused < CASES
     assert several_lines == 0
+    count_damaged(CASES)

@@ -1,0 +1,1060 @@
+"""File formats, against independent writers and readers."""
+
+import gzip
+import io
+import json
+import os
+import random
+import re
+import struct
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import zarr
+from numcodecs import Blosc, GZip, Zstd
+
+from neurolib import formats
+from neurolib.errors import VolumeError
+from neurolib.volume import normalise, read_volume
+
+DATA = Path(__file__).parents[1].parent / "shared" / "data"
+CASES = int(os.environ.get("NEUROLIB_FUZZ", "600"))
+# A case of OME-Zarr, several files, takes as long as several others.
+ZARR_CASES = CASES // 2
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")
+
+
+def stack(dtype="uint8", shape=(4, 5, 6), seed=0):
+    top = min(np.iinfo(dtype).max, 60000) if np.dtype(dtype).kind in "iu" else 1000
+    return (np.random.default_rng(seed).random(shape) * top).astype(dtype)
+
+
+# Independent writers of the foreign formats ------------------------------------------------
+
+
+def v3draw(data, order="<", code="i", dims=4):
+    """Bytes of a .v3draw file of (c, z, y, x) data."""
+    data = data if data.ndim == 4 else data[None]
+    sizes = [*data.shape[::-1], *[1] * (dims - 4)]
+    key = b"raw_image_stack_by_hpeng" if dims == 4 else b"raw5image_stack_by_hpeng"
+    head = key + (b"L" if order == "<" else b"B")
+    head += struct.pack(f"{order}h{dims}{code}", data.dtype.itemsize, *sizes)
+    return head + data.astype(data.dtype.newbyteorder(order)).tobytes()
+
+
+def v3dpbd(seed, shape, kind, order="<"):
+    """Bytes of a .v3dpbd file made of random runs, and the voxels (c, z, y, x) they stand for."""
+    rng = np.random.default_rng(seed)
+    total, packed, voxels = int(np.prod(shape)), bytearray(), []
+    top = 256**kind
+    while len(voxels) < total:
+        room = total - len(voxels)
+        choice = rng.integers(3) if voxels else 0
+        if choice == 0:
+            n = min(room, int(rng.integers(1, 33)))
+            values = rng.integers(0, top, n).tolist()
+            packed.append(n - 1)
+            for value in values:
+                packed += struct.pack(order + ("B" if kind == 1 else "H"), value)
+        elif choice == 1:
+            n = min(room, int(rng.integers(1, 30)))
+            value = int(rng.integers(0, top))
+            values = [value] * n
+            packed.append((127 if kind == 1 else 222) + n)
+            packed += struct.pack(order + ("B" if kind == 1 else "H"), value)
+        else:
+            n = min(room, int(rng.integers(1, 48)))
+            if kind == 1:
+                # Two bits a step, first step lowest: 0, 1, 2 and 3 for -1.
+                codes = rng.integers(0, 4, n).tolist()
+                steps = [-1 if c == 3 else c for c in codes]
+                packed.append(32 + n)
+                for at in range(0, n, 4):
+                    packed.append(sum(c << 2 * k for k, c in enumerate(codes[at : at + 4])))
+            else:
+                # Three bits a step, first step highest: 0 to 4, and 5, 6, 7 for -1, -2, -3.
+                codes = rng.integers(0, 8, n).tolist()
+                steps = [4 - c if c > 4 else c for c in codes]
+                packed.append(31 + n)
+                bits = "".join(f"{c:03b}" for c in codes)
+                bits += "0" * (-len(bits) % 8)
+                packed += bytes(int(bits[k : k + 8], 2) for k in range(0, len(bits), 8))
+            values = []
+            for step in steps:
+                values.append(((values or voxels)[-1] + step) % top)
+        voxels += values
+    head = b"v3d_volume_pkbitdf_encod" + (b"L" if order == "<" else b"B")
+    head += struct.pack(f"{order}h4i", kind, *shape[::-1])
+    return head + bytes(packed), np.array(voxels, dtype=f"u{kind}").reshape(shape)
+
+
+def nrrd(data, encoding="raw", extra="", order="<"):
+    names = {"uint8": "uchar", "uint16": "unsigned short", "float32": "float", "int16": "short"}
+    head = (
+        f"NRRD0004\n# made by a test\ntype: {names[data.dtype.name]}\ndimension: {data.ndim}\n"
+        f"sizes: {' '.join(map(str, data.shape[::-1]))}\n"
+        f"endian: {'little' if order == '<' else 'big'}\nencoding: {encoding}\n{extra}\n"
+    )
+    body = data.astype(data.dtype.newbyteorder(order)).tobytes()
+    return head.encode() + (gzip.compress(body) if encoding == "gzip" else body)
+
+
+def save(folder, content, name):
+    path = folder / name
+    path.write_bytes(content)
+    return path
+
+
+def refused(path, words, **options):
+    """Assert that reading fails with one line that begins with the file's name."""
+    with pytest.raises(VolumeError, match=words) as caught:
+        read_volume(path, **options)
+    assert str(caught.value).startswith(f"{path.name}: ")
+    assert "\n" not in str(caught.value)
+
+
+# TIFF ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "int16"])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_plain_tiff(tmp_path, dtype, order, compression):
+    data = stack(dtype)
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, data, byteorder=order, compression=compression, photometric="minisblack")
+    volume = read_volume(path)
+    assert np.array_equal(volume.data, data)
+    assert volume.data.dtype == np.dtype(dtype)
+    assert volume.data.dtype.isnative
+    assert volume.spacing == (1, 1, 1)
+    mapped = compression is None and np.dtype(order + data.dtype.str[1:]).isnative
+    assert isinstance(volume.data, np.memmap) == mapped
+
+
+def test_tiff_of_slices_written_one_by_one(tmp_path):
+    data = stack("uint16")
+    for metadata in ({}, None):
+        with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
+            for page in data:
+                writer.write(page, contiguous=False, metadata=metadata, photometric="minisblack")
+        assert np.array_equal(read_volume(tmp_path / "a.tif").data, data)
+
+
+@pytest.mark.parametrize(
+    ("unit", "factor"),
+    [("um", 1), ("micron", 1), ("\\u00B5m", 1), ("nm", 1e-3), ("mm", 1e3), ("pixel", 1), ("", 1)],
+)
+def test_imagej_spacing_and_units(tmp_path, unit, factor):
+    path = tmp_path / "a.tif"
+    metadata = {"axes": "ZYX", "spacing": 2.5, "unit": unit}
+    tifffile.imwrite(path, stack(), imagej=True, resolution=(4, 2), metadata=metadata)
+    dz, dy, dx = read_volume(path).spacing
+    assert (dz, dy, dx) == pytest.approx((2.5 * factor, 0.5 * factor, 0.25 * factor))
+
+
+def test_imagej_negative_spacing_is_a_distance(tmp_path):
+    path = tmp_path / "a.tif"
+    metadata = {"axes": "ZYX", "spacing": -2.0, "unit": "um"}
+    tifffile.imwrite(path, stack(), imagej=True, metadata=metadata)
+    assert read_volume(path).spacing == (2, 1, 1)
+
+
+def test_ome_spacing_and_units(tmp_path):
+    path = tmp_path / "a.ome.tif"
+    metadata = {
+        "axes": "ZYX",
+        "PhysicalSizeX": 250.0,
+        "PhysicalSizeXUnit": "nm",
+        "PhysicalSizeY": 0.5,
+        "PhysicalSizeZ": 0.002,
+        "PhysicalSizeZUnit": "mm",
+    }
+    tifffile.imwrite(path, stack(), metadata=metadata)
+    assert read_volume(path).spacing == pytest.approx((2, 0.5, 0.25))
+
+
+def test_printing_resolution_is_no_spacing(tmp_path):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(
+        path, stack(), resolution=(72, 72), resolutionunit="INCH", photometric="minisblack"
+    )
+    assert read_volume(path).spacing == (1, 1, 1)
+
+
+@pytest.mark.parametrize("axes", ["ZCYX", "CZYX"])
+def test_channels_of_tiff(tmp_path, axes):
+    data = np.stack([stack("uint16", seed=k) for k in range(3)], axis=axes.index("C"))
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(path, data, metadata={"axes": axes}, photometric="minisblack")
+    refused(path, r"3 channels \(0 to 2\)")
+    refused(path, "channel 3 asked for", channel=3)
+    refused(path, "channel -1 asked for", channel=-1)
+    for k in range(3):
+        assert np.array_equal(read_volume(path, channel=k).data, stack("uint16", seed=k))
+
+
+def test_single_channel_accepts_channel_zero_only(tmp_path):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, stack(), photometric="minisblack")
+    assert np.array_equal(read_volume(path, channel=0).data, stack())
+    refused(path, "channel 1 asked for", channel=1)
+
+
+def test_tiffs_that_are_no_volume(tmp_path):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, stack()[0])
+    refused(path, r"expected a 3D stack, got shape \(5, 6\); a single slice is not a volume")
+    tifffile.imwrite(path, stack(shape=(4, 5, 6, 3)), photometric="rgb")
+    refused(path, "colour image with 3 samples")
+    tifffile.imwrite(path, stack(shape=(5, 6, 3)), photometric="rgb")
+    refused(path, "colour image with 3 samples")
+    tifffile.imwrite(path, stack(shape=(2, 4, 5, 6)), imagej=True, metadata={"axes": "TZYX"})
+    refused(path, "axes TZYX")
+    tifffile.imwrite(path, stack(), imagej=True, metadata={"axes": "CYX"})
+    refused(path, "channels are slices")
+    tifffile.imwrite(path, stack().astype(complex), photometric="minisblack")
+    refused(path, "complex")
+
+
+def test_tiff_of_several_images(tmp_path):
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as writer:
+        for slices in (4, 4, 2):
+            writer.write(stack(shape=(slices, 5, 6)), photometric="minisblack")
+    refused(path, r"3 separate images, the first of shape \(4, 5, 6\)")
+    # A thumbnail and a smaller copy beside the image are no second image.
+    with tifffile.TiffWriter(path) as writer:
+        for shape in ((4, 5, 6), (2, 3), (2, 2, 3)):
+            writer.write(stack(shape=shape), photometric="minisblack")
+    assert np.array_equal(read_volume(path).data, stack(shape=(4, 5, 6)))
+
+
+def test_tiff_truncated_anywhere_is_refused(tmp_path):
+    for name, options in {
+        "whole.tif": {},
+        "packed.tif": {"compression": "zlib"},
+        "big.tif": {"bigtiff": True},
+        "ij.tif": {"imagej": True, "metadata": {"axes": "ZYX"}},
+    }.items():
+        path = tmp_path / name
+        tifffile.imwrite(path, stack("uint16"), photometric="minisblack", **options)
+        content = path.read_bytes()
+        refusals = 0
+        for size in range(0, len(content), 7):
+            path.write_bytes(content[:size])
+            try:
+                volume = read_volume(path)
+            except VolumeError:
+                refusals += 1
+                continue
+            # Without the bytes after the last voxel the volume is still whole.
+            assert np.array_equal(volume.data, stack("uint16"))
+        assert refusals > (len(content) - 20) // 7 - 2
+
+
+# NumPy --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", ["u1", "<u2", ">u2", "f4", "f8", "?"])
+def test_npy(tmp_path, order, dtype):
+    data = np.asarray(stack("uint16") % 7, order=order).astype(dtype)
+    np.save(tmp_path / "a.npy", data)
+    volume = read_volume(tmp_path / "a.npy")
+    assert np.array_equal(volume.data, data)
+    assert volume.data.dtype.isnative
+    assert isinstance(volume.data, np.memmap) == data.dtype.isnative
+
+
+def test_npy_refusals(tmp_path):
+    path = tmp_path / "a.npy"
+    np.save(path, np.array([[[{}]]] * 3), allow_pickle=True)
+    refused(path, "Python objects")
+    np.save(path, stack()[0])
+    refused(path, "single slice")
+    np.save(path, stack(shape=(2, 4, 5, 6)))
+    refused(path, r"2 channels \(0 to 1\)")
+    assert read_volume(path, channel=1).data.shape == (4, 5, 6)
+    np.save(path, stack()[:, :0])
+    refused(path, "expected a 3D stack")
+    np.save(path, stack().astype(complex))
+    refused(path, "complex")
+    path.write_bytes(b"not numpy at all, but long enough to hold a header")
+    refused(path, "NumPy header")
+
+
+# Vaa3D --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(("code", "dims"), [("i", 4), ("h", 4), ("i", 5)])
+def test_v3draw(tmp_path, dtype, order, code, dims):
+    data = stack(dtype)
+    path = save(tmp_path, v3draw(data, order, code, dims), "a.v3draw")
+    volume = read_volume(path)
+    assert np.array_equal(volume.data, data)
+    assert volume.data.dtype == np.dtype(dtype)
+    assert volume.data.dtype.isnative
+    if order == "<" or dtype == "uint8":
+        assert isinstance(volume.data, np.memmap)
+
+
+def test_v3draw_agrees_with_v3dpy(tmp_path):
+    loaders = pytest.importorskip("v3dpy.loaders")
+    data = np.stack([stack("uint16", seed=k) for k in range(2)])
+    loaders.Raw().save(str(tmp_path / "a.v3draw"), data)
+    refused(tmp_path / "a.v3draw", r"2 channels")
+    assert np.array_equal(read_volume(tmp_path / "a.v3draw", channel=1).data, data[1])
+    path = save(tmp_path, v3draw(data), "b.v3draw")
+    assert np.array_equal(loaders.Raw().load(str(path)), data)
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_v3dpbd_of_random_runs(tmp_path, kind, order):
+    pytest.importorskip("v3dpy.loaders")
+    for seed in range(10):
+        content, voxels = v3dpbd(seed, (1, 3, 17, 23), kind, order)
+        volume = read_volume(save(tmp_path, content, "a.v3dpbd"))
+        assert np.array_equal(volume.data, voxels[0]), seed
+        assert volume.data.dtype == voxels.dtype
+        assert volume.data.dtype.isnative
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_v3dpbd_written_by_v3dpy(tmp_path, dtype):
+    loaders = pytest.importorskip("v3dpy.loaders")
+    smooth = np.cumsum(np.random.default_rng(0).integers(-3, 4, (2, 8, 40, 50)), axis=-1) + 1000
+    smooth[:, :, :10] = 0
+    data = (smooth % np.iinfo(dtype).max).astype(dtype)
+    loaders.PBD().save(str(tmp_path / "a.v3dpbd"), data)
+    for channel in range(2):
+        volume = read_volume(tmp_path / "a.v3dpbd", channel=channel)
+        assert np.array_equal(volume.data, data[channel])
+
+
+def test_v3dpbd_refusals(tmp_path, monkeypatch):
+    pytest.importorskip("v3dpy.loaders")
+    content, _ = v3dpbd(0, (1, 3, 17, 23), 1)
+    refused(save(tmp_path, content[:-1], "a.v3dpbd"), "truncated")
+    refused(save(tmp_path, content + b"\x80\x01", "a.v3dpbd"), "unpack to")
+    three_bit = content[:25] + struct.pack("<h", 33) + content[27:]
+    refused(save(tmp_path, three_bit, "a.v3dpbd"), r"packing 33.*\.v3draw")
+    started = content[:43] + bytes([40]) + content[44:]
+    refused(save(tmp_path, started, "a.v3dpbd"), "difference to no voxel")
+
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(formats.importlib, "import_module", missing)
+    refused(save(tmp_path, content, "a.v3dpbd"), "pip install v3d-py-helper")
+
+
+def test_v3d_refusals(tmp_path):
+    content = v3draw(stack())
+    refused(save(tmp_path, content[:-1], "a.v3draw"), "truncated or damaged")
+    refused(save(tmp_path, content[:30], "a.v3draw"), "truncated")
+    refused(save(tmp_path, b"x" + content[1:], "a.v3draw"), "does not begin like")
+    refused(save(tmp_path, content[:24] + b"?" + content[25:], "a.v3draw"), "byte order")
+    wrong_type = content[:25] + struct.pack("<h", 8) + content[27:]
+    refused(save(tmp_path, wrong_type, "a.v3draw"), "voxel type 8")
+    negative = content[:27] + struct.pack("<i", -6) + content[31:]
+    refused(save(tmp_path, negative, "a.v3draw"), "expected positive")
+    refused(save(tmp_path, v3draw(stack()[:1]), "a.v3draw"), "single slice")
+
+
+# NRRD ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["raw", "gzip"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "int16"])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_nrrd(tmp_path, encoding, dtype, order):
+    data = stack(dtype)
+    volume = read_volume(save(tmp_path, nrrd(data, encoding, order=order), "a.nrrd"))
+    assert np.array_equal(volume.data, data)
+    assert volume.data.dtype == np.dtype(dtype)
+    assert volume.spacing == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("extra", "spacing"),
+    [
+        ("spacings: 0.25 0.5 2\n", (2, 0.5, 0.25)),
+        ("space directions: (0.25,0,0) (0,0.5,0) (0,0,2)\n", (2, 0.5, 0.25)),
+        ("space directions: (3,4,0) (0,0.5,0) (0,0,-2)\n", (2, 0.5, 5)),
+        (
+            'space directions: (250,0,0) (0,500,0) (0,0,2000)\nspace units: "nm" "nm" "nm"\n',
+            (2, 0.5, 0.25),
+        ),
+        ("spacings: 0.25 0.5\n", (1, 1, 1)),
+        ("spacings: nan 0.5 0\n", (1, 0.5, 1)),
+    ],
+)
+def test_nrrd_spacing(tmp_path, extra, spacing):
+    volume = read_volume(save(tmp_path, nrrd(stack(), extra=extra), "a.nrrd"))
+    assert volume.spacing == pytest.approx(spacing)
+
+
+def test_nrrd_channels(tmp_path):
+    data = np.stack([stack(seed=k) for k in range(2)])
+    slow = "space directions: (1,0,0) (0,1,0) (0,0,3) none\n"
+    path = save(tmp_path, nrrd(data, extra=slow), "a.nrrd")
+    refused(path, r"2 channels \(0 to 1\)")
+    volume = read_volume(path, channel=1)
+    assert np.array_equal(volume.data, data[1])
+    assert volume.spacing == (3, 1, 1)
+    fast = "space directions: none (1,0,0) (0,1,0) (0,0,3)\n"
+    path = save(tmp_path, nrrd(np.moveaxis(data, 0, -1), extra=fast), "a.nrrd")
+    assert np.array_equal(read_volume(path, channel=1).data, data[1])
+    # Without spacings, the kinds of axes tell; without these, the slowest is taken for it.
+    for kinds in ("", "kinds: vector domain domain domain\n"):
+        shown = np.moveaxis(data, 0, -1) if kinds else data
+        path = save(tmp_path, nrrd(shown, "gzip", extra=kinds), "a.nrrd")
+        refused(path, r"2 channels \(0 to 1\)")
+        assert np.array_equal(read_volume(path, channel=1).data, data[1])
+
+
+def test_nrrd_refusals(tmp_path):
+    detached = nrrd(stack(), extra="data file: a.raw\n")
+    refused(save(tmp_path, detached, "a.nrrd"), "data file.*attached")
+    refused(save(tmp_path, nrrd(stack(), "bzip2"), "a.nrrd"), "encoding 'bzip2'")
+    refused(save(tmp_path, nrrd(stack())[:-1], "a.nrrd"), "truncated")
+    refused(save(tmp_path, nrrd(stack(), "gzip")[:-20], "a.nrrd"), "truncated|damaged")
+    refused(save(tmp_path, b"NRRD0004\ntype: uchar\n\n", "a.nrrd"), "lacks")
+    refused(save(tmp_path, b"something else", "a.nrrd"), "does not begin like")
+
+
+# OME-Zarr -----------------------------------------------------------------------------------
+
+
+def multiscales(axes="zyx", scale=(2, 0.5, 0.25), unit="micrometer"):
+    """Metadata of an image of one level."""
+    transformation = {"type": "scale", "scale": [*[1] * (len(axes) - 3), *scale]}
+    return {
+        "axes": [{"name": a, **({"unit": unit} if a in "zyx" else {})} for a in axes],
+        "datasets": [{"path": "0", "coordinateTransformations": [transformation]}],
+    }
+
+
+def ome_zarr(path, data, image=None, ngff="0.5", chunks=(2, 3, 4), **options):
+    """Write `data` by zarr alone, in the Zarr format of that version of NGFF."""
+    image = image or multiscales()
+    version = 3 if ngff == "0.5" else 2
+    attributes = {"multiscales": [image]}
+    if version == 2:
+        # A slash between the numbers of a chunk, as NGFF wants it, is not that format's default.
+        options["chunk_key_encoding"] = {"name": "v2", "separator": "/"}
+    group = zarr.create_group(
+        path,
+        zarr_format=version,
+        overwrite=True,
+        attributes=attributes if version == 2 else {"ome": {"version": ngff, **attributes}},
+    )
+    chunks = (*[1] * (data.ndim - 3), *chunks)
+    array = group.create_array("0", shape=data.shape, dtype=data.dtype, chunks=chunks, **options)
+    array[:] = data
+    return path
+
+
+def chunk_files(path):
+    return sorted(p for p in (path / "0").rglob("*") if p.is_file() and p.name[0].isdecimal())
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """Names of what zarr fetches, metadata left out."""
+    names, get = [], zarr.storage.LocalStore.get
+
+    async def recorded(self, key, *arguments, **options):
+        if not key.endswith(("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")):
+            names.append(key)
+        return await get(self, key, *arguments, **options)
+
+    monkeypatch.setattr(zarr.storage.LocalStore, "get", recorded)
+    return names
+
+
+V2_CODECS = [None, Blosc("lz4"), Blosc("zstd", shuffle=2), Zstd(), GZip()]
+V3_CODECS = [
+    None,
+    zarr.codecs.BloscCodec(cname="lz4"),
+    zarr.codecs.ZstdCodec(checksum=True),
+    zarr.codecs.GzipCodec(),
+]
+
+
+@pytest.mark.parametrize(
+    ("ngff", "codec"), [*(("0.4", c) for c in V2_CODECS), *(("0.5", c) for c in V3_CODECS)]
+)
+@pytest.mark.parametrize("dtype", ["uint8", ">u2", "float32", "int16"])
+def test_zarr(tmp_path, ngff, codec, dtype):
+    data = stack("uint16").astype(dtype)
+    ome_zarr(tmp_path / "a.zarr", data, ngff=ngff, compressors=codec)
+    volume = read_volume(tmp_path / "a.zarr")
+    assert volume.spacing == (2, 0.5, 0.25)
+    assert volume.data.shape == (4, 5, 6)
+    assert volume.data.dtype == data.dtype.newbyteorder("=")
+    assert np.array_equal(np.asarray(volume.data), data)
+    assert np.asarray(volume.data).dtype.isnative
+    assert np.array_equal(volume.data[1:3, 2], data[1:3, 2])
+    assert volume.data[3, 4, 5] == data[3, 4, 5]
+    assert np.array_equal(volume.data[..., -1], data[..., -1])
+
+
+@pytest.mark.parametrize("ngff", ["0.4", "0.5"])
+def test_zarr_channels(tmp_path, ngff):
+    data = np.stack([stack("uint16", seed=k) for k in range(3)])
+    path = tmp_path / "a.ome.zarr"
+    for axes, shape in {"czyx": data.shape, "tczyx": (1, *data.shape)}.items():
+        ome_zarr(path, data.reshape(shape), multiscales(axes), ngff)
+        refused(path, r"3 channels \(0 to 2\)")
+        refused(path, "channel 3 asked for", channel=3)
+        for k in range(3):
+            volume = read_volume(path, channel=k)
+            assert np.array_equal(volume.data[:], data[k])
+            assert volume.data.ndim == 3
+            assert volume.spacing == (2, 0.5, 0.25)
+    ome_zarr(path, data[:1], multiscales("czyx"), ngff)
+    assert np.array_equal(read_volume(path).data[:], data[0])
+
+
+def test_zarr_spacing(tmp_path):
+    path = tmp_path / "a.zarr"
+    ome_zarr(path, stack(), multiscales(scale=(2000, 500, 250), unit="nanometer"))
+    assert read_volume(path).spacing == pytest.approx((2, 0.5, 0.25))
+    ome_zarr(path, stack(), multiscales(unit="pixel"))
+    assert read_volume(path).spacing == (2, 0.5, 0.25)
+    # A scale of all levels comes on top of that of the level.
+    common = {"coordinateTransformations": [{"type": "scale", "scale": [1, 2, 4]}]}
+    ome_zarr(path, stack(), multiscales() | common)
+    assert read_volume(path).spacing == (2, 1, 1)
+    ome_zarr(path, stack(), multiscales(scale=(0, -1, float("nan"))))
+    assert read_volume(path).spacing == (1, 1, 1)
+
+
+def test_zarr_of_bioformats2raw(tmp_path):
+    path = tmp_path / "a.zarr"
+    root = zarr.create_group(path, zarr_format=2, attributes={"bioformats2raw.layout": 3})
+    ome_zarr(path / "0", stack(), ngff="0.4")
+    assert np.array_equal(read_volume(path).data[:], stack())
+    root.create_group("1")
+    refused(path, "several images")
+
+
+def test_zarr_reads_no_chunk_that_is_not_asked_for(tmp_path, fetched):
+    data = np.stack([stack("uint16", (8, 12, 16), seed=k) for k in range(2)])
+    path = ome_zarr(tmp_path / "a.zarr", data, multiscales("czyx"))
+    fetched.clear()
+    volume = read_volume(path, channel=1, check=False)
+    assert fetched == []
+    assert np.array_equal(volume.data[2:4, 3:6, 2:6], data[1, 2:4, 3:6, 2:6])
+    assert sorted(fetched) == ["0/c/1/1/1/0", "0/c/1/1/1/1"]
+    # The first chunk tells that the voxels differ, and of floats each is looked at once.
+    fetched.clear()
+    read_volume(path, channel=1)
+    assert fetched == ["0/c/1/0/0/0"]
+    ome_zarr(path, data.astype("f4"), multiscales("czyx"))
+    fetched.clear()
+    read_volume(path, channel=1)
+    assert len(fetched) == len(set(fetched)) == 4 * 4 * 4
+
+
+def test_zarr_in_shards(tmp_path, fetched):
+    data = stack("float32", (16, 12, 16))
+    path = ome_zarr(tmp_path / "a.zarr", data, shards=(8, 12, 8))
+    volume = read_volume(path)
+    assert np.array_equal(volume.data[:], data)
+    fetched.clear()
+    assert np.array_equal(volume.data[1:3, 4:6, 7:9], data[1:3, 4:6, 7:9])
+    assert set(fetched) == {"0/c/0/0/0", "0/c/0/0/1"}
+    data[9, 3, 2] = np.nan
+    refused(ome_zarr(path, data, shards=(8, 12, 8)), "slice 9 holds NaN")
+    damage(path / "0/zarr.json", lambda text: re.sub(rb'("chunk_shape": \[\s+)8', rb"\g<1>0", text))
+    refused(path, "chunks of")
+
+
+def test_zarr_is_normalised_as_an_array_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("neurolib.volume.SLAB", 500)
+    for dtype in ("uint8", "int16", "float32"):
+        data = stack(dtype, (9, 20, 30))
+        path = ome_zarr(tmp_path / "a.zarr", data, chunks=(4, 7, 8))
+        result = normalise(read_volume(path).data)
+        assert np.array_equal(result, normalise(data)), dtype
+
+
+def test_zarr_values_that_are_not_stored(tmp_path):
+    path = tmp_path / "a.zarr"
+    empty = np.zeros((4, 6, 8), "uint8")
+    refused(ome_zarr(path, empty), "every voxel is 0")
+    assert chunk_files(path) == []
+    empty[3, 5, 7] = 9
+    volume = read_volume(ome_zarr(path, empty))
+    assert len(chunk_files(path)) == 1
+    assert np.array_equal(volume.data[:], empty)
+    # With a fill value of NaN, which many writers leave as it is, a gap is not finite.
+    data = stack("float32", (4, 6, 8))
+    ome_zarr(path, data, fill_value=float("nan"))
+    assert read_volume(path).data.shape == (4, 6, 8)
+    (path / "0/c/1/1/0").unlink()
+    refused(path, "slice 2 holds NaN or infinite")
+
+
+def test_zarr_refusals(tmp_path):
+    path = tmp_path / "a.zarr"
+    path.write_bytes(b"not a folder")
+    refused(path, "not an OME-Zarr image")
+    path.unlink()
+    path.mkdir()
+    refused(path, "not an OME-Zarr image")
+    ome_zarr(path, stack())
+    # The array inside an image, and a group without metadata.
+    (path / "0").rename(tmp_path / "0.zarr")
+    refused(tmp_path / "0.zarr", "not an OME-Zarr image")
+    refused(path, "not an OME-Zarr image")
+    zarr.create_group(path, overwrite=True)
+    refused(path, "not an OME-Zarr image .KeyError: 'multiscales'")
+    missing = multiscales()
+    del missing["datasets"][0]["coordinateTransformations"]
+    refused(ome_zarr(path, stack(), missing), "coordinateTransformations.*expected multiscales")
+    for axes in ("xyz", "cyx", "zyxc"):
+        image = multiscales(axes[: 3 + (len(axes) > 3)])
+        refused(ome_zarr(path, stack(shape=(4, 5, 6, 2)[: len(axes)]), image), "end with z, y, x")
+    refused(ome_zarr(path, stack(), multiscales("czyx")), "end with z, y, x")
+    series = stack(shape=(3, 4, 5, 6))
+    refused(ome_zarr(path, series, multiscales("tzyx")), "a series of 3 time points")
+    refused(ome_zarr(path, series, multiscales("qzyx")), "a series of 3 images along 'q'")
+    refused(ome_zarr(path, series[:, None], multiscales("cczyx")), "end with z, y, x")
+    refused(ome_zarr(path, stack()[:1]), "single slice")
+    refused(ome_zarr(path, stack().astype(complex)), "complex")
+    data = stack("float32")
+    data[2, 1, 1] = np.inf
+    refused(ome_zarr(path, data), "slice 2 holds NaN or infinite")
+
+
+def damage(path, change):
+    path.write_bytes(change(path.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("ngff", "codec"),
+    [
+        ("0.4", None),
+        ("0.4", Blosc("lz4")),
+        ("0.4", GZip()),
+        ("0.5", None),
+        ("0.5", zarr.codecs.BloscCodec(cname="zstd")),
+        ("0.5", zarr.codecs.ZstdCodec()),
+    ],
+)
+def test_zarr_with_a_truncated_chunk(tmp_path, ngff, codec):
+    data = stack("uint16", (4, 6, 8))
+    path = ome_zarr(tmp_path / "a.zarr", data, ngff=ngff, compressors=codec)
+    damage(chunk_files(path)[-1], lambda content: content[:-5])
+    volume = read_volume(path)
+    assert np.array_equal(volume.data[:2], data[:2])
+    for read in (lambda: volume.data[2:], lambda: volume.data[3, 5, 7], lambda: volume.data[:]):
+        with pytest.raises(VolumeError, match=r"^a\.zarr: a chunk cannot be read"):
+            read()
+    with pytest.raises(VolumeError, match="a chunk cannot be read"):
+        normalise(volume.data)
+    with pytest.raises(IndexError):
+        volume.data[4]
+    for file in chunk_files(path):
+        damage(file, lambda content: content[:-5])
+    refused(path, "a chunk cannot be read")
+
+
+@pytest.mark.parametrize("ngff", ["0.4", "0.5"])
+def test_zarr_with_blosc_that_claims_too_much(tmp_path, ngff):
+    # The library would read beyond its memory and end the process.
+    codec = Blosc() if ngff == "0.4" else zarr.codecs.BloscCodec()
+    path = ome_zarr(tmp_path / "a.zarr", stack(), ngff=ngff, compressors=codec)
+    file = chunk_files(path)[0]
+    damage(file, lambda content: content[:12] + b"\xff\xff\xff\x7f" + content[16:])
+    refused(path, "Blosc claims 2147483647 bytes, found")
+    damage(file, lambda content: content[:7])
+    refused(path, "a chunk cannot be read")
+
+
+def test_zarr_with_an_absurd_shape(tmp_path):
+    path = tmp_path / "a.zarr"
+    side = 1 << 14
+    ome_zarr(path, stack("uint16", (4, 16, 16)), chunks=(2, 8, 8))
+    file = path / "0/zarr.json"
+    small = json.loads(file.read_text())
+    tracemalloc.start()
+    try:
+        for shape in ([side] * 3, [1 << 62] * 3):
+            file.write_text(json.dumps(small | {"shape": shape}))
+            volume = read_volume(path)
+            assert volume.data.shape == tuple(shape)
+            assert volume.data[2:7, 10:20, 10:20].max() > 0
+            with pytest.raises(VolumeError, match=r"a\.zarr: .* do not fit in memory"):
+                normalise(volume.data)
+            with pytest.raises(VolumeError, match=r"a\.zarr: .* do not fit in memory"):
+                np.asarray(volume.data)
+        for chunk in (side, 0):
+            grid = {"name": "regular", "configuration": {"chunk_shape": [chunk, side, side]}}
+            file.write_text(json.dumps(small | {"shape": [side] * 3, "chunk_grid": grid}))
+            refused(path, "chunks of .* 1 byte to 2 GiB")
+        # No chunk at all: found without going through the 2^33 that there could be.
+        for chunk in chunk_files(path):
+            chunk.unlink()
+        file.write_text(json.dumps(small | {"shape": [side] * 3}))
+        refused(path, "every voxel is 0")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20e6
+
+
+# Memory -------------------------------------------------------------------------------------
+
+# The peak of this process alone; that of `resource` begins with the one of its parent.
+PEAK = """
+import re, sys
+from neurolib.volume import normalise, read_volume, write_volume
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
+"""
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="the system does not tell a process's peak"
+)
+
+
+def peak_memory(code, *arguments):
+    """What `code` prints, run in a process of its own where ``peak()`` is its peak in bytes."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK + code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [int(line) for line in done.stdout.split()]
+
+
+@needs_proc
+@pytest.mark.parametrize("suffix", [".tif", ".npy", ".zarr"])
+def test_a_block_of_4_gb_takes_little_memory(tmp_path, suffix):
+    path, shape = tmp_path / f"a{suffix}", (1000, 2000, 2000)
+    where = (slice(500, 505), slice(700, 800), slice(900, 1000))
+    # Files with holes: they take little room on the disk.
+    if suffix == ".tif":
+        data = tifffile.memmap(path, shape=shape, dtype="u1", bigtiff=True)
+    elif suffix == ".npy":
+        data = np.lib.format.open_memmap(path, mode="w+", shape=shape, dtype="u1")
+    else:
+        group = zarr.create_group(path, attributes={"ome": {"multiscales": [multiscales()]}})
+        data = group.create_array("0", shape=shape, dtype="u1", chunks=(16, 128, 128))
+    data[where] = stack(shape=(5, 100, 100))
+    del data
+    code = """
+import zarr.storage
+start = peak()
+volume = read_volume(sys.argv[1], check=False)
+assert volume.data.shape == (1000, 2000, 2000)
+assert volume.data[500:505, 700:800, 900:1000].max() > 0
+print(peak() - start)
+print(volume.data[:50].max())
+print(peak() - start)
+"""
+    block, value, slices = peak_memory(code, path)
+    assert block < 30e6
+    # The measure sees what is read: fifty slices are 200 MB.
+    assert value == 0
+    assert slices > 150e6
+
+
+# What any format may suffer from -------------------------------------------------------------
+
+
+def test_paths_that_are_no_volume(tmp_path):
+    refused(tmp_path / "none.tif", "not found")
+    refused(save(tmp_path, b"x", "a.jpg"), r"suffix '.jpg', expected one of \.tif")
+    refused(save(tmp_path, b"x", "a"), "suffix 'missing'")
+    (tmp_path / "folder.tif").mkdir()
+    refused(tmp_path / "folder.tif", "is a folder")
+    for suffix in ("tif", "tiff", "npy", "v3draw", "v3dpbd", "nrrd"):
+        refused(save(tmp_path, b"", f"empty.{suffix}"), r"empty \(0 bytes\)")
+        for size in (5, 5000):
+            refused(save(tmp_path, bytes(size), f"zeros.{suffix}"), "begin like|NumPy header")
+
+
+def absurd(name):
+    """Small files whose headers claim 2^40 voxels or more."""
+    side = 1 << 14
+    if name == "a.v3draw":
+        head = b"raw_image_stack_by_hpengL" + struct.pack("<h4i", 1, side, side, side, 1)
+        return head + bytes(100)
+    if name == "a.v3dpbd":
+        head = b"v3d_volume_pkbitdf_encodL" + struct.pack("<h4i", 1, side, side, side, 1)
+        return head + bytes([255, 7]) * 100
+    if name in ("a.npy", "wrap.npy"):
+        # The second shape wraps around to a small number in 64-bit arithmetic.
+        shape = (side, side, side) if name == "a.npy" else (1 << 32, 1 << 31, 2)
+        head = str({"descr": "|u1", "fortran_order": False, "shape": shape})
+        head = head.ljust(117) + "\n"
+        return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(head)) + head.encode() + bytes(100)
+    if name.endswith(".nrrd"):
+        head = f"NRRD0004\ntype: uchar\ndimension: 3\nsizes: {side} {side} {side}\n"
+        if name == "gzip.nrrd":
+            return (head + "encoding: gzip\n\n").encode() + gzip.compress(bytes(100_000))
+        return (head + "encoding: raw\n\n").encode() + bytes(100)
+    buffer = io.BytesIO()
+    if name == "images.tif":
+        tifffile.imwrite(buffer, stack(shape=(16, 16, 16)), imagej=True, metadata={"axes": "ZYX"})
+        content = buffer.getvalue()
+        return content.replace(b"images=16\nslices=16\n", b"images=99\nslices=99\n")
+    compression = "zlib" if name == "packed.tif" else None
+    tifffile.imwrite(
+        buffer, stack(shape=(3, 16, 16)), photometric="minisblack", compression=compression
+    )
+    content = bytearray(buffer.getvalue())
+    buffer.seek(0)
+    with tifffile.TiffFile(buffer) as tif:
+        for page in tif.pages:
+            for code in (256, 257, 278):
+                # Width, length and rows per strip, given as 4-byte integers.
+                at = page.tags[code].offset
+                content[at + 2 : at + 12] = struct.pack("<HII", 4, 1, 1 << 20)
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.v3draw",
+        "a.v3dpbd",
+        "a.npy",
+        "wrap.npy",
+        "a.nrrd",
+        "gzip.nrrd",
+        "plain.tif",
+        "packed.tif",
+        "images.tif",
+    ],
+)
+def test_absurd_claims_are_refused_without_allocating(tmp_path, name):
+    path = save(tmp_path, absurd(name), name)
+    assert path.stat().st_size < 50_000
+    tracemalloc.start()
+    try:
+        refused(path, "claims|not within|expected a 3D stack|every voxel")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20e6
+
+
+# Real data ----------------------------------------------------------------------------------
+
+
+@needs_data
+def test_all_real_volumes_read():
+    paths = sorted((DATA / "real3d").glob("*.tif"))
+    assert len(paths) == 6
+    for path in paths:
+        volume = read_volume(path)
+        assert np.array_equal(volume.data, tifffile.imread(path))
+        assert volume.data.dtype == np.uint8
+
+
+@needs_data
+def test_real_projections_are_refused():
+    for path in sorted((DATA / "janelia_gold").glob("*.mip.tif")):
+        refused(path, "single slice")
+
+
+# Fuzz ---------------------------------------------------------------------------------------
+
+
+def mutate(content: bytes, rng: random.Random) -> bytes:
+    """Damage a file; half of the time near its beginning, where the header is."""
+    data = bytearray(content)
+    for _ in range(rng.randint(1, 3)):
+        limit = len(data) if rng.random() < 0.5 else min(len(data), 400)
+        at = rng.randrange(max(1, limit))
+        kind = rng.randrange(5)
+        if kind == 0:
+            del data[at:]
+        elif kind == 1 and data:
+            data[min(at, len(data) - 1)] ^= 1 << rng.randrange(8)
+        elif kind == 2:
+            extreme = [
+                b"\xff\xff\xff\xff",
+                b"\xff\xff\xff\x7f",
+                b"\0\0\0\x80",
+                b"\0\0\0\0",
+                b"9999",
+            ]
+            data[at : at + 4] = rng.choice(extreme)
+        elif kind == 3:
+            data[at:at] = data[: rng.randint(1, 40)]
+        elif kind == 4:
+            del data[at : at + rng.randint(1, 40)]
+    return bytes(data)
+
+
+def healthy(name):
+    data = stack("uint16", (3, 16, 17))
+    buffer = io.BytesIO()
+    options = {
+        "plain.tif": {},
+        "imagej.tif": {
+            "imagej": True,
+            "resolution": (4, 4),
+            "metadata": {"axes": "ZYX", "unit": "um"},
+        },
+        "packed.tif": {"imagej": True, "compression": "zlib", "metadata": {"axes": "ZYX"}},
+        "ome.tif": {
+            "ome": True,
+            "bigtiff": True,
+            "metadata": {"axes": "ZYX", "PhysicalSizeX": 0.5},
+        },
+    }
+    if name in options:
+        tifffile.imwrite(buffer, data, photometric="minisblack", **options[name])
+        return buffer.getvalue()
+    if name == "a.npy":
+        np.save(buffer, data)
+        return buffer.getvalue()
+    return {
+        "a.v3draw": lambda: v3draw(data),
+        "8.v3dpbd": lambda: v3dpbd(0, (1, 3, 16, 17), 1)[0],
+        "16.v3dpbd": lambda: v3dpbd(0, (1, 3, 16, 17), 2)[0],
+        "raw.nrrd": lambda: nrrd(data, extra="spacings: 1 1 2\n"),
+        "gzip.nrrd": lambda: nrrd(data, "gzip"),
+    }[name]()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "plain.tif",
+        "imagej.tif",
+        "packed.tif",
+        "ome.tif",
+        "a.npy",
+        "a.v3draw",
+        "8.v3dpbd",
+        "16.v3dpbd",
+        "raw.nrrd",
+        "gzip.nrrd",
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_are_refused_or_read(tmp_path, name, caplog, count_damaged):
+    if name.endswith("pbd"):
+        pytest.importorskip("v3dpy.loaders")
+    # tifffile reports what it skips over; here that is expected by the thousand.
+    caplog.set_level("CRITICAL", logger="tifffile")
+    source = healthy(name)
+    assert read_volume(save(tmp_path, source, name)).data.shape == (3, 16, 17)
+    rng = random.Random(json.dumps(name))
+    stopped = several_lines = 0
+    for case in range(CASES):
+        content = mutate(source, rng)
+        path = save(tmp_path, content, name)
+        try:
+            volume = read_volume(path)
+        except VolumeError as error:
+            stopped += 1
+            several_lines += "\n" in str(error)
+            continue
+        assert volume.data.ndim == 3, case
+        assert np.isfinite(volume.data).all(), case
+        assert all(np.isfinite(d) and d > 0 for d in volume.spacing), case
+    assert stopped > 0
+    assert several_lines == 0
+    count_damaged(CASES)
+
+
+# What JSON can hold in place of something sensible.
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    1e308,
+    float("nan"),
+    1 << 40,
+    1 << 70,
+    10**400,
+    "",
+    "x",
+    "..",
+    [],
+    {},
+]
+ODD += [[1] * 5, [1 << 20] * 3, {"a": 1}, "uint64", "complex128", "r7", "|O", "gzip", "../../a"]
+
+
+def mutate_json(content: bytes, rng: random.Random) -> bytes:
+    """Replace, remove or double something in a JSON file; now and then damage its bytes."""
+    root = json.loads(content)
+    if rng.random() < 0.3 or not root:
+        return mutate(content, rng)
+    nodes = [root]
+    for node in nodes:
+        inner = node.values() if isinstance(node, dict) else node
+        nodes += [n for n in inner if isinstance(n, dict | list) and n]
+    node = rng.choice(nodes)
+    key = rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))
+    kind = rng.randrange(4)
+    if kind == 0:
+        del node[key]
+    elif kind == 1 and isinstance(node, list):
+        node.append(node[key])
+    else:
+        node[key] = rng.choice(ODD)
+    return json.dumps(root).encode()
+
+
+ZARRS = {
+    "0.4": {"ngff": "0.4", "compressors": Blosc("lz4")},
+    "0.4 gzip": {"ngff": "0.4", "compressors": GZip()},
+    "0.5": {"compressors": zarr.codecs.ZstdCodec(checksum=True)},
+    "0.5 blosc": {"compressors": zarr.codecs.BloscCodec()},
+    "0.5 shards": {"compressors": None, "shards": (2, 16, 18)},
+}
+
+
+@pytest.mark.parametrize("kind", ZARRS)
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_zarrs_are_refused_or_read(tmp_path, kind, count_damaged):
+    data = stack("uint16", (3, 16, 17))
+    path = ome_zarr(tmp_path / "a.zarr", data, chunks=(2, 16, 9), **ZARRS[kind])
+    metadata = sorted(p for p in path.rglob("*") if p.is_file() and p.name[-1].isalpha())
+    files = {file: file.read_bytes() for file in [*metadata, *chunk_files(path)]}
+    rng = random.Random(kind)
+    stopped = several_lines = 0
+    for case in range(ZARR_CASES):
+        part = metadata if rng.random() < 0.5 else list(files)[len(metadata) :]
+        file = rng.choice(part)
+        change = mutate_json if part is metadata else mutate
+        file.write_bytes(change(files[file], rng))
+        try:
+            volume = read_volume(path)
+            corner = volume.data[:4, :20, :20]
+        except VolumeError as error:
+            stopped += 1
+            several_lines += "\n" in str(error)
+        else:
+            assert corner.ndim == 3, case
+            assert np.isfinite(corner).all(), case
+            assert all(np.isfinite(d) and d > 0 for d in volume.spacing), case
+        file.write_bytes(files[file])
+    assert 0 < stopped < ZARR_CASES
+    assert several_lines == 0
+    count_damaged(ZARR_CASES)
+    assert np.array_equal(read_volume(path).data, data)
