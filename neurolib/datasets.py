@@ -1,21 +1,24 @@
 """Data sets: pairs of an image and its SWC, split by neuron.
 
 A data set is a folder of pairs with the same name (``cell.tif`` and ``cell.swc``), wherever it
-comes from: generated (``synthetic``), downloaded (``bigneuron-janelia``), or somebody's own.
+comes from: generated (``synthetic``), rendered from given trees (``rendered:FOLDER``), downloaded
+(``bigneuron-janelia``), or somebody's own.
 """
 
 import csv
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from neurolib import synthesis
 from neurolib.blocking import make_target
-from neurolib.errors import DataError
+from neurolib.errors import DataError, NeurolibError, SwcError
 from neurolib.files import atomic_path, sha256, write_text
 from neurolib.swc import Tree, check_pair, read_swc, write_swc
 from neurolib.volume import SUFFIXES, normalise, read_volume, write_volume
@@ -27,7 +30,10 @@ PART = re.compile(
     r"(crop|part|tile|piece|section|stack)[_\-]?\d*))+$",
     re.IGNORECASE,
 )
+TREES = (".swc", ".eswc")
 NEURONS_FILE = "neurons.csv"
+# The name of a data set that is rendered from the trees of a folder, and of its microscope.
+RENDERED = re.compile(r"rendered(-(?P<style>[^:/\\]*))?:(?P<folder>.+)")
 
 
 @dataclass(frozen=True)
@@ -71,12 +77,16 @@ def load_dataset(name: str | Path) -> list[Pair]:
     Parameters
     ----------
     name : str or path
-        ``synthetic``, ``bigneuron-janelia``, or a folder of pairs.
+        ``synthetic``, ``bigneuron-janelia``, ``rendered:FOLDER`` (or ``rendered-STYLE:FOLDER``)
+        for the SWC files of a folder, see `rendered_pairs`, or a folder of pairs. Folders are
+        relative to the working directory.
 
     Raises
     ------
     DataError
-        If the folder is missing or holds no pair.
+        If the folder is missing or holds no pair, or a style is unknown.
+    SwcError
+        If an SWC file to be rendered is unusable.
     """
     if str(name) == "synthetic":
         return synthetic_pairs()
@@ -84,7 +94,24 @@ def load_dataset(name: str | Path) -> list[Pair]:
         from neurolib.bigneuron import fetch_janelia
 
         return folder_pairs(fetch_janelia())
+    if rendered := RENDERED.fullmatch(str(name)):
+        # "rendered-:" is a style left out by mistake, not the default one.
+        style = rendered["style"]
+        return rendered_pairs(rendered["folder"], "flylight" if style is None else style)
     return folder_pairs(name)
+
+
+def name_from(name: str, start: str | Path) -> str:
+    """The name of a data set for a process that works in the folder `start`.
+
+    Folders in the name, as they are found from here, are written relative to `start`; names
+    without a folder stay as they are.
+    """
+    rendered = RENDERED.fullmatch(name)
+    folder = rendered["folder"] if rendered else name
+    if not Path(folder).is_dir():
+        return name
+    return name[: len(name) - len(folder)] + os.path.relpath(folder, start)
 
 
 def folder_pairs(folder: str | Path, style: str = "real") -> list[Pair]:
@@ -95,32 +122,39 @@ def folder_pairs(folder: str | Path, style: str = "real") -> list[Pair]:
     ``_crop2``, ``_left_part1`` ...) are taken for one neuron.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(
-            f"{folder}: no such folder; expected 'synthetic', 'bigneuron-janelia' or a folder "
-            "of image/SWC pairs with equal names"
-        )
-    images, doubles = {}, []
-    for path in sorted(folder.iterdir()):
-        suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
-        if suffix and not path.name.startswith("."):
-            stem = path.name[: -len(suffix)]
-            if stem in images:
-                doubles.append(stem)
-            images[stem] = path
-    trees = {p.stem: p for p in sorted(folder.iterdir()) if p.suffix.lower() in (".swc", ".eswc")}
+    images, trees = _by_name(folder, SUFFIXES, "images"), _by_name(folder, TREES, "trees")
     names = sorted(images.keys() & trees.keys())
-    if doubles:
-        raise DataError(f"{folder}: two images named {doubles[0]}; keep one of them")
     if not names:
         raise DataError(
             f"{folder}: found {len(images)} images and {len(trees)} SWC files but no two of equal "
             "name; expected pairs such as cell1.tif and cell1.swc"
         )
     neurons = _read_neurons(folder / NEURONS_FILE)
-    return [
-        Pair(n, neurons.get(n) or PART.sub("", n) or n, images[n], trees[n], style) for n in names
-    ]
+    return [Pair(n, _neuron(n, neurons), images[n], trees[n], style) for n in names]
+
+
+def _by_name(folder: Path, suffixes: tuple[str, ...], kind: str) -> dict[str, Path]:
+    """Files of a folder that end in one of `suffixes`, by name without it, sorted."""
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: no such folder; expected 'synthetic', 'bigneuron-janelia', "
+            "'rendered:FOLDER' or a folder of image/SWC pairs with equal names"
+        )
+    found, doubles = {}, []
+    for path in sorted(folder.iterdir()):
+        suffix = next((s for s in suffixes if path.name.lower().endswith(s)), None)
+        if suffix and not path.name.startswith("."):
+            stem = path.name[: -len(suffix)]
+            if stem in found:
+                doubles.append(stem)
+            found[stem] = path
+    if doubles:
+        raise DataError(f"{folder}: two {kind} named {doubles[0]}; keep one of them")
+    return dict(sorted(found.items()))
+
+
+def _neuron(name: str, neurons: dict[str, str]) -> str:
+    return neurons.get(name) or PART.sub("", name) or name
 
 
 def _read_neurons(path: Path) -> dict[str, str]:
@@ -287,3 +321,143 @@ def synthetic_pairs(
                 write_volume(temporary / f"synthetic_{i}.tif", volume.data, volume.spacing)
                 write_swc(temporary / f"synthetic_{i}.swc", tree, "generated, not a real neuron")
     return folder_pairs(folder, style="synthetic")
+
+
+def rendered_pairs(folder: str | Path, style: str = "flylight") -> list[Pair]:
+    """Render the trees of a folder as a microscope would show them, or find them in the cache.
+
+    Real trees, stacks that are not: the pairs' `style` is "rendered from gold". Each stack is
+    the tree's bounding box with room around (`neurolib.synthesis.ROOM` voxels beyond the tubes),
+    and the SWC beside it is the given one moved into that box; its first lines say by how much.
+    Staining and noise are drawn by the name of the file alone, so that a neuron looks the same
+    whatever lies beside it.
+
+    Parameters
+    ----------
+    folder : path
+        With SWC files in voxels of equal sides; other files are left alone, but an optional
+        ``neurons.csv`` is read as by `folder_pairs`. Radii are taken as `read_swc` gives them:
+        rough ones stay rough, and one that is not positive is 1 voxel.
+    style : str
+        One of `neurolib.synthesis.STYLES`.
+
+    Returns
+    -------
+    list of Pair
+        Sorted by name.
+
+    Raises
+    ------
+    DataError
+        If the style is unknown, the folder is missing or holds no SWC, or two of one name.
+    SwcError
+        If a file that is not in the cache is no usable tree; nothing is rendered then.
+    SettingsError
+        If the cache cannot be written to.
+
+    Notes
+    -----
+    Each pair is cached by itself, under the style, the hash of the generator's source, and the
+    hash of name and content of its SWC: an interrupted call goes on where it was, and a changed
+    tree is the only one to be rendered again.
+    """
+    if style not in synthesis.STYLES:
+        known = ", ".join(f"rendered-{name}:FOLDER" for name in synthesis.STYLES)
+        raise DataError(
+            f"rendered-{style}: no such style of microscope; expected {known}, or "
+            "rendered:FOLDER for flylight"
+        )
+    folder = Path(folder)
+    files = _by_name(folder, TREES, "trees")
+    if not files:
+        raise DataError(f"{folder}: found no SWC file; expected trees to render, as cell1.swc")
+    neurons = _read_neurons(folder / NEURONS_FILE)
+    shelf = cache_folder() / f"rendered-{style}-{sha256(synthesis.__file__)[:12]}"
+    places = {}
+    for name, path in files.items():
+        try:
+            content = sha256(path)
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}); expected an SWC file"
+            ) from None
+        key = hashlib.sha256(f"{name}\0{content}".encode()).hexdigest()[:16]
+        # A folder's name has a limit that the names of files with their suffix may just reach.
+        places[name] = shelf / f"{name[:40]}-{key}"
+    missing = [name for name, place in places.items() if not place.is_dir()]
+    for name in missing:
+        # All of them before the first is rendered: an error must not come after minutes.
+        _read_to_render(files[name])
+    for name in tqdm(missing, desc="rendering", mininterval=2, disable=not missing):
+        if not places[name].is_dir():  # another process may have made it meanwhile
+            _render_pair(files[name], places[name], style)
+    return [
+        Pair(n, _neuron(n, neurons), place / f"{n}.tif", place / f"{n}.swc", "rendered from gold")
+        for n, place in places.items()
+    ]
+
+
+def _read_to_render(path: Path) -> Tree:
+    tree = read_swc(path)
+    try:
+        synthesis.extract_box(tree)
+    except SwcError as error:
+        raise SwcError(f"{path.name}: {error}") from None
+    return tree
+
+
+def _render_pair(path: Path, place: Path, style: str) -> None:
+    """Render one SWC into the folder `place`, which is there whole or not at all."""
+    tree = _read_to_render(path)
+    # Eight digits are as many seeds as anybody has neurons.
+    seed = int(hashlib.sha256(path.stem.encode()).hexdigest()[:8], 16)
+    volume, moved = synthesis.render_extract(tree, style, seed)
+    shift = " ".join(f"{d:+.0f}" for d in (moved.xyz - tree.xyz)[0])
+    with atomic_path(place) as temporary:
+        temporary.mkdir()
+        write_volume(temporary / f"{path.stem}.tif", volume.data, volume.spacing)
+        origin = f"the tree of {path.name}, moved by (x y z) {shift} voxels"
+        write_swc(temporary / f"{path.stem}.swc", moved, f"{origin}; its image is rendered")
+
+
+def measure(data: list[Pair] | str | Path) -> list[dict[str, float]]:
+    """Statistics of trees and stacks, to be compared by `neurolib.synthesis.calibration`.
+
+    Parameters
+    ----------
+    data : list of Pair, or path
+        Pairs, or a folder. A folder of SWC files without an image of equal name gives the
+        statistics of the trees alone.
+
+    Returns
+    -------
+    list of dict
+        For each neuron what `synthesis.statistics` and, where there are images, what
+        `synthesis.image_statistics` return.
+
+    Raises
+    ------
+    DataError
+        If the folder is missing or holds no SWC file.
+    SwcError, VolumeError, SettingsError
+        If a file is unusable, a tree does not lie in its image, or an image is not uint8.
+    """
+    if not isinstance(data, list):
+        trees = _by_name(Path(data), TREES, "trees")
+        if not trees:
+            raise DataError(f"{data}: found no SWC file; expected trees to measure")
+        if not trees.keys() & _by_name(Path(data), SUFFIXES, "images").keys():
+            return [_measured(path) for path in trees.values()]
+        data = folder_pairs(data)
+    return [_measured(pair.swc, pair.image) for pair in data]
+
+
+def _measured(swc: Path, image: Path | None = None) -> dict[str, float]:
+    tree, volume = read_swc(swc), read_volume(image) if image else None
+    try:
+        found = synthesis.statistics(tree)
+        if volume is not None:
+            found |= synthesis.image_statistics(volume, tree)
+    except NeurolibError as error:
+        raise type(error)(f"{(image or swc).name}: {error}") from None
+    return found

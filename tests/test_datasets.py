@@ -1,11 +1,14 @@
 """Data sets: pairs found, neurons kept together, splits that notice changed files."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,17 +20,22 @@ from neurolib.datasets import (
     crop,
     folder_pairs,
     load_dataset,
+    measure,
+    name_from,
     read_manifest,
     read_sample,
+    rendered_pairs,
     split_by_neuron,
     synthetic_pairs,
     write_manifest,
 )
-from neurolib.errors import DataError, SwcError, VolumeError
+from neurolib.errors import DataError, SettingsError, SwcError, VolumeError
 from neurolib.files import sha256
 from neurolib.swc import Tree, read_swc, write_swc
 from neurolib.volume import normalise, read_volume, write_volume
 
+DATA = Path(__file__).parents[1].parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")
 steady = settings(deadline=None, max_examples=100, derandomize=True)
 SHAPE = (8, 30, 40)
 
@@ -134,6 +142,12 @@ def test_two_images_of_one_name_are_refused(tmp_path):
     empty_pairs(tmp_path, "cell")
     (tmp_path / "cell.v3draw").touch()
     assert "two images named cell" in refused(DataError, folder_pairs, tmp_path)
+
+
+def test_two_trees_of_one_name_are_refused(tmp_path):
+    empty_pairs(tmp_path, "cell")
+    (tmp_path / "cell.eswc").touch()
+    assert "two trees named cell" in refused(DataError, folder_pairs, tmp_path)
 
 
 # ------------------------------------------------------------------------------- splits
@@ -360,3 +374,237 @@ def test_changed_generator_leaves_old_data_behind(cache, monkeypatch, tmp_path):
 def test_embedded_data_set_is_found_by_its_name(cache, monkeypatch):
     monkeypatch.setattr(datasets.synthetic_pairs, "__defaults__", (2, (24, 96, 96), "confocal", 0))
     assert load_dataset("synthetic") == synthetic_pairs(2, (24, 96, 96))
+
+
+# ------------------------------------------------------------------------------ rendered
+
+
+def bent(seed, n=40):
+    """A crooked neurite somewhere in a large field."""
+    rng = np.random.default_rng(seed)
+    steps = np.column_stack([np.full(n, 1.4), rng.normal(0, 1, (n, 2))])
+    radius = np.where(np.arange(n) == 0, 3.5, 1.0)
+    xyz = np.cumsum(steps, axis=0) + np.array([300.25, 411.5, 120.75])
+    return Tree(xyz, radius, np.full(n, 3), np.arange(n) - 1)
+
+
+@pytest.fixture
+def trees(tmp_path, cache):
+    folder = tmp_path / "trees"
+    folder.mkdir()
+    for seed, name in enumerate(("a_body", "a_tail", "b")):
+        write_swc(folder / f"{name}.swc", bent(seed))
+    return folder
+
+
+@pytest.mark.parametrize("style", ["flylight", "confocal"])
+def test_rendered_trees_are_the_given_ones_moved_to_where_their_light_is(trees, style):
+    pairs = load_dataset(f"rendered-{style}:{trees}")
+    assert [pair.name for pair in pairs] == ["a_body", "a_tail", "b"]
+    for pair in pairs:
+        assert pair.style == "rendered from gold"
+        given_, cached = (np.loadtxt(path) for path in (trees / f"{pair.name}.swc", pair.swc))
+        shift = cached[:, 2:5] - given_[:, 2:5]
+        np.testing.assert_allclose(shift, np.rint(shift[:1]).repeat(len(shift), 0), atol=1e-9)
+        np.testing.assert_array_equal(cached[:, [0, 1, 5, 6]], given_[:, [0, 1, 5, 6]])
+        told = re.search(r"\(x y z\) (\S+) (\S+) (\S+) voxels", pair.swc.read_text())
+        assert [float(word) for word in told.groups()] == shift[0].tolist()
+
+        data = tifffile.imread(pair.image)
+        xyz, radius = cached[:, 2:5], cached[:, 5:6]
+        free = np.stack(
+            [(xyz - radius).min(0), np.array(data.shape[::-1]) - 1 - (xyz + radius).max(0)]
+        )
+        assert (free >= synthesis.ROOM).all()
+        assert (free < synthesis.ROOM + 1).all()
+
+        projection = data.max(axis=0).astype(float)
+        x, y = np.rint(xyz[:, :2]).astype(int).T
+        assert np.median(projection[y, x]) > 1.5 * np.median(projection)
+        # The light is on the tree, not beside it.
+        z, y, x = np.rint(xyz[:, ::-1]).astype(int).T
+        for beside in (data[z, y - 6, x], data[z, y + 6, x], data[z - 12, y, x]):
+            assert beside.mean() < 0.7 * data[z, y, x].mean()
+
+
+def test_the_default_microscope_is_that_of_the_gold_trees(trees):
+    assert load_dataset(f"rendered:{trees}") == rendered_pairs(trees, "flylight")
+    assert load_dataset(f"rendered:{trees}")[0] != rendered_pairs(trees, "confocal")[0]
+
+
+def test_a_rendered_neuron_depends_on_its_name_and_tree_alone(trees, cache):
+    made = {pair.name: entry for pair in rendered_pairs(trees) for entry in hashes([pair])}
+    shutil.rmtree(cache)
+    (trees / "a_body.swc").unlink()
+    shutil.copy(trees / "b.swc", trees / "c.swc")
+    again = {pair.name: entry for pair in rendered_pairs(trees) for entry in hashes([pair])}
+    assert again["b"] == made["b"]
+    assert again["a_tail"] == made["a_tail"]
+    assert again["c"][1] != again["b"][1]
+
+
+def test_an_interrupted_rendering_goes_on(trees, cache, monkeypatch):
+    calls, true = [], synthesis.render_extract
+
+    def killed(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return true(*args)
+
+    monkeypatch.setattr(synthesis, "render_extract", killed)
+    with pytest.raises(KeyboardInterrupt):
+        rendered_pairs(trees)
+    (shelf,) = cache.iterdir()
+    assert len(list(shelf.iterdir())) == 1
+    pairs = rendered_pairs(trees)
+    assert len(calls) == 4
+    assert len(list(shelf.iterdir())) == 3
+    assert rendered_pairs(trees) == pairs
+    assert len(calls) == 4
+    shutil.rmtree(cache)
+    monkeypatch.undo()
+    monkeypatch.setenv("NEUROLIB_CACHE", str(cache))
+    assert hashes(rendered_pairs(trees)) == hashes(pairs)
+
+
+def test_only_what_has_changed_is_rendered_again(trees, monkeypatch, tmp_path):
+    before = rendered_pairs(trees)
+    write_swc(trees / "a_tail.swc", bent(9))
+    after = rendered_pairs(trees)
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
+    assert sha256(after[1].image) != sha256(before[1].image)
+    np.testing.assert_allclose(
+        np.diff(read_swc(after[1].swc).xyz, axis=0), np.diff(bent(9).xyz, axis=0), atol=2e-4
+    )
+    changed = tmp_path / "synthesis.py"
+    changed.write_text(Path(synthesis.__file__).read_text() + "\n# changed\n")
+    monkeypatch.setattr(synthesis, "__file__", str(changed))
+    assert not {pair.image for pair in rendered_pairs(trees)} & {pair.image for pair in after}
+
+
+def test_a_run_can_go_over_rendered_trees(trees, tmp_path):
+    (trees / "neurons.csv").write_text("name,neuron\nb,B\n")
+    # Images beside the trees are not what is asked for, not even two of one name.
+    for name in ("b.tif", "b.v3draw", "._b.swc"):
+        (trees / name).touch()
+    pairs = load_dataset(f"rendered:{trees}")
+    assert [pair.neuron for pair in pairs] == ["a", "a", "B"]
+    split = split_by_neuron(pairs, test=1, validation=0, held_out="a")
+    path = write_manifest(tmp_path / "split.json", split, 0)
+    assert {e["style"] for e in json.loads(path.read_text())["pairs"]} == {"rendered from gold"}
+    assert read_manifest(path) == split
+    for pair in pairs:
+        sample = read_sample(pair)
+        z, y, x = np.rint(sample.tree.xyz[:, ::-1]).astype(int).T
+        assert sample.mask[z, y, x].all()
+        assert sample.image[z, y, x].mean() > 5 * sample.image[~sample.mask].mean()
+
+
+def test_a_radius_that_is_not_positive_is_drawn_as_one_voxel(trees):
+    lines = (trees / "b.swc").read_text().replace(" 1 ", " 0 ").splitlines()
+    (trees / "b.swc").write_text("\n".join(lines) + "\n")
+    broken = np.loadtxt(trees / "b.swc")
+    assert (broken[1:, 5] == 0).any()
+    (pair,) = (pair for pair in rendered_pairs(trees) if pair.name == "b")
+    assert (np.loadtxt(pair.swc)[1:, 5] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("1 3 5 5 5 1 -1\n2 3 9 9\n", "line 2"),
+        ("# nothing\n", "no nodes"),
+        ("1 3 0 0 0 1 -1\n2 3 9000 9000 9000 1 1\n", "swc.transform"),
+        ("1 3 0 0 0 1 2\n2 3 9 9 9 1 1\n", "cycle"),
+    ],
+    ids=["columns", "empty", "not-in-voxels", "cycle"],
+)
+def test_a_broken_tree_is_named_before_anything_is_rendered(trees, cache, content, complaint):
+    (trees / "z.swc").write_text(content)
+    message = refused(SwcError, load_dataset, f"rendered:{trees}")
+    assert "z.swc" in message
+    assert complaint in message
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("mark", ["", "rendered:", "rendered-confocal:"])
+def test_a_relative_folder_is_found_from_elsewhere(tmp_path, monkeypatch, mark):
+    for place in ("here/trees", "there/deep"):
+        (tmp_path / place).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    assert name_from(f"{mark}trees", tmp_path / "there/deep") == f"{mark}../../here/trees"
+    assert name_from(f"{mark}{tmp_path}/here/trees", "../there") == f"{mark}../here/trees"
+    assert name_from(f"{mark}none", tmp_path) == f"{mark}none"
+    assert name_from("synthetic", tmp_path) == "synthetic"
+
+
+def test_folders_and_styles_that_cannot_be_rendered_are_refused(trees, tmp_path):
+    message = refused(DataError, load_dataset, f"rendered-cartoon:{trees}")
+    for style in synthesis.STYLES:
+        assert f"rendered-{style}:" in message
+    assert "rendered-:" in refused(DataError, load_dataset, f"rendered-:{trees}")
+    assert "rendered:FOLDER" in refused(DataError, load_dataset, "rendered:")
+    assert "rendered:FOLDER" in refused(DataError, load_dataset, "rendered")
+    assert "no such folder" in refused(DataError, load_dataset, f"rendered:{tmp_path / 'none'}")
+    (tmp_path / "empty").mkdir()
+    assert "no SWC file" in refused(DataError, load_dataset, f"rendered:{tmp_path / 'empty'}")
+    shutil.copy(trees / "b.swc", trees / "b.eswc")
+    assert "two trees named b" in refused(DataError, rendered_pairs, trees)
+    (trees / "b.eswc").unlink()
+    (trees / "folder.swc").mkdir()
+    assert "folder.swc" in refused(DataError, rendered_pairs, trees)
+
+
+@needs_data
+def test_a_rendered_gold_tree_looks_like_its_real_projection(tmp_path, cache):
+    gold = DATA / "janelia_gold" / "58.swc"
+    (tmp_path / "gold").mkdir()
+    shutil.copy(gold, tmp_path / "gold")
+    (pair,) = load_dataset(f"rendered:{tmp_path / 'gold'}")
+    ours = tifffile.imread(pair.image).max(axis=0)
+    x, y, _ = np.rint((read_swc(gold).xyz - read_swc(pair.swc).xyz)[0]).astype(int)
+    height, width = ours.shape
+    real = tifffile.imread(gold.with_suffix(".mip.tif"))[y : y + height, x : x + width]
+
+    def alike(image):
+        return np.corrcoef(image.ravel(), real.ravel())[0, 1]
+
+    assert real.shape == ours.shape
+    assert alike(ours) > 0.6
+    assert max(alike(ours[::-1]), alike(ours[:, ::-1])) < 0.2
+    # In register to the voxel.
+    for step in (-1, 1):
+        assert max(alike(np.roll(ours, step, axis)) for axis in (0, 1)) < alike(ours)
+
+
+# ------------------------------------------------------------------------------- measure
+
+
+def test_measure_takes_pairs_or_their_folder(tmp_path):
+    for seed, name in enumerate(("a", "b")):
+        data = np.random.default_rng(seed).integers(0, 200, (30, 50, 60), np.uint8)
+        write_volume(tmp_path / f"{name}.tif", data, (1.0, 1.0, 1.0))
+        write_swc(tmp_path / f"{name}.swc", tree_of((5, 6, 2), (20, 14, 4), (35, 22, 5 + seed)))
+    found = measure(tmp_path)
+    assert found == measure(folder_pairs(tmp_path)) == measure(str(tmp_path))
+    for name, row in zip("ab", found, strict=True):
+        tree, volume = read_swc(tmp_path / f"{name}.swc"), read_volume(tmp_path / f"{name}.tif")
+        expected = synthesis.statistics(tree) | synthesis.image_statistics(volume, tree)
+        assert row == expected
+    (tmp_path / "a.tif").unlink()
+    assert measure(tmp_path) == found[1:]
+    (tmp_path / "b.tif").unlink()
+    assert [list(row) for row in measure(tmp_path)] == [list(synthesis.GOLD_RANGES)] * 2
+
+
+def test_what_cannot_be_measured_is_named(tmp_path):
+    assert "no such folder" in refused(DataError, measure, tmp_path / "none")
+    assert "no SWC" in refused(DataError, measure, tmp_path)
+    write_swc(tmp_path / "cell.swc", tree_of((5, 6, 2)))
+    assert "cell.swc" in refused(SwcError, measure, tmp_path)
+    pair = pair_in(tmp_path)
+    write_volume(pair.image, np.eye(*SHAPE[1:], dtype=np.float32)[None].repeat(8, 0))
+    assert "cell.tif" in refused(SettingsError, measure, [pair])
+    write_pair(tmp_path, "cell", replace(TREE, xyz=TREE.xyz + 1000))
+    assert "cell.tif" in refused(SwcError, measure, [pair])

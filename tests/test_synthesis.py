@@ -12,16 +12,22 @@ import pytest
 import tifffile
 from scipy.ndimage import map_coordinates
 
+from neurolib import datasets
 from neurolib.errors import NeurolibError, SettingsError, SwcError
 from neurolib.swc import Tree, components, length, read_swc
 from neurolib.synthesis import (
     GOLD_RANGES,
     MARGIN,
+    MAX_VOXELS,
     REAL_RANGES,
+    ROOM,
     STYLES,
+    calibration,
+    extract_box,
     grow,
     image_statistics,
     render,
+    render_extract,
     statistics,
 )
 from neurolib.volume import Volume
@@ -242,9 +248,96 @@ def test_any_forest_renders():
         assert found["contrast"] > 1.5
 
 
+def test_extract_is_the_microscopes_stack_of_the_tree_moved_into_its_box():
+    tree = line((300.5, 211.25, 90.75), (350.5, 219.25, 95.75), radius=1.5)
+    lower, shape = extract_box(tree)
+    # 300.5 - 1.5 - 16 = 283, 350.5 + 1.5 + 16 = 368, and so on, rounded outwards.
+    assert ROOM == 16
+    assert lower.tolist() == [283, 193, 73]
+    assert shape == (114 - 73 + 1, 237 - 193 + 1, 368 - 283 + 1)
+    volume, moved = render_extract(tree, "confocal", 5)
+    np.testing.assert_array_equal(moved.xyz, tree.xyz - (283, 193, 73))
+    np.testing.assert_array_equal(volume.data, render(moved, shape, "confocal", 5).data)
+    assert volume.spacing == (1.0, 1.0, 1.0)
+
+
+def test_flylight_extracts_are_slimmer_than_gold_radii_and_centred():
+    tree = line((0, 0, 0), (120, 0, 0), n=200)
+    volume, moved = render_extract(tree, "flylight", 3)
+    thick = render(moved, volume.data.shape, "flylight", 3)
+    np.testing.assert_array_equal(moved.radius, tree.radius)
+    y = int(moved.xyz[0, 1])
+    profiles = []
+    for data in (volume.data, thick.data):
+        # Median along the neurite of the projection: its middle part, without the ends.
+        across = np.median(data.max(axis=0)[:, 30:-30].astype(float), axis=1)
+        assert across.argmax() == y
+        assert abs(across[y - 1] - across[y + 1]) < 0.2 * across[y]
+        profiles.append(across / across[y])
+    assert profiles[0][y + 1] < 0.85 * profiles[1][y + 1]
+
+
+def test_slimmer_tubes_are_those_of_smaller_radii():
+    # A stack too small for fragments of other neurites, which would be slimmer, too.
+    tree = line((5, 20, 10), (50, 25, 12), radius=3.0)
+    tree.radius[::2], tree.radius[5] = 0.7, 0.1
+    smaller = np.where(tree.radius == 3, 2.4, np.where(tree.radius == 0.1, 0.1, 0.25))
+    expected = render(replace(tree, radius=smaller), (20, 45, 60), seed=1).data
+    np.testing.assert_array_equal(render(tree, (20, 45, 60), seed=1, slimmer=0.6).data, expected)
+
+
+def test_extracts_are_not_built_of_trees_in_other_units():
+    side = int(np.cbrt(MAX_VOXELS))
+    with pytest.raises(SwcError, match=r"swc\.transform"):
+        extract_box(line((0, 0, 0), (side, side, side)))
+    assert extract_box(line((0, 0, 0), (side, side, 9)))[1][2] == side + 2 * ROOM + 3
+    none = Tree(np.zeros((0, 3)), np.zeros(0), np.zeros(0, int), np.zeros(0, int))
+    with pytest.raises(SwcError, match="no node"):
+        extract_box(none)
+
+
+def test_calibration_tells_inside_from_outside():
+    # Not at the head: another process imports this file and needs no notebooks.
+    from neurolib.runs import table
+
+    found = [{"tips": 8.0, "dice": 0.39549, "length": 250.0}, {"tips": 400.0, "dice": 0.3}]
+    rows = calibration(found)
+    assert [list(row.values()) for row in rows] == [
+        ["tips", "8 to 400", "8 to 316", "recorded", "1 of 2", "above"],
+        # 0.39549 is 0.395 to the recorded range's digits.
+        ["dice", "0.3 to 0.395", "0.241 to 0.395", "recorded", "2 of 2", ""],
+        ["length", "250 to 250", "296 to 7200", "recorded", "0 of 1", "below"],
+    ]
+    live = calibration(found, [{"tips": 10.0, "mine": 1.0}, {"tips": 20.0}, {"tips": 1234.0}])
+    assert list(live[0].values())[2:] == ["10 to 1230", "measured, n = 3", "1 of 2", "below"]
+    assert live[1:] == rows[1:]
+    both = calibration([{"dice": 0.0001234}, {"dice": 123456.0}])[0]
+    assert both["generated"] == "0.000123 to 123000"
+    assert both["outside"] == "below and above"
+    assert "| dice | 0.3 to 0.395 | 0.241 to 0.395 | recorded | 2 of 2 |" in table(rows)
+
+
+@needs_data
+def test_recorded_ranges_are_what_calibration_measures():
+    gold = datasets.measure(DATA / "janelia_gold")
+    rows = calibration(gold)
+    assert {row["inside"] for row in rows} == {"32 of 32"}
+    for recorded, measured in zip(rows, calibration(gold, gold), strict=True):
+        assert measured["real"] == recorded["real"]
+        assert measured["from"] == "measured, n = 32"
+
+
 @pytest.mark.parametrize(
     ("call", "error"),
     [
+        (lambda t: calibration([]), SettingsError),
+        (lambda t: calibration([{"beauty": 1.0}]), SettingsError),
+        (lambda t: render(t, SMALL, slimmer=-1.0), SettingsError),
+        (lambda t: render(t, SMALL, slimmer=float("nan")), SettingsError),
+        (lambda t: render_extract(t, "cartoon"), SettingsError),
+        (lambda t: render_extract(t, seed=-1), SettingsError),
+        (lambda t: render_extract(replace(t, xyz=t.xyz * np.nan)), SwcError),
+        (lambda t: render_extract(replace(t, radius=0 * t.radius)), SwcError),
         (lambda t: grow(-1), SettingsError),
         (lambda t: grow(0.5), SettingsError),
         (lambda t: grow("a"), SettingsError),
