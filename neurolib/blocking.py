@@ -303,22 +303,29 @@ def read_block(
     SettingsError
         If the block has no centre slice.
     """
-    shape = _triple("shape", data.shape, VolumeError)
     depth, rows, columns = _check_block(block)
+    shape = data.shape
+    if len(shape) != 3:
+        raise VolumeError(f"shape: expected three integers (z, y, x), got {shape}")
     z, y, x = (int(value) for value in position)
     if not 0 <= z < shape[0]:
         raise VolumeError(f"block at slice {z}: the volume has slices 0 to {shape[0] - 1}")
-    first = np.array([z - depth // 2, y, x])
-    if (first >= 0).all() and (first + block <= shape).all():
-        return data[tuple(slice(i, i + n) for i, n in zip(first, block, strict=True))]
+    # Plain integers: this is called per block, and small arrays would cost more than the view.
+    first = z - depth // 2, y, x
+    last = first[0] + depth, y + rows, x + columns
+    if min(first) >= 0 and all(end <= size for end, size in zip(last, shape, strict=True)):
+        return data[first[0] : last[0], y : last[1], x : last[2]]
     index = (
-        np.clip(np.arange(depth) + first[0], 0, shape[0] - 1),
-        _reflect(np.arange(y, y + rows), shape[1]),
-        _reflect(np.arange(x, x + columns), shape[2]),
+        np.clip(np.arange(first[0], last[0]), 0, shape[0] - 1),
+        _reflect(np.arange(y, last[1]), shape[1]),
+        _reflect(np.arange(x, last[2]), shape[2]),
     )
     # Only plain slices touch `data`, so that arrays on disk need no fancy indexing.
     near = np.asarray(data[tuple(slice(i.min(), i.max() + 1) for i in index)])
-    return near[np.ix_(*(i - i.min() for i in index))]
+    for axis, i in enumerate(index):
+        if (np.diff(i) != 1).any():
+            near = near.take(i - i.min(), axis)
+    return near
 
 
 def salient(
@@ -356,22 +363,26 @@ def salient(
     z, y, x = _check_positions(positions, shape).T
     share = np.zeros(len(z))
     # Strategy: in the table of sums over all rectangles that begin at the corner (0, 0), a box
-    # is four entries. The table is made slice by slice, so it never outgrows one slice.
-    height = max(shape[1], y.max(initial=0) + rows)
-    width = max(shape[2], x.max(initial=0) + columns)
+    # is four entries. Only rows and columns where a box begins or ends are in the table, and it
+    # is made slice by slice: it stays far smaller than one slice.
+    ys, xs = np.unique([y, y + rows]), np.unique([x, x + columns])
+    corners = [
+        np.searchsorted(edges, ends)
+        for edges, ends in ((ys, y), (ys, y + rows), (xs, x), (xs, x + columns))
+    ]
     order = np.argsort(z, kind="stable")
     for which in np.split(order, np.flatnonzero(np.diff(z[order])) + 1) if len(z) else ():
         plane = np.asarray(mask[z[which[0]]], dtype=bool)
         if not plane.any():
             continue
-        if plane.shape != (height, width):
-            inside = _reflect(np.arange(height), shape[1]), _reflect(np.arange(width), shape[2])
+        if ys[-1] > shape[1] or xs[-1] > shape[2]:
+            inside = _reflect(np.arange(ys[-1]), shape[1]), _reflect(np.arange(xs[-1]), shape[2])
             plane = plane[np.ix_(*inside)]
-        table = np.zeros((height + 1, width + 1), np.int64)
-        np.cumsum(plane, axis=0, out=table[1:, 1:])
-        np.cumsum(table[1:, 1:], axis=1, out=table[1:, 1:])
-        top, left = y[which], x[which]
-        low, right = top + rows, left + columns
+        strips = np.add.reduceat(plane[: ys[-1], : xs[-1]], ys[:-1], axis=0, dtype=np.int32)
+        cells = np.add.reduceat(strips, xs[:-1], axis=1, dtype=np.int64)
+        table = np.zeros((len(ys), len(xs)), np.int64)
+        table[1:, 1:] = cells.cumsum(axis=0).cumsum(axis=1)
+        top, low, left, right = (corner[which] for corner in corners)
         count = table[low, right] - table[top, right] - table[low, left] + table[top, left]
         share[which] = count / (rows * columns)
     return share >= minimum
