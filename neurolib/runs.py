@@ -27,8 +27,8 @@ import yaml
 
 from neurolib.datasets import (
     Split,
-    folder_pairs,
     load_dataset,
+    name_from,
     read_manifest,
     split_by_neuron,
     write_manifest,
@@ -49,9 +49,12 @@ COURSE = (
     "04_evaluation",
     "05_swc_tracing",
 )
+# Data sets that their name and this version decide: nothing of theirs has to be hashed.
+GENERATED = ("synthetic", "bigneuron-janelia")
 # A kernel that hangs is ended: seconds to start, and per cell (GPU profiles train for hours).
 START_TIMEOUT, CELL_TIMEOUT = 120, 24 * 3600
 MEMORY_LIMIT_MB = 1500
+# The output format of a live widget.
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PROGRESS = re.compile(r"\d+%\s*\|.*\d+/\d+|\d+it \[|\bit/s\b|\bs/it\b")
 
@@ -242,18 +245,17 @@ def run_course(
     """
     defaults = {n: notebook_parameters(notebook_path(n)) for n in notebooks}
     values = read_profile(profile) | (parameters or {})
-    name = name or f"{Path(data).name}-{Path(profile).stem}"
-    is_folder = Path(data).exists()
+    name = name or f"{data_label(data)}-{Path(profile).stem}"
     # Notebooks run in their own folder: what they get is relative to it.
     values |= {
         "run_dir": os.path.relpath(Path(folder) / name, NOTEBOOKS),
-        "data": os.path.relpath(data, NOTEBOOKS) if is_folder else data,
+        "data": name_from(data, NOTEBOOKS),
     }
     chosen = choose_parameters(values, defaults)
     if "01_data_blocking" in notebooks:
         _check_data(data, defaults["01_data_blocking"] | values)
     run = open_run(Path(folder) / name)
-    before = _data_key(data) if is_folder else data
+    before = _data_key(data)
     for number, notebook in enumerate(notebooks, 1):
         before = _key(notebook, chosen[notebook], before)
         label = f"[{number}/{len(notebooks)}] {notebook}"
@@ -279,7 +281,7 @@ def notebook_path(name: str) -> Path:
 
 def _check_data(data: str, values: dict) -> None:
     """Unusable data must fail at once and in one line, not inside a notebook."""
-    if data in ("synthetic", "bigneuron-janelia"):
+    if data in GENERATED:
         return
     pairs = load_dataset(data)
     asked = ("test_neurons", "validation_neurons", "seed", "held_out")
@@ -288,8 +290,16 @@ def _check_data(data: str, values: dict) -> None:
         check_pair(read_swc(pair.swc), read_volume(pair.image).data.shape, pair.name)
 
 
-def _data_key(folder: str) -> str:
-    files = [file for pair in folder_pairs(folder) for file in (pair.image, pair.swc)]
+def data_label(data: str) -> str:
+    """A data set's name as part of a file name: ``rendered:a/b`` is ``rendered-b``."""
+    kind, _, folder = data.rpartition(":")
+    return f"{kind}-{Path(folder).name}" if kind.startswith("rendered") else Path(data).name
+
+
+def _data_key(data: str) -> str:
+    if data in GENERATED:
+        return data
+    files = [file for pair in load_dataset(data) for file in (pair.image, pair.swc)]
     return ",".join(f"{f.name}:{sha256(f)}" for f in files if f.is_file())
 
 
@@ -300,7 +310,7 @@ def _key(notebook: str, parameters: dict, before: str) -> str:
         before,
         json.dumps(parameters, sort_keys=True),
         *(cell.source for cell in content.cells if cell.cell_type == "code"),
-        *(sha256(path) for path in sorted(package.glob("*.py"))),
+        *(sha256(path) for path in sorted(package.rglob("*.py"))),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -338,7 +348,7 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
         executed = nbformat.read(temporary, as_version=4)
         for cell in executed.cells:
             if cell.cell_type == "code":
-                cell.outputs = list(without_progress(cell.outputs))
+                cell.outputs = list(settled(cell.outputs))
         nbformat.write(executed, temporary)
     run.path(f"{notebook}.failed.ipynb").unlink(missing_ok=True)
     records = run.metrics().get("notebooks", {})
@@ -350,8 +360,8 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
     run.record("notebooks", records)
 
 
-def without_progress(outputs: Iterable[nbformat.NotebookNode]) -> Iterable[nbformat.NotebookNode]:
-    """Outputs without progress bars, be they lines on stderr or widgets."""
+def settled(outputs: Iterable[nbformat.NotebookNode]) -> Iterable[nbformat.NotebookNode]:
+    """Outputs as they are kept: no progress bars, and of a widget the still picture."""
     for output in outputs:
         if output.output_type == "stream" and output.name == "stderr":
             # A bar draws over itself with returns and "cursor up".
@@ -361,8 +371,14 @@ def without_progress(outputs: Iterable[nbformat.NotebookNode]) -> Iterable[nbfor
             if not kept:
                 continue
         data = output.get("data", {})
-        if WIDGET not in data or not PROGRESS.search(data.get("text/plain", "")):
-            yield output
+        if WIDGET in data:
+            # A bar has no still picture, and nothing of it is kept.
+            if PROGRESS.search(data.get("text/plain", "")):
+                continue
+            if "text/html" in data:
+                rest = {key: value for key, value in data.items() if key != WIDGET}
+                output = nbformat.from_dict({**output, "data": rest})
+        yield output
 
 
 def _in_one_line(notebook: str, error, failed: Path) -> NeurolibError:
@@ -545,7 +561,7 @@ def _result_rows(run: Run, network: str, seed: int, fold: int, settings: dict) -
         "network": network,
         "seed": seed,
         "fold": fold,
-        "data": Path(metrics["about"]["data"]).name,
+        "data": data_label(metrics["about"]["data"]),
         "threshold_tau": metrics["target"]["tau"],
         "weights": metrics["about"]["weights"] if "scratch" not in network else "none",
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",

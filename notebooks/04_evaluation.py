@@ -25,10 +25,12 @@
 # - put an interval beside a mean over a few neurons
 #
 # **Before this:** [03 Training](03_training.ipynb).
+#
+# **Takes** 1 minutes and 0.9 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
 # %% tags=["parameters"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results
-data = "synthetic"  # "synthetic", "bigneuron-janelia", or a folder of image/SWC pairs
+data = "synthetic"  # "synthetic", "bigneuron-janelia", "rendered:FOLDER" of SWC files, or a folder of image/SWC pairs
 overlap = 0.0  # share by which neighbouring tiles overlap in y and x
 device = "auto"  # "auto", "cpu" or "cuda"
 

@@ -25,10 +25,12 @@
 # - tell the tracer's errors from the network's
 #
 # **Before this:** [04 Evaluation](04_evaluation.ipynb).
+#
+# **Takes** under a minute and 0.7 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
 # %% tags=["parameters"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results
-data = "synthetic"  # "synthetic", "bigneuron-janelia", or a folder of image/SWC pairs
+data = "synthetic"  # "synthetic", "bigneuron-janelia", "rendered:FOLDER" of SWC files, or a folder of image/SWC pairs
 overlap = 0.0  # share by which neighbouring tiles overlap, as in notebook 04
 device = "auto"  # "auto", "cpu" or "cuda"
 min_size = 200  # voxels; smaller pieces are dropped: a tube of radius 1.9 and length 18 has 200

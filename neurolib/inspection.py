@@ -1,0 +1,128 @@
+"""What is in a file: facts about images and trees, and whether the two belong together."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from neurolib import swc
+from neurolib.errors import NeurolibError
+from neurolib.volume import LEVELS, SUFFIXES, Volume, read_volume
+
+TREES = (".swc", ".eswc")
+# Voxels of which all are looked at; of larger volumes evenly spread slices stand for the rest.
+WHOLE = 1 << 27
+
+
+def inspect_files(paths: Sequence[str | Path], channel: int | None = None) -> Iterator[str]:
+    """Facts of each file, then of each image with its tree, as blocks of text.
+
+    Parameters
+    ----------
+    paths : sequence of path
+        Images and SWC files; a folder stands for the images and SWC files in it. An image and a
+        tree of equal names belong together, and so do the only image and the only tree.
+    channel : int, optional
+        Of multi-channel images.
+
+    Yields
+    ------
+    str
+        One block of lines per file or pair.
+
+    Raises
+    ------
+    NeurolibError
+        After the last file, if some could not be read: how many, of how many.
+    """
+    files = [file for path in paths for file in _expand(Path(path))]
+    images, trees, problems = [], {}, 0
+    for file in files:
+        try:
+            if file.suffix.lower() in TREES:
+                trees[file] = swc.read_swc(file)
+                facts = tree_facts(trees[file])
+            else:
+                facts = volume_facts(read_volume(file, channel))
+                images.append(file)
+        except NeurolibError as error:
+            problems += 1
+            facts = {"unusable": str(error)}
+        yield block(str(file), facts)
+    for image, tree in _pairs(images, trees):
+        # Read once more: all images of a folder at once need not fit into memory.
+        volume = read_volume(image, channel, check=False)
+        yield block(f"{image.name} with {tree.name}", fit_facts(trees[tree], volume))
+    if problems:
+        raise NeurolibError(
+            f"{problems} of {len(files)} files cannot be used, expected images "
+            f"({', '.join(SUFFIXES)}) and SWC files; the reasons are above"
+        )
+
+
+def _expand(path: Path) -> list[Path]:
+    if not path.is_dir() or path.suffix.lower() in SUFFIXES:
+        return [path]
+    found = [p for p in sorted(path.iterdir()) if p.suffix.lower() in (*SUFFIXES, *TREES)]
+    if not found:
+        raise NeurolibError(
+            f"{path}: a folder without images ({', '.join(SUFFIXES)}) and SWC files; name another"
+        )
+    return found
+
+
+def _pairs(images: list[Path], trees: dict[Path, swc.Tree]) -> list[tuple[Path, Path]]:
+    if len(images) == len(trees) == 1:
+        return [(images[0], next(iter(trees)))]
+    return [(i, t) for i in images for t in trees if i.with_suffix("") == t.with_suffix("")]
+
+
+def block(title: str, facts: dict[str, str]) -> str:
+    """A title and, indented below it, one fact a line."""
+    return "\n".join([title, *(f"  {key:<10} {value}" for key, value in facts.items())])
+
+
+def volume_facts(volume: Volume) -> dict[str, str]:
+    """Shape, type, spacing and intensities of a volume, in words."""
+    shape, spacing = volume.data.shape, volume.spacing
+    step = max(1, -(-int(np.prod(shape)) // WHOLE))
+    values = np.asarray(volume.data[::step])
+    low, middle, high = np.percentile(values, (LEVELS[0], 50, LEVELS[1]))
+    size = np.prod(shape) * volume.data.dtype.itemsize / 2**20
+    levels = "/".join(f"{q:g}" for q in (LEVELS[0], 50, LEVELS[1]))
+    return {
+        "shape": f"{' × '.join(map(str, shape))} (z, y, x), {volume.data.dtype}, {size:.1f} MiB",
+        "spacing": " × ".join(f"{d:g}" for d in spacing)
+        + (" (1 µm, or none recorded)" if spacing == (1, 1, 1) else " µm (z, y, x)"),
+        "intensity": f"{values.min():g} to {values.max():g}; percentiles {levels}: {low:g}, "
+        f"{middle:g}, {high:g}" + (f"; every {step}th slice" if step > 1 else ""),
+        "zeros": f"{(values == 0).mean():.1%} of the voxels",
+    }
+
+
+def tree_facts(tree: swc.Tree) -> dict[str, str]:
+    """Size and shape of a tree and what reading repaired, in words."""
+    if not len(tree.parent):
+        return {"tree": "no nodes"}
+    low, high = tree.xyz.min(axis=0), tree.xyz.max(axis=0)
+    roots = int((tree.parent < 0).sum())
+    spans = zip("xyz", low, high, strict=True)
+    radius = tree.radius
+    return {
+        "nodes": f"{len(tree.parent)} in {roots} {'tree' if roots == 1 else 'trees'}",
+        "length": f"{swc.length(tree):.1f} in the file's units, {len(swc.tips(tree))} tips, "
+        f"{len(swc.branch_points(tree))} branch points",
+        "box": ", ".join(f"{k} {a:g} to {b:g}" for k, a, b in spans),
+        "radius": f"{radius.min():g} to {radius.max():g}, median {np.median(radius):g}",
+        "repairs": "; ".join(tree.repairs) or "none",
+    }
+
+
+def fit_facts(tree: swc.Tree, volume: Volume) -> dict[str, str]:
+    """Whether a tree lies on the bright structures of a volume, in words."""
+    found = swc.fit(tree, volume)
+    return {
+        "inside": f"{found.inside:.1%} of the nodes lie in the image",
+        "contrast": f"{found.contrast:.2f} standard deviations brighter on the tree",
+        "frame": f"another fits better: {found.hint}" if found.hint else "no other fits better",
+    }

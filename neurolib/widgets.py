@@ -1,0 +1,60 @@
+"""Pictures that answer to sliders, with a still picture where nothing can answer.
+
+A widget works where a kernel runs: JupyterLab, Binder, Colab. On a page (nbviewer, HTML, a report)
+the same output shows its still picture, drawn at the controls' first values.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from neurolib.plotting import keep, markup, png
+from neurolib.runs import WIDGET
+
+
+def explore(
+    draw: Callable[..., Figure], name: str, alt: str, folder: str | Path | None = None, **controls
+) -> None:
+    """Display a figure that is drawn anew whenever one of its controls changes.
+
+    Parameters
+    ----------
+    draw : callable
+        Takes the value of each control by its name and gives a figure.
+    name, alt, folder
+        As in `neurolib.plotting.show`; of the still picture.
+    **controls : ipywidgets
+        Sliders, drop-down lists: anything with a ``value``.
+    """
+    import ipywidgets
+    from IPython.display import display
+
+    def picture() -> bytes:
+        return png(draw(**{key: control.value for key, control in controls.items()}))
+
+    still = picture()
+    keep(still, name, folder)
+    live = ipywidgets.Image(value=still, format="png")
+    problem = ipywidgets.Label()
+
+    def update(_) -> None:
+        # An error in a callback reaches nobody: it must be seen where the picture stays as it was.
+        try:
+            live.value, problem.value = picture(), ""
+        except Exception as error:
+            problem.value = f"not drawn: {type(error).__name__}: {error}; run the cell again"
+
+    for key, control in controls.items():
+        control.description = control.description or key
+        control.observe(update, "value")
+    box = ipywidgets.VBox([*controls.values(), problem, live])
+    # Front ends take the richest format they know: the widget, else the picture, else the words.
+    display(
+        {
+            WIDGET: {"version_major": 2, "version_minor": 0, "model_id": box.model_id},
+            "text/html": markup(still, name, alt),
+            "text/plain": alt,
+        },
+        raw=True,
+    )

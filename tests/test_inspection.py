@@ -1,0 +1,114 @@
+"""`neurolib inspect`: the facts are right, a bad file is one line, the others are still read."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from neurolib import swc, synthesis
+from neurolib.errors import NeurolibError
+from neurolib.inspection import inspect_files
+from neurolib.volume import write_volume
+
+DATA = Path(__file__).parents[1].parent / "shared" / "data"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shape = (24, 64, 70)
+    tree = synthesis.grow(3, shape)
+    stack = synthesis.render(tree, shape, seed=3)
+    write_volume(tmp_path / "cell.tif", stack.data, (2.0, 0.5, 0.5))
+    swc.write_swc(tmp_path / "cell.swc", tree)
+    return tmp_path
+
+
+def facts(text):
+    """What one block of text says, by its key."""
+    rows = [line.split(maxsplit=1) for line in text.splitlines()[1:]]
+    return {key: value for key, value in rows}
+
+
+def test_facts_of_an_image_are_numpys(folder):
+    from tifffile import imread
+
+    values = imread(folder / "cell.tif")
+    (text,) = inspect_files([folder / "cell.tif"])
+    found = facts(text)
+    assert found["shape"].startswith("24 × 64 × 70 (z, y, x), uint8")
+    assert found["spacing"] == "2 × 0.5 × 0.5 µm (z, y, x)"
+    low, middle, high = np.percentile(values, (0.5, 50, 99.8))
+    assert f"{low:g}, {middle:g}, {high:g}" in found["intensity"]
+    assert found["intensity"].startswith(f"{values.min()} to {values.max()};")
+
+
+def test_facts_of_a_tree_are_counted_from_its_lines(folder):
+    rows = [line.split() for line in (folder / "cell.swc").read_text().splitlines()]
+    rows = [row for row in rows if row[0] != "#" and not row[0].startswith("#")]
+    (text,) = inspect_files([folder / "cell.swc"])
+    found = facts(text)
+    assert found["nodes"] == f"{len(rows)} in 1 tree"
+    at = {row[0]: np.array(row[2:5], float) for row in rows}
+    whole = sum(np.linalg.norm(at[r[0]] - at[r[6]]) for r in rows if r[6] != "-1")
+    assert float(found["length"].split()[0]) == pytest.approx(whole, abs=0.06)
+
+
+def test_a_pair_is_compared_whatever_its_names(folder):
+    assert "no other fits better" in list(inspect_files([folder]))[-1]
+    tree = swc.read_swc(folder / "cell.swc")
+    swc.write_swc(folder / "mirrored.swc", swc.transform(tree, flip_y=64))
+    *_, last = inspect_files([folder / "mirrored.swc", folder / "cell.tif"])
+    assert last.startswith("cell.tif with mirrored.swc")
+    assert "another fits better: flip y?" in last
+    # Several files: by name only.
+    titles = [text.splitlines()[0] for text in inspect_files([folder])]
+    assert titles[-1] == "cell.tif with cell.swc"
+    assert len(titles) == 4
+
+
+def test_bad_files_are_named_and_the_others_read(folder):
+    (folder / "flat.npy").write_bytes(b"not an array")
+    files = [folder / "flat.npy", folder / "cell.tif", folder / "cell.swc"]
+    reading = inspect_files(files)
+    said = [next(reading) for _ in range(4)]
+    with pytest.raises(NeurolibError, match="1 of 3 files"):
+        next(reading)
+    titles = [text.splitlines()[0].rpartition("/")[2] for text in said]
+    assert titles == ["flat.npy", "cell.tif", "cell.swc", "cell.tif with cell.swc"]
+    assert [("unusable" in text) for text in said] == [True, False, False, False]
+    empty = folder / "empty"
+    empty.mkdir()
+    with pytest.raises(NeurolibError, match="without images"):
+        list(inspect_files([empty]))
+
+
+def test_the_command(folder):
+    command = [sys.executable, "-m", "neurolib.cli", "inspect"]
+    done = subprocess.run([*command, folder], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "no other fits better" in done.stdout
+    (folder / "a.txt").write_text("?")
+    bad = subprocess.run([*command, folder / "a.txt"], capture_output=True, text=True, check=False)
+    assert bad.returncode == 2
+    assert bad.stderr.startswith("neurolib: 1 of 1 files")
+    assert bad.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")
+def test_every_real_file_is_inspected():
+    """Stacks fit their trees; projections and archives are said to be no stacks."""
+    stacks = sorted((DATA / "real3d").iterdir())
+    trees = sorted(DATA.rglob("*.swc"))
+    assert len(trees) > 60
+    said = list(inspect_files([*stacks, *(p for p in trees if p not in stacks)]))
+    assert not [text for text in said if "  unusable" in text]
+    pairs = [text for text in said if " with " in text.splitlines()[0]]
+    assert len(pairs) == 6
+    assert all("no other fits better" in text for text in pairs)
+    for path in (*DATA.rglob("*.mip.tif"), *DATA.rglob("*.zip")):
+        reading = inspect_files([path])
+        assert "unusable" in next(reading)
+        with pytest.raises(NeurolibError, match="1 of 1 files"):
+            next(reading)
