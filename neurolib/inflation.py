@@ -67,8 +67,8 @@ def fold_rgb(
         raise SettingsError(f"fold={fold!r}: expected 'exact' or 'sum'")
     # In float64: the bias is a difference of sums over 3·p² products.
     w = weight.double()
-    mean = torch.as_tensor(mean, dtype=torch.float64).view(1, -1, 1, 1)
-    std = torch.as_tensor(std, dtype=torch.float64).view(1, -1, 1, 1)
+    mean = torch.as_tensor(mean, dtype=w.dtype, device=w.device).view(1, -1, 1, 1)
+    std = torch.as_tensor(std, dtype=w.dtype, device=w.device).view(1, -1, 1, 1)
     folded = (w / std).sum(1, keepdim=True)
     shift = (w * mean / std).sum((1, 2, 3))
     return folded.to(weight.dtype), (bias.double() - shift).to(bias.dtype)
@@ -127,7 +127,7 @@ def inflate(
         shape = (*weight.shape[:2], depth, *weight.shape[2:])
         values = torch.empty(shape, dtype=weight.dtype)
         return torch.nn.init.trunc_normal_(values, std=0.02, generator=generator)
-    along_z = slice_weights(depth, strategy).to(weight.dtype)
+    along_z = slice_weights(depth, strategy).to(weight)
     return weight[:, :, None] * along_z.view(1, 1, -1, 1, 1)
 
 
@@ -165,6 +165,31 @@ def resize_position(
     places = places.reshape(1, *old, -1).permute(0, 3, 1, 2)
     places = F.interpolate(places, size=grid, mode="bicubic", antialias=True)
     return torch.cat([fixed, places.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+def timm_registers(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """DINOv2's own files with registers, in timm's layout.
+
+    There the class token has a position, added whenever the network runs, and the register tokens
+    have another name. timm adds the position to the class token once; registers have none.
+
+    Parameters
+    ----------
+    weights : mapping of str to torch.Tensor
+        ``register_tokens`` (1, R, E), ``cls_token`` (1, 1, E), ``pos_embed`` (1, 1 + h·w, E) and
+        others.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        ``reg_token`` (1, R, E), ``cls_token`` (1, 1, E), ``pos_embed`` (1, h·w, E) and others.
+    """
+    weights = dict(weights)
+    position = weights[POSITION]
+    weights["reg_token"] = weights.pop("register_tokens")
+    weights["cls_token"] = weights["cls_token"] + position[:, :1]
+    weights[POSITION] = position[:, 1:]
+    return weights
 
 
 @dataclass(frozen=True)
@@ -212,7 +237,8 @@ def inflate_encoder(
     encoder : timm VisionTransformer
         Built with ``in_chans`` = depth; changed in place.
     weights : mapping of str to torch.Tensor
-        2D state dict in timm's key layout (`neurolib.weights.load_pretrained`).
+        2D state dict in timm's key layout (`neurolib.weights.load_pretrained`), or in that of
+        DINOv2's own files with registers.
     strategy, fold, generator
         See `inflate` and `fold_rgb`.
     mean, std : sequences of 3 floats
@@ -232,6 +258,8 @@ def inflate_encoder(
     weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
     if PATCH_WEIGHT not in weights:
         raise WeightsError(f"the weights have no {PATCH_WEIGHT}; expected a timm ViT's state dict")
+    if "register_tokens" in weights and {"cls_token", POSITION} <= weights.keys():
+        weights = timm_registers(weights)
     kernel = weights[PATCH_WEIGHT]
     # CLIP's patch embedding has no bias of its own; folding gives it one.
     grey, bias = fold_rgb(

