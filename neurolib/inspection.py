@@ -87,7 +87,10 @@ def volume_facts(volume: Volume) -> dict[str, str]:
     shape, spacing = volume.data.shape, volume.spacing
     step = max(1, -(-int(np.prod(shape)) // WHOLE))
     values = np.asarray(volume.data[::step])
-    low, middle, high = np.percentile(values, (LEVELS[0], 50, LEVELS[1]))
+    # As for scaling: of masked stacks the percentiles of what is not masked.
+    masked = (values == 0).mean() > 0.5 and values.any()
+    kept = values[values != 0] if masked else values
+    low, middle, high = np.percentile(kept, (LEVELS[0], 50, LEVELS[1]))
     size = np.prod(shape) * volume.data.dtype.itemsize / 2**20
     levels = "/".join(f"{q:g}" for q in (LEVELS[0], 50, LEVELS[1]))
     return {
@@ -95,7 +98,9 @@ def volume_facts(volume: Volume) -> dict[str, str]:
         "spacing": " × ".join(f"{d:g}" for d in spacing)
         + (" (1 µm, or none recorded)" if spacing == (1, 1, 1) else " µm (z, y, x)"),
         "intensity": f"{values.min():g} to {values.max():g}; percentiles {levels}: {low:g}, "
-        f"{middle:g}, {high:g}" + (f"; every {step}th slice" if step > 1 else ""),
+        f"{middle:g}, {high:g}"
+        + (" of the voxels that are not zero" if masked else "")
+        + (f"; every {step}th slice" if step > 1 else ""),
         "zeros": f"{(values == 0).mean():.1%} of the voxels",
     }
 

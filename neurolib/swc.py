@@ -216,16 +216,17 @@ def _assemble(table: np.ndarray, line_of: _LineNumbers, name: str, repairs: list
         raise refuse(row, f"{column} is {table[row, np.argmax(broken[row])]}, expected a number")
     for column in (0, 1, 6):
         # Above 2^53 neighbouring integers are no longer distinct as floats.
-        wrong = (table[:, column] % 1 != 0) | (np.abs(table[:, column]) > 2**53)
+        values = table[:, column]
+        wrong = (np.floor(values) != values) | (np.abs(values) > 2**53)
         if wrong.any():
             row = int(np.argmax(wrong))
             raise refuse(
                 row,
                 f"{COLUMNS.split()[column]} is {table[row, column]:g}, expected a whole number",
             )
-    far = np.abs(table[:, 2:6]).max(axis=1) > 1e9
+    far = np.abs(table[:, 2:6]) > 1e9
     if far.any():
-        row = int(np.argmax(far))
+        row = int(np.argmax(far.any(axis=1)))
         raise refuse(row, "coordinate or radius beyond 1e9, expected voxels; the file is damaged")
 
     rows, ids, order = _unique_nodes(table, line_of, refuse, repairs)

@@ -44,6 +44,15 @@ def test_facts_of_an_image_are_numpys(folder):
     assert found["intensity"].startswith(f"{values.min()} to {values.max()};")
 
 
+def test_masked_stacks_are_described_by_what_is_not_masked(tmp_path):
+    data = np.zeros((4, 20, 20), np.uint16)
+    data[1, 5:9] = np.arange(1, 81).reshape(4, 20)
+    (text,) = inspect_files([write_volume(tmp_path / "masked.tif", data)])
+    low, middle, high = np.percentile(np.arange(1, 81), (0.5, 50, 99.8))
+    assert f"{low:g}, {middle:g}, {high:g} of the voxels that are not zero" in text
+    assert "95.0% of the voxels" in facts(text)["zeros"]
+
+
 def test_facts_of_a_tree_are_counted_from_its_lines(folder):
     rows = [line.split() for line in (folder / "cell.swc").read_text().splitlines()]
     rows = [row for row in rows if row[0] != "#" and not row[0].startswith("#")]
