@@ -55,16 +55,21 @@ def sweep(
     grid: Annotated[Path, typer.Argument(help="A grid, as profiles/table1-cpu.yaml.")],
     data: Annotated[str, typer.Option(help="A folder of pairs instead of the grid's data.")] = "",
     folder: Annotated[Path, typer.Option(help="Folder in which runs lie.")] = Path("runs"),
+    workers: Annotated[int, typer.Option(help="Runs at the same time, sharing the cores.")] = 1,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Instead of the grid's seeds; may be repeated.")
+    ] = None,
 ) -> None:
-    """Run notebooks 01, 03 and 04 for every network, seed and fold of a grid.
+    """Run notebooks 03 and 04 for every network, seed and fold of a grid.
 
-    Finished runs are skipped, an interrupted sweep goes on. Notebook 06 shows the results.
+    Finished runs are skipped, failed ones tried again, an interrupted sweep goes on. Notebook 06
+    shows the results.
 
-    Example: neurolib sweep profiles/table1-cpu.yaml --data my_pairs
+    Example: neurolib sweep profiles/table1-cpu.yaml --data my_pairs --workers 2
     """
-    from neurolib.runs import run_sweep
+    from neurolib.sweeps import run_sweep
 
-    print(f"results: {run_sweep(grid, folder, data)}")
+    print(f"results: {run_sweep(grid, folder, data, workers, seed or ())}")
 
 
 @app.command()

@@ -168,7 +168,13 @@ def _read_neurons(path: Path) -> dict[str, str]:
 
 
 def split_by_neuron(
-    pairs: list[Pair], test: int = 1, validation: int = 1, seed: int = 0, held_out: str = ""
+    pairs: list[Pair],
+    test: int = 1,
+    validation: int = 1,
+    seed: int = 0,
+    held_out: str = "",
+    validate_on: str = "",
+    train: int = 0,
 ) -> Split:
     """Split pairs so that all crops of a neuron stay together.
 
@@ -179,37 +185,66 @@ def split_by_neuron(
         Numbers of neurons.
     seed : int
         Seeds the shuffle of the neurons.
-    held_out : str
-        Names of test neurons (or of their pairs), separated by commas, instead of a draw.
+    held_out, validate_on : str
+        Names of test and of validation neurons (or of their pairs), separated by commas, instead
+        of a draw.
+    train : int
+        Neurons to train on, drawn from those that are left; 0 takes all. With one seed, fewer
+        neurons are among the more.
 
     Raises
     ------
     DataError
         If no neuron is left to train on, or a held-out name is unknown.
     """
-    if test < 0 or validation < 0:
-        raise DataError(f"test={test}, validation={validation}: expected numbers of neurons")
+    if min(test, validation, train) < 0:
+        raise DataError(
+            f"test={test}, validation={validation}, train={train}: expected numbers of neurons"
+        )
     neurons = sorted({pair.neuron for pair in pairs})
     order = [neurons[i] for i in np.random.default_rng(seed).permutation(len(neurons))]
-    if held_out:
-        by_name = {pair.name: pair.neuron for pair in pairs} | {n: n for n in neurons}
-        asked = [name.strip() for name in held_out.split(",") if name.strip()]
+    by_name = {pair.name: pair.neuron for pair in pairs} | {n: n for n in neurons}
+
+    def named(key: str, text: str) -> list[str]:
+        asked = [name.strip() for name in text.split(",") if name.strip()]
         unknown = [name for name in asked if name not in by_name]
         if unknown:
-            raise DataError(f"held_out: no neuron {unknown[0]!r}; there are {', '.join(neurons)}")
+            raise DataError(f"{key}: no neuron {unknown[0]!r}; there are {', '.join(neurons)}")
         chosen = {by_name[name] for name in asked}
-        order = [n for n in order if n in chosen] + [n for n in order if n not in chosen]
-        test = len(chosen)
+        return [n for n in order if n in chosen]
+
+    tests, checks = named("held_out", held_out), named("validate_on", validate_on)
+    both = set(tests) & set(checks)
+    if both:
+        raise DataError(f"{min(both)}: both in held_out and in validate_on; choose one")
+    free = [n for n in order if n not in tests and n not in checks]
+    if not tests:
+        tests, free = free[:test], free[test:]
+    if not checks:
+        checks, free = free[:validation], free[validation:]
+    order = tests + checks + free
+    test, validation = (
+        (len(tests) if held_out else test),
+        (len(checks) if validate_on else validation),
+    )
     if len(neurons) - test - validation < 1:
         raise DataError(
             f"{len(neurons)} neurons cannot be split into {test} for test, {validation} for "
             "validation and at least one for training; add pairs or hold out fewer"
         )
+    rest = order[test + validation :]
+    if train > len(rest):
+        raise DataError(
+            f"train={train}: only {len(rest)} of {len(neurons)} neurons are left to train on; add "
+            "pairs or ask for fewer"
+        )
     role = {n: "test" for n in order[:test]}
     role |= {n: "validation" for n in order[test : test + validation]}
+    role |= {n: "train" for n in (rest[:train] if train else rest)}
     groups = {"train": [], "validation": [], "test": []}
     for pair in pairs:
-        groups[role.get(pair.neuron, "train")].append(pair)
+        if pair.neuron in role:
+            groups[role[pair.neuron]].append(pair)
     return Split(**{name: tuple(members) for name, members in groups.items()})
 
 
@@ -290,6 +325,20 @@ def crop(sample: Sample, lower: tuple, upper: tuple) -> Sample:
         response=sample.response[box],
         mask=sample.mask[box],
         tree=replace(sample.tree, xyz=sample.tree.xyz - offset),
+    )
+
+
+def every_slice(sample: Sample, every: int) -> Sample:
+    """Slices 0, every, 2 every ... of a sample; views, the tree stays in the frame of the whole."""
+    if every == 1:
+        return sample
+    dz, dy, dx = sample.spacing
+    return replace(
+        sample,
+        image=sample.image[::every],
+        response=sample.response[::every],
+        mask=sample.mask[::every],
+        spacing=(dz * every, dy, dx),
     )
 
 

@@ -28,8 +28,9 @@ def predict_volume(
     device: str = "auto",
     progress: bool = True,
     out: np.ndarray | None = None,
+    every: int = 1,
 ) -> np.ndarray:
-    """Predict the probability of neurite for every voxel.
+    """Predict the probability of neurite for every voxel, or for every voxel of some slices.
 
     Parameters
     ----------
@@ -46,10 +47,13 @@ def predict_volume(
         Show a progress bar over tiles.
     out : (z, y, x) float32 array, optional
         Written to instead of a new array (a memory map, say).
+    every : int
+        Predict slices 0, every, 2 every ... only, each from its whole block: a sample of the
+        volume at a fraction of the time, for networks that predict their centre slice.
 
     Returns
     -------
-    (z, y, x) float32 array
+    (z / every rounded up, y, x) float32 array
         Tiles without any signal (all their slices exactly zero, as outside the halo of a masked
         volume) are not run: their probability is 0.
 
@@ -67,10 +71,13 @@ def predict_volume(
         raise VolumeError(f"expected intensities in [0, 1], got {low:g} to {high:g}; normalise")
     if not 0 <= overlap <= 0.9:
         raise SettingsError(f"overlap={overlap}: expected 0 to 0.9")
-    if batch < 1:
-        raise SettingsError(f"batch={batch}: expected at least one tile")
-    out = np.zeros(image.shape, np.float32) if out is None else out
-    for first, slices in predict_slices(network, image, overlap, batch, device, progress):
+    if batch < 1 or every < 1:
+        raise SettingsError(f"batch={batch}, every={every}: expected at least 1 of each")
+    if every > 1 and network.settings.predict == "all":
+        raise SettingsError(f"every={every}: expected 1 for a network that predicts all slices")
+    depth = -(-image.shape[0] // every)
+    out = np.zeros((depth, *image.shape[1:]), np.float32) if out is None else out
+    for first, slices in predict_slices(network, image, overlap, batch, device, progress, every):
         out[first : first + len(slices)] = slices
     return out
 
@@ -108,17 +115,20 @@ def predict_slices(
     batch: int,
     device: str = "auto",
     progress: bool = True,
+    every: int = 1,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (first slice, probabilities (k, y, x)) in order of z; see `predict_volume`."""
     settings = network.settings
     shape = (settings.depth, settings.block, settings.block)
-    every = settings.predict == "all"
+    whole = settings.predict == "all"
     stride = max(1, round(settings.block * (1 - overlap)))
     # Five votes a slice need a block only every few slices; neighbours share two of them.
-    z_stride = max(1, settings.depth - 2) if every else 1
+    z_stride = max(1, settings.depth - 2) if whole else 1
     grid = block_grid(image.shape, shape, (z_stride, stride, stride))
     grid = grid[np.argsort(grid[:, 0], kind="stable")]
-    reach = settings.depth // 2 if every else 0
+    grid = grid[grid[:, 0] % every == 0] if every > 1 else grid
+    reach = settings.depth // 2 if whole else 0
+    depth = -(-image.shape[0] // every)
     window = gaussian_window(shape[1:])
     where = pick_device(device)
     network = network.to(where).eval()
@@ -127,16 +137,18 @@ def predict_slices(
     denominator = np.zeros_like(numerator)
     bar = tqdm(total=len(grid), desc="segmenting", mininterval=2, disable=not progress)
     for start in range(0, len(grid), batch):
-        places = grid[start : start + batch]
-        last = min(image.shape[0], int(places[-1, 0]) + reach + 1)
+        tiles = grid[start : start + batch]
+        # Where the votes go: among the slices that are predicted.
+        places = tiles // (every, 1, 1)
+        last = min(depth, int(places[-1, 0]) + reach + 1)
         numerator = _grow(numerator, last - first)
         denominator = _grow(denominator, last - first)
-        votes = _run(network, image, places, shape, where)
+        votes = _run(network, image, tiles, shape, where)
         accumulate(numerator, denominator, votes, places, window, first)
         bar.update(len(places))
         # Later places are at this z or deeper: slices above their reach are complete.
         rest = grid[start + batch :]
-        done = int(rest[0, 0]) - reach if len(rest) else image.shape[0]
+        done = int(rest[0, 0]) // every - reach if len(rest) else depth
         if done > first:
             k = done - first
             yield first, normalise(numerator[:k], denominator[:k])

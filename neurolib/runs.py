@@ -8,10 +8,10 @@ key of the notebook before it.
 
 import ast
 import contextlib
-import csv
 import difflib
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -19,13 +19,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nbformat
 import yaml
 
 from neurolib.datasets import (
+    Pair,
     Split,
     load_dataset,
     name_from,
@@ -41,9 +42,10 @@ from neurolib.volume import read_volume
 REPOSITORY = Path(__file__).resolve().parents[1]
 NOTEBOOKS = REPOSITORY / "notebooks"
 PROFILES = REPOSITORY / "profiles"
+DATA_NOTEBOOK = "01_data_blocking"
 COURSE = (
     "00_start_here",
-    "01_data_blocking",
+    DATA_NOTEBOOK,
     "02_weight_inflation",
     "03_training",
     "04_evaluation",
@@ -151,13 +153,13 @@ def read_profile(name: str | Path) -> dict:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
         raise SettingsError(f"{name}: no such profile; there are {known}, or give a file")
-    values = _read_yaml(path) or {}
+    values = read_yaml(path) or {}
     if not isinstance(values, dict) or any(isinstance(v, dict | list) for v in values.values()):
         raise SettingsError(f"{path}: expected a flat list of 'parameter: value' lines")
     return values
 
 
-def _read_yaml(path: Path) -> object:
+def read_yaml(path: Path) -> object:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -238,12 +240,13 @@ def run_course(
     parameters : dict, optional
         Override the profile.
     notebooks : tuple of str
+        Without notebook 01, its split and target are made here, from the same parameters.
 
     Returns
     -------
     Run
     """
-    defaults = {n: notebook_parameters(notebook_path(n)) for n in notebooks}
+    defaults = {n: notebook_parameters(notebook_path(n)) for n in (DATA_NOTEBOOK, *notebooks)}
     values = read_profile(profile) | (parameters or {})
     name = name or f"{data_label(data)}-{Path(profile).stem}"
     # Notebooks run in their own folder: what they get is relative to it.
@@ -252,10 +255,11 @@ def run_course(
         "data": name_from(data, NOTEBOOKS),
     }
     chosen = choose_parameters(values, defaults)
-    if "01_data_blocking" in notebooks:
-        _check_data(data, defaults["01_data_blocking"] | values)
+    _check_data(data, defaults[DATA_NOTEBOOK] | values)
     run = open_run(Path(folder) / name)
     before = _data_key(data)
+    if DATA_NOTEBOOK not in notebooks:
+        before += _prepare(run, data, defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK])
     for number, notebook in enumerate(notebooks, 1):
         before = _key(notebook, chosen[notebook], before)
         label = f"[{number}/{len(notebooks)}] {notebook}"
@@ -284,7 +288,14 @@ def _check_data(data: str, values: dict) -> None:
     if data in GENERATED:
         return
     pairs = load_dataset(data)
-    asked = ("test_neurons", "validation_neurons", "seed", "held_out")
+    asked = (
+        "test_neurons",
+        "validation_neurons",
+        "seed",
+        "held_out",
+        "validate_on",
+        "train_neurons",
+    )
     split_by_neuron(pairs, *(values[name] for name in asked))
     for pair in pairs:
         check_pair(read_swc(pair.swc), read_volume(pair.image).data.shape, pair.name)
@@ -294,6 +305,25 @@ def data_label(data: str) -> str:
     """A data set's name as part of a file name: ``rendered:a/b`` is ``rendered-b``."""
     kind, _, folder = data.rpartition(":")
     return f"{kind}-{Path(folder).name}" if kind.startswith("rendered") else Path(data).name
+
+
+def _split(pairs: list[Pair], values: dict) -> Split:
+    """The split that notebook 01 makes with these parameters."""
+    names = ("test_neurons", "validation_neurons", "seed", "held_out", "validate_on")
+    return split_by_neuron(pairs, *(values[n] for n in names), train=values["train_neurons"])
+
+
+def _prepare(run: Run, data: str, values: dict) -> str:
+    """Leave what notebook 01 would: split and target; return what they were made from."""
+    # Notebooks look for the files from another folder than this process does.
+    pairs = [
+        replace(pair, image=pair.image.resolve(), swc=pair.swc.resolve())
+        for pair in load_dataset(data)
+    ]
+    split = _split(pairs, values)
+    write_manifest(run.path("split.json"), split, values["seed"])
+    run.record("target", {"kind": values["target"], "tau": values["tau"]})
+    return json.dumps(values, sort_keys=True)
 
 
 def _data_key(data: str) -> str:
@@ -326,6 +356,8 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
 
     source, target = notebook_path(notebook), run.path(f"{notebook}.ipynb")
     started = time.monotonic()
+    # The bars of several workers would tear up each other.
+    alone = multiprocessing.parent_process() is None
     with atomic_path(target) as temporary, peak_memory() as peak, passive_threads():
         try:
             papermill.execute_notebook(
@@ -336,10 +368,10 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
                 kernel_name="python3",
                 start_timeout=START_TIMEOUT,
                 execution_timeout=CELL_TIMEOUT,
-                stderr_file=sys.stderr,
+                stderr_file=sys.stderr if alone else None,
                 # A warning about its local ports would tear up the progress bars.
                 extra_arguments=["--log-level=ERROR"],
-                progress_bar={"mininterval": 2, "ascii": True},
+                progress_bar={"mininterval": 2, "ascii": True, "disable": not alone},
             )
         except PapermillExecutionError as error:
             failed = run.path(f"{notebook}.failed.ipynb")
@@ -372,12 +404,11 @@ def settled(outputs: Iterable[nbformat.NotebookNode]) -> Iterable[nbformat.Noteb
                 continue
         data = output.get("data", {})
         if WIDGET in data:
-            # A bar has no still picture, and nothing of it is kept.
-            if PROGRESS.search(data.get("text/plain", "")):
+            # A progress bar or a live curve has no still picture, and nothing of it is kept.
+            if "text/html" not in data:
                 continue
-            if "text/html" in data:
-                rest = {key: value for key, value in data.items() if key != WIDGET}
-                output = nbformat.from_dict({**output, "data": rest})
+            rest = {key: value for key, value in data.items() if key != WIDGET}
+            output = nbformat.from_dict({**output, "data": rest})
         yield output
 
 
@@ -482,142 +513,3 @@ def write_report(run: Run, notebooks: tuple[str, ...] = COURSE) -> Path:
     with atomic_path(run.path("report.html")) as temporary:
         temporary.write_text(body, encoding="utf-8")
     return run.path("report.html")
-
-
-# ------------------------------------------------------------------------------------ sweep
-
-# What one line of a results file says, in this order.
-COLUMNS = (
-    "network", "seed", "fold", "neuron", "style", "data", "dice", "hd95", "cldice",
-    "threshold_tau", "steps", "batch", "size", "seconds", "weights", "device", "key",
-)  # fmt: skip
-SWEPT = ("01_data_blocking", "03_training", "04_evaluation")
-
-
-def read_grid(path: str | Path) -> dict:
-    """Read a sweep's grid: YAML with ``data``, ``networks``, ``seeds``, ``folds``, ``common``.
-
-    ``networks`` maps the name of each row to its parameters, ``folds`` lists held-out neurons,
-    ``common`` holds parameters of all runs, ``results`` names the tidy file to write.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise SettingsError(f"{path}: no such grid; profiles/table1-cpu.yaml is one")
-    grid = _read_yaml(path)
-    wanted = {"data", "networks", "seeds", "folds", "common", "results"}
-    if not isinstance(grid, dict) or set(grid) != wanted:
-        found = ", ".join(sorted(grid)) if isinstance(grid, dict) else type(grid).__name__
-        raise SettingsError(f"{path}: expected the keys {', '.join(sorted(wanted))}; got {found}")
-    return grid
-
-
-def run_sweep(path: str | Path, folder: str | Path = "runs", data: str = "") -> Path:
-    """Run every network, seed and fold of a grid, skip what is done, write the tidy results.
-
-    Parameters
-    ----------
-    path : path
-        A grid, see `read_grid`.
-    folder : path
-        In which the runs lie, each in ``<grid>/<network>-s<seed>-f<fold>``.
-    data : str
-        Instead of the grid's own.
-
-    Returns
-    -------
-    Path
-        The results file.
-    """
-    grid = read_grid(path)
-    data = data or grid["data"]
-    cells = [
-        (network, seed, fold)
-        for fold in range(len(grid["folds"]))
-        for seed in grid["seeds"]
-        for network in grid["networks"]
-    ]
-    defaults = {n: notebook_parameters(notebook_path(n)) for n in SWEPT}
-    for changes in grid["networks"].values():
-        choose_parameters(grid["common"] | changes, defaults)
-    results = REPOSITORY / grid["results"]
-    rows = []
-    for number, (network, seed, fold) in enumerate(cells, 1):
-        print(f"== {number}/{len(cells)}: {network}, seed {seed}, fold {fold}", flush=True)
-        settings = grid["common"] | grid["networks"][network]
-        settings |= {"seed": seed, "held_out": grid["folds"][fold]}
-        name = f"{Path(path).stem}/{network.replace(' ', '-')}-s{seed}-f{fold}"
-        run = run_course(data, Path(path).parent / "empty.yaml", name, folder, settings, SWEPT)
-        rows += _result_rows(run, network, seed, fold, settings)
-        _write_results(results, rows)
-    return results
-
-
-def _result_rows(run: Run, network: str, seed: int, fold: int, settings: dict) -> list[dict]:
-    import torch
-
-    metrics = run.metrics()
-    records = metrics["notebooks"]
-    shared = {
-        "network": network,
-        "seed": seed,
-        "fold": fold,
-        "data": data_label(metrics["about"]["data"]),
-        "threshold_tau": metrics["target"]["tau"],
-        "weights": metrics["about"]["weights"] if "scratch" not in network else "none",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "seconds": round(sum(records[n]["seconds"] for n in SWEPT)),
-        "key": records[SWEPT[-1]]["key"][:16],
-    } | {key: settings.get(key, "") for key in ("steps", "batch", "size")}
-    return [
-        shared
-        | {"neuron": name, "style": scores["style"]}
-        | {key.lower(): round(scores[key], 4) for key in ("Dice", "Hd95", "clDice")}
-        for name, scores in metrics["neurons"].items()
-    ]
-
-
-def _write_results(path: Path, rows: list[dict]) -> None:
-    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_results(path: str | Path) -> list[dict]:
-    """Read a tidy results file; numbers as floats."""
-    path = Path(path)
-    if not path.is_file():
-        raise SettingsError(f"{path}: no results; run: neurolib sweep profiles/table1-cpu.yaml")
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or set(rows[0]) != set(COLUMNS):
-        raise SettingsError(f"{path}: expected the columns {', '.join(COLUMNS)}")
-    return [
-        {k: float(v) if k in ("dice", "hd95", "cldice", "seconds") else v for k, v in row.items()}
-        for row in rows
-    ]
-
-
-def by_network(rows: list[dict], column: str) -> dict[str, dict[str, float]]:
-    """Mean over seeds of a column, as network → neuron → value, in the order of the file."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        found.setdefault(row["network"], {}).setdefault(row["neuron"], []).append(row[column])
-    return {
-        network: {neuron: sum(v) / len(v) for neuron, v in neurons.items()}
-        for network, neurons in found.items()
-    }
-
-
-def describe_results(rows: list[dict]) -> list[str]:
-    """What a results file was made with, one fact a line."""
-
-    def values(column: str) -> str:
-        return ", ".join(sorted({str(row[column]) for row in rows}))
-
-    return [
-        f"data: {values('data')} ({values('style')}), target threshold {values('threshold_tau')}",
-        f"seeds: {values('seed')}; folds: {values('fold')}",
-        f"{values('steps')} steps of {values('batch')} blocks at {values('size')} pixels",
-        f"{sum(row['seconds'] for row in rows) / 60:.0f} minutes on {values('device')}",
-    ]

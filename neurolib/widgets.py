@@ -13,6 +13,46 @@ from neurolib.plotting import keep, markup, png
 from neurolib.runs import WIDGET
 
 
+def live(draw: Callable[[list], Figure], alt: str, every: int = 10) -> Callable[[dict], None]:
+    """Display a picture of something that grows, and return what makes it grow by one row.
+
+    Nothing of it is kept in a stored notebook: when all is done, show the figure once more.
+
+    Parameters
+    ----------
+    draw : callable
+        Takes all rows so far and gives a figure.
+    alt : str
+        For front ends that show no widgets.
+    every : int
+        Rows between two drawings.
+
+    Returns
+    -------
+    callable
+        Takes one row, as `neurolib.training.train` gives it to `on_step`.
+    """
+    import ipywidgets
+    from IPython.display import display
+
+    picture = ipywidgets.Image(format="png")
+    rows: list[dict] = []
+
+    def add(row: dict) -> None:
+        rows.append(row)
+        if len(rows) % every == 0:
+            picture.value = png(draw(rows))
+
+    display(
+        {
+            WIDGET: {"version_major": 2, "version_minor": 0, "model_id": picture.model_id},
+            "text/plain": alt,
+        },
+        raw=True,
+    )
+    return add
+
+
 def explore(
     draw: Callable[..., Figure], name: str, alt: str, folder: str | Path | None = None, **controls
 ) -> None:

@@ -35,8 +35,10 @@ data = (
     "synthetic"  # "synthetic", "bigneuron-janelia", "rendered:FOLDER" of trees, a folder of pairs
 )
 test_neurons = 1  # neurons held out for the final numbers
+train_neurons = 0  # neurons to train on; 0 takes all that are left
 validation_neurons = 1  # neurons held out to choose the checkpoint and its threshold
 held_out = ""  # names of the test neurons, comma-separated, instead of a draw
+validate_on = ""  # names of the validation neurons, comma-separated, instead of a draw
 seed = 0  # of the split
 target = "sironi"  # "sironi", "scale_space" or "radius"
 tau = 0.1  # threshold of the target's response
@@ -342,7 +344,8 @@ print(f"split by block: Dice {leaked:.2f}; split by neuron: Dice {honest:.2f}")
 # (`in40_body`, `in40_tail`) marks them, or a file `neurons.csv` does.
 
 # %%
-split = datasets.split_by_neuron(pairs, test_neurons, validation_neurons, seed, held_out)
+named = {"held_out": held_out, "validate_on": validate_on, "train": train_neurons}
+split = datasets.split_by_neuron(pairs, test_neurons, validation_neurons, seed, **named)
 for role, members in zip(("train", "validation", "test"), split, strict=True):
     print(f"{role}: {', '.join(pair.name for pair in members)}")
 

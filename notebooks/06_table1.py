@@ -45,10 +45,10 @@ if "google.colab" in sys.modules:  # in JupyterLab and on Binder there is nothin
     site.main()  # lets this running Python see the package just installed
 
 # %%
-from neurolib import evaluation, plotting, runs
+from neurolib import evaluation, plotting, runs, sweeps
 
 run = runs.open_run(run_dir)
-rows = runs.read_results(results)
+rows = sweeps.read_results(results)
 print(f"{len(rows)} measurements: {', '.join(sorted({row['neuron'] for row in rows}))}")
 
 # %% [markdown]
@@ -60,13 +60,13 @@ print(f"{len(rows)} measurements: {', '.join(sorted({row['neuron'] for row in ro
 # Nothing is chosen on a held-out neuron. All networks share one learning rate, which was not searched
 # for any of them: a scratch network may want another.
 #
-# A sweep runs notebooks 01, 03 and 04 once per network, seed and fold, and writes one tidy file,
+# A sweep runs notebooks 03 and 04 once per network, seed and fold, and writes one tidy file,
 # one line per measurement:
 #
 # `neurolib sweep profiles/table1-cpu.yaml`
 
 # %%
-for line in runs.describe_results(rows):
+for line in sweeps.describe_results(rows):
     print(line)
 
 # %% [markdown]
@@ -75,7 +75,7 @@ for line in runs.describe_results(rows):
 # A line per neuron, its mean over the seeds; a bar for the mean over neurons.
 
 # %%
-dice = runs.by_network(rows, "dice")
+dice = sweeps.by_network(rows, "dice")
 means = {n: evaluation.bootstrap_interval(list(v.values())) for n, v in dice.items()}
 intervals = {name: (found.low, found.high) for name, found in means.items()}
 figure = plotting.dots(dice, "Dice", intervals)
@@ -83,7 +83,7 @@ alt = "Dice of each neuron under five networks; lines join the values of one neu
 plotting.show(figure, "dice", alt, run.figures)
 
 # %%
-figure = plotting.dots(runs.by_network(rows, "hd95"), "Hd95 (voxels)")
+figure = plotting.dots(sweeps.by_network(rows, "hd95"), "Hd95 (voxels)")
 alt = "Hd95 of each neuron under five networks; lines join the values of one neuron."
 plotting.show(figure, "hd95", alt, run.figures)
 

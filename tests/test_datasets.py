@@ -16,8 +16,10 @@ from neurolib import datasets, synthesis
 from neurolib.blocking import make_target
 from neurolib.datasets import (
     Pair,
+    Sample,
     Split,
     crop,
+    every_slice,
     folder_pairs,
     load_dataset,
     measure,
@@ -197,6 +199,44 @@ def test_held_out_neurons_are_the_test_set_by_neuron_or_pair_name():
     assert len({p.neuron for p in split.validation}) == 2
     assert "'x'" in refused(DataError, split_by_neuron, pairs, held_out="a,x")
     assert "5 neurons" in refused(DataError, split_by_neuron, pairs, held_out="a,b,c,d")
+
+
+def test_validation_neurons_can_be_named_and_are_never_drawn_for_the_test():
+    pairs = pairs_of("aabcde")
+    for seed in range(10):
+        split = split_by_neuron(pairs, test=2, seed=seed, validate_on="a")
+        assert {p.neuron for p in split.validation} == {"a"}
+        assert len(split.validation) == 2
+        assert len({p.neuron for p in split.test} - {"a"}) == 2
+    split = split_by_neuron(pairs, held_out="b,c", validate_on="p0")
+    assert [{p.neuron for p in part} for part in split] == [{"d", "e"}, {"a"}, {"b", "c"}]
+    assert "both in" in refused(DataError, split_by_neuron, pairs, held_out="a", validate_on="p0")
+    assert "validate_on" in refused(DataError, split_by_neuron, pairs, validate_on="x")
+    assert "5 neurons" in refused(DataError, split_by_neuron, pairs, test=4, validate_on="a")
+
+
+def test_fewer_training_neurons_are_among_the_more():
+    pairs = pairs_of("aabcdefg")
+    parts = [split_by_neuron(pairs, held_out="b", seed=3, train=n) for n in (1, 2, 4, 5, 0)]
+    sets = [{p.neuron for p in part.train} for part in parts]
+    assert [len(s) for s in sets] == [1, 2, 4, 5, 5]
+    assert sets[0] < sets[1] < sets[2] < sets[3] == sets[4]
+    assert all(part.test == parts[0].test for part in parts)
+    assert all(part.validation == parts[0].validation for part in parts)
+    assert "only 5 of 7" in refused(DataError, split_by_neuron, pairs, held_out="b", train=6)
+    assert "train=-1" in refused(DataError, split_by_neuron, pairs, train=-1)
+
+
+def test_a_sample_of_slices_keeps_its_place_in_space():
+    image = np.arange(7 * 2 * 2, dtype=np.float32).reshape(7, 2, 2)
+    tree = Tree(np.zeros((1, 3)), np.ones(1), np.ones(1, int), np.array([-1]))
+    pair = Pair("a", "a", Path("a.tif"), Path("a.swc"), "real")
+    whole = Sample(pair, image, (2.0, 1.0, 1.0), tree, image, image > 3)
+    third = every_slice(whole, 3)
+    assert third.image[:, 0, 0].tolist() == [0, 12, 24]
+    assert third.spacing == (6.0, 1.0, 1.0)
+    assert third.mask.shape == third.response.shape == (3, 2, 2)
+    assert every_slice(whole, 1) is whole
 
 
 @pytest.mark.parametrize("counts", [(-1, 1), (1, -1), (0, 5), (5, 5)])

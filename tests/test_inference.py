@@ -66,6 +66,29 @@ def test_identity_gives_every_volume_back(shape, depth, overlap, batch, predict)
     np.testing.assert_allclose(found, image, atol=1e-5)
 
 
+@pytest.mark.parametrize(("depth", "every"), [(10, 3), (9, 2), (7, 1), (3, 5)])
+@pytest.mark.parametrize("batch", [1, 4, 50])
+def test_a_sample_of_slices_is_that_of_the_whole(depth, every, batch):
+    class Neighbours(Identity):
+        def forward(self, blocks):
+            return blocks[:, 0].mean(1, keepdim=True)
+
+    image = volume((depth, 14, 11))
+    options = {"overlap": 0.5, "device": "cpu", "progress": False}
+    whole = predict_volume(Neighbours(5, 10), image, **options)
+    network = Neighbours(5, 10)
+    found = predict_volume(network, image, batch=batch, every=every, **options)
+    np.testing.assert_allclose(found, whole[::every], atol=1e-6)
+
+
+def test_a_sample_of_slices_needs_a_network_that_predicts_one():
+    image = volume((6, 10, 10))
+    with pytest.raises(SettingsError, match="every=2: expected 1"):
+        predict_volume(Identity(5, 10, "all"), image, every=2, device="cpu", progress=False)
+    with pytest.raises(SettingsError, match="every=0"):
+        predict_volume(Identity(), image, every=0, device="cpu", progress=False)
+
+
 @pytest.mark.parametrize("predict", ["center", "all"])
 def test_slices_come_in_order_without_gap(predict):
     image = volume((23, 14, 11))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from neurolib import evaluation, runs
+from neurolib import evaluation, runs, swc, sweeps, synthesis, volume
 from neurolib.errors import SettingsError
 
 GRID = """\
@@ -17,7 +17,7 @@ networks: {one: {depth: 1}}
 
 
 def row(network: str, neuron: str, seed: int, dice: float) -> dict:
-    values = dict.fromkeys(runs.COLUMNS, "x")
+    values = dict.fromkeys(sweeps.COLUMNS["test"], "x")
     values |= {"network": network, "neuron": neuron, "seed": seed, "dice": dice}
     return values | {"hd95": 1.0, "cldice": 0.5, "seconds": 60}
 
@@ -26,22 +26,22 @@ def test_results_round_trip_and_are_averaged_over_seeds(tmp_path):
     path = tmp_path / "table.csv"
     rows = [row("a", "n1", 0, 0.2), row("a", "n1", 1, 0.4), row("a", "n2", 0, 0.5)]
     rows += [row("b", "n1", 0, 0.6), row("b", "n2", 0, 0.5)]
-    runs._write_results(path, rows)
-    found = runs.read_results(path)
-    assert runs.by_network(found, "dice") == {
+    sweeps.write_results(path, rows)
+    found = sweeps.read_results(path)
+    assert sweeps.by_network(found, "dice") == {
         "a": {"n1": pytest.approx(0.3), "n2": 0.5},
         "b": {"n1": 0.6, "n2": 0.5},
     }
-    assert "5 minutes" in runs.describe_results(found)[-1]
+    assert "3 minutes" in sweeps.describe_results(found)[-1]
 
 
 def test_results_of_another_kind_are_refused(tmp_path):
     path = tmp_path / "table.csv"
     with pytest.raises(SettingsError, match="no results"):
-        runs.read_results(path)
+        sweeps.read_results(path)
     path.write_text("a,b\n1,2\n")
     with pytest.raises(SettingsError, match="expected the columns"):
-        runs.read_results(path)
+        sweeps.read_results(path)
 
 
 def test_networks_are_compared_on_the_neurons_that_both_have():
@@ -63,7 +63,7 @@ def test_networks_are_compared_on_the_neurons_that_both_have():
 def test_a_grid_is_read(tmp_path):
     path = tmp_path / "grid.yaml"
     path.write_text(GRID)
-    assert runs.read_grid(path)["networks"] == {"one": {"depth": 1}}
+    assert sweeps.read_grid(path)["networks"] == {"one": {"depth": 1}}
 
 
 @pytest.mark.parametrize(
@@ -78,28 +78,32 @@ def test_bad_grids_are_refused(text, message, tmp_path):
     path = tmp_path / "grid.yaml"
     path.write_text(text)
     with pytest.raises(SettingsError, match=message):
-        runs.read_grid(path)
+        sweeps.read_grid(path)
     with pytest.raises(SettingsError, match="no such grid"):
-        runs.read_grid(tmp_path / "none.yaml")
+        sweeps.read_grid(tmp_path / "none.yaml")
 
 
 def test_a_grid_with_an_unknown_parameter_fails_before_anything_runs(tmp_path):
     path = tmp_path / "grid.yaml"
     path.write_text(GRID.replace("depth", "dept"))
     with pytest.raises(SettingsError, match="did you mean 'depth'"):
-        runs.run_sweep(path, tmp_path / "runs")
+        sweeps.run_sweep(path, tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
 def test_every_profile_is_made_of_known_parameters():
     defaults = {n: runs.notebook_parameters(runs.notebook_path(n)) for n in runs.COURSE}
-    profiles = [path for path in runs.PROFILES.glob("*.yaml") if path.stem != "table1-cpu"]
-    assert len(profiles) >= 4
-    for path in profiles:
-        runs.choose_parameters(runs.read_profile(path), defaults)
-    grid = runs.read_grid(runs.PROFILES / "table1-cpu.yaml")
-    for network in grid["networks"].values():
-        runs.choose_parameters(grid["common"] | network, defaults)
+    paths = sorted(runs.PROFILES.glob("*.yaml"))
+    grids = [path for path in paths if "\nnetworks:" in path.read_text()]
+    assert len(grids) >= 2
+    assert len(paths) - len(grids) >= 4
+    for path in paths:
+        if path in grids:
+            grid = sweeps.read_grid(path)
+            for network in grid["networks"].values():
+                runs.choose_parameters(grid["common"] | network, defaults)
+        else:
+            runs.choose_parameters(runs.read_profile(path), defaults)
 
 
 def test_a_run_keeps_what_stages_record(tmp_path):
@@ -117,3 +121,65 @@ def test_without_a_checkpoint_a_run_takes_the_one_that_comes_along(tmp_path):
     assert runs.checkpoint_of(run).is_file()
     run.path("checkpoint.safetensors").write_bytes(b"")
     assert runs.checkpoint_of(run) == run.path("checkpoint.safetensors")
+
+
+SMALL = """\
+measure: validation
+data: {data}
+results: {results}
+seeds: [0]
+folds: [cell0]
+common:
+  encoder: test_vit.r160_in1k
+  initialisation: scratch
+  validate_on: cell1
+  size: 96
+  steps: 2
+  batch: 2
+  validate_every: 1
+  validation_blocks: 4
+networks:
+  slow: {{encoder_rate: 1.0e-5}}
+  wrong: {{encoder_rate: -1.0}}
+"""
+
+
+def test_a_sweep_with_two_workers_keeps_what_succeeds_and_goes_on(tmp_path, capfd):
+    grid, results, data = tmp_path / "grid.yaml", tmp_path / "results.csv", tmp_path / "data"
+    data.mkdir()
+    for seed in range(3):
+        tree = synthesis.grow(seed, (24, 64, 64))
+        swc.write_swc(data / f"cell{seed}.swc", tree)
+        stack = synthesis.render(tree, (24, 64, 64), seed=seed)
+        volume.write_volume(data / f"cell{seed}.tif", stack.data)
+    text = SMALL.format(results=results, data=data)
+    grid.write_text(text)
+    with pytest.raises(runs.NotebookError, match=r"1 of 2 runs failed .*encoder_rate=-1.0"):
+        sweeps.run_sweep(grid, tmp_path / "runs", workers=2)
+    rows = sweeps.read_results(results, "validation")
+    assert [(row["network"], row["step"]) for row in rows] == [("slow", 1), ("slow", 2)]
+    assert {row["neuron"] for row in rows} == {"cell1"}
+    assert {row["encoder_rate"] for row in rows} == {"1e-05"}
+    assert all(0 <= row["dice"] <= 1 for row in rows)
+    # The mended grid: what is done is kept, the rest is run; equal parameters, equal numbers.
+    grid.write_text(text.replace("-1.0", "1.0e-5"))
+    sweeps.run_sweep(grid, tmp_path / "runs", workers=2)
+    again = sweeps.read_results(results, "validation")
+    assert again[:2] == rows
+    assert [row["dice"] for row in again[2:]] == [row["dice"] for row in rows]
+    assert capfd.readouterr().out.count("done before") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("measure: validation", "measure: luck"), "expected one of test, validation"),
+        (("seeds: [0]", "seeds: []"), "expected a list that is not empty"),
+        (("networks:", "common_networks:"), "expected the keys"),
+    ],
+)
+def test_unusable_grids_say_why(change, message, tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text(SMALL.format(results="x.csv", data="x").replace(*change))
+    with pytest.raises(SettingsError, match=message):
+        sweeps.read_grid(path)

@@ -22,7 +22,6 @@ from neurolib.errors import DataError, SettingsError, WeightsError
 from neurolib.network import NetworkSettings, Segmenter, build
 from neurolib.swc import Tree
 from neurolib.training import (
-    LOSSES,
     SKELETON,
     THRESHOLDS,
     BlockSource,
@@ -37,7 +36,9 @@ from neurolib.training import (
     save_checkpoint,
     schedule,
     skeleton_recall,
+    soft_cldice,
     soft_dice,
+    soft_skeleton,
     train,
     validate,
     validation_blocks,
@@ -89,6 +90,54 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
+def tube_batch():
+    """Logits and masks (2, 1, 40, 40) of a bent tube, found with doubt and half a gap."""
+    y, x = torch.meshgrid(torch.arange(40.0), torch.arange(40.0), indexing="ij")
+    tube = ((y - 20 - 6 * torch.sin(x / 6)).abs() < 2).float()
+    doubt = torch.randn(2, 1, 40, 40, generator=torch.Generator().manual_seed(0))
+    logits = 3 * (2 * tube - 1) + doubt
+    logits[:, :, :, 18:22] -= 3
+    return logits.double(), tube.expand(2, 1, 40, 40).double()
+
+
+def test_losses_are_monais():
+    from monai import losses as monai
+
+    logits, mask = tube_batch()
+    for _ in range(2):
+        # MONAI takes clDice image by image; ours is that of the batch.
+        one, two = logits[:1], mask[:1]
+        cldice = monai.SoftclDiceLoss(iter_=3, smooth=1e-12)(one.sigmoid(), two)
+        assert soft_cldice(one, two).item() == pytest.approx(cldice.item(), abs=1e-6)
+        dice = monai.DiceLoss(sigmoid=True, batch=True, smooth_nr=1, smooth_dr=1)(logits, mask)
+        assert soft_dice(logits, mask).item() == pytest.approx(dice.item(), abs=1e-6)
+        loss = monai.FocalLoss(gamma=2.0)(logits, mask)
+        assert focal(logits, mask).item() == pytest.approx(loss.item(), abs=1e-6)
+        logits = logits * 0.2 - 1
+
+
+def test_soft_skeleton_is_the_middle_of_a_tube():
+    _, mask = tube_batch()
+    skeleton = soft_skeleton(mask)
+    assert set(skeleton.unique().tolist()) == {0.0, 1.0}
+    assert (skeleton <= mask).all()
+    # Every column of the tube keeps one or two voxels of four.
+    width = skeleton[0, 0].sum(0)[3:-3]
+    assert width.min() >= 1
+    assert width.max() <= 3
+
+
+def test_cldice_pulls_the_gap_shut():
+    logits, mask = tube_batch()
+    logits.requires_grad_()
+    before = soft_cldice(logits, mask)
+    (gradient,) = torch.autograd.grad(before, logits)
+    gap = mask.bool().clone()
+    gap[..., :18], gap[..., 22:] = False, False
+    assert gradient[gap].sum() < 0
+    assert soft_cldice(logits - 100 * gradient, mask) < before
+
+
 def test_soft_dice_is_that_of_the_whole_batch(batch):
     logits, response = batch
     mask = (response >= 0.1).astype(float)
@@ -138,7 +187,7 @@ def test_loss_terms_threshold_the_response_as_they_say(batch):
     assert parity["focal"].item() < terms["ce"].item()
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ["dice+focal", "dice+ce+skeleton"])
 def test_every_term_pulls_on_every_logit_in_the_right_direction(batch, name):
     _, response = batch
     response = torch.tensor(response)
@@ -580,8 +629,44 @@ def test_out_of_memory_proposes_what_to_lower(tmp_path, samples, checks, monkeyp
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(training, "loss_terms", exhausted)
-    with pytest.raises(SettingsError, match="batch=2"):
+    with pytest.raises(SettingsError, match=r"batch=2.*accumulate=2.*checkpointing"):
         train(network, samples, checks, tmp_path, FAST)
+
+
+def test_checkpointing_recomputes_the_same_gradients(samples):
+    blocks, responses = BlockSource(samples, 3, 48).batch(0, 2)
+    gradients = []
+    for checkpointing in (False, True):
+        network, _ = build(NETWORK, "scratch", seed=0)
+        network.encoder.set_grad_checkpointing(checkpointing)
+        loss = sum(loss_terms("dice+focal", network(blocks), responses[:, 1:2], 0.1).values())
+        loss.backward()
+        gradients.append([p.grad for p in network.parameters() if p.grad is not None])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_tensorboard_gets_every_number_of_every_step(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    add = training.tensorboard(tmp_path)
+    add({"step": 1, "loss": 0.5})
+    add({"step": 2, "loss": 0.25, "validation_dice": 0.75})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
+    assert [(e.step, e.value) for e in events.Scalars("validation_dice")] == [(2, 0.75)]
+
+
+def test_patience_stops_and_a_second_call_does_not_go_on(tmp_path, samples, checks, monkeypatch):
+    found = iter([0.1, 0.5, 0.4, 0.3, 0.2, 0.1])
+    monkeypatch.setattr(training, "validate", lambda *_: (next(found), 0.5))
+    settings = dataclasses.replace(FAST, steps=6, validate_every=1, patience=2)
+    network, _ = build(NETWORK, "scratch", seed=0)
+    result = train(network, samples, checks, tmp_path, settings)
+    assert (result.step, result.dice, len(result.history)) == (2, 0.5, 4)
+    network, _ = build(NETWORK, "scratch", seed=0)
+    again = train(network, samples, checks, tmp_path, settings)
+    assert [row["step"] for row in again.history] == [1, 2, 3, 4]
 
 
 # ------------------------------------------------------------------------- killed and resumed
@@ -718,6 +803,16 @@ def test_two_processes_step_along_the_mean_of_their_gradients(tmp_path, samples)
     for number, entry in optimizer.state_dict()["state"].items():
         moment = found[f"optimizer.{number}.exp_avg"]
         torch.testing.assert_close(moment, entry["exp_avg"], rtol=1e-3, atol=1e-6)
+
+    # One process that adds up two passes a step takes the same steps as the two processes.
+    network, _ = build(NETWORK, "scratch", seed=3)
+    alone = dataclasses.replace(TWO, accumulate=2)
+    train(network, samples, [tubes("v", 2)], tmp_path / "alone", alone)
+    weights = load_file(tmp_path / "alone" / "resume.safetensors")
+    assert weights.keys() == found.keys()
+    for key, value in weights.items():
+        if key.startswith("network."):
+            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------- checkpoints

@@ -76,6 +76,24 @@ def test_a_drawing_that_fails_says_so_and_keeps_the_picture(shown):
     assert live_picture(shown[0]).shape != before.shape
 
 
+def test_a_live_picture_is_drawn_anew_every_few_rows(shown):
+    drawn = []
+
+    def draw(rows):
+        drawn.append(len(rows))
+        return plotting.images({"a": np.eye(len(rows))})
+
+    add = widgets.live(draw, "words", every=3)
+    for step in range(7):
+        add({"step": step})
+    assert drawn == [3, 6]
+    (bundle,) = shown
+    assert "text/html" not in bundle
+    assert bytes(_instances[bundle[runs.WIDGET]["model_id"]].value).startswith(b"\x89PNG")
+    output = nbformat.v4.new_output("display_data", bundle)
+    assert list(runs.settled([output])) == []
+
+
 def test_layers_are_drawn_over_the_slice_they_belong_to():
     image = np.full((2, 30, 40), 0.5, np.float32)
     mask = np.zeros(image.shape, bool)

@@ -1,0 +1,289 @@
+"""Sweeps: the same notebooks once per network, seed and fold, and one tidy file of results.
+
+A grid is a YAML file, as ``profiles/table1-cpu.yaml``. Every cell of it is a run of its own
+(`neurolib.runs`), so that finished ones are skipped, failed and killed ones taken up again.
+"""
+
+import csv
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+from neurolib.errors import NeurolibError, SettingsError
+from neurolib.files import atomic_path
+from neurolib.runs import (
+    DATA_NOTEBOOK,
+    PROFILES,
+    REPOSITORY,
+    NotebookError,
+    Run,
+    choose_parameters,
+    data_label,
+    notebook_parameters,
+    notebook_path,
+    read_yaml,
+    run_course,
+)
+
+# What is measured, and the notebooks that do it: the networks on test neurons, or, to choose
+# rates by, their learning curves on validation neurons. Tests are never looked at for a choice.
+MEASURES = {"test": ("03_training", "04_evaluation"), "validation": ("03_training",)}
+# Parameters that grids vary, with one column each; empty where the notebook's default held.
+VARIED = (
+    "initialisation", "depth", "stem", "predict", "loss", "encoder_rate", "layer_decay",
+    "train_neurons",
+)  # fmt: skip
+SHARED = (
+    "data", "style", "threshold_tau", "steps", "batch", "size", *VARIED,
+    "seconds", "weights", "device", "key",
+)  # fmt: skip
+# What one line of a results file says, in this order.
+COLUMNS = {
+    "test": ("network", "seed", "fold", "neuron", "dice", "hd95", "cldice", "every", *SHARED),
+    "validation": ("network", "seed", "fold", "neuron", "step", "training_loss", "dice", *SHARED),
+}
+NUMBERS = ("dice", "hd95", "cldice", "seconds", "step", "training_loss")
+KEYS = {"data", "networks", "seeds", "folds", "common", "results"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid: which network, seed and fold, and the parameters of its notebooks."""
+
+    network: str
+    seed: int
+    fold: int
+    name: str
+    parameters: dict
+
+
+def read_grid(path: str | Path) -> dict:
+    """Read a sweep's grid.
+
+    Keys: ``networks`` maps the name of each row to its parameters, ``folds`` lists test neurons
+    held out together (comma-separated), ``seeds`` lists numbers, ``common`` holds parameters of
+    all runs, ``data`` and ``results`` name the data set and the tidy file to write; ``measure``
+    is ``test`` (if left out) or ``validation``.
+
+    Raises
+    ------
+    SettingsError
+        If the file is missing, not YAML, or lacks or has other keys.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SettingsError(f"{path}: no such grid; profiles/table1-cpu.yaml is one")
+    grid = read_yaml(path)
+    if not isinstance(grid, dict) or set(grid) - {"measure"} != KEYS:
+        found = ", ".join(sorted(grid)) if isinstance(grid, dict) else type(grid).__name__
+        raise SettingsError(f"{path}: expected the keys {', '.join(sorted(KEYS))}; got {found}")
+    grid.setdefault("measure", "test")
+    if grid["measure"] not in MEASURES:
+        raise SettingsError(
+            f"{path}: measure {grid['measure']!r}, expected one of {', '.join(MEASURES)}"
+        )
+    for key, kind in (("networks", dict), ("common", dict), ("seeds", list), ("folds", list)):
+        if not isinstance(grid[key], kind) or (key != "common" and not grid[key]):
+            raise SettingsError(
+                f"{path}: {key} is {grid[key]!r}, expected a {kind.__name__} that is not empty"
+            )
+    return grid
+
+
+def run_sweep(
+    path: str | Path,
+    folder: str | Path = "runs",
+    data: str = "",
+    workers: int = 1,
+    seeds: Sequence[int] = (),
+) -> Path:
+    """Run every network, seed and fold of a grid, skip what is done, write the tidy results.
+
+    Parameters
+    ----------
+    path : path
+        A grid, see `read_grid`.
+    folder : path
+        In which the runs lie, each in ``<grid>/<network>-s<seed>-f<fold>``.
+    data : str
+        Instead of the grid's own.
+    workers : int
+        Runs at the same time; the cores are divided between them. One thread each makes the most
+        of few cores, and CPU results do not depend on what else runs.
+    seeds : sequence of int
+        Instead of the grid's own.
+
+    Returns
+    -------
+    Path
+        The results file: after every run the results of all that are done.
+
+    Raises
+    ------
+    SettingsError
+        Before anything runs, if the grid is unusable.
+    NotebookError
+        After all others have run, if some failed; a second call tries these again.
+    """
+    if workers < 1:
+        raise SettingsError(f"workers={workers}: expected at least one")
+    grid = read_grid(path)
+    chain = MEASURES[grid["measure"]]
+    cells = list(_cells(grid, Path(path).stem, seeds))
+    defaults = {n: notebook_parameters(notebook_path(n)) for n in (DATA_NOTEBOOK, *chain)}
+    for cell in cells:
+        choose_parameters(cell.parameters, defaults)
+    results = REPOSITORY / grid["results"]
+    rows: dict[str, list[dict]] = {}
+    failed: list[str] = []
+    for cell, found in _execute(cells, data or grid["data"], folder, chain, workers):
+        if isinstance(found, NeurolibError):
+            failed.append(str(found))
+            print(f"== {cell.name} failed: {found}", flush=True)
+        else:
+            rows[cell.name] = _rows(found, cell, grid["measure"])
+            done = [row for one in cells for row in rows.get(one.name, [])]
+            write_results(results, done, grid["measure"])
+            print(f"== {len(rows)} of {len(cells)} done: {cell.name}", flush=True)
+    if failed:
+        raise NotebookError(
+            f"{len(failed)} of {len(cells)} runs failed (the first: {failed[0]}); the same command "
+            "tries them again"
+        )
+    return results
+
+
+def _cells(grid: dict, stem: str, seeds: Sequence[int]) -> Iterator[Cell]:
+    for fold, held_out in enumerate(grid["folds"]):
+        for seed in seeds or grid["seeds"]:
+            for network, changes in grid["networks"].items():
+                name = f"{stem}/{network.replace(' ', '-')}-s{seed}-f{fold}"
+                own = {"seed": seed, "held_out": held_out}
+                yield Cell(network, seed, fold, name, grid["common"] | changes | own)
+
+
+def _execute(
+    cells: list[Cell], data: str, folder: str | Path, chain: tuple[str, ...], workers: int
+) -> Iterator[tuple[Cell, Run | NeurolibError]]:
+    """Run the cells; yield each with its run, or with the error that ended it, as they end."""
+    profile = PROFILES / "empty.yaml"
+    if workers == 1:
+        for cell in cells:
+            try:
+                yield cell, run_course(data, profile, cell.name, folder, cell.parameters, chain)
+            except NeurolibError as error:
+                yield cell, error
+        return
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    # Not forked: a copy of a process that has started threads may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _divide_cores, (threads,)) as pool:
+        jobs = {
+            pool.submit(run_course, data, profile, c.name, folder, c.parameters, chain): c
+            for c in cells
+        }
+        for job in as_completed(jobs):
+            try:
+                yield jobs[job], job.result()
+            except NeurolibError as error:
+                yield jobs[job], error
+            except BrokenProcessPool:
+                yield jobs[job], NotebookError("a worker was killed, perhaps for lack of memory")
+
+
+def _divide_cores(threads: int) -> None:
+    """Set the number of threads of a worker and of the kernels that it starts."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def _rows(run: Run, cell: Cell, measure: str) -> list[dict]:
+    """The lines of a results file that one run gives."""
+    import torch
+
+    metrics = run.metrics()
+    records, about = metrics["notebooks"], metrics["about"]
+    chain = MEASURES[measure]
+    common = {
+        "network": cell.network,
+        "seed": cell.seed,
+        "fold": cell.fold,
+        "data": data_label(about["data"]),
+        "style": about["style"],
+        "threshold_tau": metrics["target"]["tau"],
+        "weights": about["weights"] if "scratch" not in cell.network else "none",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "seconds": round(sum(records[n]["seconds"] for n in chain)),
+        "key": records[chain[-1]]["key"][:16],
+        "every": cell.parameters.get("every", 1),
+    }
+    common |= {key: cell.parameters.get(key, "") for key in ("steps", "batch", "size", *VARIED)}
+    if measure == "validation":
+        curve = metrics["validation"]
+        return [common | {"neuron": curve["neurons"]} | point for point in curve["points"]]
+    return [
+        common
+        | {"neuron": name, "style": scores["style"]}
+        | {key.lower(): round(scores[key], 4) for key in ("Dice", "Hd95", "clDice")}
+        for name, scores in metrics["neurons"].items()
+    ]
+
+
+# ----------------------------------------------------------------------------------- results
+
+
+def write_results(path: Path, rows: list[dict], measure: str = "test") -> None:
+    """Write a tidy file, whole or not at all."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(
+            file, COLUMNS[measure], lineterminator="\n", extrasaction="ignore", restval=""
+        )
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_results(path: str | Path, measure: str = "test") -> list[dict]:
+    """Read a tidy results file; measurements as floats.
+
+    Raises
+    ------
+    SettingsError
+        If the file is missing or has other columns.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SettingsError(f"{path}: no results; run: neurolib sweep profiles/table1-cpu.yaml")
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or set(rows[0]) != set(COLUMNS[measure]):
+        raise SettingsError(f"{path}: expected the columns {', '.join(COLUMNS[measure])}")
+    return [{k: float(v) if k in NUMBERS else v for k, v in row.items()} for row in rows]
+
+
+def by_network(rows: list[dict], column: str) -> dict[str, dict[str, float]]:
+    """Mean over seeds of a column, as network → neuron → value, in the order of the file."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        found.setdefault(row["network"], {}).setdefault(row["neuron"], []).append(row[column])
+    return {
+        network: {neuron: sum(v) / len(v) for neuron, v in neurons.items()}
+        for network, neurons in found.items()
+    }
+
+
+def describe_results(rows: list[dict]) -> list[str]:
+    """What a results file was made with, one fact a line."""
+
+    def values(column: str) -> str:
+        return ", ".join(sorted({str(row[column]) for row in rows}))
+
+    runs = {(row["network"], row["seed"], row["fold"]): row["seconds"] for row in rows}
+    return [
+        f"data: {values('data')} ({values('style')}), target threshold {values('threshold_tau')}",
+        f"{len(runs)} runs; seeds: {values('seed')}; folds: {values('fold')}",
+        f"{values('steps')} steps of {values('batch')} blocks at {values('size')} pixels",
+        f"{sum(runs.values()) / 60:.0f} minutes of runs on {values('device')}",
+    ]
