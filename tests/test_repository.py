@@ -110,7 +110,8 @@ def imported_modules(source):
 
 
 def test_what_the_package_imports_is_declared():
-    declared = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
+    texts = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["peer"]
+    declared = {canonicalize_name(Requirement(text).name) for text in texts}
     for path in (ROOT / "neurolib").rglob("*.py"):
         for name in imported_modules(path.read_text(encoding="utf-8")):
             name = name.partition(".")[0]

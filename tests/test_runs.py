@@ -170,6 +170,14 @@ def test_a_sweep_with_two_workers_keeps_what_succeeds_and_goes_on(tmp_path, capf
     assert capfd.readouterr().out.count("done before") == 1
 
 
+def test_networks_whose_folders_would_be_the_same_are_refused(tmp_path):
+    path = tmp_path / "grid.yaml"
+    text = SMALL.format(results="x.csv", data="x")
+    path.write_text(text.replace("  slow:", "  a b:").replace("  wrong:", "  a/b:"))
+    with pytest.raises(SettingsError, match="share the folder grid/a-b-s0-f0"):
+        sweeps.run_sweep(path, tmp_path / "runs")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
