@@ -352,6 +352,7 @@ def _is_done(run: Run, notebook: str, key: str) -> bool:
 
 def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
     import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     source, target = notebook_path(notebook), run.path(f"{notebook}.ipynb")
@@ -377,6 +378,10 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
             failed = run.path(f"{notebook}.failed.ipynb")
             shutil.copy(temporary, failed)
             raise _in_one_line(notebook, error, failed) from None
+        except (DeadKernelError, CellTimeoutError) as error:
+            # The kernel holds the memory, and is what the system ends when there is none left.
+            reason = (str(error).splitlines() or ["the kernel died"])[0]
+            raise NotebookError(f"{notebook}: {reason}; perhaps for lack of memory") from None
         executed = nbformat.read(temporary, as_version=4)
         for cell in executed.cells:
             if cell.cell_type == "code":

@@ -8,6 +8,7 @@ import csv
 import multiprocessing
 import os
 import re
+import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -204,6 +205,8 @@ def _execute(
 def _divide_cores(threads: int) -> None:
     """Set the number of threads of a worker and of the kernels that it starts."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    # Ctrl-C must end a worker: taken for the error of one job, it would start the next one.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _rows(run: Run, cell: Cell, measure: str) -> list[dict]:
