@@ -32,6 +32,8 @@ PART = re.compile(
 )
 TREES = (".swc", ".eswc")
 NEURONS_FILE = "neurons.csv"
+# Data sets that their name and this version decide: nothing of theirs has to be hashed.
+GENERATED = ("synthetic", "bigneuron-janelia")
 # The name of a data set that is rendered from the trees of a folder, and of its microscope.
 RENDERED = re.compile(r"rendered(-(?P<style>[^:/\\]*))?:(?P<folder>.+)")
 
@@ -107,11 +109,32 @@ def name_from(name: str, start: str | Path) -> str:
     Folders in the name, as they are found from here, are written relative to `start`; names
     without a folder stay as they are.
     """
+    if name in GENERATED:
+        return name
     rendered = RENDERED.fullmatch(name)
     folder = rendered["folder"] if rendered else name
     if not Path(folder).is_dir():
         return name
     return name[: len(name) - len(folder)] + os.path.relpath(folder, start)
+
+
+def data_label(data: str) -> str:
+    """A data set's name as part of a file name: ``rendered:a/b`` is ``rendered-b``."""
+    rendered = RENDERED.fullmatch(data)
+    if not rendered:
+        return data if data in GENERATED else Path(data).resolve().name
+    return data[: len(data) - len(rendered["folder"]) - 1] + f"-{Path(rendered['folder']).name}"
+
+
+def data_key(data: str) -> str:
+    """What decides the pairs of a data set: of all its files the content, and whose neuron."""
+    if data in GENERATED:
+        return data
+    return ",".join(
+        f"{pair.neuron}:{file.name}:{_digest(file)}"
+        for pair in load_dataset(data)
+        for file in (pair.image, pair.swc)
+    )
 
 
 def folder_pairs(folder: str | Path, style: str = "real") -> list[Pair]:

@@ -106,6 +106,7 @@ class Segmenter(nn.Module):
         self.settings = settings
         # How `build` made the network; a checkpoint of a frozen encoder makes it again.
         self.initialisation, self.weights_file, self.seed, self.fold = "scratch", "", 0, "exact"
+        self.training_begun: tuple[str, str] | None = None  # written by `neurolib.training`
         try:
             self.encoder = timm.create_model(
                 settings.encoder.split(".")[0],

@@ -48,6 +48,7 @@ class UNet(nn.Module):
             ) from None
         self.settings = settings
         self.initialisation, self.weights_file, self.seed, self.fold = "scratch", "", 0, "exact"
+        self.training_begun = None
         self.body = Residual(
             spatial_dims=3,
             in_channels=1,

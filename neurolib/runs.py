@@ -26,8 +26,11 @@ import nbformat
 import yaml
 
 from neurolib.datasets import (
+    GENERATED,
     Pair,
     Split,
+    data_key,
+    data_label,
     load_dataset,
     name_from,
     read_manifest,
@@ -51,8 +54,6 @@ COURSE = (
     "04_evaluation",
     "05_swc_tracing",
 )
-# Data sets that their name and this version decide: nothing of theirs has to be hashed.
-GENERATED = ("synthetic", "bigneuron-janelia")
 # A kernel that hangs is ended: seconds to start, and per cell (GPU profiles train for hours).
 START_TIMEOUT, CELL_TIMEOUT = 120, 24 * 3600
 MEMORY_LIMIT_MB = 1500
@@ -255,9 +256,9 @@ def run_course(
         "data": name_from(data, NOTEBOOKS),
     }
     chosen = choose_parameters(values, defaults)
-    _check_data(data, defaults[DATA_NOTEBOOK] | values)
+    check_data(data, [defaults[DATA_NOTEBOOK] | values])
     run = open_run(Path(folder) / name)
-    before = _data_key(data)
+    before = data_key(data)
     if DATA_NOTEBOOK not in notebooks:
         before += _prepare(run, data, defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK])
     for number, notebook in enumerate(notebooks, 1):
@@ -283,28 +284,23 @@ def notebook_path(name: str) -> Path:
     return path
 
 
-def _check_data(data: str, values: dict) -> None:
-    """Unusable data must fail at once and in one line, not inside a notebook."""
+def check_data(data: str, choices: Iterable[dict]) -> None:
+    """Unusable data must fail at once and in one line, not inside a notebook.
+
+    Parameters
+    ----------
+    data : str
+        A data set.
+    choices : iterable of dict
+        Parameters of notebook 01, each a way to split it.
+    """
     if data in GENERATED:
         return
     pairs = load_dataset(data)
-    asked = (
-        "test_neurons",
-        "validation_neurons",
-        "seed",
-        "held_out",
-        "validate_on",
-        "train_neurons",
-    )
-    split_by_neuron(pairs, *(values[name] for name in asked))
+    for values in choices:
+        _split(pairs, values)
     for pair in pairs:
         check_pair(read_swc(pair.swc), read_volume(pair.image).data.shape, pair.name)
-
-
-def data_label(data: str) -> str:
-    """A data set's name as part of a file name: ``rendered:a/b`` is ``rendered-b``."""
-    kind, _, folder = data.rpartition(":")
-    return f"{kind}-{Path(folder).name}" if kind.startswith("rendered") else Path(data).name
 
 
 def _split(pairs: list[Pair], values: dict) -> Split:
@@ -324,13 +320,6 @@ def _prepare(run: Run, data: str, values: dict) -> str:
     write_manifest(run.path("split.json"), split, values["seed"])
     run.record("target", {"kind": values["target"], "tau": values["tau"]})
     return json.dumps(values, sort_keys=True)
-
-
-def _data_key(data: str) -> str:
-    if data in GENERATED:
-        return data
-    files = [file for pair in load_dataset(data) for file in (pair.image, pair.swc)]
-    return ",".join(f"{f.name}:{sha256(f)}" for f in files if f.is_file())
 
 
 def _key(notebook: str, parameters: dict, before: str) -> str:

@@ -15,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
+from neurolib.datasets import data_label
 from neurolib.errors import NeurolibError, SettingsError
 from neurolib.files import atomic_path
 from neurolib.runs import (
@@ -23,8 +24,8 @@ from neurolib.runs import (
     REPOSITORY,
     NotebookError,
     Run,
+    check_data,
     choose_parameters,
-    data_label,
     notebook_parameters,
     notebook_path,
     read_yaml,
@@ -39,9 +40,9 @@ VARIED = (
     "initialisation", "depth", "stem", "predict", "loss", "encoder_rate", "layer_decay",
     "train_neurons",
 )  # fmt: skip
+VARIED_AND_SHARED = ("steps", "batch", "size", *VARIED)
 SHARED = (
-    "data", "style", "threshold_tau", "steps", "batch", "size", *VARIED,
-    "seconds", "weights", "device", "key",
+    "data", "style", "threshold_tau", *VARIED_AND_SHARED, "seconds", "weights", "device", "key",
 )  # fmt: skip
 # What one line of a results file says, in this order.
 COLUMNS = {
@@ -88,11 +89,29 @@ def read_grid(path: str | Path) -> dict:
         raise SettingsError(
             f"{path}: measure {grid['measure']!r}, expected one of {', '.join(MEASURES)}"
         )
-    for key, kind in (("networks", dict), ("common", dict), ("seeds", list), ("folds", list)):
-        if not isinstance(grid[key], kind) or (key != "common" and not grid[key]):
+    if not (isinstance(grid["common"], dict) and all(isinstance(k, str) for k in grid["common"])):
+        raise SettingsError(f"{path}: common is {grid['common']!r}, expected parameters: values")
+    networks = grid["networks"]
+    if not (isinstance(networks, dict) and networks):
+        raise SettingsError(
+            f"{path}: networks is {networks!r}, expected rows, as 'a: {{depth: 1}}'"
+        )
+    for name, changes in networks.items():
+        if not (isinstance(name, str) and isinstance(changes, dict)):
             raise SettingsError(
-                f"{path}: {key} is {grid[key]!r}, expected a {kind.__name__} that is not empty"
+                f"{path}: network {name!r}: {changes!r}, expected a name in letters and its "
+                "parameters, as 'a: {depth: 1}'"
             )
+    for key, kind, example in (("seeds", int, "[0, 1]"), ("folds", str, "[cell1, cell2]")):
+        if not isinstance(grid[key], list) or not grid[key]:
+            raise SettingsError(f"{path}: {key} is {grid[key]!r}, expected a list, as {example}")
+        if not all(type(item) is kind for item in grid[key]):
+            raise SettingsError(f"{path}: {key} is {grid[key]!r}, expected {example}")
+    for key in ("data", "results"):
+        if not isinstance(grid[key], str) or not grid[key]:
+            raise SettingsError(f"{path}: {key} is {grid[key]!r}, expected a name")
+    if not grid["results"].endswith(".csv"):
+        raise SettingsError(f"{path}: results is {grid['results']!r}, expected a .csv")
     return grid
 
 
@@ -112,12 +131,13 @@ def run_sweep(
     folder : path
         In which the runs lie, each in ``<grid>/<network>-s<seed>-f<fold>``.
     data : str
-        Instead of the grid's own.
+        Instead of the grid's own; folders and results are then named by the data too.
     workers : int
         Runs at the same time; the cores are divided between them. One thread each makes the most
         of few cores, and CPU results do not depend on what else runs.
     seeds : sequence of int
-        Instead of the grid's own.
+        Instead of the grid's own. Results of other seeds stay in the file if all their
+        parameters are those of the grid.
 
     Returns
     -------
@@ -135,7 +155,12 @@ def run_sweep(
         raise SettingsError(f"workers={workers}: expected at least one")
     grid = read_grid(path)
     chain = MEASURES[grid["measure"]]
-    cells = list(_cells(grid, Path(path).stem, seeds))
+    results, stem = REPOSITORY / grid["results"], Path(path).stem
+    if data and data_label(data) != data_label(grid["data"]):
+        results = results.with_stem(f"{results.stem}-{data_label(data)}")
+        stem += f"-{data_label(data)}"
+    data = data or grid["data"]
+    cells = list(_cells(grid, stem, seeds))
     defaults = {n: notebook_parameters(notebook_path(n)) for n in (DATA_NOTEBOOK, *chain)}
     for cell in cells:
         choose_parameters(cell.parameters, defaults)
@@ -143,17 +168,18 @@ def run_sweep(
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise SettingsError(f"{path}: two runs would share the folder {twice}; rename a network")
-    results = REPOSITORY / grid["results"]
+    check_data(data, [defaults[DATA_NOTEBOOK] | cell.parameters for cell in cells])
+    kept = _kept(results, cells, data, grid["measure"])
     rows: dict[str, list[dict]] = {}
     failed: list[str] = []
-    for cell, found in _execute(cells, data or grid["data"], folder, chain, workers):
+    for cell, found in _execute(cells, data, folder, chain, workers):
         if isinstance(found, NeurolibError):
             failed.append(str(found))
             print(f"== {cell.name} failed: {found}", flush=True)
         else:
-            rows[cell.name] = _rows(found, cell, grid["measure"])
+            rows[cell.name] = _rows(found, cell, data, grid["measure"])
             done = [row for one in cells for row in rows.get(one.name, [])]
-            write_results(results, done, grid["measure"])
+            write_results(results, kept + done, grid["measure"])
             print(f"== {len(rows)} of {len(cells)} done: {cell.name}", flush=True)
     if failed:
         raise NotebookError(
@@ -165,7 +191,7 @@ def run_sweep(
 
 def _cells(grid: dict, stem: str, seeds: Sequence[int]) -> Iterator[Cell]:
     for fold, held_out in enumerate(grid["folds"]):
-        for seed in seeds or grid["seeds"]:
+        for seed in dict.fromkeys(seeds or grid["seeds"]):
             for network, changes in grid["networks"].items():
                 label = re.sub(r"[^\w.+-]+", "-", network)
                 name = f"{stem}/{label}-s{seed}-f{fold}"
@@ -188,18 +214,35 @@ def _execute(
     threads = max(1, (os.cpu_count() or 1) // workers)
     # Not forked: a copy of a process that has started threads may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _divide_cores, (threads,)) as pool:
-        jobs = {
-            pool.submit(run_course, data, profile, c.name, folder, c.parameters, chain): c
-            for c in cells
-        }
-        for job in as_completed(jobs):
-            try:
-                yield jobs[job], job.result()
-            except NeurolibError as error:
-                yield jobs[job], error
-            except BrokenProcessPool:
-                yield jobs[job], NotebookError("a worker was killed, perhaps for lack of memory")
+
+    def together(some: list[Cell]) -> Iterator[tuple[Cell, Run | NeurolibError | None]]:
+        size = min(workers, len(some))
+        with ProcessPoolExecutor(size, context, _divide_cores, (threads,)) as pool:
+            jobs = {
+                pool.submit(run_course, data, profile, c.name, folder, c.parameters, chain): c
+                for c in some
+            }
+            for job in as_completed(jobs):
+                try:
+                    yield jobs[job], job.result()
+                except NeurolibError as error:
+                    yield jobs[job], error
+                except BrokenProcessPool:
+                    yield jobs[job], None
+
+    # A worker that is killed takes the whole pool with it; whose fault it was shows one by one.
+    alone = []
+    for cell, found in together(cells):
+        if found is None:
+            alone.append(cell)
+        else:
+            yield cell, found
+    for cell in alone:
+        for _, found in together([cell]):
+            yield (
+                cell,
+                found or NotebookError("its process was killed, perhaps for lack of memory"),
+            )
 
 
 def _divide_cores(threads: int) -> None:
@@ -209,10 +252,8 @@ def _divide_cores(threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _rows(run: Run, cell: Cell, measure: str) -> list[dict]:
+def _rows(run: Run, cell: Cell, data: str, measure: str) -> list[dict]:
     """The lines of a results file that one run gives."""
-    import torch
-
     metrics = run.metrics()
     records, about = metrics["notebooks"], metrics["about"]
     chain = MEASURES[measure]
@@ -220,24 +261,47 @@ def _rows(run: Run, cell: Cell, measure: str) -> list[dict]:
         "network": cell.network,
         "seed": cell.seed,
         "fold": cell.fold,
-        "data": data_label(about["data"]),
+        "data": data_label(data),
         "style": about["style"],
         "threshold_tau": metrics["target"]["tau"],
         "weights": "none" if about["encoder"].endswith(" scratch") else about["weights"],
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "device": about["device"],
         "seconds": round(sum(records[n]["seconds"] for n in chain)),
         "key": records[chain[-1]]["key"][:16],
         "every": cell.parameters.get("every", 1),
     }
-    common |= {key: cell.parameters.get(key, "") for key in ("steps", "batch", "size", *VARIED)}
+    common |= _told(cell)
     if measure == "validation":
         curve = metrics["validation"]
         return [common | {"neuron": curve["neurons"]} | point for point in curve["points"]]
     return [
         common
         | {"neuron": name, "style": scores["style"]}
-        | {key.lower(): round(scores[key], 4) for key in ("Dice", "Hd95", "clDice")}
+        # clDice is not measured on a sample of the slices.
+        | {k.lower(): round(scores[k], 4) for k in ("Dice", "Hd95", "clDice") if k in scores}
         for name, scores in metrics["neurons"].items()
+    ]
+
+
+def _told(cell: Cell) -> dict:
+    """Those parameters of a cell that its results name; empty where a default held."""
+    return {key: cell.parameters.get(key, "") for key in VARIED_AND_SHARED}
+
+
+def _kept(path: Path, cells: list[Cell], data: str, measure: str) -> list[dict]:
+    """Results of other seeds with these same networks and parameters, from an earlier call."""
+    try:
+        rows = read_results(path, measure)
+    except SettingsError:
+        return []
+    seeds = {str(cell.seed) for cell in cells}
+    told = {(c.network, str(c.fold)): {k: str(v) for k, v in _told(c).items()} for c in cells}
+    return [
+        row
+        for row in rows
+        if row["seed"] not in seeds
+        and row["data"] == data_label(data)
+        and told.get((row["network"], row["fold"])) == {key: row[key] for key in VARIED_AND_SHARED}
     ]
 
 
@@ -245,17 +309,19 @@ def _rows(run: Run, cell: Cell, measure: str) -> list[dict]:
 
 
 def write_results(path: Path, rows: list[dict], measure: str = "test") -> None:
-    """Write a tidy file, whole or not at all."""
+    """Write a tidy file, whole or not at all; NaN is an empty place."""
     with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(
             file, COLUMNS[measure], lineterminator="\n", extrasaction="ignore", restval=""
         )
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(
+            {key: "" if value != value else value for key, value in row.items()} for row in rows
+        )
 
 
 def read_results(path: str | Path, measure: str = "test") -> list[dict]:
-    """Read a tidy results file; measurements as floats.
+    """Read a tidy results file; measurements as floats, NaN where there is none.
 
     Raises
     ------
@@ -269,7 +335,12 @@ def read_results(path: str | Path, measure: str = "test") -> list[dict]:
         rows = list(csv.DictReader(file))
     if not rows or set(rows[0]) != set(COLUMNS[measure]):
         raise SettingsError(f"{path}: expected the columns {', '.join(COLUMNS[measure])}")
-    return [{k: float(v) if k in NUMBERS else v for k, v in row.items()} for row in rows]
+    try:
+        return [
+            {k: float(v or "nan") if k in NUMBERS else v for k, v in row.items()} for row in rows
+        ]
+    except ValueError as error:
+        raise SettingsError(f"{path}: {error}; expected numbers in {', '.join(NUMBERS)}") from None
 
 
 def by_network(rows: list[dict], column: str) -> dict[str, dict[str, float]]:

@@ -436,6 +436,8 @@ def train(
     average = {k: v.detach().clone() for k, v in network.state_dict().items()}
     state = _Resume(folder, network, optimizer, average, _identity(network, settings, tau, blocks))
     step, history, best = state.load()
+    if step == 0 and fabric.is_global_zero:
+        state.save(step, history, best)  # stopped soon, the same object has other weights
 
     bar = tqdm(
         range(step, step if _out_of_patience(history, best, settings) else settings.steps),
@@ -519,6 +521,12 @@ def _prepare_encoder(network: Segmenter, settings: TrainingSettings) -> None:
         # wait for its gradient.
         parameter.requires_grad_(not (settings.frozen or name.startswith("norm.")))
     network.encoder.set_grad_checkpointing(settings.checkpointing)
+
+
+def device_name(fabric: Fabric) -> str:
+    """The name of the card on which a training runs, or ``CPU``."""
+    on_card = fabric.device.type == "cuda"
+    return torch.cuda.get_device_name(fabric.device) if on_card else fabric.device.type.upper()
 
 
 def tensorboard(folder: str | Path) -> Callable[[dict], None]:
@@ -776,19 +784,23 @@ def _read_header(path: str | Path) -> dict:
 def _identity(
     network: Segmenter, settings: TrainingSettings, tau: float, blocks: BlockSource
 ) -> str:
-    """What must be equal for a killed run to go on: settings, first weights and blocks."""
-    first = float(sum(p.detach().double().abs().sum() for p in network.parameters()))
-    return json.dumps(
-        {
-            "network": settings_of(network),
-            "training": asdict(settings),
-            "tau": tau,
-            "weights": f"{first:.9e}",
-            "neurons": [sample.pair.name for sample in blocks.samples],
-            "places": zlib.crc32(np.ascontiguousarray(blocks.places, np.int64).tobytes()),
-        },
-        sort_keys=True,
-    )
+    """What must be equal for a run that was ended to go on: settings, first weights, blocks.
+
+    A network that was already in this same training is not what it was at first: its object
+    remembers.
+    """
+    facts = {
+        "network": settings_of(network),
+        "training": asdict(settings),
+        "tau": tau,
+        "neurons": [sample.pair.name for sample in blocks.samples],
+        "places": zlib.crc32(np.ascontiguousarray(blocks.places, np.int64).tobytes()),
+    }
+    given = json.dumps(facts, sort_keys=True)
+    if network.training_begun is None or network.training_begun[0] != given:
+        first = float(sum(p.detach().double().abs().sum() for p in network.parameters()))
+        network.training_begun = given, f"{first:.9e}"
+    return json.dumps(network.training_begun)
 
 
 class _Resume:

@@ -1,5 +1,8 @@
 """Run folders, grids and results files: what is written is read back, the rest is refused."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 
@@ -182,7 +185,14 @@ def test_networks_whose_folders_would_be_the_same_are_refused(tmp_path):
     ("change", "message"),
     [
         (("measure: validation", "measure: luck"), "expected one of test, validation"),
-        (("seeds: [0]", "seeds: []"), "expected a list that is not empty"),
+        (("seeds: [0]", "seeds: []"), r"seeds is \[\], expected a list"),
+        (("seeds: [0]", "seeds: [yes]"), r"seeds is \[True\], expected \[0, 1\]"),
+        (("folds: [cell0]", "folds: [[cell0]]"), "folds is"),
+        (("  slow:", "  1:"), "network 1: .* expected a name in letters"),
+        (("{encoder_rate: 1.0e-5}", "3"), "network 'slow': 3"),
+        (("  steps: 2", "  1: 2"), "common is"),
+        (("results: x.csv", "results:"), "results is None"),
+        (("results: x.csv", "results: x.txt"), "expected a .csv"),
         (("networks:", "common_networks:"), "expected the keys"),
     ],
 )
@@ -191,3 +201,33 @@ def test_unusable_grids_say_why(change, message, tmp_path):
     path.write_text(SMALL.format(results="x.csv", data="x").replace(*change))
     with pytest.raises(SettingsError, match=message):
         sweeps.read_grid(path)
+
+
+def test_results_of_other_seeds_stay_if_all_else_is_equal(tmp_path):
+    path = tmp_path / "results.csv"
+    told = {key: "" for key in sweeps.VARIED_AND_SHARED} | {"steps": 5, "depth": 1}
+
+    def old(**changes) -> dict:
+        return row("a", "n1", 1, 0.5) | told | {"fold": 0, "data": "x"} | changes
+
+    kept = old(cldice=float("nan"))
+    others = [old(seed=0), old(data="y"), old(steps=6), old(network="b"), old(fold=1)]
+    sweeps.write_results(path, [kept, *others])
+    cell = sweeps.Cell("a", 0, 0, "grid/a-s0-f0", {"steps": 5, "depth": 1})
+    found = sweeps._kept(path, [cell], "somewhere/x", "test")
+    assert [(one["seed"], one["steps"], one["network"]) for one in found] == [("1", "5", "a")]
+    assert np.isnan(found[0]["cldice"])
+
+
+def test_a_run_that_kills_its_worker_fails_alone(monkeypatch):
+    cells = [sweeps.Cell(name, 0, 0, name, {}) for name in ("one", "killer", "two")]
+    monkeypatch.setattr(sweeps, "run_course", dies)
+    found = {cell.name: got for cell, got in sweeps._execute(cells, "", "", (), 2)}
+    assert str(found.pop("killer")).startswith("its process was killed")
+    assert found == {"one": "one", "two": "two"}
+
+
+def dies(data, profile, name, *rest):
+    if name == "killer":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return name

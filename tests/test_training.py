@@ -754,6 +754,30 @@ def test_finished_run_is_not_trained_again_and_other_settings_start_anew(tmp_pat
     assert steps(network_seed=1, decoder_rate=2e-3, data=samples[:1]) == 2
 
 
+@pytest.mark.parametrize("at", [1, 3], ids=["before anything was kept", "after"])
+def test_a_stopped_cell_that_is_run_again_goes_on(at, tmp_path, samples, checks):
+    """The interrupt button of a notebook: the network object has been changed, and stays."""
+
+    def stop(row):
+        if row["step"] == at:
+            raise KeyboardInterrupt
+
+    network, _ = build(NETWORK, "scratch", seed=3)
+    with pytest.raises(KeyboardInterrupt):
+        train(network, samples, checks, tmp_path / "stopped", FAST, on_step=stop)
+    rows = []
+    train(network, samples, checks, tmp_path / "stopped", FAST, on_step=rows.append)
+    assert [row["step"] for row in rows] == list(range(at // 2 * 2 + 1, 7))
+    again, _ = build(NETWORK, "scratch", seed=3)
+    train(again, samples, checks, tmp_path / "whole", FAST)
+    for key, value in again.state_dict().items():
+        assert torch.equal(network.state_dict()[key], value), key
+    # A third time there is nothing left to do.
+    train(network, samples, checks, tmp_path / "stopped", FAST, on_step=rows.append)
+    assert rows[-1]["step"] == 6
+    assert len(rows) == 6 - at // 2 * 2
+
+
 # ------------------------------------------------------------------------- two processes
 
 PAIR = """
