@@ -2,6 +2,8 @@
 # make course DATA=folder   the same on your own image/SWC pairs
 # make test     lint, notebooks against their texts, unit tests, every notebook
 # make notebooks [NAMES=03]   write and execute notebooks from their texts
+# make site     the course as web pages                           -> build/site/index.html
+# make faults   what is too slow for every day: killed workers, notebooks twice, all in JupyterLab
 # make lab      JupyterLab;   make lint;   make clean
 #
 # Each works alone, on a machine that has nothing but Python 3.11 or newer.
@@ -22,7 +24,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: course test notebooks lint lab clean
+.PHONY: course test notebooks lint lab faults site clean
 .NOTPARALLEL:
 
 course: $(INSTALLED)
@@ -44,9 +46,19 @@ lint: $(INSTALLED)
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --ip 127.0.0.1 notebooks
 
+# Slow: workers that are killed, notebooks twice in one kernel, all of them in JupyterLab.
+faults: $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[cluster]"
+	NEUROLIB_FAULTS=1 $(BIN)/python -m pytest tests/test_large.py tests/test_training.py -k killed
+	$(BIN)/python notebooks/build.py --twice
+	NOTEBOOKS=all $(BIN)/python -m pytest tests/test_browser.py
+
+site: $(INSTALLED)
+	$(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees docs build/site
+
 # Results in runs/ stay.
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/api docs/notebooks *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find neurolib notebooks tests -name __pycache__ -prune -exec rm -rf {} +
 
 # An environment that an interrupted installation left half-filled still has the file
