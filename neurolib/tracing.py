@@ -20,7 +20,7 @@ Sato et al., "TEASAR: tree-structure extraction algorithm for accurate and robus
 Pacific Graphics 2000. The constants are ours, where no source is named.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -321,7 +321,7 @@ def find_paths(
     VolumeError
         If the seed is not a point in the volume.
     """
-    seed_voxel = None if seed is None else _nearest_voxel(foreground, seed)
+    seed_voxel = None if seed is None else nearest_voxel(foreground, seed)
     bounds = np.searchsorted(foreground.component, np.arange(foreground.component[-1] + 2))
     points, paths = foreground.points, []
     ranges = list(pairwise(bounds))
@@ -457,7 +457,7 @@ def _explained(
     return around[(source >= 0) & (distance <= limit[np.maximum(source, 0)])]
 
 
-def _nearest_voxel(foreground: Foreground, seed: tuple[float, float, float]) -> int:
+def nearest_voxel(foreground: Foreground, seed: tuple[float, float, float]) -> int:
     """Number of the foreground voxel nearest to a point (z, y, x) in the volume."""
     point = np.asarray(seed, dtype=float)
     size = np.array(foreground.shape)
@@ -590,7 +590,7 @@ def bridge_gaps(
     joined = Tree(np.concatenate(xyz), np.concatenate(radius), types, np.full(count, -1))
     edges = np.concatenate(edges, axis=1)
     roots = _joined_roots(tree, joined.xyz[:, ::-1] * scale, edges, seed is not None)
-    return _rooted(joined, edges, roots), bridges
+    return rooted(joined, edges, roots), bridges
 
 
 def _joined_roots(tree: Tree, points: np.ndarray, edges: np.ndarray, keep_first: bool) -> list[int]:
@@ -668,14 +668,21 @@ def _adjacency(tree: Tree) -> sparse.csr_array:
     return half + half.T
 
 
-def _rooted(tree: Tree, edges: np.ndarray, roots: list[int]) -> Tree:
-    """The forest over the nodes of `tree` with these edges (2, m) and roots, parents first."""
+def rooted(tree: Tree, edges: np.ndarray, roots: Sequence[int]) -> Tree:
+    """The forest over the nodes of `tree` with these edges (2, m), parents first.
+
+    There is one root per tree, and the trees come in the order of their roots.
+    """
     # A node above all roots makes it one traversal.
     n = len(tree.xyz)
     edges = np.concatenate([edges, np.stack([roots, np.full(len(roots), n)])], axis=1)
     graph = sparse.csr_array((np.ones(edges.shape[1]), tuple(edges)), shape=(n + 1, n + 1))
     order, above = csgraph.breadth_first_order(graph, n, directed=False)
-    return take(replace(tree, parent=np.where(above[:n] == n, -1, above[:n])), order[1:])
+    tree, order = replace(tree, parent=np.where(above[:n] == n, -1, above[:n])), order[1:]
+    label = components(tree)
+    place = np.empty(len(roots), dtype=int)
+    place[label[roots]] = np.arange(len(roots))
+    return take(tree, order[np.argsort(place[label[order]], kind="stable")])
 
 
 # --- 7. Smooth ---------------------------------------------------------------------------------
@@ -761,16 +768,14 @@ def _scale(spacing: tuple[float, float, float]) -> np.ndarray:
     return values / values.min()
 
 
-def paint(foreground: Foreground, values: np.ndarray) -> np.ndarray:
-    """A volume (z, y, x) with one value per foreground voxel, 0 elsewhere: to look at a stage."""
-    volume = np.zeros(foreground.shape)
+def project(
+    foreground: Foreground, values: np.ndarray, keep: np.ufunc = np.fmax, axis: int = 0
+) -> np.ndarray:
+    """A projection of one value per foreground voxel along an axis: to look at a stage.
+
+    The largest value along the axis, or with ``keep=np.fmin`` the smallest; NaN where there is no
+    foreground.
+    """
+    volume = np.full(foreground.shape, np.nan)
     volume[tuple(foreground.voxels.T)] = values
-    return volume
-
-
-def path_order(foreground: Foreground, paths: list[np.ndarray]) -> np.ndarray:
-    """Per foreground voxel (n,): 1 on the first path, falling to 0.4 on the last; 0 beside them."""
-    order = np.zeros(len(foreground.voxels))
-    for path, value in reversed(list(zip(paths, np.linspace(1, 0.4, len(paths)), strict=True))):
-        order[path] = value
-    return order
+    return keep.reduce(volume, axis=axis)

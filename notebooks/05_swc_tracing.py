@@ -13,7 +13,7 @@
 # %% [markdown]
 # # SWC tracing: from a probability to a tree
 #
-# *A tracer built in six pictures, and an SWC file that other programs can open.*
+# *A tracer built in six pictures, where it fails, and an SWC file that other programs can open.*
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/neurite-vit-course/neurite-vit-course/blob/main/notebooks/05_swc_tracing.ipynb)
 # [![Open on Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/neurite-vit-course/neurite-vit-course/main?urlpath=lab/tree/notebooks/05_swc_tracing.ipynb)
@@ -21,12 +21,14 @@
 # **You will be able to**
 #
 # - follow a tracer from a mask to a tree
+# - say what makes a tracer fail, and which number shows it
 # - compare two trees with ESA, DSA and PDS
 # - tell the tracer's errors from the network's
+# - trace segmentations that other programs made
 #
 # **Before this:** [04 Evaluation](04_evaluation.ipynb).
 #
-# **Takes** under a minute and 0.7 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
+# **Takes** under a minute and 0.6 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
 # %% tags=["parameters"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results
@@ -48,9 +50,13 @@ if "google.colab" in sys.modules:  # in JupyterLab and on Binder there is nothin
     site.main()  # lets this running Python see the package just installed
 
 # %%
+import ipywidgets
 import numpy as np
+from scipy.spatial import KDTree
 
-from neurolib import datasets, evaluation, inference, plotting, runs, swc, tracing, training
+from neurolib import datasets, evaluation, inference, plotting, runs, study, swc, tracing, training
+from neurolib import widgets
+from neurolib.check import tracing as check
 
 run = runs.open_run(run_dir)
 target = runs.target_of(run)
@@ -69,110 +75,334 @@ probability = {
 # %% [markdown]
 # ## The tracer in six pictures
 #
-# **1. Mask.** What is above the threshold, in pieces that touch. Small pieces are dropped: a speck is
-# a few voxels wide, a neurite of the target's radius that is 18 voxels long has 200. (The tracer's own
-# default is 20, for masks made by hand.)
+# A network is wrong in its own ways. To see what the tracer does, give it a mask that is right but for
+# what every mask has: the target of the test neuron with ten gaps cut into it. Each picture shows the
+# whole and a window: in the whole one sees what is missing, in the window what is crooked.
 
 # %%
 sample, cut = tests[0], facts["threshold"]
-found = probability[sample.pair.name]
-foreground = tracing.find_foreground(found, sample.spacing, cut, min_size)
+mask, _ = study.degrade(sample.mask, sample.tree, "cuts", 10)
+xy = sample.tree.xyz[:, :2]
+crowd = KDTree(xy).query_ball_point(xy, 20, return_length=True)
+centre = xy[crowd.argmax()][::-1]
 
 # %% [markdown]
-# **2. Radius.** The distance of each voxel to the background: large in the middle of a neurite.
+# ### 1. Mask
+#
+# What is above the threshold, in pieces that touch, be it at a corner. Small pieces are dropped, here
+# those of fewer than 20 voxels; where a network leaves larger specks, it has to be more.
+
+# %%
+foreground = tracing.find_foreground(mask, sample.spacing, min_size=20)
+pieces = tracing.project(foreground, 1 + foreground.component)
+alt = "The mask in pieces: the largest is dark, the others brighter, separated by gaps."
+plotting.show(plotting.zoomed(pieces, centre, label="piece"), "pieces", alt, run.figures)
+
+# %% [markdown]
+# ### 2. Radius
+#
+# The distance of each voxel to the background, large in the middle of a neurite. A step along z may be
+# longer than one along x: distances are physical, in units of the finest axis.
 
 # %%
 radius = tracing.measure_radius(foreground)
+thick = tracing.project(foreground, radius)
+alt = "The radius: neurites are bright in their middle and dark at their edges."
+plotting.show(plotting.zoomed(thick, centre, label="radius, voxels"), "radius", alt, run.figures)
 
 # %% [markdown]
-# **3. Cost.** A path is to run along the middle, and through voxels the network is sure of: with the
-# radius $r$ and the probability $p$, a step costs its length times
+# ### Exercise 1: voxels that are no cubes
+#
+# Write the function that gives each voxel of a mask `(z, y, x)` its distance to the nearest background
+# voxel, for a spacing `(dz, dy, dx)`. `scipy.ndimage` has what you need.
+
+
+# %% tags=["exercise"]
+def distance(mask, spacing):
+    return ...
+
+
+check.q1(distance)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# from scipy import ndimage
+#
+#
+# def distance(mask, spacing):
+#     return ndimage.distance_transform_edt(mask, sampling=spacing)
+# ```
+#
+# The spacing is in the order of the array's axes. The edge of the mask is half a voxel nearer than the
+# centre of the first background voxel; `measure_radius` takes that off.
+# </details>
+
+# %% [markdown]
+# ### 3. Cost
+#
+# A path is to run along the middle, and through voxels the network is sure of: with the radius $r$,
+# the largest radius of its piece $r_{max}$ and the probability $p$, a step costs its length times
 #
 # $$ c = e^{10 (1 - r / r_{max})^2} \; e^{2 (1 - p)}. $$
+#
+# The picture shows the cheapest voxel along each line of sight. The way along the edge of a neurite
+# costs a hundred times the way along its middle: no short cut is worth it.
 
 # %%
 cost = tracing.path_cost(foreground, radius)
+cheap = tracing.project(foreground, np.log10(cost), np.fmin)
+alt = "The cost: valleys along the middle of neurites, walls at their edges."
+figure = plotting.zoomed(cheap, centre, label="cost, powers of ten")
+plotting.show(figure, "cost", alt, run.figures)
 
 # %% [markdown]
-# **4. Paths.** From the root (a soma if there is one, else an end of the longest path), the cheapest
-# path to the farthest voxel; what lies near it is explained; then the next farthest, until all is.
+# ### 4. Paths
+#
+# From the root (a cell body if there is one, else an end of the longest path), the cheapest path to the
+# farthest voxel; what lies within $1.5 r + 3$ of it is explained; then to the farthest that is left,
+# until all is. This is TEASAR (Sato et al., 2000), in each piece by itself.
 
 # %%
 paths = tracing.find_paths(foreground, radius, cost)
+flat = [foreground.voxels[path][:, 1:] for path in paths]
+lines = {"first path": flat[:1], "all others": flat[1:]}
+alt = f"{len(paths)} paths over the mask, the first and longest in blue."
+figure = plotting.zoomed(mask.max(axis=0), centre, lines)
+plotting.show(figure, "paths", alt, run.figures)
 
 # %% [markdown]
-# **5. Pruning.** Thick neurites have bumps; a path shorter than 6 voxels beyond its parent's surface
-# is no branch.
+# ### 5. Pruning
+#
+# A path leads to every bump, and the target has none. Let three in ten of its voxels be lost at random:
+# now there are bumps. A path that reaches no more than 6 voxels beyond the surface of its parent is no
+# branch. The price: true branches that are shorter go, too.
+
+# %%
+rough, _ = study.degrade(mask, sample.tree, "noise", 0.3)
+rugged = tracing.find_foreground(rough, sample.spacing)
+depth = tracing.measure_radius(rugged)
+many = tracing.find_paths(rugged, depth, tracing.path_cost(rugged, depth))
+kept = tracing.prune_paths(many, rugged, depth)
+
+# %%
+tips = {path[-1] for path in kept}
+lines = {"kept": [], "dropped": []}
+for path in many:
+    lines["kept" if path[-1] in tips else "dropped"].append(rugged.voxels[path][:, 1:])
+place = lines["dropped"][0][0] if lines["dropped"] else centre
+alt = "Paths over a rough mask: branches are kept, short paths to bumps dropped."
+figure = plotting.zoomed(rough.max(axis=0), place, lines, size=40)
+plotting.show(figure, "pruning", alt, run.figures)
+print(f"{len(many)} paths, {len(kept)} kept")
+
+# %% [markdown]
+# ### 6. Bridging
+#
+# Ends of two pieces are joined if they are near (15 voxels) and each points at the other, to within
+# 60 degrees; the cheapest bridges first, and none that would close a loop. Each bridge is a guess and
+# is reported as one. The others stay gaps: a forest that says what it does not know.
 
 # %%
 kept = tracing.prune_paths(paths, foreground, radius)
-
-# %%
-volumes = {
-    "1 mask": tracing.paint(foreground, np.ones(len(radius))),
-    "2 radius": tracing.paint(foreground, radius),
-    "3 cost (log)": tracing.paint(foreground, 1 + np.log(cost)),
-    "4 paths": tracing.paint(foreground, tracing.path_order(foreground, paths)),
-    "5 pruned": tracing.paint(foreground, tracing.path_order(foreground, kept)),
-}
-panels = {name: volume.max(axis=0) for name, volume in volumes.items()}
-alt = "Five projections: mask, radius, cost, all paths, and the paths left after pruning."
-figure = plotting.images(panels, columns=3, cmap="viridis", bar=True)
-plotting.show(figure, "tracer", alt, run.figures)
+pieces = tracing.paths_to_tree(kept, foreground, radius)
+joined, bridges = tracing.bridge_gaps(pieces, mask, sample.spacing, bridge)
+guesses = [np.array([item.start[1::-1], item.end[1::-1]]) for item in bridges]
+place = guesses[0].mean(axis=0) if guesses else centre
+lines = {"paths": flat, "bridges": guesses}
+alt = f"{len(bridges)} bridges between pieces; the window shows the cheapest."
+figure = plotting.zoomed(mask.max(axis=0), place, lines, size=40)
+plotting.show(figure, "bridging", alt, run.figures)
+print(f"{np.sum(pieces.parent < 0)} trees before, {np.sum(joined.parent < 0)} after bridging")
 
 # %% [markdown]
-# **6. Bridging.** Ends of two pieces that face each other across a short gap are joined. Each bridge
-# is a guess and is reported as one.
+# ### Exercise 2: a bridge or not?
+#
+# Two ends `a` and `b`, as points, and the steps `out_a` and `out_b` in which their neurites would go on,
+# of any length. Say whether to bridge them: at most 15 voxels apart, each pointing at the other to
+# within 60 degrees.
+
+
+# %% tags=["exercise"]
+def justified(a, out_a, b, out_b):
+    return ...
+
+
+check.q2(justified)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def justified(a, out_a, b, out_b):
+#     def faces(out, way):
+#         return out @ way >= 0.5 * np.linalg.norm(out) * np.linalg.norm(way)
+#
+#     return np.linalg.norm(b - a) <= 15 and faces(out_a, b - a) and faces(out_b, a - b)
+# ```
+#
+# The cosine of 60 degrees is 1/2. Neurites that run side by side are near, but point past each other.
+# </details>
+
+# %% [markdown]
+# Last, nodes are smoothed off the grid, ends drawn back from the surface, and a node kept every two
+# voxels. `tracing.trace` does all of it.
+#
+# ### Exercise 3: parents first
+#
+# Many programs read an SWC file line by line and need every parent before its children. Given the row
+# of each node's parent (-1 for a root), give the rows in such an order.
+
+
+# %% tags=["exercise"]
+def parents_first(parent):
+    return ...
+
+
+check.q3(parents_first)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def parents_first(parent):
+#     depth, above = np.zeros(len(parent), int), np.array(parent)
+#     while (above >= 0).any():
+#         depth += above >= 0
+#         above = np.where(above >= 0, parent[above], -1)
+#     return np.argsort(depth, kind="stable")
+# ```
+#
+# A parent is one step nearer to its root than its child. A cycle would never end: `swc.read_swc` looks
+# for one first.
+# </details>
+
+# %% [markdown]
+# ## Where tracing fails
+#
+# Now spoil the faultless mask, more and more, in five ways, and trace each. *Recall* is the share of
+# the reference's length that is found, *precision* the share of the traced length that is right, both
+# within 2 voxels; ESA is explained below. Beside the tracer stand the same with pieces under 200 voxels
+# dropped, and plain thinning (Lee et al., 1994), whose voxels are joined to trees and nothing else.
+# Where kimimaro is installed, it is in the picture, too.
+
 
 # %%
-bridges = []
-options = {"spacing": sample.spacing, "threshold": cut, "min_size": min_size}
-tree = tracing.trace(found, bridge=bridge, log=bridges, **options)
-forest = tracing.trace(found, bridge=0.0, **options)
-panels = {"before bridging": forest, "after": tree}
-figure = plotting.tree_3d(panels, sample.spacing)
-alt = "The traced trees before and after bridging, in a three-dimensional box."
-plotting.show(figure, "bridging", alt, run.figures)
+def strict(*arguments, **options):
+    return tracing.trace(*arguments, **options, min_size=200)
+
+
+tracers = study.installed() | {"pieces ≥ 200": strict}
+rows = study.robustness(sample.mask, sample.tree, tracers, sample.spacing)
 
 # %% tags=["nbval-ignore-output"]
-print(f"{np.sum(forest.parent < 0)} trees before, {np.sum(tree.parent < 0)} after bridging")
-for item in bridges:
-    print(f"bridged {item.length:.1f} voxels, mean probability in the gap {item.probability:.2f}")
+titles = {kind: words for kind, (words, _) in study.DAMAGE.items()}
+limits = {"recall": (0, 1.05), "precision": (0, 1.05), "ESA": (0, 4)}
+figure = plotting.multiples(rows, titles, limits)
+alt = "Recall, precision and ESA of the tracers against five kinds of growing damage."
+plotting.show(figure, "robustness", alt, run.figures)
 
 # %% [markdown]
+# Read it by column. *Cuts* cost recall; bridges give some of it back, and dropping small pieces costs
+# most, since what lies between two cuts is small. *Specks* cost precision, and nothing but the size of
+# a piece tells them from neurites: the same rule that is wrong for cuts is right here. *Noise* costs
+# little. *Blur* and a *threshold* that is too high are harmless up to a point and then take everything:
+# a neurite four voxels wide has no reserve. So look at the number of pieces before you choose
+# `min_size`, and prefer a threshold that is too low.
+#
 # ## Two trees compared
 #
 # Both trees are sampled at about one point a voxel; for each point, the distance to the nearest
 # segment of the other tree. **ESA** is the mean distance, averaged over the two directions. Points
-# two or more voxels away are "different": **PDS** is their share, **DSA** their mean distance. Recall
-# is the share of the reference's length that was found, precision the share of ours that is right.
+# two or more voxels away are "different": **PDS** is their share, **DSA** their mean distance. DSA says
+# nothing about how many points differ, ESA nothing about where.
 #
 # Two trees are traced: from the prediction, and from the target itself. The second shows what the
-# tracer alone gets wrong; the rest is the network's.
+# tracer alone gets wrong; the rest is the network's. In the prediction, pieces below `min_size` are
+# dropped.
 
 # %% tags=["nbval-ignore-output"]
-rows = {}
+found = {"target": {}, "prediction": {}}
 for s in tests:
-    options["spacing"] = s.spacing
-    from_network = tracing.trace(probability[s.pair.name], bridge=bridge, **options)
-    swc.write_swc(run.path("swc") / f"{s.pair.name}.swc", from_network, "traced from a prediction")
-    from_target = tracing.trace(s.mask, s.spacing, bridge=bridge)
-    for origin, traced in (("prediction", from_network), ("target", from_target)):
-        rows[s.pair.name, origin] = evaluation.compare(traced, s.tree)
-header = [{"neuron": name, "traced from": origin, **row} for (name, origin), row in rows.items()]
-print(runs.table(header))
+    options = {"spacing": s.spacing, "bridge": bridge}
+    found["target"][s.pair.name] = tracing.trace(s.mask, **options)
+    options |= {"threshold": cut, "min_size": min_size}
+    tree = tracing.trace(probability[s.pair.name], **options)
+    found["prediction"][s.pair.name] = tree
+    swc.write_swc(run.path("swc") / f"{s.pair.name}.swc", tree, "traced from a prediction")
+
+# %% tags=["nbval-ignore-output"]
+scores = [
+    {"neuron": s.pair.name, "traced from": origin, **evaluation.compare(of[s.pair.name], s.tree)}
+    for s in tests
+    for origin, of in found.items()
+]
+print(runs.table(scores))
+
+# %% [markdown]
+# The numbers, as a picture. Blue is right, orange is traced where nothing is, purple is missed.
 
 # %%
-trees = {"traced": tree, "reference": sample.tree}
-figure = plotting.projections({sample.pair.name: sample.image}, trees, sample.spacing)
-alt = "The traced tree and the reference over three projections of the image."
+name = sample.pair.name
+groups = {
+    f"traced from the {origin}": study.agreement(of[name], sample.tree)
+    for origin, of in found.items()
+}
+alt = "Two trees over three projections each: correct parts blue, false orange, missed purple."
+figure = plotting.judged(sample.image, groups, sample.spacing)
 plotting.show(figure, "traced", alt, run.figures)
 
+# %% [markdown]
+# From the target hardly anything is false or missed: what you see on the right is the network's. A
+# better tracer would not help; a better mask would. In 3D the same trees, and, where k3d is installed,
+# a view that you can turn:
+
 # %%
+trees = {"traced": found["prediction"][name], "reference": sample.tree}
 alt = "The traced tree and the reference in a three-dimensional box."
 plotting.show(plotting.tree_3d(trees, sample.spacing), "tree-3d", alt, run.figures)
 
+# %% tags=["nbval-ignore-output"]
+scene = plotting.scene(sample.image, trees, sample.spacing)
+if scene is not None:
+    scene.display()
+
 # %% [markdown]
+# ### Another threshold
+#
+# The threshold was chosen for Dice on a validation neuron. For a tree another one may be better: move
+# it, and the size below which pieces are dropped.
+
+
+# %% tags=["nbval-ignore-output"]
+def retrace(threshold, smallest):
+    options = {"spacing": sample.spacing, "min_size": smallest, "bridge": bridge}
+    tree = tracing.trace(probability[name], threshold=threshold, **options)
+    score = evaluation.compare(tree, sample.tree)
+    words = ", ".join(f"{key} {score[key]:.2f}" for key in ("recall", "precision", "ESA"))
+    return plotting.judged(sample.image, {words: study.agreement(tree, sample.tree)})
+
+
+alt = "The tree traced at a threshold, judged against the reference; sliders move both settings."
+low = ipywidgets.FloatSlider(round(cut, 2), min=0.05, max=0.95, step=0.05, description="threshold")
+size = ipywidgets.IntSlider(min_size, 20, max(400, min_size), 20, description="min_size")
+widgets.explore(retrace, "retrace", alt, run.figures, threshold=low, smallest=size)
+
+# %% [markdown]
+# ## Your own segmentation
+#
+# The tracer does not ask where a mask is from. A mask or labels of nnU-Net, ilastik or Cellpose, or a
+# probability, go through the command line; `--tracer kimimaro` and `--tracer app2` hand it to others:
+#
+# ```
+# neurolib trace cell_labels.tif --out cell.swc --seed 120,88,14
+# neurolib trace cell_probability.tif --out cell.swc --threshold 0.4 --spacing 0.5,0.2,0.2
+# ```
+#
+# Whole numbers are labels, all but 0 foreground, unless `--label` names one (ilastik begins to count at
+# 1: there it must) or `--threshold` says that they are probabilities.
+#
 # ## Checkpoint
 #
 # You now have an SWC file per test neuron: unique ids, parents first, no cycle, one root per tree.
@@ -180,17 +410,22 @@ plotting.show(plotting.tree_3d(trees, sample.spacing), "tree-3d", alt, run.figur
 # %% tags=["nbval-ignore-output"]
 neurons = run.metrics().get("neurons", {})
 for s in tests:
-    neurons[s.pair.name] = neurons.get(s.pair.name, {}) | rows[s.pair.name, "prediction"]
+    score = evaluation.compare(found["prediction"][s.pair.name], s.tree)
+    neurons[s.pair.name] = neurons.get(s.pair.name, {}) | score
     print(run.hand_over(f"swc/{s.pair.name}.swc"))
 run.record("neurons", neurons)
 
 # %% [markdown]
 # **Summary.** A graph on the foreground, a cost that likes the middle, and shortest paths make a
-# tree; its errors can be told from the network's by tracing the target. The paper stops at the mask;
+# tree; its errors can be told from the network's by tracing the target. From the targets of six real
+# confocal neurons of *Drosophila*, this tracer's trees have an ESA of 0.32 to 0.42 voxels, a PDS of
+# 0.007 to 0.025, a precision of 1.000 and a recall of 0.956 to 0.992. The paper stops at the mask;
 # trees are what neuroscientists measure.
 #
 # **Next:** [06 Table 1](06_table1.ipynb).
 #
 # **References.** Sato et al., *TEASAR*, Pacific Graphics 2000. Peng et al., *V3D*, Nature
-# Biotechnology 2010 (ESA, DSA, PDS). Cannon et al., *An on-line archive of reconstructed hippocampal
-# neurons*, 1998 (SWC).
+# Biotechnology 2010 (ESA, DSA, PDS). Lee, Kashyap and Chu, *Building skeleton models via 3-D medial
+# surface/axis thinning algorithms*, CVGIP 1994. Xiao and Peng, *APP2*, Bioinformatics 2013.
+# Silversmith et al., *Kimimaro*, Zenodo 2021. Cannon et al., *An on-line archive of reconstructed
+# hippocampal neurons*, 1998 (SWC).

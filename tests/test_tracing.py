@@ -531,13 +531,13 @@ def test_errors_are_one_line_of_ours(volume, options, error, words):
     assert "\n" not in str(caught.value)
 
 
-def test_stages_can_be_painted_back_into_the_volume():
+def test_stages_are_projected_without_their_background():
     mask = np.zeros((5, 9, 30), bool)
     mask[1:4, 3:6, 2:28] = True
     foreground = tracing.find_foreground(mask)
-    assert np.array_equal(tracing.paint(foreground, np.ones(mask.sum())) > 0, mask)
-    radius = tracing.measure_radius(foreground)
-    paths = tracing.find_paths(foreground, radius, tracing.path_cost(foreground, radius))
-    order = tracing.path_order(foreground, paths)
-    assert (order[paths[0]] == 1).all()
-    assert set(np.flatnonzero(order)) == set(np.concatenate(paths))
+    depth = foreground.voxels[:, 0]
+    for keep, value in ((np.fmax, 3), (np.fmin, 1)):
+        flat = tracing.project(foreground, depth, keep)
+        assert np.array_equal(np.isnan(flat), ~mask.any(axis=0))
+        assert (flat[mask.any(axis=0)] == value).all()
+    assert tracing.project(foreground, depth, axis=2).shape == (5, 9)
