@@ -55,8 +55,9 @@ def hd95(
     ----------
     a, b : boolean arrays (z, y, x) of one shape
     spacing : (dz, dy, dx); the result is in its unit
-    method : "monai" takes the larger of the two directed 95th percentiles, "medpy" the 95th
-        percentile of the distances of both directions pooled (never larger)
+    method : "monai" or "medpy"
+        The larger of the two directed 95th percentiles, or the 95th percentile of the distances of
+        both directions pooled (larger only by interpolation).
 
     Returns
     -------
@@ -85,6 +86,34 @@ def hd95(
     if method == "monai":
         return float(max(np.percentile(a_to_b, 95), np.percentile(b_to_a, 95)))
     return float(np.percentile(np.concatenate([a_to_b, b_to_a]), 95))
+
+
+def surface_shares(mask: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Share of the surface of a mask within each distance of that of another, in voxels.
+
+    Where the share passes 0.95 lies the directed 95th percentile, one of the two of `hd95`.
+
+    Parameters
+    ----------
+    mask, truth : boolean arrays (z, y, x) of one shape, not empty
+
+    Returns
+    -------
+    (distances, shares)
+        (n,) each, ascending: the distances that occur, after a 0, and the share up to each.
+
+    Raises
+    ------
+    VolumeError
+        If the masks are not boolean, not 3D, empty, or differ in shape.
+    """
+    mask, truth = _check_masks(mask, truth, dimensions=3)
+    if not mask.any() or not truth.any():
+        raise VolumeError("an empty mask has no surface; expected two masks with foreground")
+    distances = KDTree(surface_voxels(truth)).query(surface_voxels(mask))[0]
+    values, counts = np.unique(np.append(0.0, distances), return_counts=True)
+    counts[0] -= 1
+    return values, np.cumsum(counts) / len(distances)
 
 
 def surface_voxels(mask: np.ndarray) -> np.ndarray:

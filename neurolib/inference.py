@@ -6,18 +6,35 @@ still wait for votes are held: memory grows with a slice and with the batch, not
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from neurolib.blocking import accumulate, block_grid, gaussian_window, normalise, read_block
+from neurolib.blocking import (
+    accumulate,
+    block_grid,
+    block_starts,
+    gaussian_window,
+    normalise,
+    read_block,
+)
 from neurolib.errors import SettingsError, VolumeError
 from neurolib.files import sha256
-from neurolib.network import Segmenter
+from neurolib.network import NetworkSettings, Segmenter
 from neurolib.training import load_checkpoint
-from neurolib.volume import read_volume, write_volume
+from neurolib.volume import pieces, read_volume, write_volume
+
+# Axes of a batch of blocks (n, 1, z, y, x), or of its logits (n, z, y, x), that are mirrored: none,
+# x, y, both.
+FLIPS = ((), (-1,), (-2,), (-2, -1))
+
+# Bins of the histogram in which `empty_level` looks for a percentile; a 16-bit image has no more.
+BINS = 1 << 16
+
+Box = tuple[slice, slice, slice]
 
 
 def predict_volume(
@@ -29,6 +46,8 @@ def predict_volume(
     progress: bool = True,
     out: np.ndarray | None = None,
     every: int = 1,
+    flips: bool = False,
+    skip_below: float = 0.0,
 ) -> np.ndarray:
     """Predict the probability of neurite for every voxel, or for every voxel of some slices.
 
@@ -36,7 +55,8 @@ def predict_volume(
     ----------
     network : Segmenter
     image : (z, y, x) array
-        Normalised to [0, 1] (`neurolib.volume.normalise`).
+        Normalised to [0, 1] (`neurolib.volume.normalise`). It need not be in memory: it is
+        sliced, once for its range and then per tile (`neurolib.large` reads chunks less often).
     overlap : float
         Share of a tile that neighbours overlap in y and x, 0 to 0.9.
     batch : int
@@ -50,36 +70,62 @@ def predict_volume(
     every : int
         Predict slices 0, every, 2 every ... only, each from its whole block: a sample of the
         volume at a fraction of the time, for networks that predict their centre slice.
+    flips : bool
+        Average the probabilities of each tile, mirrored in neither, either and both of y and x
+        (test-time augmentation), at four times the time.
+    skip_below : float
+        Tiles with no voxel above this intensity are not run (`empty_level` proposes one,
+        `skipping` says what it loses).
 
     Returns
     -------
     (z / every rounded up, y, x) float32 array
-        Tiles without any signal (all their slices exactly zero, as outside the halo of a masked
-        volume) are not run: their probability is 0.
+        The vote of a tile that is not run is 0. By default these are tiles whose slices are all
+        exactly zero, as outside the halo of a masked volume.
 
     Raises
     ------
     VolumeError
         If the image is not 3D or not in [0, 1].
     SettingsError
-        If the overlap is out of range or the device does not exist.
+        If the overlap or `skip_below` is out of range or the device does not exist.
     """
     if image.ndim != 3 or min(image.shape) < 1:
         raise VolumeError(f"expected a volume (z, y, x), got shape {image.shape}")
-    low, high = float(image.min()), float(image.max())
-    if not (low >= 0 and high <= 1):
-        raise VolumeError(f"expected intensities in [0, 1], got {low:g} to {high:g}; normalise")
-    if not 0 <= overlap <= 0.9:
-        raise SettingsError(f"overlap={overlap}: expected 0 to 0.9")
-    if batch < 1 or every < 1:
-        raise SettingsError(f"batch={batch}, every={every}: expected at least 1 of each")
+    _check_range(image)
+    check_options(overlap, batch, skip_below)
+    if every < 1:
+        raise SettingsError(f"every={every}: expected at least 1")
     if every > 1 and network.settings.predict == "all":
         raise SettingsError(f"every={every}: expected 1 for a network that predicts all slices")
     depth = -(-image.shape[0] // every)
     out = np.zeros((depth, *image.shape[1:]), np.float32) if out is None else out
-    for first, slices in predict_slices(network, image, overlap, batch, device, progress, every):
+    options = (overlap, batch, device, progress, every, flips, skip_below)
+    for first, slices in predict_slices(network, image, *options):
         out[first : first + len(slices)] = slices
     return out
+
+
+def check_options(overlap: float, batch: int, skip_below: float) -> None:
+    """Refuse options of a prediction that are out of range (SettingsError)."""
+    if not 0 <= overlap <= 0.9:
+        raise SettingsError(f"overlap={overlap}: expected 0 to 0.9")
+    if batch < 1:
+        raise SettingsError(f"batch={batch}: expected at least 1")
+    if not 0 <= skip_below < 1:
+        raise SettingsError(
+            f"skip_below={skip_below}: expected an intensity of the normalised image, 0 to 1"
+        )
+
+
+def _check_range(image: np.ndarray) -> None:
+    low, high = np.inf, -np.inf
+    for box in pieces(image):
+        piece = image[box]
+        # NumPy's extremes keep NaN, Python's do not.
+        low, high = np.minimum(low, piece.min()), np.maximum(high, piece.max())
+    if not (low >= 0 and high <= 1):
+        raise VolumeError(f"expected intensities in [0, 1], got {low:g} to {high:g}; normalise")
 
 
 def predicted(
@@ -116,24 +162,116 @@ def predict_slices(
     device: str = "auto",
     progress: bool = True,
     every: int = 1,
+    flips: bool = False,
+    skip_below: float = 0.0,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (first slice, probabilities (k, y, x)) in order of z; see `predict_volume`."""
-    settings = network.settings
-    shape = (settings.depth, settings.block, settings.block)
-    whole = settings.predict == "all"
+    shape, stride = _tiling(network.settings, overlap)
+    grid = block_grid(image.shape, shape, stride)
+    if every > 1:
+        grid = grid[grid[:, 0] % every == 0]
+    span = 0, -(-image.shape[0] // every)
+    run = (batch, device, progress, every, flips, skip_below)
+    yield from _stream(network, image, grid, span, *run)
+
+
+def predict_box(
+    network: Segmenter,
+    image: np.ndarray,
+    box: Box,
+    overlap: float = 0.5,
+    batch: int = 8,
+    device: str = "auto",
+    flips: bool = False,
+    skip_below: float = 0.0,
+) -> np.ndarray:
+    """The part of what `predict_volume` gives that lies in a box.
+
+    All tiles that vote in the box are run, so that it does not matter how a volume is cut into
+    boxes. The box and the margin that these tiles need, `box_of_tiles`, are read in one go.
+
+    Parameters
+    ----------
+    image : (z, y, x) array
+        Normalised to [0, 1]; its range is not checked.
+    box : three slices
+        Inside the volume, none empty.
+    network, overlap, batch, device, flips, skip_below
+        As in `predict_volume`.
+
+    Returns
+    -------
+    float32 array of the shape of the box
+    """
+    around, grid = box_of_tiles(network.settings, image.shape, box, overlap)
+    origin = [part.start for part in around]
+    part = np.asarray(image[around], np.float32)
+    span = box[0].start - origin[0], box[0].stop - origin[0]
+    rows, columns = (
+        slice(b.start - o, b.stop - o) for b, o in zip(box[1:], origin[1:], strict=True)
+    )
+    run = (batch, device, False, 1, flips, skip_below)
+    out = np.empty([b.stop - b.start for b in box], np.float32)
+    for first, slices in _stream(network, part, grid - origin, span, *run):
+        first -= span[0]
+        out[first : first + len(slices)] = slices[:, rows, columns]
+    return out
+
+
+def box_of_tiles(
+    settings: NetworkSettings, shape: tuple[int, int, int], box: Box, overlap: float
+) -> tuple[Box, np.ndarray]:
+    """What of a volume the tiles that vote in a box see, and the places (n, 3) of these tiles."""
+    tile, stride = _tiling(settings, overlap)
+    reach = settings.depth // 2
+    voting = reach if settings.predict == "all" else 0
+    # Before and after its place: how far a tile votes, and how far it sees.
+    votes = ((voting, voting + 1), (0, tile[1]), (0, tile[2]))
+    sees = ((reach, reach + 1), (0, tile[1]), (0, tile[2]))
+    axes, around = [], []
+    for axis, part in enumerate(box):
+        starts = block_starts(shape[axis], 1 if axis == 0 else tile[axis], stride[axis])
+        before, after = votes[axis]
+        starts = starts[(starts - before < part.stop) & (starts + after > part.start)]
+        before, after = sees[axis]
+        low, high = max(0, int(starts[0]) - before), min(shape[axis], int(starts[-1]) + after)
+        axes.append(starts)
+        around.append(slice(low, high))
+    return tuple(around), np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+
+
+def _tiling(
+    settings: NetworkSettings, overlap: float
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Shape of the tiles and steps between them."""
     stride = max(1, round(settings.block * (1 - overlap)))
     # Five votes a slice need a block only every few slices; neighbours share two of them.
-    z_stride = max(1, settings.depth - 2) if whole else 1
-    grid = block_grid(image.shape, shape, (z_stride, stride, stride))
-    grid = grid[np.argsort(grid[:, 0], kind="stable")]
-    grid = grid[grid[:, 0] % every == 0] if every > 1 else grid
-    reach = settings.depth // 2 if whole else 0
-    depth = -(-image.shape[0] // every)
+    z_stride = max(1, settings.depth - 2) if settings.predict == "all" else 1
+    return (settings.depth, settings.block, settings.block), (z_stride, stride, stride)
+
+
+def _stream(
+    network: Segmenter,
+    image: np.ndarray,
+    grid: np.ndarray,
+    span: tuple[int, int],
+    batch: int,
+    device: str,
+    progress: bool,
+    every: int,
+    flips: bool,
+    skip_below: float,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Run the tiles of a grid, ordered by z; yield the slices of a span as they are finished."""
+    settings = network.settings
+    shape, _ = _tiling(settings, 0)
+    reach = settings.depth // 2 if settings.predict == "all" else 0
+    first, depth = span
     window = gaussian_window(shape[1:])
     where = pick_device(device)
     network = network.to(where).eval()
 
-    first, numerator = 0, np.zeros((0, *image.shape[1:]), np.float32)
+    numerator = np.zeros((0, *image.shape[1:]), np.float32)
     denominator = np.zeros_like(numerator)
     bar = tqdm(total=len(grid), desc="segmenting", mininterval=2, disable=not progress)
     for start in range(0, len(grid), batch):
@@ -143,17 +281,100 @@ def predict_slices(
         last = min(depth, int(places[-1, 0]) + reach + 1)
         numerator = _grow(numerator, last - first)
         denominator = _grow(denominator, last - first)
-        votes = _run(network, image, tiles, shape, where)
+        votes = _run(network, image, tiles, shape, where, flips, skip_below)
         accumulate(numerator, denominator, votes, places, window, first)
         bar.update(len(places))
         # Later places are at this z or deeper: slices above their reach are complete.
         rest = grid[start + batch :]
-        done = int(rest[0, 0]) // every - reach if len(rest) else depth
+        done = min(depth, int(rest[0, 0]) // every - reach) if len(rest) else depth
         if done > first:
             k = done - first
             yield first, normalise(numerator[:k], denominator[:k])
             first, numerator, denominator = done, numerator[k:], denominator[k:]
     bar.close()
+
+
+def empty_level(image: np.ndarray, percentile: float = 95.0) -> float:
+    """An intensity below which a tile holds background alone: a percentile of the volume.
+
+    Neurites are few voxels, so that every tile that one passes through has voxels above it,
+    unless other things in the volume are brighter by far. `skipping` says what it loses.
+
+    Parameters
+    ----------
+    image : (z, y, x) array
+        Normalised to [0, 1]; need not be in memory.
+    percentile : float
+        0 to 100. In a masked volume, most of whose voxels are zero, the result is 0.
+
+    Returns
+    -------
+    float
+        The lower end of the bin, 1 / 65536 wide, of a histogram: never above the percentile.
+
+    Raises
+    ------
+    SettingsError
+        If the percentile is out of range.
+    """
+    if not 0 <= percentile <= 100:
+        raise SettingsError(f"percentile={percentile}: expected 0 to 100")
+    counts = np.zeros(BINS + 1, np.int64)
+    for box in pieces(image):
+        counts += np.bincount((image[box].ravel() * BINS).astype(np.intp), minlength=BINS + 1)
+    total = np.cumsum(counts)
+    return float(np.searchsorted(total, percentile / 100 * (total[-1] - 1), "right")) / BINS
+
+
+@dataclass(frozen=True)
+class Skipping:
+    """Share of the tiles that are skipped, and share of the foreground's votes lost with them."""
+
+    tiles: float
+    foreground: float
+
+
+def skipping(
+    image: np.ndarray,
+    mask: np.ndarray,
+    skip_below: float,
+    settings: NetworkSettings,
+    overlap: float = 0.5,
+) -> Skipping:
+    """What it saves and costs not to run the tiles that have no voxel above an intensity.
+
+    Parameters
+    ----------
+    image : (z, y, x) array
+        Normalised to [0, 1].
+    mask : (z, y, x) bool array
+        The true foreground. Each of its voxels counts with the share of its votes, weighted as
+        in a prediction, that come from skipped tiles.
+    skip_below : float
+    settings : NetworkSettings
+        For the tiles; no network is run.
+    overlap : float
+    """
+    certain = _Certain(settings)
+    live = predict_volume(
+        certain, image, overlap, device="cpu", progress=False, flips=False, skip_below=skip_below
+    )
+    total = len(block_grid(image.shape, *_tiling(settings, overlap)))
+    lost = 1 - live[mask].mean(dtype=float) if mask.any() else 0.0
+    return Skipping(1 - certain.tiles / total, float(lost))
+
+
+class _Certain(torch.nn.Module):
+    """Says 1 everywhere, and counts the tiles that it is given."""
+
+    def __init__(self, settings: NetworkSettings) -> None:
+        super().__init__()
+        self.settings, self.tiles = settings, 0
+
+    def forward(self, blocks: torch.Tensor) -> torch.Tensor:
+        self.tiles += len(blocks)
+        slices = blocks[:, 0] if self.settings.predict == "all" else blocks[:, 0, :1]
+        return torch.full_like(slices, torch.inf)
 
 
 def pick_device(name: str) -> torch.device:
@@ -176,15 +397,19 @@ def _run(
     places: np.ndarray,
     shape: tuple[int, int, int],
     device: torch.device,
+    flips: bool,
+    skip_below: float,
 ) -> np.ndarray:
-    """Probabilities (n, slices, y, x) at `places`; tiles without signal are not run."""
+    """Probabilities (n, slices, y, x) at `places`; 0 for tiles with nothing above `skip_below`."""
     tiles = np.stack([read_block(image, place, shape) for place in places])
     slices = 1 if network.settings.predict == "center" else shape[0]
     votes = np.zeros((len(places), slices, *shape[1:]), np.float32)
-    live = tiles.any(axis=(1, 2, 3))
+    live = (tiles > skip_below).any(axis=(1, 2, 3))
     if live.any():
-        logits = network(torch.from_numpy(tiles[live][:, None]).float().to(device))
-        votes[live] = logits.float().sigmoid().cpu().numpy()
+        blocks = torch.from_numpy(tiles[live][:, None]).float().to(device)
+        views = FLIPS if flips else FLIPS[:1]
+        found = sum(network(blocks.flip(axes)).float().sigmoid().flip(axes) for axes in views)
+        votes[live] = (found / len(views)).cpu().numpy()
     return votes
 
 

@@ -141,10 +141,10 @@ def check_values(volume: Volume, name: str) -> None:
     low, high = np.inf, -np.inf
     floating = data.dtype.kind == "f"
     if isinstance(data, LazyStack):
-        pieces = data.stored()
+        parts = data.stored()
     else:
-        pieces = ((box[0].start, data[box]) for box in _pieces(data))
-    for start, piece in pieces:
+        parts = ((box[0].start, data[box]) for box in pieces(data))
+    for start, piece in parts:
         # NaN and infinities show in the extremes, so no array of flags is needed.
         bottom, top = float(piece.min()), float(piece.max())
         if not (np.isfinite(bottom) and np.isfinite(top)):
@@ -163,8 +163,8 @@ def check_values(volume: Volume, name: str) -> None:
         )
 
 
-def _pieces(data: Any, chunks: Sequence[int] | None = None) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut into boxes of whole chunks, of at most SLAB voxels where a chunk has no more.
+def pieces(data: Any, chunks: Sequence[int] | None = None) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut a volume into boxes of whole chunks, of at most SLAB voxels where a chunk has no more.
 
     Stored chunks are never cut, so that each is fetched and unpacked once.
     """
@@ -212,19 +212,24 @@ def normalise(data: np.ndarray) -> np.ndarray:
     """
     check_memory(getattr(data, "name", "volume"), data.shape, np.dtype(np.float32))
     scaled = np.empty(data.shape, dtype=np.float32)
-    low, high = _limits(data)
-    # In double precision where float32 could not tell neighbouring values apart.
-    working = np.float32 if data.dtype.itemsize <= 2 or data.dtype == np.float32 else np.float64
-    for box in _pieces(data):
-        part = data[box].astype(working)
-        part -= working(low)
-        part /= working(high - low)
-        np.clip(part, 0, 1, out=scaled[box], casting="same_kind")
+    low, high = limits(data)
+    for box in pieces(data):
+        rescale(data[box], low, high, scaled[box])
     return scaled
 
 
-def _limits(data: np.ndarray) -> tuple[float, float]:
-    """Intensities that become 0 and 1."""
+def rescale(part: np.ndarray, low: float, high: float, out: np.ndarray) -> np.ndarray:
+    """Scale a part of a volume so that `low` and `high` (`limits`) become 0 and 1, into `out`."""
+    # In double precision where float32 could not tell neighbouring values apart.
+    working = np.float32 if part.dtype.itemsize <= 2 or part.dtype == np.float32 else np.float64
+    part = part.astype(working)
+    part -= working(low)
+    part /= working(high - low)
+    return np.clip(part, 0, 1, out=out, casting="same_kind")
+
+
+def limits(data: np.ndarray) -> tuple[float, float]:
+    """Intensities that become 0 and 1 (`normalise`), in one pass over data of any size."""
     if data.dtype.kind in "iub" and data.dtype.itemsize <= 2:
         values, counts = _histogram(data)
         smallest, largest = values[0], values[-1]
@@ -247,7 +252,7 @@ def _histogram(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distinct values of a narrow integer type, ascending, and how often they occur."""
     low = int(np.iinfo(data.dtype).min) if data.dtype.kind != "b" else 0
     counts = np.zeros(1 << (8 * data.dtype.itemsize), dtype=np.int64)
-    for box in _pieces(data):
+    for box in pieces(data):
         piece = data[box].ravel()
         counts += np.bincount(
             (piece if low == 0 else piece.astype(np.intp) - low), minlength=len(counts)
@@ -263,7 +268,7 @@ def _sample(data: np.ndarray) -> np.ndarray:
         return np.asarray(data, dtype=np.float64).ravel()
     rng = np.random.default_rng(0)
     parts = []
-    for box in _pieces(data):
+    for box in pieces(data):
         piece = data[box].ravel()
         parts.append(rng.choice(piece, round(SAMPLE * piece.size / total)))
     return np.concatenate(parts).astype(np.float64)
@@ -384,29 +389,57 @@ def _checked_spacing(name: str, spacing: Sequence[float]) -> tuple[float, float,
     return values
 
 
-def _write_zarr(path: Path, data: Any, spacing: tuple[float, float, float]) -> None:
-    """Write an OME-Zarr image (https://ngff.openmicroscopy.org/0.5) of one level."""
+def create_zarr(
+    path: Path,
+    name: str,
+    shape: tuple[int, int, int],
+    dtype: np.dtype,
+    spacing: tuple[float, float, float],
+) -> Any:
+    """Make an OME-Zarr image (https://ngff.openmicroscopy.org/0.5) of one level, without chunks.
+
+    Parameters
+    ----------
+    path : Path
+        A folder that does not exist.
+    name : str
+        Of the image, in its metadata.
+    shape, dtype
+        Of the image (z, y, x).
+    spacing : (dz, dy, dx)
+        In µm.
+
+    Returns
+    -------
+    zarr.Array
+        To be written to; chunks that are not hold zeros.
+    """
     import zarr
 
     axes = [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "zyx"]
     scale = {"type": "scale", "scale": list(spacing)}
     level = {"path": "0", "coordinateTransformations": [scale]}
-    image = {"name": path.stem, "axes": axes, "datasets": [level]}
+    image = {"name": name, "axes": axes, "datasets": [level]}
     metadata = {"ome": {"version": "0.5", "multiscales": [image]}}
     group = zarr.create_group(path, zarr_format=3, attributes=metadata)
-    array = group.create_array(
+    return group.create_array(
         "0",
-        shape=data.shape,
-        dtype=data.dtype.newbyteorder("="),
-        chunks=tuple(map(min, CHUNKS, data.shape)),
+        shape=shape,
+        dtype=dtype.newbyteorder("="),
+        chunks=tuple(map(min, CHUNKS, shape)),
         # Higher levels gain nothing on the noise of a microscope. The checksum tells damage.
         compressors=zarr.codecs.ZstdCodec(level=1, checksum=True),
         dimension_names=("z", "y", "x"),
     )
+
+
+def _write_zarr(path: Path, data: Any, spacing: tuple[float, float, float]) -> None:
+    """Write an OME-Zarr image, piece by piece."""
+    array = create_zarr(path, path.stem, data.shape, data.dtype, spacing)
     # Boxes of whole chunks here and, as far as the two agree, where the data come from.
     source = getattr(data, "chunks", None) or array.chunks
     step = [-(-n // own) * own for own, n in zip(array.chunks, source, strict=True)]
-    for box in _pieces(array, step):
+    for box in pieces(array, step):
         array[box] = data[box]
 
 

@@ -1,6 +1,10 @@
 """Stacked segmentation: a network that changes nothing must give the volume back."""
 
+import json
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +15,19 @@ from hypothesis import strategies as st
 
 from neurolib import inference
 from neurolib.errors import SettingsError, VolumeError, WeightsError
-from neurolib.inference import pick_device, predict_slices, predict_volume, predicted
+from neurolib.inference import (
+    empty_level,
+    pick_device,
+    predict_box,
+    predict_slices,
+    predict_volume,
+    predicted,
+    skipping,
+)
 from neurolib.network import NetworkSettings, Segmenter
 from neurolib.training import TrainingSettings, save_checkpoint
+
+ROOT = Path(__file__).parents[1]
 
 steady = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -145,6 +159,173 @@ def test_tiles_without_signal_are_not_run_and_give_zero(predict):
     assert network.tiles == 5
 
 
+class Rows(Identity):
+    """The probability of a voxel is its row in the tile plus a tenth of its column, in hundredths.
+
+    What a mirrored tile is given is not the mirror of what the tile is given.
+    """
+
+    def forward(self, blocks):
+        votes = (torch.arange(10.0)[:, None] + torch.arange(10.0) / 10 + 1) / 100
+        self.tiles += len(blocks)
+        return torch.logit(votes).expand(len(blocks), 1, 10, 10)
+
+
+@pytest.mark.parametrize("predict", ["center", "all"])
+def test_flips_are_turned_back(predict):
+    image = volume((5, 13, 17))
+    network = Identity(3, 10, predict)
+    options = {"device": "cpu", "progress": False, "flips": True}
+    np.testing.assert_allclose(predict_volume(network, image, **options), image, atol=1e-5)
+
+
+def test_flips_average_the_four_mirrored_predictions():
+    network, image = Rows(), volume((2, 10, 10))
+    options = {"device": "cpu", "progress": False}
+    plain = predict_volume(network, image, **options)
+    assert network.tiles == 2
+    found = predict_volume(network, image, flips=True, **options)
+    assert network.tiles == 10
+    mirrored = [plain, plain[:, ::-1], plain[:, :, ::-1], plain[:, ::-1, ::-1]]
+    np.testing.assert_allclose(found, np.mean(mirrored, axis=0), rtol=1e-5)
+    assert np.ptp(plain) > 0.09
+
+
+@pytest.mark.parametrize("predict", ["center", "all"])
+@pytest.mark.parametrize("overlap", [0, 0.5])
+def test_a_level_skips_the_tiles_below_it_and_its_cost_is_counted(predict, overlap):
+    rng = np.random.default_rng(3)
+    image = rng.uniform(0.01, 0.3, (9, 34, 27)).astype(np.float32)
+    bright = rng.random(image.shape) < 0.001
+    image[bright] = 0.9
+    mask = rng.random(image.shape) < 0.02
+    options = {"overlap": overlap, "device": "cpu", "progress": False}
+    counted = Identity(3, 10, predict)
+    predict_volume(counted, image, **options)
+    kept = Identity(3, 10, predict)
+    found = predict_volume(kept, image, skip_below=0.5, **options)
+    cost = skipping(image, mask, 0.5, kept.settings, overlap)
+    assert cost.tiles == pytest.approx(1 - kept.tiles / counted.tiles)
+    assert 0.1 < cost.tiles < 0.9
+    # The identity gives back the share of a voxel's votes that were cast.
+    lost = 1 - found[mask] / image[mask]
+    assert cost.foreground == pytest.approx(lost.mean(), abs=1e-4)
+    assert cost.foreground > 0.05
+    np.testing.assert_allclose(found[bright], image[bright], atol=1e-5)
+    assert skipping(image, bright, 0.5, kept.settings, overlap).foreground < 1e-6
+    assert skipping(image, mask & False, 0.5, kept.settings, overlap).foreground == 0
+
+
+@steady
+@given(st.integers(0, 100), st.integers(0, 99), st.integers(1, 400))
+def test_the_level_of_emptiness_is_a_percentile(percentile, seed, size):
+    image = np.random.default_rng(seed).random((1, 1, size)).astype(np.float32) ** 3
+    lower = np.percentile(image, percentile, method="lower")
+    assert lower - 2 / 65536 < empty_level(image, percentile) <= lower
+
+
+def test_the_level_of_a_masked_volume_is_zero():
+    image = np.zeros((4, 20, 20), np.float32)
+    image[1, :4] = 0.5
+    assert empty_level(image) == 0
+    with pytest.raises(SettingsError, match="percentile=101"):
+        empty_level(image, 101)
+
+
+@steady
+@given(
+    shape=st.tuples(st.integers(1, 14), st.integers(1, 40), st.integers(1, 40)),
+    overlap=st.sampled_from([0, 0.25, 0.7]),
+    depth=st.sampled_from([1, 3, 5]),
+    predict=st.sampled_from(["center", "all"]),
+    data=st.data(),
+)
+def test_a_box_is_that_part_of_the_whole(shape, overlap, depth, predict, data):
+    class Slices(Identity):
+        """Depends on the place in the tile, on all its slices, and on which slice is asked."""
+
+        def forward(self, blocks):
+            slices = torch.arange(depth if predict == "all" else 1).view(1, -1, 1, 1) / 5
+            place = torch.arange(100.0).view(10, 10) / 25
+            mean = blocks.mean((1, 2))[:, None]
+            return 4 * mean - place + slices
+
+    image, network = volume(shape), Slices(depth, 10, predict)
+    options = {"overlap": overlap, "device": "cpu", "batch": data.draw(st.integers(1, 9))}
+    box = []
+    for size in shape:
+        start = data.draw(st.integers(0, size - 1))
+        box.append(slice(start, data.draw(st.integers(start + 1, size))))
+    whole = predict_volume(network, image, progress=False, **options)
+    found = predict_box(network, image, tuple(box), **options)
+    np.testing.assert_allclose(found, whole[tuple(box)], atol=2e-6)
+
+
+# Anonymous memory, without what is mapped from files: that the system takes back when it needs it.
+BIG = """
+import json, sys
+import numpy as np, psutil, torch
+from types import SimpleNamespace
+from neurolib.inference import predict_volume
+from neurolib.volume import read_volume
+
+process, peak = psutil.Process(), 0
+
+def look():
+    global peak
+    used = process.memory_info()
+    peak = max(peak, used.rss - used.shared)
+    return used.rss - used.shared
+
+class Cheap(torch.nn.Module):
+    settings = SimpleNamespace(depth=1, block=100, predict="center")
+    def forward(self, blocks):
+        found = torch.logit(blocks[:, 0])
+        look()
+        return found
+
+class Watched:
+    # What is read is watched, and reading all at once is seen when it happens.
+    def __init__(self, data):
+        self.data, self.shape, self.ndim, self.dtype = data, data.shape, data.ndim, data.dtype
+    def __getitem__(self, key):
+        part = self.data[key]
+        look()
+        return part
+
+torch.set_num_threads(1)
+image = read_volume(sys.argv[1], check=False).data
+network = Cheap()
+predict_volume(network, np.full((3, 120, 120), 0.5, np.float32), 0, 4, "cpu", progress=False)
+before = look()
+out = np.lib.format.open_memmap(sys.argv[2], "w+", np.float32, image.shape)
+predict_volume(network, Watched(image), 0, 4, "cpu", progress=False, out=out)
+wrong = max(float(np.abs(a - b).max()) for a, b in zip(out, image, strict=True))
+print(json.dumps({"grown": peak - before, "wrong": wrong}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how much of the memory is mapped is not told")
+def test_a_volume_ten_times_larger_than_the_memory_allowed_is_predicted(tmp_path):
+    allowed = 10 << 20
+    path, out = tmp_path / "big.npy", tmp_path / "out.npy"
+    shape = 165, 400, 400
+    image = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    assert image.nbytes > 10 * allowed
+    ramp = np.linspace(0.1, 0.8, 400, dtype=np.float32)
+    for z in range(len(image)):
+        image[z] = ramp + z / 1000
+    del image
+    done = subprocess.run(
+        [sys.executable, "-c", BIG, path, out], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    out.unlink(), path.unlink()
+    assert found["wrong"] < 1e-5
+    assert found["grown"] < allowed
+
+
 def test_result_is_written_to_a_memory_map(tmp_path):
     image = volume((6, 12, 14))
     out = np.lib.format.open_memmap(tmp_path / "p.npy", "w+", np.float32, image.shape)
@@ -209,7 +390,9 @@ def test_unusable_image_is_refused_in_one_line(image, part):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"overlap": -0.1}, {"overlap": 0.95}, {"batch": 0}, {"device": "abacus"}], ids=str
+    "bad",
+    [{"overlap": -0.1}, {"overlap": 0.95}, {"batch": 0}, {"device": "abacus"}, {"skip_below": 1}],
+    ids=str,
 )
 def test_unusable_settings_are_refused_in_one_line(bad):
     options = {"device": "cpu"} | bad

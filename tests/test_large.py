@@ -1,0 +1,288 @@
+"""Volumes larger than memory: the parts are the whole, and stopping at any place loses nothing."""
+
+import os
+import signal
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from neurolib import large, volume
+from neurolib.errors import NeurolibError, SettingsError
+from neurolib.formats import LazyStack
+from neurolib.inference import empty_level, predict_volume
+from neurolib.large import Mapped, normalised, predict_large, thresholded
+from neurolib.network import NetworkSettings, Segmenter
+from neurolib.training import TrainingSettings, load_checkpoint, save_checkpoint
+from neurolib.volume import limits, normalise, read_volume, write_volume
+
+SHAPE = (11, 75, 90)
+OPTIONS = {"device": "cpu", "progress": False, "region": (4, 32, 64)}
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch):
+    monkeypatch.setattr(volume, "CHUNKS", (4, 32, 32))
+
+
+class Placed(torch.nn.Module):
+    """Depends on the place in the tile, on all its slices, and on which slice is asked."""
+
+    def __init__(self, predict):
+        super().__init__()
+        self.settings = SimpleNamespace(depth=3, block=48, predict=predict)
+
+    def forward(self, blocks):
+        slices = torch.arange(3 if self.settings.predict == "all" else 1).view(1, -1, 1, 1) / 5
+        place = torch.arange(48.0 * 48).view(48, 48) / 600
+        return 4 * blocks.mean((1, 2))[:, None] - place + slices
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """Takes a stand-in for the network of a checkpoint, by the name of the file."""
+    monkeypatch.setattr(large, "_network", lambda checkpoint, digest: Placed(checkpoint.stem))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A network that predicts the centre slice, and one that predicts all slices."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    paths = {}
+    for seed, predict in enumerate(("center", "all")):
+        torch.manual_seed(seed)
+        kind = NetworkSettings("test_vit", 3, block=48, size=48, predict=predict, width=32)
+        network = Segmenter(kind)
+        facts = {"training": TrainingSettings().__dict__, "tau": 0.1, "threshold": 0.5}
+        paths[predict] = folder / f"{predict}.safetensors"
+        save_checkpoint(paths[predict], network, network.state_dict(), facts)
+    return paths
+
+
+def stack(shape=SHAPE):
+    """Noise with a bright part, 16 bits, zero in a corner."""
+    data = np.random.default_rng(0).integers(100, 900, shape, dtype=np.uint16)
+    data[:, 20:40, 30:70] += 3000
+    data[:, 50:, :40] = 0
+    return data
+
+
+@pytest.fixture
+def image(tmp_path):
+    return write_volume(tmp_path / "in.zarr", stack(), (2.0, 0.5, 0.5))
+
+
+def expected(network, **options):
+    scaled = normalise(stack())
+    return predict_volume(network, scaled, 0.25, device="cpu", progress=False, **options)
+
+
+def chunk_files(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if "c" in p.parts and p.is_file()}
+
+
+def test_the_network_is_that_of_the_checkpoint(checkpoints, image, tmp_path):
+    out = predict_large(image, checkpoints["all"], tmp_path / "out.zarr", **OPTIONS)
+    network, _ = load_checkpoint(checkpoints["all"])
+    np.testing.assert_allclose(read_volume(out).data[:], expected(network), atol=1e-5)
+
+
+@pytest.mark.usefixtures("cheap")
+@pytest.mark.parametrize("predict", ["center", "all"])
+def test_regions_together_are_the_prediction_of_the_whole(predict, checkpoints, image, tmp_path):
+    out = predict_large(image, checkpoints[predict], tmp_path / "out.zarr", **OPTIONS)
+    found = read_volume(out)
+    assert found.spacing == (2.0, 0.5, 0.5)
+    assert found.data.dtype == np.float32
+    np.testing.assert_allclose(found.data[:], expected(Placed(predict)), atol=1e-5)
+    assert np.ptp(found.data[:]) > 0.01
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.zarr", "out.zarr"]
+
+
+@pytest.mark.usefixtures("cheap")
+def test_flips_and_skipping_are_those_of_the_whole(checkpoints, image, tmp_path):
+    options = OPTIONS | {"flips": True, "skip_empty": 99.0}
+    out = predict_large(image, checkpoints["center"], tmp_path / "out.zarr", **options)
+    level = empty_level(normalise(stack()), 99.0)
+    whole = expected(Placed("center"), flips=True, skip_below=level)
+    np.testing.assert_allclose(read_volume(out).data[:], whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "float32", "float64", "int32"])
+def test_a_part_is_normalised_as_in_the_whole(dtype, tmp_path, monkeypatch):
+    data = (stack((9, 40, 50)) // 16).astype(dtype)
+    stored = read_volume(write_volume(tmp_path / "x.zarr", data)).data
+    whole = normalise(data)
+    monkeypatch.setattr(volume, "SLAB", 3000)
+    view = normalised(stored, *limits(stored))
+    assert (view.shape, view.ndim, view.dtype) == (data.shape, 3, np.float32)
+    for box in (np.s_[:], np.s_[2:5, 7:40, 9:11], np.s_[8]):
+        np.testing.assert_array_equal(view[box], whole[box])
+
+
+def test_a_mask_is_written_part_by_part(tmp_path):
+    probability = np.random.default_rng(0).random((9, 40, 50)).astype(np.float32)
+    mask = thresholded(probability, 0.25)
+    found = read_volume(write_volume(tmp_path / "mask.zarr", mask)).data[:]
+    np.testing.assert_array_equal(found, np.where(probability >= 0.25, 255, 0))
+    assert found.dtype == np.uint8
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.usefixtures("cheap")
+@pytest.mark.parametrize("after", [0, 1, 4])
+def test_an_interrupted_call_goes_on_with_the_chunks_that_are_missing(
+    after, checkpoints, image, tmp_path, monkeypatch
+):
+    out, part = tmp_path / "out.zarr", tmp_path / "out.zarr.part"
+    predict, boxes = large.predict_box, []
+
+    def some(*arguments):
+        if len(boxes) == after:
+            raise Stop
+        boxes.append(arguments[2])
+        return predict(*arguments)
+
+    monkeypatch.setattr(large, "predict_box", some)
+    with pytest.raises(Stop):
+        predict_large(image, checkpoints["center"], out, **OPTIONS)
+    assert not out.exists()
+    assert len(boxes) == after
+    done = chunk_files(part)
+    lost = next(iter(done), None)
+    if lost:
+        # As if the call had been stopped between the chunks of a region, while writing one.
+        lost.rename(lost.with_suffix(".0123.partial"))
+        del done[lost]
+    boxes.clear()
+    monkeypatch.setattr(large, "predict_box", lambda *a: boxes.append(a[2]) or predict(*a))
+    predict_large(image, checkpoints["center"], out, **OPTIONS)
+    total = 3 * 3 * 2  # regions
+    assert len(boxes) == total - after + bool(lost)
+    again = chunk_files(out)
+    assert len(again) == 3 * 3 * 3
+    assert {out / p.relative_to(part): t for p, t in done.items()}.items() <= again.items()
+    np.testing.assert_allclose(read_volume(out).data[:], expected(Placed("center")), atol=1e-5)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.usefixtures("cheap")
+def test_a_finished_call_is_not_repeated_and_other_settings_are_another_result(
+    checkpoints, image, tmp_path, monkeypatch
+):
+    out = tmp_path / "out.zarr"
+    predict_large(image, checkpoints["center"], out, **OPTIONS)
+    before = chunk_files(out)
+    predict_large(image, checkpoints["center"], out, **OPTIONS)
+    assert chunk_files(out) == before
+
+    def stopped(**options):
+        with monkeypatch.context() as patch:
+            patch.setattr(large, "predict_box", None)
+            with pytest.raises(TypeError):
+                predict_large(image, checkpoints["all"], out, **(OPTIONS | options))
+
+    stopped()
+    assert chunk_files(out) == before
+    for options, word in (
+        ({"overlap": 0.5}, "options"),
+        ({"flips": True}, "options"),
+        ({"skip_empty": 50.0}, "options"),
+    ):
+        with pytest.raises(SettingsError, match=word) as error:
+            predict_large(image, checkpoints["all"], out, **(OPTIONS | options))
+        assert "out.zarr.part" in str(error.value)
+    with pytest.raises(SettingsError, match="another checkpoint;"):
+        predict_large(image, checkpoints["center"], out, **OPTIONS)
+    # How much is done at a time is no other result.
+    predict_large(image, checkpoints["all"], out, **(OPTIONS | {"batch": 3, "region": (5, 99, 9)}))
+    np.testing.assert_allclose(read_volume(out).data[:], expected(Placed("all")), atol=1e-5)
+    stopped(overlap=0.5)
+    write_volume(image, stack() + np.uint16(1))
+    with pytest.raises(SettingsError, match="another input"):
+        predict_large(image, checkpoints["all"], out, **(OPTIONS | {"overlap": 0.5}))
+
+
+@pytest.mark.usefixtures("cheap")
+def test_no_more_is_read_than_a_region_and_its_margin(checkpoints, image, tmp_path, monkeypatch):
+    monkeypatch.setattr(volume, "SLAB", 4 * 32 * 32)
+    sizes, read = [], LazyStack.__getitem__
+
+    def watched(self, key):
+        part = read(self, key)
+        sizes.append(part.size)
+        return part
+
+    monkeypatch.setattr(LazyStack, "__getitem__", watched)
+    monkeypatch.setattr(LazyStack, "__array__", None)
+    options = OPTIONS | {"region": (4, 32, 32), "skip_empty": 10.0}
+    predict_large(image, checkpoints["center"], tmp_path / "out.zarr", **options)
+    # Tiles of 48 that begin before a region of 32 or end after it, and a slice on either side.
+    assert max(sizes) <= 6 * (32 + 2 * 47) ** 2
+    # 27 regions, and two passes over 27 chunks for the statistics.
+    assert len(sizes) >= 3 * 27
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"out": "out.tif"}, ".zarr"),
+        ({"overlap": 0.95}, "overlap"),
+        ({"batch": 0}, "batch"),
+        ({"skip_empty": 101.0}, "percentile"),
+        ({"workers": -1}, "workers"),
+        ({"region": (0, 8, 8)}, "region"),
+        ({"image": "no.zarr"}, "no.zarr"),
+        ({"checkpoint": "no.safetensors"}, "checkpoint"),
+    ],
+    ids=str,
+)
+def test_unusable_settings_leave_nothing(change, words, checkpoints, image, tmp_path):
+    paths = {"image": image, "checkpoint": checkpoints["center"], "out": "out.zarr"}
+    arguments = paths | OPTIONS | change
+    arguments["out"] = tmp_path / arguments["out"]
+    with pytest.raises(NeurolibError, match=words) as error:
+        predict_large(**arguments)
+    assert "\n" not in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["in.zarr"]
+
+
+def test_what_is_mapped_has_no_chunks_unless_its_data_have():
+    assert Mapped(np.zeros((1, 2, 3)), np.sqrt, np.dtype(float)).chunks is None
+
+
+@pytest.mark.skipif(
+    not os.environ.get("NEUROLIB_FAULTS"), reason="starts a cluster; set NEUROLIB_FAULTS=1"
+)
+def test_a_killed_worker_loses_nothing(checkpoints, image, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    out = tmp_path / "out.zarr"
+    part = tmp_path / "out.zarr.part"
+    killed = []
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None
+    ) as cluster:
+
+        def kill():
+            while len(chunk_files(part)) < 3:
+                time.sleep(0.005)
+            pid = next(iter(cluster.workers.values())).process.pid
+            os.kill(pid, signal.SIGKILL)
+            killed.append(len(chunk_files(part)))
+
+        thread = threading.Thread(target=kill, daemon=True)
+        thread.start()
+        options = OPTIONS | {"region": (4, 32, 32)}
+        address = cluster.scheduler_address
+        predict_large(image, checkpoints["center"], out, scheduler=address, **options)
+        thread.join()
+    assert 3 <= killed[0] < 27
+    assert len(chunk_files(out)) == 27
+    network, _ = load_checkpoint(checkpoints["center"])
+    np.testing.assert_allclose(read_volume(out).data[:], expected(network), atol=1e-5)
