@@ -95,10 +95,12 @@ def segment(
         Path, typer.Argument(help="A stack: .tif, .npy, .v3draw, .v3dpbd, .nrrd, .zarr.")
     ],
     checkpoint: Annotated[Path, typer.Option(help="checkpoint.safetensors of a run.")],
-    out: Annotated[Path, typer.Option(help="The SWC to write.")],
-    mask: Annotated[Path | None, typer.Option(help="Also write the mask, as TIFF.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The SWC to write.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Also write the mask: .tif, or .zarr (OME-Zarr).")
+    ] = None,
     probability: Annotated[
-        Path | None, typer.Option(help="Also write the probability, as TIFF (float32).")
+        Path | None, typer.Option(help="Also write the probability (float32): .tif or .zarr.")
     ] = None,
     threshold: Annotated[
         float | None,
@@ -110,33 +112,154 @@ def segment(
     channel: Annotated[int | None, typer.Option(help="Channel of a multi-channel image.")] = None,
     overlap: Annotated[float, typer.Option(help="Overlap of tiles in y and x, 0 to 0.9.")] = 0.25,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    flips: Annotated[
+        bool, typer.Option("--flips", help="Average over mirrored copies: four times the time.")
+    ] = False,
+    skip_empty: Annotated[
+        float,
+        typer.Option(help="Skip tiles with no voxel above this percentile of the image; 0: none."),
+    ] = 0.0,
+    workers: Annotated[
+        int, typer.Option(help="Processes that share a --probability NAME.zarr (needs Dask).")
+    ] = 0,
+    scheduler: Annotated[
+        str, typer.Option(help="Address of a Dask cluster, instead of --workers.")
+    ] = "",
 ) -> None:
-    """Segment a stack and trace it: image in, SWC (and mask) out.
+    """Segment a stack and trace it: image in, SWC (and mask, and probability) out.
+
+    From .zarr to a --probability NAME.zarr the image need not fit in memory, and an interrupted
+    call goes on; the SWC still needs the probability in memory.
 
     Example: neurolib segment cell.tif --checkpoint runs/x/checkpoint.safetensors --out cell.swc
     """
-    from neurolib.inference import predict_volume
+    import numpy as np
+
+    from neurolib.inference import empty_level, predict_volume
+    from neurolib.large import predict_large, thresholded
     from neurolib.swc import length, tips, write_swc
     from neurolib.tracing import trace
     from neurolib.training import load_checkpoint
     from neurolib.volume import normalise, read_volume, write_volume
 
     _check_output(out, ".swc")
-    _check_output(mask, ".tif")
-    _check_output(probability, ".tif")
+    _check_output(mask, ".tif", ".zarr")
+    _check_output(probability, ".tif", ".zarr")
+    if not (out or mask or probability):
+        raise SettingsError("nothing to write; give --out NAME.swc, --mask or --probability")
+    in_parts = probability is not None and probability.suffix.lower() == ".zarr"
+    if (workers or scheduler) and not in_parts:
+        raise SettingsError("--workers and --scheduler write parts; give --probability NAME.zarr")
     network, facts = load_checkpoint(checkpoint)
-    volume = read_volume(image, channel=channel)
-    found = predict_volume(network, normalise(volume.data), overlap, device=device)
     cut = facts["threshold"] if threshold is None else threshold
-    tree = trace(found, volume.spacing, threshold=cut, min_size=min_size)
-    write_swc(out, tree, f"traced from {image.name} at threshold {cut:g}")
-    print(f"{out}: {len(tree.xyz)} nodes, {length(tree):.0f} voxels long, {len(tips(tree))} tips")
-    if mask:
-        write_volume(mask, (found >= cut).astype("uint8") * 255, volume.spacing)
-        print(f"{mask}: {(found >= cut).mean():.4%} of the voxels are neurite")
+    if in_parts and (workers or scheduler or image.suffix.lower() == ".zarr"):
+        options = {"device": device, "flips": flips, "skip_empty": skip_empty, "channel": channel}
+        options |= {"workers": workers, "scheduler": scheduler}
+        volume = read_volume(predict_large(image, checkpoint, probability, overlap, **options))
+        found = volume.data
+    else:
+        volume = read_volume(image, channel=channel)
+        scaled = normalise(volume.data)
+        level = empty_level(scaled, skip_empty) if skip_empty else 0.0
+        options = {"device": device, "flips": flips, "skip_below": min(level, 1 - 1e-6)}
+        found = predict_volume(network, scaled, overlap, **options)
+        if probability:
+            write_volume(probability, found, volume.spacing)
     if probability:
-        write_volume(probability, found, volume.spacing)
         print(f"{probability}: written")
+    if mask:
+        binary = thresholded(found, cut)
+        lazy = mask.suffix.lower() == ".zarr"
+        write_volume(mask, binary if lazy else binary[:], volume.spacing)
+        print(f"{mask}: voxels of at least {cut:g}")
+    if out:
+        tree = trace(np.asarray(found), volume.spacing, threshold=cut, min_size=min_size)
+        write_swc(out, tree, f"traced from {image.name} at threshold {cut:g}")
+        print(
+            f"{out}: {len(tree.xyz)} nodes, {length(tree):.0f} voxels long, {len(tips(tree))} tips"
+        )
+
+
+@app.command()
+def trace(
+    volume: Annotated[
+        Path,
+        typer.Argument(help="A segmentation: .tif, .npy, .v3draw, .v3dpbd, .nrrd, .zarr."),
+    ],
+    out: Annotated[Path, typer.Option(help="The SWC to write.")],
+    label: Annotated[
+        int | None, typer.Option(help="The only label that is foreground; default: all but 0.")
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="On probabilities, 0 to 1; default 0.5. Whole numbers are labels without it, and "
+            "with it probabilities: uint8 up to 255, uint16 up to 65535."
+        ),
+    ] = None,
+    spacing: Annotated[
+        str, typer.Option(help="Z,Y,X: edge lengths of a voxel; default: those of the file.")
+    ] = "",
+    seed: Annotated[
+        str,
+        typer.Option(
+            help="X,Y,Z in voxels: the root of the piece nearest to it, if that has no cell body."
+        ),
+    ] = "",
+    min_size: Annotated[int, typer.Option(help="Smaller pieces are dropped, in voxels.")] = 20,
+    bridge: Annotated[
+        float, typer.Option(help="Longest gap to close, in voxels of the finest axis; 0: none.")
+    ] = 15.0,
+    tracer: Annotated[
+        str, typer.Option(help="neurolib, kimimaro, app2 (needs Vaa3D).")
+    ] = "neurolib",
+    vaa3d: Annotated[
+        str, typer.Option(help="The program Vaa3D; default: $VAA3D, or the one on the PATH.")
+    ] = "",
+    channel: Annotated[int | None, typer.Option(help="Channel of a multi-channel image.")] = None,
+) -> None:
+    """Trace a segmentation of your own: mask, labels or probability in, SWC out.
+
+    The SWC is in voxels, centres at whole numbers; its radii in voxels of the finest axis.
+
+    Example: neurolib trace cell_mask.tif --out cell.swc --seed 120,88,14
+    """
+    from neurolib.adapters import TRACERS, as_probability
+    from neurolib.swc import length, tips, write_swc
+    from neurolib.volume import read_volume
+
+    _check_output(out, ".swc")
+    if tracer not in TRACERS:
+        raise SettingsError(f"tracer={tracer!r}: expected one of {', '.join(TRACERS)}")
+    if vaa3d and tracer != "app2":
+        raise SettingsError(f"vaa3d: is for --tracer app2 only, got --tracer {tracer}")
+    steps, point = _three("spacing", spacing), _three("seed", seed)
+    stack = read_volume(volume, channel=channel, check=False)
+    found, meaning = as_probability(stack.data, label, threshold, volume.name)
+    if point and not all(
+        -0.5 <= p < n - 0.5 for p, n in zip(point, found.shape[::-1], strict=True)
+    ):
+        raise SettingsError(
+            f"seed={seed}: lies outside of {volume.name}, which has {found.shape[::-1]} voxels "
+            "(x, y, z); voxels count from 0"
+        )
+    options = {"vaa3d": vaa3d} if tracer == "app2" else {}
+    tree = TRACERS[tracer](
+        found,
+        steps or stack.spacing,
+        point and point[::-1],
+        threshold=0.5 if threshold is None else threshold,
+        min_size=min_size,
+        bridge=bridge,
+        **options,
+    )
+    write_swc(out, tree, f"traced from {volume.name}, {meaning}, by {tracer}")
+    print(f"{volume.name}: {meaning}")
+    root = ", ".join(f"{value:.1f}" for value in tree.xyz[0])
+    print(
+        f"{out}: {len(tree.xyz)} nodes, {length(tree):.0f} voxels long, {len(tips(tree))} tips, "
+        f"{(tree.parent < 0).sum()} trees; root at {root}"
+    )
 
 
 @app.command()
@@ -223,17 +346,31 @@ def _check_weights() -> list[str]:
     return []
 
 
-def _check_output(path: Path | None, suffix: str) -> None:
+def _check_output(path: Path | None, *suffixes: str) -> None:
     """Refuse an output that could not be written, before hours go into making it."""
     if path is None:
         return
-    if path.suffix.lower() != suffix:
-        raise SettingsError(f"{path}: expected a name that ends in {suffix}")
+    suffix = path.suffix.lower()
+    if suffix not in suffixes:
+        raise SettingsError(f"{path}: expected a name that ends in {' or '.join(suffixes)}")
     folder = path.absolute().parent
     while not folder.exists():
         folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
+    # An OME-Zarr is a folder and may be replaced by another; no other folder may.
+    taken = path.is_dir() and not (suffix == ".zarr" and (path / "zarr.json").exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or taken:
         raise SettingsError(f"{path}: cannot write here; choose a folder you may write to")
+
+
+def _three(name: str, text: str) -> tuple[float, float, float] | None:
+    """Three numbers with commas between them; None of nothing."""
+    if not text:
+        return None
+    try:
+        first, second, third = map(float, text.split(","))
+    except ValueError:
+        raise SettingsError(f"{name}={text!r}: expected three numbers, as in 3,1,1") from None
+    return first, second, third
 
 
 def _assignment(text: str) -> tuple[str, object]:

@@ -245,30 +245,19 @@ def split_by_neuron(
         tests, free = free[:test], free[test:]
     if not checks:
         checks, free = free[:validation], free[validation:]
-    order = tests + checks + free
-    test, validation = (
-        (len(tests) if held_out else test),
-        (len(checks) if validate_on else validation),
-    )
-    if len(neurons) - test - validation < 1:
+    if not free:
         raise DataError(
-            f"{len(neurons)} neurons cannot be split into {test} for test, {validation} for "
-            "validation and at least one for training; add pairs or hold out fewer"
+            f"{len(neurons)} neurons cannot be split into {len(tests) or test} for test, "
+            f"{len(checks) or validation} for validation and at least one for training; add pairs "
+            "or hold out fewer"
         )
-    rest = order[test + validation :]
-    if train > len(rest):
+    if train > len(free):
         raise DataError(
-            f"train={train}: only {len(rest)} of {len(neurons)} neurons are left to train on; add "
+            f"train={train}: only {len(free)} of {len(neurons)} neurons are left to train on; add "
             "pairs or ask for fewer"
         )
-    role = {n: "test" for n in order[:test]}
-    role |= {n: "validation" for n in order[test : test + validation]}
-    role |= {n: "train" for n in (rest[:train] if train else rest)}
-    groups = {"train": [], "validation": [], "test": []}
-    for pair in pairs:
-        if pair.neuron in role:
-            groups[role[pair.neuron]].append(pair)
-    return Split(**{name: tuple(members) for name, members in groups.items()})
+    groups = free[: train or len(free)], checks, tests
+    return Split(*(tuple(pair for pair in pairs if pair.neuron in group) for group in groups))
 
 
 def write_manifest(path: str | Path, split: Split, seed: int) -> Path:

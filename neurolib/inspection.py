@@ -35,7 +35,7 @@ def inspect_files(paths: Sequence[str | Path], channel: int | None = None) -> It
     NeurolibError
         After the last file, if some could not be read: how many, of how many.
     """
-    files = [file for path in paths for file in _expand(Path(path))]
+    files = list(dict.fromkeys(file for path in paths for file in _expand(Path(path))))
     images, trees, problems = [], {}, 0
     for file in files:
         try:
@@ -63,7 +63,9 @@ def inspect_files(paths: Sequence[str | Path], channel: int | None = None) -> It
 def _expand(path: Path) -> list[Path]:
     if not path.is_dir() or path.suffix.lower() in SUFFIXES:
         return [path]
-    found = [p for p in sorted(path.iterdir()) if p.suffix.lower() in (*SUFFIXES, *TREES)]
+    # Some systems leave "._cell.tif" beside "cell.tif".
+    files = [p for p in sorted(path.iterdir()) if not p.name.startswith(".")]
+    found = [p for p in files if p.suffix.lower() in (*SUFFIXES, *TREES)]
     if not found:
         raise NeurolibError(
             f"{path}: a folder without images ({', '.join(SUFFIXES)}) and SWC files; name another"
@@ -74,7 +76,10 @@ def _expand(path: Path) -> list[Path]:
 def _pairs(images: list[Path], trees: dict[Path, swc.Tree]) -> list[tuple[Path, Path]]:
     if len(images) == len(trees) == 1:
         return [(images[0], next(iter(trees)))]
-    return [(i, t) for i in images for t in trees if i.with_suffix("") == t.with_suffix("")]
+    pairs = [(image, tree) for image in images for tree in trees if image.stem == tree.stem]
+    # Of several trees of that name, such as two reconstructions, those beside the image.
+    beside = {image for image, tree in pairs if image.parent == tree.parent}
+    return [(i, t) for i, t in pairs if i not in beside or i.parent == t.parent]
 
 
 def block(title: str, facts: dict[str, str]) -> str:

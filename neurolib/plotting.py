@@ -6,6 +6,7 @@ and *viridis*. `show` displays a figure with its id and a text for those who can
 
 import base64
 import html
+import importlib
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -299,6 +300,59 @@ def blocks(
     return figure
 
 
+def pipeline(block: np.ndarray, kernel: np.ndarray, probability: np.ndarray, tree: Tree) -> Figure:
+    """The course in a row: a block, an inflated kernel, a probability, a tree, joined by arrows.
+
+    Parameters
+    ----------
+    block : (D, h, w) array
+        Values in [0, 1]; drawn as a pile of slices, as is the kernel.
+    kernel : (D, p, p) array
+        Of one token.
+    probability : (y, x) array
+        A projection, in [0, 1].
+    tree : Tree
+        Drawn over the frame of `probability`.
+    """
+    figure, panels = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained")
+    limit = float(np.abs(kernel).max())
+    figure.get_layout_engine().set(wspace=0.16)  # room for the arrows
+    _pile(panels[0], block, "gray", 0, 1, 0.14)
+    _pile(panels[1], kernel, "viridis", -limit, limit, 0.4)
+    panels[2].imshow(probability, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    panels[3].imshow(np.zeros_like(probability), cmap="gray", vmin=0, vmax=1)
+    draw_tree(panels[3], tree, 1, 2, ORANGE, width=1.5)
+    titles = ("01 block", "02 inflated kernel", "03 and 04 probability", "05 tree")
+    for axes, title in zip(panels, titles, strict=True):
+        bare(axes, title)
+    for axes in panels[:3]:
+        axes.annotate(
+            "",
+            (1.14, 0.5),
+            (1.02, 0.5),
+            xycoords="axes fraction",
+            arrowprops={"arrowstyle": "-|>", "color": BLACK},
+            annotation_clip=False,
+        )
+    return figure
+
+
+def _pile(axes: Axes, slices: np.ndarray, cmap: str, low: float, high: float, step: float) -> None:
+    """Slices (D, h, w), the first in front, each by `step` of its size up and to the right."""
+    depth, h, w = slices.shape
+    for z in reversed(range(depth)):
+        shift = step * z
+        extent = (shift * w, (1 + shift) * w, (1 - shift) * h, -shift * h)
+        axes.imshow(
+            slices[z], cmap=cmap, vmin=low, vmax=high, extent=extent, interpolation="nearest"
+        )
+        corner = plt.Rectangle((extent[0], extent[3]), w, h, fill=False, ec="white", lw=1.5)
+        axes.add_patch(corner)
+    top = step * (depth - 1)
+    axes.set(xlim=(0, (1 + top) * w), ylim=(h, -top * h))
+    axes.set_frame_on(False)
+
+
 def colour_kernel(weight: np.ndarray) -> np.ndarray:
     """A patch kernel (3, p, p) as an RGB image (p, p, 3), zero in the middle of the range."""
     kernel = np.moveaxis(np.asarray(weight), 0, -1)
@@ -310,16 +364,34 @@ def curves(
     xlabel: str,
     ylabel: str,
     logarithmic: bool = False,
+    line: float | None = None,
 ) -> Figure:
-    """Lines over a common axis, one colour and label each."""
+    """Lines over a common axis, one colour and label each; a dashed one at `line`, if given."""
     figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
     for (label, (x, y)), colour in zip(lines.items(), CYCLE, strict=False):
         axes.plot(x, y, color=colour, label=label, marker="o" if len(x) < 20 else None, ms=4)
     if logarithmic:
         axes.set_yscale("log")
+    if line is not None:
+        axes.axhline(line, color=BLACK, lw=1, ls="--")
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def stacked(x: Sequence[float], rows: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
+    """Quantities of different units over one axis, a row each, from zero."""
+    figure, grid = plt.subplots(
+        len(rows), 1, figsize=(6.5, 1.8 * len(rows)), sharex=True, layout="constrained"
+    )
+    for axes, (label, values), colour in zip(
+        np.atleast_1d(grid), rows.items(), CYCLE, strict=False
+    ):
+        axes.plot(x, values, color=colour, marker="o", ms=4)
+        axes.set(ylabel=label, ylim=(0, 1.1 * max(1e-6, *values)), xticks=x)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(xlabel)
     return figure
 
 
@@ -358,10 +430,36 @@ def learning(history: Sequence[Mapping[str, float]]) -> Figure:
     return figure
 
 
+def rates(shares: Sequence[float], layers: Sequence[float], decoder: float) -> Figure:
+    """Learning rates: the share of the peak at each step, and the peak of each layer.
+
+    Parameters
+    ----------
+    shares : sequence of float
+        Of the peak rate, step by step.
+    layers : sequence of float
+        Peak rates of the encoder from the pixels up; may be empty.
+    decoder : float
+        Peak rate of everything behind the encoder.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
+    left.plot(range(1, len(shares) + 1), shares, color=BLUE)
+    left.set(xlabel="step", ylabel="share of the peak rate", ylim=(0, 1.05))
+    right.bar(range(len(layers)), layers, color=BLUE, label="encoder")
+    right.bar([len(layers)], [decoder], color=ORANGE, label="decoder")
+    right.set_yscale("log")
+    right.set(xlabel="layer, from the pixels up", ylabel="peak rate")
+    right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def dots(
     groups: Mapping[str, Mapping[str, float]],
     ylabel: str,
     intervals: Mapping[str, tuple[float, float]] | None = None,
+    line: float | None = None,
 ) -> Figure:
     """One dot per neuron and group, joined per neuron; a bar marks the mean, a line its interval.
 
@@ -370,8 +468,12 @@ def dots(
     groups : mapping of group to mapping of neuron to value
     ylabel : str
     intervals : mapping of group to (low, high), optional
+    line : float, optional
+        A value to compare with, as zero where the values are differences.
     """
     figure, axes = plt.subplots(figsize=(1.6 * len(groups) + 3, 3.8), layout="constrained")
+    if line is not None:
+        axes.axhline(line, color="0.6", lw=0.8, zorder=0)
     names = list(groups)
     neurons = list(dict.fromkeys(n for values in groups.values() for n in values))
     for neuron, colour in zip(neurons, CYCLE * (len(neurons) // len(CYCLE) + 1), strict=False):
@@ -461,3 +563,179 @@ def inflated(kernel: np.ndarray, response: Sequence[float], limit: float) -> Fig
 def heat(values: np.ndarray) -> np.ndarray:
     """An array (y, x) from zero to its maximum as *viridis* colours (y, x, 3), for `images`."""
     return plt.get_cmap("viridis")(values / max(1e-12, float(values.max())))[..., :3]
+
+
+def signed(values: np.ndarray) -> np.ndarray:
+    """Array (y, x) as colours (y, x, 3) for `images`: blue above zero, white at it, red below."""
+    limit = max(1e-12, float(np.abs(values).max()))
+    return plt.get_cmap("RdBu")(0.5 + 0.5 * np.asarray(values) / limit)[..., :3]
+
+
+def zoomed(
+    plane: np.ndarray,
+    centre: tuple[float, float],
+    lines: Mapping[str, Sequence[np.ndarray]] | None = None,
+    label: str = "",
+    size: int = 64,
+) -> Figure:
+    """A projection, whole and with a window of it enlarged, and lines drawn over both.
+
+    Parameters
+    ----------
+    plane : (y, x) array
+        Values with a colour bar if `label` says what they are, else grey; NaN is black.
+    centre : (y, x)
+        Of the window, `size` voxels wide.
+    lines : mapping of label to sequence of (m, 2) arrays
+        Each y, x in voxels; one colour per label.
+    label : str
+    size : int
+    """
+    colours = (SKY, ORANGE, PURPLE)
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    cmap = plt.get_cmap("viridis" if label else "gray").with_extremes(bad="black")
+    low = float(np.nanmin(plane)) if label else 0.0
+    # Grey is half as bright as it could be, so that lines stand out.
+    high = float(np.nanmax(plane)) if label else 2 * max(1e-6, float(np.nanmax(plane)))
+    first = [
+        float(np.clip(middle - size / 2, 0, max(0, side - size)))
+        for middle, side in zip(centre, plane.shape, strict=True)
+    ]
+    for axes, title in zip(panels, ("whole", "window"), strict=True):
+        picture = axes.imshow(plane, cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
+        for (name, parts), colour in zip((lines or {}).items(), colours, strict=False):
+            flat = [part[:, ::-1] for part in parts]
+            width = 1.0 if title == "whole" else 2.0
+            axes.add_collection(LineCollection(flat, colors=colour, linewidths=width, label=name))
+        bare(axes, title)
+    whole, window = panels
+    corner = (first[1] - 0.5, first[0] - 0.5)
+    whole.add_patch(plt.Rectangle(corner, size, size, fill=False, ec="white", lw=1))
+    scale_bar(whole, plane.shape[1], 1.0, "voxels")
+    top, left = first
+    window.set(xlim=(left - 0.5, left + size - 0.5), ylim=(top + size - 0.5, top - 0.5))
+    if lines:
+        window.legend(loc="upper right", fontsize=8)
+    if label:
+        figure.colorbar(picture, ax=panels, label=label, shrink=0.8)
+    return figure
+
+
+# What `neurolib.study.agreement` tells apart, in the colours of `overlay`.
+JUDGED = {"correct": SKY, "false": ORANGE, "missed": PURPLE}
+
+
+def judged(
+    image: np.ndarray,
+    groups: Mapping[str, Mapping[str, Tree]],
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    unit: str = "voxels",
+) -> Figure:
+    """Trees over three projections of their image: what is correct, false and missed.
+
+    Parameters
+    ----------
+    image : (z, y, x) array
+        Shown at half its brightness.
+    groups : mapping of title to mapping of ``correct``, ``false``, ``missed`` to Tree
+        Side by side; see `neurolib.study.agreement`.
+    spacing, unit
+        As in `projections`.
+    """
+    figure, panels = _views(image.shape, spacing, len(groups))
+    for (title, parts), views in zip(groups.items(), panels, strict=True):
+        for view, axes in views.items():
+            down, across, along = VIEWS[view]
+            grey = _project(image.max(axis=along), view).astype(np.float32)
+            top = 2 * max(1e-6, float(grey.max()))
+            aspect = spacing[down] / spacing[across]
+            axes.imshow(grey, cmap="gray", vmin=0, vmax=top, aspect=aspect, interpolation="nearest")
+            for name, tree in parts.items():
+                draw_tree(axes, tree, down, across, JUDGED[name], name, 1.5)
+        views["xy"].set_title(title, fontsize=9)
+        scale_bar(views["xy"], image.shape[2], spacing[2], unit)
+        views["xy"].legend(loc="lower right", fontsize=7, framealpha=0.8)
+    return figure
+
+
+def multiples(
+    rows: Sequence[Mapping],
+    titles: Mapping[str, str],
+    values: Mapping[str, tuple[float, float]],
+) -> Figure:
+    """Small multiples of `neurolib.study.robustness`: a column per damage, a row per value.
+
+    Parameters
+    ----------
+    rows : sequence of rows
+        ``damage``, ``amount``, ``tracer`` and the values; what is not finite leaves a gap.
+    titles : mapping of damage to the name of its amount
+    values : mapping of value to its limits
+        The same in all columns, so that they can be compared.
+    """
+    figure, grid = plt.subplots(
+        len(values),
+        len(titles),
+        figsize=(2.3 * len(titles), 1.8 * len(values)),
+        sharex="col",
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
+    tracers = list(dict.fromkeys(row["tracer"] for row in rows))
+    for (value, limits), line in zip(values.items(), grid, strict=True):
+        for (damage, words), axes in zip(titles.items(), line, strict=True):
+            for tracer, colour, mark in zip(tracers, CYCLE, "os^Dv", strict=False):
+                chosen = [r for r in rows if r["damage"] == damage and r["tracer"] == tracer]
+                heights = [r[value] if np.isfinite(r[value]) else np.nan for r in chosen]
+                amounts = [r["amount"] for r in chosen]
+                axes.plot(amounts, heights, color=colour, marker=mark, ms=4, lw=1.2, label=tracer)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.set_ylim(limits)
+            if value == next(iter(values)):
+                axes.set_title(damage, fontsize=9)
+            if value == list(values)[-1]:
+                axes.set_xlabel(words, fontsize=8)
+        line[0].set_ylabel(value)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
+    return figure
+
+
+def scene(
+    image: np.ndarray,
+    trees: Mapping[str, Tree],
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+):
+    """A volume and its trees to turn with the mouse, by k3d; None where k3d is not installed.
+
+    Parameters
+    ----------
+    image : (z, y, x) array
+        In [0, 1].
+    trees : mapping of label to Tree
+    spacing : (dz, dy, dx)
+    """
+    try:
+        k3d = importlib.import_module("k3d")
+    except ImportError:
+        return None
+    # Half a voxel before the first centre to half a voxel behind the last one.
+    bounds = [
+        edge
+        for n, d in zip(image.shape[::-1], spacing[::-1], strict=True)
+        for edge in (-d / 2, (n - 0.5) * d)
+    ]
+    plot = k3d.plot()
+    plot += k3d.volume(image.astype(np.float16), bounds=bounds, color_range=[0.15, 1], name="image")
+    for (label, tree), colour in zip(trees.items(), CYCLE[1:], strict=False):
+        child = np.flatnonzero(tree.parent >= 0)
+        plot += k3d.lines(
+            (tree.xyz * np.asarray(spacing)[::-1]).astype(np.float32),
+            np.stack([child, tree.parent[child]], axis=1).astype(np.uint32),
+            indices_type="segment",
+            color=int(colour[1:], 16),
+            width=0.5 * min(spacing),
+            name=label,
+        )
+    return plot

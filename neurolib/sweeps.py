@@ -9,15 +9,18 @@ import multiprocessing
 import os
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
-from neurolib.datasets import data_label
+from neurolib.datasets import data_label, read_manifest
 from neurolib.errors import NeurolibError, SettingsError
-from neurolib.files import atomic_path
+from neurolib.evaluation import volume_diagonal
+from neurolib.files import atomic_path, write_text
 from neurolib.runs import (
     DATA_NOTEBOOK,
     PROFILES,
@@ -31,6 +34,7 @@ from neurolib.runs import (
     read_yaml,
     run_course,
 )
+from neurolib.volume import read_volume
 
 # What is measured, and the notebooks that do it: the networks on test neurons, or, to choose
 # rates by, their learning curves on validation neurons. Tests are never looked at for a choice.
@@ -43,13 +47,17 @@ VARIED = (
 VARIED_AND_SHARED = ("steps", "batch", "size", *VARIED)
 SHARED = (
     "data", "style", "threshold_tau", *VARIED_AND_SHARED, "seconds", "weights", "device", "key",
+    "run",
 )  # fmt: skip
 # What one line of a results file says, in this order.
 COLUMNS = {
-    "test": ("network", "seed", "fold", "neuron", "dice", "hd95", "cldice", "every", *SHARED),
+    "test": (
+        "network", "seed", "fold", "neuron", "volume",
+        "dice", "hd95", "diagonal", "cldice", "every", *SHARED,
+    ),
     "validation": ("network", "seed", "fold", "neuron", "step", "training_loss", "dice", *SHARED),
-}
-NUMBERS = ("dice", "hd95", "cldice", "seconds", "step", "training_loss")
+}  # fmt: skip
+NUMBERS = ("dice", "hd95", "diagonal", "cldice", "seconds", "step", "training_loss")
 KEYS = {"data", "networks", "seeds", "folds", "common", "results"}
 
 
@@ -171,20 +179,21 @@ def run_sweep(
     check_data(data, [defaults[DATA_NOTEBOOK] | cell.parameters for cell in cells])
     kept = _kept(results, cells, data, grid["measure"])
     rows: dict[str, list[dict]] = {}
-    failed: list[str] = []
+    failed: dict[str, str] = {}
     for cell, found in _execute(cells, data, folder, chain, workers):
         if isinstance(found, NeurolibError):
-            failed.append(str(found))
+            failed[cell.name] = str(found)
             print(f"== {cell.name} failed: {found}", flush=True)
         else:
             rows[cell.name] = _rows(found, cell, data, grid["measure"])
             done = [row for one in cells for row in rows.get(one.name, [])]
             write_results(results, kept + done, grid["measure"])
             print(f"== {len(rows)} of {len(cells)} done: {cell.name}", flush=True)
+        _write_index(Path(folder) / stem / "index.html", cells, rows, failed)
     if failed:
         raise NotebookError(
-            f"{len(failed)} of {len(cells)} runs failed (the first: {failed[0]}); the same command "
-            "tries them again"
+            f"{len(failed)} of {len(cells)} runs failed (the first: {next(iter(failed.values()))});"
+            " the same command tries them again"
         )
     return results
 
@@ -268,19 +277,47 @@ def _rows(run: Run, cell: Cell, data: str, measure: str) -> list[dict]:
         "device": about["device"],
         "seconds": round(sum(records[n]["seconds"] for n in chain)),
         "key": records[chain[-1]]["key"][:16],
+        "run": cell.name,
         "every": cell.parameters.get("every", 1),
     }
     common |= _told(cell)
     if measure == "validation":
         curve = metrics["validation"]
         return [common | {"neuron": curve["neurons"]} | point for point in curve["points"]]
-    return [
-        common
-        | {"neuron": name, "style": scores["style"]}
+    rows = []
+    for pair in read_manifest(run.path("split.json")).test:
+        volume, scores = read_volume(pair.image), metrics["neurons"][pair.name]
+        diagonal = volume_diagonal(volume.data.shape, volume.spacing)
         # clDice is not measured on a sample of the slices.
-        | {k.lower(): round(scores[k], 4) for k in ("Dice", "Hd95", "clDice") if k in scores}
-        for name, scores in metrics["neurons"].items()
-    ]
+        found = {k.lower(): round(scores[k], 4) for k in ("Dice", "Hd95", "clDice") if k in scores}
+        names = {"neuron": pair.neuron, "volume": pair.name, "style": pair.style}
+        rows.append(common | names | found | {"diagonal": round(diagonal, 1)})
+    return rows
+
+
+def _write_index(
+    path: Path, cells: list[Cell], rows: dict[str, list[dict]], failed: dict[str, str]
+) -> None:
+    """Write a page with a line per run: its state, its Dice and seconds, its report."""
+    lines = [("network", "seed", "fold", "state", "Dice", "seconds")]
+    for cell in cells:
+        found = rows.get(cell.name, [])
+        name, dice = escape(cell.network), [row["dice"] for row in found]
+        line = [name, cell.seed, cell.fold, escape(failed.get(cell.name, "not yet")), "", ""]
+        if found:
+            best = max(dice) if "step" in found[0] else sum(dice) / len(dice)
+            link = f'<a href="{quote(Path(cell.name).name)}/report.html">{name}</a>'
+            line = [link, cell.seed, cell.fold, "done", f"{best:.3f}", found[0]["seconds"]]
+        lines.append(line)
+    body = "\n".join(f"<tr>{''.join(f'<td>{one}</td>' for one in line)}</tr>" for line in lines)
+    title = escape(path.parent.name)
+    write_text(
+        path,
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
+        "<style>body { font: 1em sans-serif; margin: 2em } td { padding: .2em .8em }</style>\n"
+        f"<h1>{title}</h1><p>Dice: mean over the volumes of a run, or its best validation.</p>\n"
+        f"<table>\n{body}\n</table></html>\n",
+    )
 
 
 def _told(cell: Cell) -> dict:
@@ -344,14 +381,36 @@ def read_results(path: str | Path, measure: str = "test") -> list[dict]:
 
 
 def by_network(rows: list[dict], column: str) -> dict[str, dict[str, float]]:
-    """Mean over seeds of a column, as network → neuron → value, in the order of the file."""
+    """Mean of a column over seeds and volumes of a neuron, as network → neuron → value.
+
+    Two volumes of one neuron are no two neurons. An infinite distance, of a network that found
+    nothing, counts as the diagonal of its volume.
+    """
     found: dict[str, dict[str, list[float]]] = {}
     for row in rows:
-        found.setdefault(row["network"], {}).setdefault(row["neuron"], []).append(row[column])
+        value = row["diagonal"] if row[column] == float("inf") else row[column]
+        found.setdefault(row["network"], {}).setdefault(row["neuron"], []).append(value)
     return {
         network: {neuron: sum(v) / len(v) for neuron, v in neurons.items()}
         for network, neurons in found.items()
     }
+
+
+def gains(
+    values: Mapping[str, Mapping[str, float]], network: str, baseline: str
+) -> dict[str, float]:
+    """Difference of a network from another on each neuron that both have.
+
+    Raises
+    ------
+    SettingsError
+        If there is no such network.
+    """
+    for name in (network, baseline):
+        if name not in values:
+            raise SettingsError(f"no network {name!r}; there are {', '.join(values)}")
+    ours, theirs = values[network], values[baseline]
+    return {neuron: ours[neuron] - theirs[neuron] for neuron in ours if neuron in theirs}
 
 
 def describe_results(rows: list[dict]) -> list[str]:

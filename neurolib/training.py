@@ -5,11 +5,12 @@ augmentation of step k depend on the seed and on k alone, and everything else th
 carries (weights, moments of the optimiser, running average) is in the resume file.
 """
 
+import contextlib
 import csv
 import json
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,6 +35,8 @@ SKELETON = math.expm1(6 * (1 - 1 / 5)) / math.expm1(6)
 LOSSES = ("dice+focal", "dice+ce+skeleton", "dice+ce+cldice")
 # What a checkpoint of a frozen encoder says of how `build` makes it again, in its order.
 REBUILD = ("initialisation", "weights_file", "network_seed", "fold")
+# What a network says of its initialisation once its encoder came from a checkpoint.
+RESTORED = "checkpoint"
 # Finer towards 1, where a network that is asked for recall puts its doubts.
 THRESHOLDS = (*(i / 20 for i in range(1, 20)), 0.97, 0.98, 0.99)
 
@@ -44,7 +47,7 @@ class TrainingSettings:
 
     steps: int = 1000
     batch: int = 8  # blocks per pass
-    accumulate: int = 1  # passes per step: the gradient is that of batch * accumulate blocks
+    accumulate: int = 1  # passes per step: its gradient is the mean of theirs
     encoder_rate: float = 1e-4
     decoder_rate: float = 1e-3
     layer_decay: float = 0.75  # rate of each encoder layer relative to the one above it
@@ -54,7 +57,7 @@ class TrainingSettings:
     average: float = 0.98  # decay of the running average of the weights that is kept (EMA)
     loss: str = "dice+ce+skeleton"
     frozen: bool = False  # train the decoder (and stem) only
-    negatives: float = 0.25  # share of blocks without foreground
+    negatives: float = 0.25  # blocks without foreground per salient block
     augment: bool = True
     checkpointing: bool = False  # recompute the encoder's activations: a third slower, less memory
     validate_every: int = 50  # steps
@@ -80,10 +83,14 @@ class TrainingSettings:
                 f"encoder_rate={self.encoder_rate}, decoder_rate={self.decoder_rate}: expected "
                 "positive rates; frozen=True leaves the encoder as it is"
             )
-        if not (0 <= self.average < 1 and 0 <= self.warmup <= 1 and 0 <= self.negatives <= 1):
+        if not (0 <= self.average < 1 and 0 <= self.warmup <= 1):
             raise SettingsError(
-                f"average={self.average}, warmup={self.warmup}, negatives={self.negatives}: "
-                "expected shares from 0 to 1"
+                f"average={self.average}, warmup={self.warmup}: expected shares from 0 to 1"
+            )
+        if not 0 <= self.negatives < math.inf:
+            raise SettingsError(
+                f"negatives={self.negatives}: expected a number of blocks without foreground per "
+                "salient one, 0 for none"
             )
         if self.loss not in LOSSES:
             raise SettingsError(f"loss={self.loss!r}: expected one of {', '.join(LOSSES)}")
@@ -101,7 +108,7 @@ class BlockSource:
     depth, size : int
         A block is (depth, size, size).
     negatives : float
-        Share of blocks of a batch that are drawn from those without foreground.
+        Blocks without foreground per salient block, as many as there are at most.
     stride : int
         In y and x; in z every slice is the centre of a block.
 
@@ -305,6 +312,20 @@ def loss_terms(
     return terms
 
 
+def pulls(logits: torch.Tensor, response: torch.Tensor, tau: float) -> dict[str, torch.Tensor]:
+    """What every term of every loss asks of every voxel: minus its gradient by the logits.
+
+    Parameters are those of `loss_terms`. Positive: the logit is to rise.
+    """
+    found = {}
+    for name in LOSSES:
+        leaf = logits.detach().requires_grad_()
+        for term, value in loss_terms(name, leaf, response, tau).items():
+            (gradient,) = torch.autograd.grad(value, leaf, retain_graph=True)
+            found[term] = -gradient
+    return found
+
+
 # ------------------------------------------------------------------------------------- loop
 
 
@@ -348,14 +369,26 @@ class TrainingResult:
     checkpoint: Path
 
 
-def parameter_groups(network: Segmenter, settings: TrainingSettings) -> list[dict]:
-    """AdamW groups: encoder rates fall by `layer_decay` per layer; only matrices decay.
+def layer_rates(network: Segmenter, settings: TrainingSettings) -> list[float]:
+    """Peak rate of each layer of the encoder, from the pixels up; none without an encoder.
 
-    The patch embedding and the position embedding are layer 0, transformer block i is layer
-    i + 1; what comes behind the last block keeps the encoder's full rate. Position embedding,
-    class and register tokens are tables of vectors, not matrices: they do not decay.
+    Layer 0 is the patch embedding with the position embedding, layer i + 1 is transformer block
+    i, and the last one is the norm behind them, at the encoder's full rate: each layer has
+    `layer_decay` times the rate of the one above it (Clark et al. 2020; Bao et al. 2022).
     """
-    depth = len(network.encoder.blocks) + 1 if network.encoder is not None else 0
+    if network.encoder is None:
+        return []
+    top = len(network.encoder.blocks) + 1
+    return [settings.encoder_rate * settings.layer_decay ** (top - i) for i in range(top + 1)]
+
+
+def parameter_groups(network: Segmenter, settings: TrainingSettings) -> list[dict]:
+    """AdamW groups: the encoder has the rates of `layer_rates`; only matrices decay.
+
+    Position embedding, class and register tokens are tables of vectors, not matrices: they do
+    not decay.
+    """
+    rates = layer_rates(network, settings)
     tables = ("encoder.pos_embed", "encoder.cls_token", "encoder.reg_token")
     groups: dict[tuple[float, float], list] = {}
     for name, parameter in network.named_parameters():
@@ -367,8 +400,8 @@ def parameter_groups(network: Segmenter, settings: TrainingSettings) -> list[dic
             if name.startswith("encoder.blocks."):
                 layer = int(name.split(".")[2]) + 1
             elif name.startswith("encoder.norm."):
-                layer = depth
-            rate = settings.encoder_rate * settings.layer_decay ** (depth - layer)
+                layer = -1
+            rate = rates[layer]
         decay = settings.weight_decay if parameter.ndim > 1 and name not in tables else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
     return [
@@ -378,7 +411,7 @@ def parameter_groups(network: Segmenter, settings: TrainingSettings) -> list[dic
 
 
 def schedule(step: int, settings: TrainingSettings) -> float:
-    """Share of the peak rate at a step: linear warm-up, then half a cosine to 1 %."""
+    """Share of the peak rate at a step, the first being 0: linear warm-up, half a cosine to 1 %."""
     warm = max(1, round(settings.warmup * settings.steps))
     if step < warm:
         return (step + 1) / warm
@@ -401,7 +434,8 @@ def train(
     Parameters
     ----------
     network : Segmenter
-        Initialised; its weights are changed in place and end as the best checkpoint's.
+        Initialised; its weights are changed in place and end as the best checkpoint's. To go on
+        from a checkpoint with other data or settings, `restore` it before.
     samples, validation : sequences of Sample
     folder : path
         Receives ``checkpoint.safetensors`` (the best running average so far),
@@ -451,26 +485,22 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * share
         optimizer.zero_grad()
-        try:
+        with _explain_memory(settings, shape.size):
             terms = _gradient(module, network, fabric, blocks, step, settings, tau)
-        except torch.OutOfMemoryError:
-            raise SettingsError(
-                f"out of memory at batch={settings.batch}, size={shape.size}; lower one of them "
-                f"(accumulate={2 * settings.accumulate} with half the batch gives nearly the same "
-                "step), or set checkpointing=True"
-            ) from None
         norm = fabric.clip_gradients(
             module, optimizer, max_norm=settings.clip, error_if_nonfinite=False
         )
         loss = sum(terms.values())
         # A finite loss can have a gradient that is not, and one such step spoils all weights.
         if not (math.isfinite(loss) and math.isfinite(norm.item())):
+            kept = f"{folder / 'checkpoint.safetensors'} holds the weights of step {best['step']}"
             raise SettingsError(
-                f"the loss is {loss:g}, its gradient {norm.item():g} at step {step}; the "
-                f"last good weights, if any, are in {folder}; lower the rates "
+                f"the loss is {loss:g}, its gradient {norm.item():g} in step {step + 1}; "
+                f"{kept if best['step'] else 'no weights were kept'}; lower the rates "
                 f"({settings.encoder_rate}, {settings.decoder_rate})"
             )
-        optimizer.step()
+        with _explain_memory(settings, shape.size):  # the first step makes the moments
+            optimizer.step()
         # A short run must not remember its first steps: the decay grows from 1/11 to its value.
         decay = min(settings.average, (1 + step) / (10 + step))
         for key, value in network.state_dict().items():
@@ -505,6 +535,24 @@ def train(
     return TrainingResult(
         best["dice"], best["step"], best["threshold"], history, folder / "checkpoint.safetensors"
     )
+
+
+@contextlib.contextmanager
+def _explain_memory(settings: TrainingSettings, size: int) -> Iterator[None]:
+    """Turn running out of memory, on a card or not, into an error that says what to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # A card has a class for it, torch's allocator of main memory has none.
+        words = "not enough memory", "can't allocate memory"
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not known and not any(text in str(error) for text in words):
+            raise
+        raise SettingsError(
+            f"out of memory at batch={settings.batch}, size={size}; lower one of them "
+            f"(accumulate={2 * settings.accumulate} with half the batch gives nearly the same "
+            "step), or set checkpointing=True"
+        ) from None
 
 
 def _prepare_encoder(network: Segmenter, settings: TrainingSettings) -> None:
@@ -583,7 +631,7 @@ def _gradient(
 
 
 def _out_of_patience(history: list[dict], best: dict, settings: TrainingSettings) -> bool:
-    """Whether the last `patience` validations were all worse than the best one."""
+    """Whether none of the last `patience` validations was better than the best one before."""
     later = [row for row in history if "validation_dice" in row and row["step"] > best["step"]]
     return bool(settings.patience) and best["step"] > 0 and len(later) >= settings.patience
 
@@ -699,10 +747,10 @@ def save_checkpoint(
     """Write weights and everything needed to rebuild the network as safetensors, atomically.
 
     An encoder that was frozen is left out: it is made again from the pre-trained weights, and
-    the file is fifty times smaller.
+    the file is fifty times smaller. One that came from a checkpoint cannot be made again.
     """
     facts = facts | {"initialisation": network.initialisation}
-    if facts["training"]["frozen"]:
+    if facts["training"]["frozen"] and network.initialisation != RESTORED:
         facts |= {
             "weights_file": network.weights_file,
             "network_seed": network.seed,
@@ -734,7 +782,7 @@ def load_checkpoint(path: str | Path) -> tuple[Segmenter, dict]:
     try:
         settings = NetworkSettings(**json.loads(header["network"]))
         facts = json.loads(header["facts"])
-        frozen = facts["training"]["frozen"]
+        frozen = facts["training"]["frozen"] and "encoder_sum" in facts
         how = [facts[key] for key in REBUILD] if frozen else []
     except (KeyError, TypeError, ValueError):
         raise WeightsError(
@@ -758,10 +806,17 @@ def encoder_sum(network: Segmenter) -> str:
 
 
 def restore(network: Segmenter, path: str | Path) -> None:
-    """Load a checkpoint's weights into a network of the same settings."""
+    """Load a checkpoint's weights into a network of the same settings.
+
+    Raises
+    ------
+    WeightsError
+        If the file is no checkpoint, or one of another network.
+    """
     facts = json.loads(_read_header(path).get("facts", "{}"))
     weights = load_file(path)
-    if facts.get("training", {}).get("frozen"):
+    without_encoder = "encoder_sum" in facts
+    if without_encoder:
         kept = network.state_dict()
         weights |= {k: v for k, v in kept.items() if k.startswith("encoder.")}
     try:
@@ -769,6 +824,8 @@ def restore(network: Segmenter, path: str | Path) -> None:
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()[:120]
         raise WeightsError(f"{path}: weights of another network ({reason})") from None
+    if not without_encoder:
+        network.initialisation = RESTORED
 
 
 def _read_header(path: str | Path) -> dict:

@@ -4,6 +4,7 @@ A widget works where a kernel runs: JupyterLab, Binder, Colab. On a page (nbview
 the same output shows its still picture, drawn at the controls' first values.
 """
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from matplotlib.figure import Figure
 
 from neurolib.plotting import keep, markup, png
 from neurolib.runs import WIDGET
+
+# Seconds for which a control must rest before its picture is drawn.
+REST = 0.05
 
 
 def live(draw: Callable[[list], Figure], alt: str, every: int = 10) -> Callable[[dict], None]:
@@ -78,16 +82,27 @@ def explore(
     live = ipywidgets.Image(value=still, format="png")
     problem = ipywidgets.Label()
 
-    def update(_) -> None:
+    def update() -> None:
         # An error in a callback reaches nobody: it must be seen where the picture stays as it was.
         try:
             live.value, problem.value = picture(), ""
         except Exception as error:
             problem.value = f"not drawn: {type(error).__name__}: {error}; run the cell again"
 
+    waiting: list[asyncio.TimerHandle] = []
+
+    def changed(_) -> None:
+        # A slider in motion tells every place it passes: only the one where it rests is drawn.
+        for handle in waiting:
+            handle.cancel()
+        try:
+            waiting[:] = [asyncio.get_running_loop().call_later(REST, update)]
+        except RuntimeError:  # no loop, no slider in motion
+            update()
+
     for key, control in controls.items():
         control.description = control.description or key
-        control.observe(update, "value")
+        control.observe(changed, "value")
     box = ipywidgets.VBox([*controls.values(), problem, live])
     # Front ends take the richest format they know: the widget, else the picture, else the words.
     display(

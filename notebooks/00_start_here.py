@@ -22,11 +22,12 @@
 #
 # - say what the paper claims and what the course checks
 # - tell whether this machine can run the course
+# - say what a block is, and why nobody counts right voxels here
 # - find the notebook that you need
 #
 # **Before this:** nothing but some Python.
 #
-# **Takes** under a minute and 0.4 GB of memory on 2 cores, no GPU needed; nothing to download.
+# **Takes** under a minute and 0.8 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
 # %% tags=["parameters"]
 run_dir = "../runs/small"  # folder in which this and the following notebooks leave their results
@@ -44,7 +45,10 @@ if "google.colab" in sys.modules:  # in JupyterLab and on Binder there is nothin
     site.main()  # lets this running Python see the package just installed
 
 # %%
-from neurolib import plotting, runs
+import numpy as np
+
+from neurolib import blocking, inference, plotting, runs, tracing, training
+from neurolib.check import start_here as check
 from neurolib.cli import check_environment
 from neurolib.datasets import load_dataset, read_sample
 
@@ -83,6 +87,46 @@ plotting.show(figure, "neuron", alt, run.figures)
 # neurons and prints one number each. We repeat the experiment with intervals, and say where the
 # gain holds and where it does not.
 #
+# ## Is this machine ready?
+
+# %% tags=["nbval-ignore-output"]
+problems = check_environment()
+print("ready" if not problems else "\n".join(problems))
+
+# %% [markdown]
+# ## The way in one picture
+#
+# The stages of the course, on a piece of the volume above: five slices of a *block*; one kernel of the
+# inflated patch embedding, which sees the middle slice alone (the paper's `center`); the probability
+# of neurite that the network gives whose decoder comes with the course, trained for minutes on synthetic
+# neurons, this one perhaps among them (what counts is measured on others, in notebook 04); and the tree
+# that is traced through it. Nothing is drawn by hand.
+
+# %%
+network, facts = training.load_checkpoint(runs.REPOSITORY / "data/example.safetensors")
+depth, size = network.settings.depth, network.settings.block
+grid = blocking.block_grid(sample.image.shape, (depth, size, size))
+foreground = [blocking.read_block(sample.mask, at, (17, size, size)).sum() for at in grid]
+place = grid[int(np.argmax(foreground))]
+piece = blocking.read_block(sample.image, place, (17, size, size))
+
+# %% tags=["nbval-ignore-output"]
+probability = inference.predict_volume(network, piece, overlap=0.0, progress=False)
+tree = tracing.trace(probability, threshold=facts["threshold"], min_size=50)
+print(f"{len(tree.xyz)} nodes")
+
+# %%
+kernels = network.encoder.patch_embed.proj.weight.detach().numpy()
+strongest = kernels[np.abs(kernels).sum((1, 2, 3)).argmax()]
+middle = len(piece) // 2
+block = piece[middle - depth // 2 : middle + depth // 2 + 1]
+figure = plotting.pipeline(block, strongest, probability.max(axis=0), tree)
+alt = (
+    "Four stages: a stack of five slices, a stack of kernels, a map of probability, a traced tree."
+)
+plotting.show(figure, "pipeline", alt, run.figures)
+
+# %% [markdown]
 # ## The way
 #
 # | notebook | from | to |
@@ -98,16 +142,65 @@ plotting.show(figure, "neuron", alt, run.figures)
 # before makes a small one for itself. To run all of them on your own volumes, put images and SWC
 # files of equal names into a folder and call `make course DATA=folder`.
 #
-# ## Is this machine ready?
+#
+# ## Two small exercises
+#
+# Exercises look like this: put your answer in place of the dots and run the cell. It says what is wrong
+# with it, or that it is right; a solution is folded below.
+#
+# ### Exercise 1: a block
+#
+# A volume is an array `(z, y, x)`. Return the block of 5 × 100 × 100 voxels whose centre is slice `z`
+# and which begins at row `y` and column `x`.
 
-# %% tags=["nbval-ignore-output"]
-problems = check_environment()
-print("ready" if not problems else "\n".join(problems))
+
+# %% tags=["exercise"]
+def block_at(volume, z, y, x):
+    return ...
+
+
+check.q1(block_at)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def block_at(volume, z, y, x):
+#     return volume[z - 2 : z + 3, y : y + 100, x : x + 100]
+# ```
+#
+# What to do at the edge of the volume is a question of the next notebook.
+# </details>
+
+# %% [markdown]
+# ### Exercise 2: a network that finds nothing
+#
+# Which share of the voxels does a network get right that answers "no neurite" everywhere? `mask` is an
+# array of bools, True in the neurite.
+
+
+# %% tags=["exercise"]
+def accuracy(mask):
+    return ...
+
+
+check.q2(accuracy)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def accuracy(mask):
+#     return (~mask).mean()
+# ```
+#
+# In the volume above that is more than 99 %, and its Dice is 0.
+# </details>
 
 # %% [markdown]
 # ## Checkpoint
 #
-# You have a machine that can run the course, and seen what it is about.
+# You have a machine that can run the course, and have seen all of its stages once.
 #
 # **Next:** [01 Data blocking](01_data_blocking.ipynb), where a volume and a tree become something
 # that a network can learn from.

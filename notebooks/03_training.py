@@ -20,13 +20,14 @@
 #
 # **You will be able to**
 #
-# - say what each part of the loss asks for
+# - say what each term of a loss asks for, and of which answers it would be content
+# - give every layer and every step its learning rate
 # - train the network on two cores or on a GPU, and take up a run that was stopped
 # - read a learning curve without being fooled by the training loss
 #
 # **Before this:** [02 Weight inflation](02_weight_inflation.ipynb).
 #
-# **Takes** 3 minutes and 1.5 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
+# **Takes** under a minute and 1.0 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
 # %% tags=["parameters"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results
@@ -36,13 +37,14 @@ encoder = (
 )
 weights_file = ""  # your own file of 2D weights; empty: cache, model hub, package index
 initialisation = "center"  # "center", "average", "gaussian", "random" or "scratch"
+start_from = ""  # a checkpoint to go on from, on other data, say; empty: the initialisation
 depth = 5  # slices of a block; 1 is the 2D network
 size = 224  # rows and columns that the encoder sees
 predict = "center"  # slices that a block predicts: "center" or "all"
 stem = True  # convolutional path at full resolution: ours, not the paper's
 frozen = False  # train the decoder only
 steps = 40  # of the optimiser: a taste, the course profile takes more
-batch = 3  # blocks per step; with 4, this notebook needs more than 1.5 GB
+batch = 3  # blocks per pass; with 4, this notebook needs more than 1.5 GB
 encoder_rate = 1e-4  # peak learning rate of the encoder's last layer
 decoder_rate = 1e-3  # peak learning rate of decoder and stem
 layer_decay = 0.75  # rate of each encoder layer relative to the one above it; 1 for equal rates
@@ -69,9 +71,12 @@ if "google.colab" in sys.modules:  # in JupyterLab and on Binder there is nothin
     site.main()  # lets this running Python see the package just installed
 
 # %%
+import numpy as np
 import torch
+from IPython.display import Markdown, display
 
 from neurolib import datasets, network, plotting, runs, training, weights, widgets
+from neurolib.check import training as check
 
 run = runs.open_run(run_dir)
 target = runs.target_of(run)
@@ -79,11 +84,10 @@ target = runs.target_of(run)
 # %% [markdown]
 # ## Blocks of a step
 #
-# Training blocks come from the training neurons alone, salient ones and as many others (with one
-# other for four salient ones, a network on real stacks took specks for neurites: after 40 steps its
-# whole-volume Dice was 0.23 instead of 0.42). They are changed as another microscope might have: flipped, turned, zoomed, brighter, noisier, with a slice missing.
-# Block and target move together. Step $k$ of seed $s$ always gets the same blocks: that is what
-# makes a run that was killed end in the same weights as one that was not.
+# Training blocks come from the training neurons alone: all salient ones, and for each of them
+# `negatives` blocks without foreground, so that the network also meets what is bright and no neurite
+# (*What salient blocks leave out*, in notebook 01). They are changed as another microscope might have:
+# flipped, turned, zoomed, brighter, noisier, with a slice missing. Block and target move together.
 
 # %%
 split = runs.split_of(run, data)
@@ -102,18 +106,131 @@ alt = "Four blocks, the same blocks augmented, and the targets that moved with t
 plotting.show(plotting.images(panels, columns=4, bar=True), "batch", alt, run.figures)
 
 # %% [markdown]
+# ### Exercise 1: numbers that do not depend on the past
+#
+# The blocks of step $k$ and what is done to them are drawn at random. A run that was killed after step
+# 25 knows only that it goes on with step 25; it must draw what the run that was never killed drew there.
+# Return three random numbers for a seed and a step.
+
+
+# %% tags=["exercise"]
+def draw(seed, step):
+    return ...
+
+
+check.q1(draw)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def draw(seed, step):
+#     return np.random.default_rng([seed, step]).random(3)
+# ```
+#
+# One generator for the whole run would have to be saved and restored; one for each step depends on
+# nothing but its number. `seed + step` would do so, too, but then seed 1 repeats seed 0, a step behind.
+# </details>
+
+# %% [markdown]
 # ## What the loss asks for
 #
-# Foreground is one voxel in a hundred of a salient block. Cross-entropy alone is content with an
-# empty answer; *soft Dice* asks for overlap, whatever the share; *skeleton recall* (Kirchhoff et al.
-# 2024) asks that the thin middle of every neurite be found, since one missing voxel there cuts a
-# tree in two:
+# Foreground is about one voxel in a hundred of a salient block. The network gives each voxel a
+# probability $p$, the mask is $y$, and each *term* of a loss sees another failure. Sums run over all
+# voxels of a batch:
 #
-# $$ \mathcal{L} = 1 - \frac{2 \sum p\,y}{\sum p + \sum y} \; + \; \mathrm{CE}(p, y) \; + \; 1 -
-# \frac{\sum p\,s}{\sum s}. $$
+# | term | | asks |
+# |---|---|---|
+# | soft Dice | $1 - (2 \sum p\,y + 1) / (\sum p + \sum y + 1)$ | that answer and target overlap, whatever the share of foreground (Milletari et al. 2016) |
+# | cross-entropy | mean of $-\log p_{true}$ | that every voxel be right, with $p_{true}$ the probability of what it is |
+# | focal | mean of $-(1 - p_{true})^2 \log p_{true}$ | the same, of voxels that are still wrong (Lin et al. 2017) |
+# | skeleton recall | $1 - (\sum p\,s + 1) / (\sum s + 1)$ | that the middle $s$ of every neurite be found: one voxel missing there cuts a tree in two (Kirchhoff et al. 2024) |
+# | soft clDice | 1 - harmonic mean of the share of the answer's skeleton that lies on the target and of the target's that lies on the answer | that both have the same branches, however thick (Shit et al. 2021) |
 #
-# The paper does not print its loss; `dice+focal` is the pair usual in its field.
+# The skeleton of an answer comes from repeated minimum and maximum filters, which have a gradient. Three
+# sums of terms are on offer: `dice+ce+skeleton`, `dice+ce+cldice`, and `dice+focal`, the pair usual in
+# the paper's field: the paper does not print its loss.
 #
+# ### One picture per term
+#
+# An answer that is right but for two mistakes, both made with confidence: a gap in the neurite, and a blob
+# where there is none. Blue: the term wants more here, red: less (minus its gradient by the logit; each
+# picture has its own scale).
+
+# %%
+_, responses = source.batch(0, 16)
+middle = responses[:, depth // 2, None]
+wanted = middle[[int((middle >= target["tau"]).flatten(1).sum(1).argmax())]]
+mask = wanted >= target["tau"]
+at = np.argwhere(mask[0, 0].numpy())
+grid = np.indices(mask.shape[2:])
+
+
+# %%
+def disk(y, x, radius):
+    return torch.from_numpy((grid[0] - y) ** 2 + (grid[1] - x) ** 2 <= radius**2)[None, None]
+
+
+gap = at[len(at) // 2]
+blob = np.clip(100 - gap, 10, 89)
+answer = torch.where((mask & ~disk(*gap, 6)) | disk(*blob, 4), 0.8, 0.05)
+
+# %%
+pulls = training.pulls(answer.logit(), wanted, target["tau"])
+panels = {"target": mask[0, 0].float(), "answer": answer[0, 0]}
+panels |= {name: plotting.signed(pull[0, 0].numpy()) for name, pull in pulls.items()}
+alt = "Target, answer with a gap and a blob, and where each of five terms wants more or less."
+plotting.show(plotting.images(panels, columns=4), "terms", alt, run.figures)
+
+# %% [markdown]
+# Cross-entropy and focal loss pull hardest at the two mistakes. Dice pulls at all of the neurite, and
+# weakly where $p$ is near 0: there the logit hardly moves $p$. Skeleton recall sees the thin middle and
+# nothing else: the blob is none of its business. Soft clDice looks at the same places; a thin false
+# branch would count, but this blob is too thick for three erosions to leave a skeleton of it. No term
+# stands alone, which the answers of a lazy network show, too:
+
+# %%
+lazy = {"nothing anywhere": torch.full(mask.shape, -4.6), "everything": torch.full(mask.shape, 4.6)}
+lazy |= {"the answer above": answer.logit(), "the target": 9.2 * mask - 4.6}
+table = []
+for said, logits in lazy.items():
+    terms = {}
+    for name in training.LOSSES:
+        terms |= training.loss_terms(name, logits, wanted, target["tau"])
+    table.append({"answer": said} | {term: f"{float(value):.2f}" for term, value in terms.items()})
+display(Markdown(runs.table(table)))
+
+# %% [markdown]
+# "Nothing anywhere" costs cross-entropy and focal loss a thirtieth of what "everything" costs them: that
+# is how training collapses on sparse foreground. "Everything" costs skeleton recall nothing, and soft clDice neither: an answer
+# that is the same everywhere has no skeleton that could be wrong. Dice refuses both.
+#
+# ### Exercise 2: soft Dice
+#
+# Write it for probabilities `p` and masks `y`, tensors (n, 1, h, w), as in the table. The two ones make
+# it a number where a batch has no foreground at all.
+
+
+# %% tags=["exercise"]
+def soft_dice(p, y):
+    return ...
+
+
+check.q2(soft_dice)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def soft_dice(p, y):
+#     return 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
+# ```
+#
+# Nothing in it has a threshold, so that it has a gradient everywhere. With an empty target it is
+# $1 - 1 / (\sum p + 1)$: what is found is too much.
+# </details>
+
+# %% [markdown]
 # ## The network
 #
 # The inflated encoder, a light decoder on the tokens of four layers, and, if `stem` is on, two
@@ -125,28 +242,106 @@ plotting.show(plotting.images(panels, columns=4, bar=True), "batch", alt, run.fi
 shape = network.NetworkSettings(encoder, depth, 100, size, predict, stem)
 net, report = network.build(shape, initialisation, weights_file, seed)
 print(report or "scratch: random weights, asked for by name")
+if start_from:
+    training.restore(net, start_from)
 
 # %%
 for name in ("encoder", "decoder", "stem", "head"):
     part = getattr(net, name, None)
     if part is not None:
-        print(f"{name}: {sum(p.numel() for p in part.parameters()) / 1e6:.2f} million weights")
+        print(f"{name}: {sum(p.numel() for p in part.parameters()):,} weights")
 
 # %% [markdown]
-# ## Training
+# ## A rate for every layer and every step
 #
-# AdamW; the encoder's rate falls by a quarter per layer towards the pixels; five per cent of the
-# steps warm up, a cosine brings the rate down. What is kept is a running average of the weights, at
-# the step where it did best on the validation neurons: salient blocks and empty ones, weighted as
-# they occur in the whole volume, since a network that sees neurites everywhere must not win. Stop the cell and run it again: it goes on.
+# AdamW with three habits of those who fine-tune transformers. The decoder starts from random weights and
+# has ten times the encoder's rate. In the encoder, the rate falls layer by layer towards the pixels, since
+# the first layers know edges already and the last ones know photographs: layer $i$ of $0 \dots n$ has
+# $r\,d^{\,n - i}$, with $d$ = `layer_decay` (Clark et al. 2020). And over the steps, the
+# rate of all of them warms up in a straight line, so that no random decoder can spoil the encoder, and
+# then falls as half a cosine to one per cent.
 
 # %% tags=["nbval-ignore-output"]
 rates = {"encoder_rate": encoder_rate, "decoder_rate": decoder_rate, "layer_decay": layer_decay}
 passes = {"steps": steps, "batch": batch, "accumulate": accumulate, "precision": precision}
-check = {"validate_every": validate_every, "validation_blocks": validation_blocks}
+checks = {"validate_every": validate_every, "validation_blocks": validation_blocks}
 chosen = {"loss": loss, "negatives": negatives, "frozen": frozen, "seed": seed}
 other = {"checkpointing": checkpointing, "patience": patience}
-settings = training.TrainingSettings(**rates, **passes, **check, **chosen, **other)
+settings = training.TrainingSettings(**rates, **passes, **checks, **chosen, **other)
+
+# %%
+shares = [training.schedule(step, settings) for step in range(steps)]
+layers = [] if frozen else training.layer_rates(net, settings)
+figure = plotting.rates(shares, layers, decoder_rate)
+alt = "Left: the share of the rate rises, then falls as a cosine; right: rates grow with the layer."
+plotting.show(figure, "rates", alt, run.figures)
+
+# %% [markdown]
+# ### Exercise 3: the rate of a layer
+#
+# Layer 0 is the patch embedding, layer `top` has the full `rate`. Return the rate of `layer`.
+
+
+# %% tags=["exercise"]
+def rate_of(layer, top, rate, decay):
+    return ...
+
+
+check.q3(rate_of)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def rate_of(layer, top, rate, decay):
+#     return rate * decay ** (top - layer)
+# ```
+#
+# With twelve blocks, `top` is 13, and the patch embedding learns at 0.75¹³ = 2 % of the full rate.
+# </details>
+
+# %% [markdown]
+# ### Exercise 4: the rate of a step
+#
+# Return the share of the peak rate at `step`, counted from 0: in a straight line to 1 at the last of
+# the first `warm` steps, then from 1, reached again at step `warm`, half a cosine to 0.01 at `steps`.
+
+
+# %% tags=["exercise"]
+def share(step, steps, warm):
+    return ...
+
+
+check.q4(share)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def share(step, steps, warm):
+#     if step < warm:
+#         return (step + 1) / warm
+#     progress = (step - warm) / (steps - warm)
+#     return 0.01 + 0.99 * (1 + np.cos(np.pi * progress)) / 2
+# ```
+# </details>
+
+# %% [markdown]
+# ## Training
+#
+# What is kept is a running average of the weights, at the step where it did best on the validation
+# neurons: salient blocks and empty ones, weighted as they occur in the whole volume, since a network
+# that sees neurites everywhere must not win. The same cells serve in three ways:
+#
+# | way | what decides it |
+# |---|---|
+# | in front of you | `steps`: 40 as it stands, 200 in `make course` |
+# | go on | stop the cell and run it again: with the same parameters and `run_dir` it goes on where it was. `start_from` names a finished checkpoint to begin from, with new data or settings |
+# | full size, on a GPU | a profile: `papermill -f ../profiles/gpu.yaml 03_training.ipynb out.ipynb` |
+#
+# On a device that is too small for a batch, `accumulate` adds up the gradients of several passes in one
+# step, and `checkpointing` computes the encoder's activations twice instead of keeping them. With
+# `patience`, training ends after that many validations without a better one.
 
 # %% tags=["nbval-ignore-output"]
 fabric = training.start(device, precision)
@@ -167,23 +362,25 @@ points = [{name: row[key] for name, key in names.items()} for row in rows]
 run.record("validation", {"neurons": "+".join(s.pair.name for s in validation), "points": points})
 
 # %% [markdown]
-# The training loss says how well the network knows *these* neurons. A network trained from scratch
-# can have the lower training loss and be the worse one on a neuron that it has not seen: look at
-# the right curve.
+# The left curve is noisy, since each step sees other blocks, and it says how well the network knows
+# *these* neurons. The right one asks about a neuron that it has never seen, and it alone decides which
+# weights are kept. Where it turns down while the loss still falls, the network is learning its neurons
+# by heart: more neurons help, not more steps. For the same reason a lower training loss does not make
+# one network better than another; [06 Table 1](06_table1.ipynb) compares networks on held-out neurons.
 #
 # ## What it has learnt
 #
 # Validation blocks, never trained on: image, target, probability.
 
 # %%
-check = training.validation_blocks(validation[0], shape, settings)
-fullest = check.responses[:, depth // 2].sum((1, 2)).topk(3).indices
+seen = training.validation_blocks(validation[0], shape, settings)
+fullest = seen.responses[:, depth // 2].sum((1, 2)).topk(3).indices
 with torch.inference_mode():
-    found = net.eval().cpu()(check.blocks[fullest]).sigmoid()
+    found = net.eval().cpu()(seen.blocks[fullest]).sigmoid()
 panels = {}
 for i, at in enumerate(fullest):
-    panels[f"image {i}"] = check.blocks[at, 0, depth // 2]
-    panels[f"target {i}"] = check.responses[at, depth // 2] >= target["tau"]
+    panels[f"image {i}"] = seen.blocks[at, 0, depth // 2]
+    panels[f"target {i}"] = seen.responses[at, depth // 2] >= target["tau"]
     panels[f"probability {i}"] = found[i, found.shape[1] // 2]
 alt = "Three validation blocks, each as image, target and predicted probability."
 plotting.show(plotting.images(panels, columns=3, bar=True), "blocks", alt, run.figures)
@@ -200,9 +397,9 @@ run.record(
         "data": data,
         "style": train[0].pair.style,
         "target": f"{target['kind']}, threshold {target['tau']}",
-        "encoder": f"{encoder}, {initialisation}",
+        "encoder": f"{encoder}, {start_from or initialisation}",
         "weights": weights.provenance(encoder, weights_file or None),
-        "training": f"{result.history[-1]['step']} steps of {batch * accumulate}, stem={stem}, seed {seed}",
+        "training": f"{result.history[-1]['step']} steps of {batch * accumulate} blocks, stem={stem}, seed {seed}",
         "device": training.device_name(fabric),
         "validation": f"Dice {result.dice:.3f}, {len(validation)} volumes, step {result.step}",
     },
@@ -210,13 +407,15 @@ run.record(
 print(run.hand_over("checkpoint.safetensors"))
 
 # %% [markdown]
-# **Summary.** A loop of forty lines trains an inflated transformer on the blocks of a few neurons
-# and keeps what does best on neurons it was not trained on.
-#
-# On a GPU: `papermill -f ../profiles/gpu.yaml 03_training.ipynb out.ipynb`.
+# **Summary.** A loss is a sum of terms, each blind to something; rates differ by layer and by step; what
+# is kept is what does best on a neuron that was not trained on. The paper trains for longer than two
+# cores can, with a loss and a schedule that it does not print: ours are choices, and named as such.
 #
 # **Next:** [04 Evaluation](04_evaluation.ipynb).
 #
-# **References.** Loshchilov and Hutter, *Decoupled Weight Decay Regularization*, ICLR 2019. Xiao et
-# al., *Unified Perceptual Parsing for Scene Understanding* (UPerNet), ECCV 2018. Kirchhoff et al.,
-# *Skeleton Recall Loss*, ECCV 2024.
+# **References.** Loshchilov and Hutter, *Decoupled Weight Decay Regularization*, ICLR 2019. Clark et
+# al., *ELECTRA: Pre-training Text Encoders as Discriminators Rather Than Generators*, ICLR 2020. Xiao et
+# al., *Unified Perceptual Parsing for Scene Understanding* (UPerNet), ECCV 2018. Milletari et al.,
+# *V-Net*, 3DV 2016. Lin et al., *Focal Loss for Dense Object Detection*, ICCV 2017. Shit et al.,
+# *clDice: a Novel Topology-Preserving Loss Function for Tubular Structure Segmentation*, CVPR 2021.
+# Kirchhoff et al., *Skeleton Recall Loss*, ECCV 2024.

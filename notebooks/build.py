@@ -5,23 +5,27 @@ The only source of ``NN_name.ipynb`` is ``NN_name.py``, text in jupytext's py:pe
     python notebooks/build.py              write and execute all notebooks
     python notebooks/build.py 03 05_swc    only those whose names start like this
     python notebooks/build.py --check      compare and check without executing
+    python notebooks/build.py --twice 06   execute twice in one kernel, write nothing
 
 What is stored does not depend on when, where and by whom it was executed.
 """
 
 import argparse
 import ast
+import copy
 import hashlib
 import os
 import re
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jupytext
 import nbformat
+import readme
 from nbformat import NotebookNode
 
 from neurolib.files import write_text
@@ -39,6 +43,10 @@ START_TIMEOUT, CELL_TIMEOUT = 120, 1200
 # Non-blank lines of a code cell; parameters and bootstrap are not part of the reading.
 MAX_LINES, MEDIAN_LINES = 15, 5
 PARAMETERS, BOOTSTRAP = "parameters", "bootstrap"
+
+# The line of a notebook's first cell that its build measures, and what loads pre-trained weights.
+MEASURED = re.compile(r"(?m)^# \*\*Takes\*\* .*$")
+LOADS = re.compile(r"\b(load_pretrained|network\.build|load_checkpoint|inference\.predicted)\(")
 
 # Paths that mean something on one machine only: where machines keep people's files, and where
 # this one keeps the reader's and the repository's. What follows a word or a dot is relative, or
@@ -101,6 +109,23 @@ def execute(notebook: NotebookNode, folder: Path = FOLDER) -> NotebookNode:
     return notebook
 
 
+def execute_twice(source: Path) -> None:
+    """Execute the cells of a notebook, and all of them again in the same kernel.
+
+    A reader goes back and runs cells again: none may depend on being run once, or leave something
+    behind that changes those above it. Results and figures go to a folder that is removed.
+    """
+    notebook = convert(source)
+    with tempfile.TemporaryDirectory() as folder:
+        place = nbformat.v4.new_code_cell(f"run_dir = {folder!r}")
+        tagged = next(i for i, cell in enumerate(notebook.cells) if PARAMETERS in tags(cell))
+        notebook.cells.insert(tagged + 1, place)
+        notebook.cells += copy.deepcopy(notebook.cells)
+        for number, cell in enumerate(notebook.cells):
+            cell["id"] = f"cell-{number}"
+        execute(notebook, source.parent)
+
+
 def clean(notebook: NotebookNode) -> NotebookNode:
     """Remove what changes between two executions, in place: times, progress bars, live widgets."""
     notebook.metadata = nbformat.from_dict(METADATA)
@@ -139,11 +164,6 @@ def build(source: Path) -> Path:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = executed.outputs, executed.execution_count
     return write_text(source.with_suffix(".ipynb"), nbformat.writes(final) + "\n")
-
-
-# The line of a notebook's first cell that its build measures, and what loads pre-trained weights.
-MEASURED = re.compile(r"(?m)^# \*\*Takes\*\* .*$")
-LOADS = re.compile(r"\b(load_pretrained|network\.build|load_checkpoint|inference\.predicted)\(")
 
 
 def measured(notebook: NotebookNode, seconds: float, peak: int) -> str:
@@ -343,17 +363,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="only notebooks whose names start like this")
     parser.add_argument("--check", action="store_true", help="compare and check, do not execute")
+    parser.add_argument("--twice", action="store_true", help="execute twice in one kernel")
     options = parser.parse_args(arguments)
     paths = sources(options.names)
     if options.check:
-        problems = check(paths)
+        problems = check(paths) + readme.check(sources())
         print(*problems, sep="\n", end="\n" * bool(problems), file=sys.stderr)
         print(f"{len(paths)} notebooks, {len(problems)} problems")
         return 1 if problems else 0
     # Idle threads must sleep, or they take the cores from each other; see the Makefile.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if options.twice:
+        for path in paths:
+            print(path.stem, flush=True)
+            execute_twice(path)
+        return 0
     for path in paths:
         build(path)
+    readme.write(sources())
     return 0
 
 

@@ -1,12 +1,17 @@
 """The exercises: every stub says so, every printed solution passes, typical mistakes get a hint."""
 
+import importlib
+import math
+import pkgutil
 import re
 
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
-from neurolib.check import blocking, inflation
+from neurolib import check
+from neurolib.check import blocking, evaluation, inflation, start_here, table1, tracing, training
 from neurolib.runs import NOTEBOOKS
 
 STUB = re.compile(
@@ -49,7 +54,16 @@ def test_stubs_are_not_attempted_and_solutions_are_right(source, capsys):
 
 def test_the_notebooks_with_exercises_have_at_least_two():
     counts = {source.stem: len(list(exercises(source))) for source in SOURCES}
-    assert min(counts["01_data_blocking"], counts["02_weight_inflation"]) >= 2
+    for notebook in (
+        "00_start_here",
+        "01_data_blocking",
+        "02_weight_inflation",
+        "03_training",
+        "04_evaluation",
+        "05_swc_tracing",
+        "06_table1",
+    ):
+        assert counts[notebook] >= 2
     assert 1 not in counts.values()
 
 
@@ -86,7 +100,228 @@ def spread(*shares):
     return lambda grey, depth: torch.stack([share * grey for share in shares], 2)
 
 
+def dice(above=1.0, below=1.0, times=2.0, power=1):
+    """A soft Dice loss, right as it stands."""
+    return lambda p, y: (
+        1 - (times * (p * y).sum() + above) / ((p**power).sum() + (y**power).sum() + below)
+    )
+
+
+def hard_dice(p, y):
+    return dice()((p >= 0.5).to(p), y)
+
+
+def dice_per_block(p, y):
+    return 1 - ((2 * (p * y).sum((1, 2, 3)) + 1) / ((p + y).sum((1, 2, 3)) + 1)).mean()
+
+
+def cosine(progress, low=0.01):
+    return low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def after(warm_up, curve):
+    """A schedule: one function of (step, warm) in the warm-up, one of the progress after it."""
+    return lambda k, n, w: warm_up(k, w) if k < w else curve((k - w) / (n - w))
+
+
+def rise(k, w):
+    return (k + 1) / w
+
+
+SHARED = np.random.default_rng(0)
+
+
+def edt(mask, spacing=None):
+    return ndimage.distance_transform_edt(mask, sampling=spacing)
+
+
+def angle(a, b):
+    """Its cosine."""
+    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+
+def near(a, b):
+    return np.linalg.norm(b - a) <= 15
+
+
+def by_depth(parent):
+    """A right order: breadth first."""
+    order = list(np.flatnonzero(parent < 0))
+    for row in order:
+        order += list(np.flatnonzero(parent == row))
+    return order
+
+
+def overlap(times=2, smooth=0):
+    return lambda a, b: (times * (a & b).sum() + smooth) / (a.sum() + b.sum() + smooth)
+
+
+def means(values, draws=10_000):
+    rng = np.random.default_rng(5)
+    return rng.choice(values, (draws, len(values))).mean(1)
+
+
+def ends(values, low=2.5, high=97.5):
+    return np.percentile(values, [low, high])
+
+
+def penalised(penalty):
+    """A mean Hd95 in which a miss costs what `penalty` gives for the values and the diagonals."""
+    return lambda v, d: np.where(np.isinf(v), penalty(v, d), v).mean()
+
+
 WRONG = [
+    (evaluation.q1, lambda a, b: (a & b).sum() / (a | b).sum(), "Jaccard"),
+    (evaluation.q1, lambda a, b: 2 * (a & b).sum() / (a + b).sum(), "makes a union"),
+    (evaluation.q1, overlap(1), "twice the intersection"),
+    (evaluation.q1, lambda a, b: (a == b).mean(), "share of equal voxels"),
+    (evaluation.q1, lambda a, b: (a & b).sum() / b.sum(), "precision or recall"),
+    (evaluation.q1, overlap(smooth=1), "Treat the empty masks by themselves"),
+    (evaluation.q1, lambda a, b: 0.123, "is not right"),
+    (evaluation.q1, overlap(), "for two empty masks it is nan"),
+    (evaluation.q1, lambda a, b: 2 * int((a & b).sum()) / int(a.sum() + b.sum()), "by zero"),
+    (evaluation.q1, lambda a, b: overlap()(a, b) if a.any() else 0.0, "their Dice is 1"),
+    (evaluation.q1, lambda a, b: overlap()(a, b) if a.any() and b.any() else 1, "the Dice is 0"),
+    (evaluation.q2, lambda v, d: v.mean(), "something finite"),
+    (evaluation.q2, lambda v, d: v[np.isfinite(v)].mean(), "left out"),
+    (evaluation.q2, penalised(lambda v, d: 0), "counts as 0"),
+    (evaluation.q2, lambda v, d: d.mean(), "diagonals alone"),
+    (evaluation.q2, penalised(lambda v, d: d.max()), "Its own volume's"),
+    (evaluation.q2, penalised(lambda v, d: v[np.isfinite(v)].max()), "no bound"),
+    (evaluation.q2, penalised(lambda v, d: 1000), "Replace each infinity"),
+    (evaluation.q3, lambda a, b: (a - b).mean(), "two numbers"),
+    (evaluation.q3, lambda a, b: ends(means(a - b))[::-1], "lower end comes first"),
+    (evaluation.q3, lambda a, b: [(a - b).mean()] * 2, "with replacement"),
+    (evaluation.q3, lambda a, b: ends(means(b - a)), "first method over the second"),
+    (
+        evaluation.q3,
+        lambda a, b: ends(means(a) - np.random.default_rng(6).permutation(means(b))),
+        "by itself",
+    ),
+    (evaluation.q3, lambda a, b: ends(a - b), "spread of single neurons"),
+    (evaluation.q3, lambda a, b: ends(means(a - b), 5, 95), "2.5 and 97.5"),
+    (evaluation.q3, lambda a, b: ends(means(a)), "one method"),
+    (evaluation.q3, lambda a, b: (0, 1), "sort the means"),
+    (tracing.q1, lambda m, s: edt(m), "You count voxels"),
+    (tracing.q1, lambda m, s: edt(m, s[::-1]), "Do not turn it round"),
+    (tracing.q1, lambda m, s: edt(m) * s[0], "One factor does not do"),
+    (tracing.q1, lambda m, s: edt(m) * np.mean(s), "One factor does not do"),
+    (tracing.q1, lambda m, s: edt(m, s) ** 2, "take the root"),
+    (tracing.q1, lambda m, s: edt(~m, s), "It is 0 in all of the foreground"),
+    (tracing.q1, lambda m, s: edt(m, s) - 0.5, "the nearest background voxel is"),
+    (tracing.q1, lambda m, s: edt(m, s).max(), "one each"),
+    (tracing.q1, lambda m: m, "raises TypeError"),
+    (tracing.q2, lambda a, p, b, q: near(a, b), "Near is not enough"),
+    (
+        tracing.q2,
+        lambda a, p, b, q: min(angle(p, b - a), angle(q, a - b)) >= 0.5,
+        "100 voxels apart",
+    ),
+    (tracing.q2, lambda a, p, b, q: near(a, b) and angle(p, b - a) >= 0.5, "The second end"),
+    (tracing.q2, lambda a, p, b, q: near(a, b) and angle(q, a - b) >= 0.5, "The first end"),
+    (
+        tracing.q2,
+        lambda a, p, b, q: near(a, b) and min(angle(p, b - a), angle(q, b - a)) >= 0.5,
+        "is a - b, not b - a",
+    ),
+    (
+        tracing.q2,
+        lambda a, p, b, q: near(a, b) and min(angle(p, a - b), angle(q, b - a)) >= 0.5,
+        "away from each other",
+    ),
+    (
+        tracing.q2,
+        lambda a, p, b, q: near(a, b) and min(abs(angle(p, b - a)), abs(angle(q, b - a))) >= 0.5,
+        "no absolute value",
+    ),
+    (
+        tracing.q2,
+        lambda a, p, b, q: near(a, b) and min(p @ (b - a), q @ (a - b)) >= 0.5,
+        "steps of length 1",
+    ),
+    (
+        tracing.q2,
+        lambda a, p, b, q: near(a, b) and min(p @ (b - a), q @ (a - b)) >= 0,
+        "half of all directions",
+    ),
+    (
+        tracing.q2,
+        lambda a, p, b, q: near(a, b) and max(angle(p, b - a), angle(q, a - b)) >= 0.5,
+        "Both ends must",
+    ),
+    (tracing.q2, lambda a, p, b, q: bool(a[0] < b[0]), "degrees off the way"),
+    (tracing.q2, lambda a, p, b, q: np.linalg.norm(b - a), "True or False"),
+    (tracing.q3, lambda parent: np.arange(len(parent)), "before its parent"),
+    (tracing.q3, lambda parent: np.argsort(parent, kind="stable"), "before its parent"),
+    (tracing.q3, lambda parent: by_depth(parent)[::-1], "Children come first"),
+    (tracing.q3, lambda parent: parent, "Each row once"),
+    (tracing.q3, lambda parent: by_depth(parent)[:-2], "missing"),
+    (tracing.q3, lambda parent: parent.astype(float), "whole numbers"),
+    (tracing.q3, lambda parent: 5, "list of rows"),
+    (start_here.q1, lambda v, z, y, x: v[z : z + 5, y : y + 100, x : x + 100], "third of five"),
+    (start_here.q1, lambda v, z, y, x: v[z - 2 : z + 2, y : y + 100, x : x + 100], "to z + 3"),
+    (start_here.q1, lambda v, z, y, x: v[z - 2 : z + 3, x : x + 100, y : y + 100], "rows are y"),
+    (
+        start_here.q1,
+        lambda v, z, y, x: v[z - 2 : z + 3, y : y + 100, x : x + 100].transpose(1, 2, 0),
+        "the last axis",
+    ),
+    (start_here.q1, lambda v, z, y, x: v[z, y : y + 100, x : x + 100], "got (100, 100)"),
+    (start_here.q1, lambda v, z, y, x: v[:5, :100, :100], "from another place"),
+    (start_here.q2, lambda m: m.mean(), "gets wrong"),
+    (start_here.q2, lambda m: 100 * (~m).mean(), "between 0 and 1"),
+    (start_here.q2, lambda m: (~m).sum(), "divide by all"),
+    (start_here.q2, lambda m: 0, "That is its Dice"),
+    (start_here.q2, lambda m: 1.0, "Not all of them"),
+    (start_here.q2, lambda m: 0.5, "False in the mask"),
+    (training.q1, lambda s, k: np.random.default_rng(s).random(3), "Every step draws the same"),
+    (training.q1, lambda s, k: SHARED.random(3), "new generator for every step"),
+    (training.q1, lambda s, k: np.random.default_rng(k).random(3), "Another seed"),
+    (training.q1, lambda s, k: np.random.default_rng(s + k).random(3), "[seed, step]"),
+    (training.q1, lambda s: 0, "raises TypeError"),
+    (training.q2, dice(0, 0), "Without the ones"),
+    (training.q2, dice(1, 0), "below the line"),
+    (training.q2, dice(0, 1), "above the line"),
+    (training.q2, dice(times=1), "Twice the overlap"),
+    (training.q2, dice(power=2), "not of its square"),
+    (training.q2, hard_dice, "has no slope"),
+    (training.q2, dice_per_block, "over the whole batch"),
+    (training.q2, lambda p, y: 1 - dice()(p, y), "That is the Dice"),
+    (training.q2, lambda p, y: 1 - dice(0, 0)(p, y), "That is the Dice"),
+    (training.q2, lambda p, y: dice()(p, y).item(), "no gradient"),
+    (training.q2, lambda p, y: p * y, "One number"),
+    (training.q2, lambda p, y: p.sum() * math.nan, "0 / 0"),
+    (training.q2, lambda p, y: p.mean(), "each of the three sums"),
+    (training.q3, lambda i, top, r, d: r * d**i, "Turned round"),
+    (training.q3, lambda i, top, r, d: r * d ** (top - i - 1), "One too high"),
+    (training.q3, lambda i, top, r, d: r * d ** (top - i + 1), "One too low"),
+    (training.q3, lambda i, top, r, d: r * d * (top - i), "a power"),
+    (training.q3, lambda i, top, r, d: r * i / top, "Not in equal steps"),
+    (training.q3, lambda i, top, r, d: d ** (top - i), "multiply with the rate"),
+    (training.q3, lambda i, top, r, d: r * (1 - d) ** (top - i), "what is left"),
+    (training.q3, lambda i, top, r, d: r, "where is the decay"),
+    (training.q3, lambda i, top, r, d: 2 * r, "How many times"),
+    (training.q4, after(lambda k, w: k / w, cosine), "would have no rate"),
+    (training.q4, after(lambda k, w: k / (w - 1), cosine), "(step + 1) / warm"),
+    (training.q4, after(lambda k, w: 1, cosine), "Warm up first"),
+    (training.q4, lambda k, n, w: (k + 1) / n, "not at the end"),
+    (training.q4, after(rise, lambda q: cosine(q, 0)), "It ends at 0"),
+    (training.q4, after(rise, lambda q: 0.01 + cosine(q, 0)), "1.01"),
+    (training.q4, after(rise, lambda q: max(0.01, cosine(q, 0))), "do not cut it"),
+    (training.q4, after(rise, lambda q: math.cos(math.pi * q)), "from 1 to -1"),
+    (training.q4, after(rise, lambda q: 1 - 0.99 * q), "That is a line"),
+    (
+        training.q4,
+        lambda k, n, w: (k + 1) / w if k < w else cosine(k / n, 0),
+        "begins at the end of the warm-up",
+    ),
+    (
+        training.q4,
+        lambda k, n, w: (k + 1) / w if k < w else cosine(k / n),
+        "begins where the warm-up ends",
+    ),
+    (training.q4, lambda k, n, w: (k + 1) / w, "The warm-up goes on"),
+    (training.q4, lambda k, n, w: 0.5, "Expected is"),
     (blocking.q1, lambda p, s: p / np.array(s), "turn one of them round"),
     (blocking.q1, lambda p, s: p * np.array(s)[::-1], "divide"),
     (blocking.q1, lambda p, s: np.rint(p / np.array(s)[::-1]), "do not round"),
@@ -157,6 +392,18 @@ WRONG = [
     (inflation.q3, lambda depth, n: (n / depth) ** 0.5, "not with its root"),
     (inflation.q3, lambda depth, n: 1, "is not right"),
     (inflation.q3, lambda depth: depth, "raises TypeError"),
+    (table1.q1, lambda a, b: [a[n] - b[n] for n in a], "with one of the two networks only"),
+    (table1.q1, lambda a, b: [b[n] - a[n] for n in a if n in b], "the other sign"),
+    (table1.q1, lambda a, b: np.subtract(list(a.values()), list(b.values())), "Pair by name"),
+    (table1.q1, lambda a, b: np.mean(list(a.values())) - np.mean(list(b.values())), "as a list"),
+    (table1.q1, lambda a, b: [a[n] for n in a], "4 neurons were measured with both"),
+    (table1.q1, lambda a, b: [a[n] for n in a if n in b], "not the differences"),
+    (table1.q2, lambda n: 0.5**n, "one-sided"),
+    (table1.q2, lambda n: 1 / math.factorial(n), "not n!"),
+    (table1.q2, lambda n: 2 / n, "how many patterns"),
+    (table1.q2, lambda n: 2 ** (n - 1), "1/p"),
+    (table1.q2, lambda n: 0.05, "compared with"),
+    (table1.q2, lambda n: 0.3, "For 4 neurons 0.3"),
 ]
 
 
@@ -165,7 +412,12 @@ def test_a_typical_mistake_has_its_own_hint(question, answer, words, capsys):
     assert words in hint(question, answer, capsys)
 
 
-QUESTIONS = [blocking.q1, blocking.q2, blocking.q3, inflation.q1, inflation.q2, inflation.q3]
+QUESTIONS = [
+    judge
+    for module in pkgutil.iter_modules(check.__path__, "neurolib.check.")
+    for name, judge in vars(importlib.import_module(module.name)).items()
+    if re.fullmatch(r"q\d", name)
+]
 
 
 @pytest.mark.parametrize("question", QUESTIONS)

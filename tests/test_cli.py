@@ -10,6 +10,7 @@ from neurolib import cli
 from neurolib.network import NetworkSettings, Segmenter
 from neurolib.swc import Tree, read_swc, write_swc
 from neurolib.training import save_checkpoint
+from neurolib.volume import read_volume, write_volume
 
 SWC = "1 3 10 10 4 1 -1\n2 3 20 12 4 1 1\n3 3 30 14 5 1 2\n"
 SHAPE = (8, 32, 48)
@@ -188,10 +189,155 @@ def test_segment_writes_a_valid_tree(checkpoint, tmp_path, capsys):
     assert str(out) in capsys.readouterr().out
 
 
+BAR = np.zeros((9, 24, 48), np.uint8)
+BAR[3:6, 9:12, 4:44] = 1
+
+
+def put(path, data, **options):
+    tifffile.imwrite(path, data, **options)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("data", "arguments"),
+    [
+        (BAR, []),
+        (BAR * 255, []),
+        (BAR > 0, []),
+        (BAR * np.arange(48, dtype=np.uint16), []),  # labels, one per column
+        (BAR + 1, ["--label", "2"]),  # as ilastik writes them
+        (BAR * 150 + 20, ["--threshold", "0.5"]),
+        (BAR * np.float32(0.7), ["--threshold", "0.6"]),
+        (BAR * np.float32(0.7) + np.float32(0.1), []),
+    ],
+)
+def test_trace_takes_what_segmentations_come_as(data, arguments, tmp_path, capsys):
+    path, out = put(tmp_path / "cell.tif", data), tmp_path / "new" / "cell.swc"
+    assert call("trace", path, "--out", out, *arguments, "--seed", "4,10,4") == 0
+    tree = read_swc(out)
+    assert not tree.repairs
+    assert np.abs(tree.xyz[:, 1:] - [10, 4]).max() < 1
+    assert np.ptp(tree.xyz[:, 0]) > 34
+    assert tree.xyz[0, 0] < 8
+    said = capsys.readouterr().out
+    assert str(out) in said
+    assert "cell.tif: " in said
+
+
+def test_trace_says_how_it_read_labels(tmp_path, capsys):
+    path = put(tmp_path / "cell.tif", BAR * np.arange(48, dtype=np.uint16))
+    assert call("trace", path, "--out", tmp_path / "cell.swc") == 0
+    assert "40 labels, all but 0 taken as foreground" in capsys.readouterr().out
+
+
+def test_trace_takes_the_spacing_of_the_file_or_the_one_given(tmp_path):
+    data, radius = np.zeros((8, 30, 60), np.uint8), []
+    data[3:5, 12:18, 5:50] = 255
+    options = {"imagej": True, "metadata": {"axes": "ZYX", "spacing": 3.0, "unit": "micron"}}
+    path, out = put(tmp_path / "cell.tif", data, resolution=(1, 1), **options), tmp_path / "a.swc"
+    for spacing in ([], ["--spacing", "3,1,1"], ["--spacing", "1,1,1"]):
+        assert call("trace", path, "--out", out, *spacing) == 0
+        radius.append(np.median(read_swc(out).radius))
+    assert radius[0] == radius[1] > 1.5 * radius[2]
+
+
+def test_trace_of_one_slice_and_of_one_voxel(tmp_path, capsys):
+    out = tmp_path / "cell.swc"
+    np.save(tmp_path / "slice.npy", BAR[4:5])
+    assert call("trace", tmp_path / "slice.npy", "--out", out) == 2
+    one_line(capsys, "a single slice is not a volume")
+    voxel = np.zeros((3, 4, 5), np.uint8)
+    voxel[1, 2, 3] = 9
+    path = put(tmp_path / "voxel.tif", voxel)
+    assert call("trace", path, "--out", out, "--min-size", "1") == 0
+    assert read_swc(out).xyz.tolist() == [[3, 2, 1]]
+
+
+@pytest.mark.parametrize(
+    ("data", "arguments", "word"),
+    [
+        (0 * BAR, [], "nothing to trace"),
+        (0 * BAR + 1, [], "every voxel is foreground"),
+        (0 * BAR + np.float32(0.2), [], "lower the threshold"),
+        (BAR * np.float32(np.nan), [], "nan"),
+        (BAR * np.float32(1.5), [], "[0, 1]"),
+        (BAR * np.float32(-1), [], "[0, 1]"),
+        (BAR, ["--label", "3"], "no voxel has the label 3"),
+        (BAR, ["--label", "1", "--threshold", "0.5"], "give one"),
+        (BAR, ["--threshold", "0.5"], "0 voxels reach the threshold"),
+        (BAR * 255, ["--threshold", "128"], "threshold must lie in (0, 1]"),
+        (BAR, ["--seed", "48,3,3"], "(x, y, z)"),
+        (BAR, ["--seed", "nan,3,3"], "seed=nan,3,3"),
+        (BAR, ["--seed", "3,3"], "three numbers"),
+        (BAR, ["--spacing", "0,1,1"], "three positive numbers"),
+        (BAR, ["--spacing", "wide"], "three numbers"),
+        (BAR, ["--min-size", "500"], "lower the threshold or min_size"),
+        (BAR, ["--bridge", "-1"], "bridge"),
+        (BAR, ["--tracer", "best"], "kimimaro"),
+        (BAR, ["--vaa3d", "vaa3d"], "--tracer app2"),
+        (BAR, ["--tracer", "app2", "--vaa3d", "no/such"], "no/such"),
+        (BAR, ["--channel", "1"], "channel"),
+    ],
+)
+def test_trace_refuses_in_one_line(data, arguments, word, tmp_path, capsys):
+    path = put(tmp_path / "cell.tif", data)
+    assert call("trace", path, "--out", tmp_path / "cell.swc", *arguments) == 2
+    one_line(capsys, word)
+    assert [p.name for p in tmp_path.iterdir()] == ["cell.tif"]
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "truncated", "2D", "RGB", "NaN"])
+def test_trace_refuses_bad_images(kind, tmp_path, capsys):
+    BAD_IMAGES[kind](tmp_path / "cell.tif")
+    assert call("trace", tmp_path / "cell.tif", "--out", tmp_path / "cell.swc") == 2
+    one_line(capsys, "cell.tif")
+    assert call("trace", tmp_path / "no.tif", "--out", tmp_path / "cell.swc") == 2
+    one_line(capsys, "no.tif")
+    assert call("trace", tmp_path / "cell.tif", "--out", tmp_path / "cell.txt") == 2
+    one_line(capsys, ".swc")
+
+
+def test_segment_writes_ome_zarr_and_no_tree_where_none_is_asked_for(checkpoint, tmp_path, capsys):
+    path, mask, prob = (tmp_path / name for name in ("scan.tif", "mask.zarr", "p.zarr"))
+    tifffile.imwrite(path, image(), imagej=True, metadata={"axes": "ZYX", "spacing": 2.0})
+    arguments = ["--checkpoint", checkpoint, "--mask", mask, "--probability", prob, "--flips"]
+    assert call("segment", path, *arguments, "--threshold", "0.5") == 0
+    found, binary = read_volume(prob, check=False), read_volume(mask, check=False)
+    assert found.spacing == binary.spacing == (2.0, 1.0, 1.0)
+    np.testing.assert_array_equal(binary.data[:], (found.data[:] >= 0.5) * 255)
+    # From OME-Zarr it goes part by part, to the same; a folder of another kind is never replaced.
+    again = tmp_path / "again.zarr"
+    source = write_volume(tmp_path / "scan.zarr", image(), (2.0, 1.0, 1.0))
+    arguments = ["--checkpoint", checkpoint, "--probability"]
+    assert call("segment", source, *arguments, again, "--flips") == 0
+    np.testing.assert_allclose(read_volume(again).data[:], found.data[:], atol=1e-5)
+    (tmp_path / "mine.zarr").mkdir()
+    capsys.readouterr()
+    assert call("segment", path, *arguments, tmp_path / "mine.zarr") == 2
+    one_line(capsys, "mine.zarr")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "nothing to write"),
+        (["--probability", "p.nrrd"], ".tif or .zarr"),
+        (["--mask", "m.npy"], ".tif or .zarr"),
+        (["--out", "x.swc", "--workers", "2"], "--probability NAME.zarr"),
+        (["--mask", "m.tif", "--scheduler", "tcp://x:1"], "--probability NAME.zarr"),
+    ],
+)
+def test_segment_refuses_outputs_that_do_not_fit(arguments, words, checkpoint, tmp_path, capsys):
+    path = tmp_path / "scan.tif"
+    tifffile.imwrite(path, image())
+    assert call("segment", path, "--checkpoint", checkpoint, *arguments) == 2
+    one_line(capsys, words)
+
+
 def test_help_names_every_command(capsys):
     assert call("--help") == 0
     text = capsys.readouterr().out
-    for command in ("run", "segment", "sweep", "fetch", "doctor"):
+    for command in ("run", "segment", "trace", "sweep", "fetch", "doctor"):
         assert command in text
 
 

@@ -1,5 +1,6 @@
 """`neurolib inspect`: the facts are right, a bad file is one line, the others are still read."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,25 @@ def test_a_pair_is_compared_whatever_its_names(folder):
     titles = [text.splitlines()[0] for text in inspect_files([folder])]
     assert titles[-1] == "cell.tif with cell.swc"
     assert len(titles) == 4
+
+
+def test_trees_in_a_folder_of_their_own_find_their_images(folder, tmp_path):
+    stacks, trees = tmp_path / "stacks", tmp_path / "trees"
+    stacks.mkdir()
+    trees.mkdir()
+    image, tree = next(folder.glob("*.tif")), next(folder.glob("*.swc"))
+    for name in ("one", "two"):
+        shutil.copy(image, stacks / f"{name}.tif")
+        shutil.copy(tree, trees / f"{name}.swc")
+    (stacks / "._one.tif").write_text("of a Mac")
+
+    def titles():
+        said = list(inspect_files([stacks, trees, stacks / "one.tif"]))
+        return [text.splitlines()[0] for text in said]
+
+    assert titles()[4:] == ["one.tif with one.swc", "two.tif with two.swc"]
+    shutil.copy(tree, stacks / "two.swc")  # nearer than the other of that name
+    assert titles()[5:] == ["one.tif with one.swc", "two.tif with two.swc"]
 
 
 def test_bad_files_are_named_and_the_others_read(folder):

@@ -88,6 +88,22 @@ def test_dots_show_every_neuron_of_every_group():
     assert drawn == {"n1": [0.1, 0.3], "n2": [0.2, 0.4]}
 
 
+def test_stacked_rows_share_an_axis_and_begin_at_zero():
+    rows = {"Dice": [1.0, 0.9], "Hd95": [0.0, 80.0]}
+    grid = plotting.stacked([0, 4], rows, "side").get_axes()
+    for axes, (label, values) in zip(grid, rows.items(), strict=True):
+        assert axes.get_ylabel() == label
+        assert axes.lines[0].get_ydata().tolist() == values
+        assert axes.get_ylim()[0] == 0
+        assert axes.get_ylim()[1] > max(values)
+    assert grid[0].get_shared_x_axes().joined(*grid)
+
+
+def test_curves_may_be_compared_with_a_line():
+    axes = plotting.curves({"a": ([0, 1], [0.5, 1.0])}, "x", "y", line=0.95).get_axes()[0]
+    assert [list(line.get_ydata()) for line in axes.lines] == [[0.5, 1.0], [0.95, 0.95]]
+
+
 def test_learning_draws_all_terms_and_the_validation():
     history = [{"step": 1, "loss": 2.0, "dice": 1.0}, {"step": 2, "loss": 1.0, "dice": 0.5}]
     history[1] |= {"validation_dice": 0.4, "threshold": 0.5}
@@ -115,3 +131,29 @@ def test_heat_goes_from_zero_to_the_maximum():
     np.testing.assert_allclose(rgb[1, 1], viridis(1.0)[:3])
     np.testing.assert_allclose(rgb[1, 0], viridis(0.5)[:3])
     np.testing.assert_allclose(plotting.heat(np.zeros((2, 2)))[0, 0], viridis(0.0)[:3])
+
+
+def test_signed_is_white_at_zero_blue_above_and_red_below():
+    rgb = plotting.signed(np.array([[-1.0, 0.0, 4.0]]))
+    assert rgb[0, 1].min() > 0.95
+    assert rgb[0, 2, 2] > 2 * rgb[0, 2, 0]
+    assert rgb[0, 0, 0] > rgb[0, 0, 2]
+    assert np.allclose(plotting.signed(np.zeros((2, 2))), rgb[0, 1])
+
+
+def test_rates_are_drawn_by_step_and_by_layer_with_the_decoder_last():
+    left, right = plotting.rates([0.5, 1.0, 0.1], [1e-5, 1e-4], 1e-3).get_axes()
+    assert left.lines[0].get_xydata().tolist() == [[1, 0.5], [2, 1.0], [3, 0.1]]
+    assert [bar.get_height() for bar in right.patches] == [1e-5, 1e-4, 1e-3]
+    _, frozen = plotting.rates([1.0], [], 1e-3).get_axes()
+    assert [bar.get_height() for bar in frozen.patches] == [1e-3]
+
+
+def test_pipeline_piles_the_slices_with_the_first_in_front():
+    block, kernel = np.random.default_rng(0).random((2, 3, 8, 8))
+    probability, tree, _ = one_voxel()
+    panels = plotting.pipeline(block, kernel, probability.max(axis=0), tree).get_axes()
+    for axes, slices in zip(panels, (block, kernel), strict=False):
+        drawn = [image.get_array() for image in axes.images]  # the last one hides the others
+        assert all(map(np.array_equal, drawn, slices[::-1]))
+    assert panels[3].collections[0].get_segments()

@@ -110,7 +110,8 @@ def imported_modules(source):
 
 
 def test_what_the_package_imports_is_declared():
-    texts = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["peer"]
+    extras = PROJECT["optional-dependencies"]
+    texts = PROJECT["dependencies"] + extras["peer"] + extras["cluster"]
     declared = {canonicalize_name(Requirement(text).name) for text in texts}
     for path in (ROOT / "neurolib").rglob("*.py"):
         for name in imported_modules(path.read_text(encoding="utf-8")):
@@ -258,18 +259,34 @@ def test_make_names_the_python_it_needs(clone):
 # -------------------------------------------------------------------------------- notebooks
 
 
-def load_build():
-    spec = importlib.util.spec_from_file_location("build_notebooks", ROOT / "notebooks/build.py")
-    module = importlib.util.module_from_spec(spec)
+def load(name):
+    """A module of the notebooks' folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"notebooks/{name}.py")
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-build = load_build()
+readme = load("readme")
+build = load("build")
 
 
 def test_notebooks_keep_the_rules():
     assert build.check(build.sources()) == []
+
+
+def test_the_tables_of_the_readme_are_current(monkeypatch, tmp_path):
+    assert readme.check(build.sources()) == []
+    text = read("README.md")
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    for name, digit in (("notebooks", " 0.4 GB"), ("results", "0.")):
+        before, mark, after = text.partition(f"<!-- {name} -->")
+        (tmp_path / "README.md").write_text(before + mark + after.replace(digit, "7.", 1))
+        assert [name in problem for problem in readme.check(build.sources())] == [True]
+    readme.write(build.sources())
+    assert readme.check(build.sources()) == []
+    with pytest.raises(SystemExit, match="<!-- none -->"):
+        readme.fill(text, "none", "")
 
 
 def test_the_course_has_its_notebooks():
@@ -438,6 +455,16 @@ def test_build_keeps_the_old_notebook_where_it_fails(course):
     with pytest.raises(SystemExit, match="00_first, cell 3: prints the absolute path"):
         build.build(source)
     assert source.with_suffix(".ipynb").read_bytes() == before
+
+
+def test_state_that_a_second_run_meets_is_found(course):
+    source = course / "00_first.py"
+    before = source.with_suffix(".ipynb").read_bytes()
+    build.execute_twice(source)
+    assert source.with_suffix(".ipynb").read_bytes() == before
+    source.write_text(TEXT.replace("print(steps)", "assert 'left' not in globals()\nleft = 1"))
+    with pytest.raises(Exception, match="AssertionError"):
+        build.execute_twice(source)
 
 
 def test_embedded_images_are_not_taken_for_paths():

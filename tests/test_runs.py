@@ -22,7 +22,7 @@ networks: {one: {depth: 1}}
 def row(network: str, neuron: str, seed: int, dice: float) -> dict:
     values = dict.fromkeys(sweeps.COLUMNS["test"], "x")
     values |= {"network": network, "neuron": neuron, "seed": seed, "dice": dice}
-    return values | {"hd95": 1.0, "cldice": 0.5, "seconds": 60}
+    return values | {"hd95": 1.0, "diagonal": 99.0, "cldice": 0.5, "seconds": 60}
 
 
 def test_results_round_trip_and_are_averaged_over_seeds(tmp_path):
@@ -35,6 +35,9 @@ def test_results_round_trip_and_are_averaged_over_seeds(tmp_path):
         "a": {"n1": pytest.approx(0.3), "n2": 0.5},
         "b": {"n1": 0.6, "n2": 0.5},
     }
+    # Nothing found on one of two volumes of a neuron: its diagonal counts, and the neuron once.
+    rows = [row("a", "n1", 0, 0.2) | {"hd95": float("inf")}, row("a", "n1", 0, 0.2)]
+    assert sweeps.by_network(rows, "hd95") == {"a": {"n1": 50.0}}
     assert "3 minutes" in sweeps.describe_results(found)[-1]
 
 
@@ -171,6 +174,10 @@ def test_a_sweep_with_two_workers_keeps_what_succeeds_and_goes_on(tmp_path, capf
     assert again[:2] == rows
     assert [row["dice"] for row in again[2:]] == [row["dice"] for row in rows]
     assert capfd.readouterr().out.count("done before") == 1
+    page = (tmp_path / "runs" / "grid" / "index.html").read_text()
+    assert page.count("<td>done</td>") == 2
+    assert '<a href="slow-s0-f0/report.html">slow</a>' in page
+    assert (tmp_path / "runs" / "grid" / "slow-s0-f0" / "report.html").is_file()
 
 
 def test_networks_whose_folders_would_be_the_same_are_refused(tmp_path):

@@ -15,13 +15,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from neurolib import training
+from neurolib import runs, swc, synthesis, training, volume
 from neurolib.blocking import make_target
 from neurolib.datasets import Pair, Sample
 from neurolib.errors import DataError, SettingsError, WeightsError
 from neurolib.network import NetworkSettings, Segmenter, build
 from neurolib.swc import Tree
 from neurolib.training import (
+    LOSSES,
     SKELETON,
     THRESHOLDS,
     BlockSource,
@@ -200,6 +201,29 @@ def test_every_term_pulls_on_every_logit_in_the_right_direction(batch, name):
             assert (gradient[~wanted] > 0).all(), term
 
 
+def test_pulls_are_minus_the_slopes_of_every_term(batch):
+    logits, response = (torch.tensor(values) for values in batch)
+    pulls = training.pulls(logits, response, 0.1)
+    assert list(pulls) == ["dice", "focal", "ce", "skeleton", "cldice"]
+    way = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).double()
+    for name in LOSSES:
+        ahead, behind = (loss_terms(name, logits + h * way, response, 0.1) for h in (1e-6, -1e-6))
+        for term in ahead:
+            slope = (ahead[term] - behind[term]).item() / 2e-6
+            assert slope == pytest.approx(-(pulls[term] * way).sum().item(), rel=1e-3, abs=1e-8)
+    assert not logits.requires_grad
+
+
+def test_everything_is_what_cldice_or_skeleton_recall_alone_would_be_content_with(batch):
+    """Why neither ever stands alone."""
+    response = torch.tensor(batch[1])
+    everything = torch.full(response.shape, 40.0, dtype=torch.float64)
+    found = {}
+    for name in LOSSES:
+        found |= loss_terms(name, everything, response, 0.2)
+    assert {term for term, value in found.items() if value < 1e-6} == {"skeleton", "cldice"}
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_skeleton_threshold_marks_the_centreline_and_its_neighbours(axis):
     """Five voxels across a straight neurite on voxel centres: exactly one voxel off counts."""
@@ -289,6 +313,7 @@ def test_schedule_warms_up_and_falls_as_half_a_cosine():
         {"average": 1.0},
         {"warmup": 2.0},
         {"negatives": -0.1},
+        {"negatives": math.inf},
     ],
     ids=str,
 )
@@ -297,6 +322,12 @@ def test_unusable_settings_are_refused_in_one_line(bad):
         TrainingSettings(**bad)
     assert next(iter(bad)) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused_with_what_to_do():
+    with pytest.raises(SettingsError, match=r"device='cuda'.*try device='cpu'"):
+        training.start("cuda", "bf16-mixed")
 
 
 @pytest.mark.parametrize("bad", [{"device": "tpu9"}, {"precision": "7-bit"}], ids=str)
@@ -593,7 +624,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     with pytest.raises(SettingsError) as error:
         train(network, [bad], checks, tmp_path / "bad", FAST)
     assert "loss is nan" in str(error.value)
-    assert "at step 0" in str(error.value)
+    assert "in step 1; no weights were kept" in str(error.value)
     assert "\n" not in str(error.value)
 
     def poison(row):
@@ -601,7 +632,10 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
             network.head[1].bias.data.fill_(math.nan)
 
     # The same network: gradients of the run that failed must not leak into this one.
-    with pytest.raises(SettingsError, match=r"loss is nan.*at step 4"):
+    with pytest.raises(
+        SettingsError,
+        match=r"loss is nan.*in step 5; .*late/checkpoint.safetensors holds the weights of step 3",
+    ):
         train(network, samples, checks, tmp_path / "late", FAST, on_step=poison)
     kept, facts = load_checkpoint(tmp_path / "late" / "checkpoint.safetensors")
     assert facts["step"] == 3
@@ -617,19 +651,35 @@ def test_finite_loss_with_an_infinite_gradient_stops_the_run_too(
     monkeypatch.setattr(
         training, "loss_terms", lambda _, logits, *__: {"root": (logits * 0).abs().sqrt().sum()}
     )
-    with pytest.raises(SettingsError, match="loss is 0, its gradient nan at step 0"):
+    with pytest.raises(SettingsError, match="loss is 0, its gradient nan in step 1"):
         train(network, samples, checks, tmp_path, FAST)
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
 
-def test_out_of_memory_proposes_what_to_lower(tmp_path, samples, checks, monkeypatch):
+@pytest.mark.parametrize("kind", ["card", "torch", "NumPy", "moments"])
+def test_out_of_memory_proposes_what_to_lower(kind, tmp_path, samples, checks, monkeypatch):
     network, _ = build(NETWORK, "scratch", seed=0)
 
-    def exhausted(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def exhausted(*_, **__):
+        if kind == "card":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if kind == "NumPy":
+            raise MemoryError
+        torch.empty(10**15)  # no machine has that
 
-    monkeypatch.setattr(training, "loss_terms", exhausted)
-    with pytest.raises(SettingsError, match=r"batch=2.*accumulate=2.*checkpointing"):
+    where = (torch.optim.AdamW, "step") if kind == "moments" else (training, "loss_terms")
+    monkeypatch.setattr(*where, exhausted)
+    with pytest.raises(SettingsError, match=r"batch=2.*size=48.*accumulate=2.*checkpointing"):
+        train(network, samples, checks, tmp_path, FAST)
+
+
+def test_another_error_of_a_step_keeps_its_own_words(tmp_path, samples, checks, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(training, "loss_terms", broken)
+    network, _ = build(NETWORK, "scratch", seed=0)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
         train(network, samples, checks, tmp_path, FAST)
 
 
@@ -861,6 +911,18 @@ def test_checkpoint_rebuilds_the_network(checkpoint, network):
     assert TrainingSettings(**facts["training"]) == FAST
 
 
+def test_frozen_training_from_a_checkpoint_keeps_the_encoder_it_started_from(
+    tmp_path, samples, checks, checkpoint
+):
+    """It cannot be made again from pre-trained weights: it must be in the file."""
+    network, _ = build(dataclasses.replace(NETWORK, stem=True), "scratch", seed=5)
+    restore(network, checkpoint)
+    before = {k: v.clone() for k, v in network.encoder.state_dict().items()}
+    settings = dataclasses.replace(FAST, frozen=True, steps=1)
+    found, _ = load_checkpoint(train(network, samples, checks, tmp_path, settings).checkpoint)
+    assert all(torch.equal(v, before[k]) for k, v in found.encoder.state_dict().items())
+
+
 def test_checkpoint_of_another_network_is_refused(checkpoint):
     other = Segmenter(NETWORK)
     with pytest.raises(WeightsError, match="another network") as error:
@@ -902,3 +964,29 @@ def test_missing_checkpoint_and_text_are_refused(tmp_path):
     (tmp_path / "text.safetensors").write_text("not a checkpoint, not at all")
     with pytest.raises(WeightsError, match="not a readable checkpoint"):
         load_checkpoint(tmp_path / "text.safetensors")
+
+
+# ------------------------------------------------------------------------------- profile
+
+
+def test_the_gpu_profile_runs_through_the_notebook_on_a_cpu(tmp_path):
+    """Two steps of a small network; all that is the profile's own stays, bfloat16 too."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for seed in range(3):
+        tree = synthesis.grow(seed, (24, 64, 64))
+        swc.write_swc(data / f"cell{seed}.swc", tree)
+        stack = synthesis.render(tree, (24, 64, 64), seed=seed)
+        volume.write_volume(data / f"cell{seed}.tif", stack.data)
+    small = {"encoder": "test_vit.r160_in1k", "initialisation": "scratch", "size": 96}
+    small |= {"device": "cpu", "steps": 2, "batch": 2, "validation_blocks": 4}
+    name = "03_training"
+    known = runs.notebook_parameters(runs.notebook_path(name))
+    profile = {k: v for k, v in runs.read_profile("gpu").items() if k in known}
+    run = runs.run_course(str(data), "empty", "x", tmp_path, profile | small, (name,))
+    _, facts = load_checkpoint(run.path("checkpoint.safetensors"))
+    asked = {k: v for k, v in (profile | small).items() if k in facts["training"]}
+    assert facts["training"].items() >= asked.items()
+    assert asked["precision"] == "bf16-mixed"
+    assert facts["step"] == 2
+    assert 0 <= facts["dice"] <= 1

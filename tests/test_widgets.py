@@ -1,5 +1,6 @@
 """Pictures that answer to sliders: what they show, live and still."""
 
+import asyncio
 import base64
 import io
 import re
@@ -59,6 +60,25 @@ def test_a_slider_changes_the_live_picture_and_not_the_still_one(shown, tmp_path
     after = live_picture(bundle)
     assert after.mean() > before.mean() + 50
     assert np.array_equal(before, still_picture(bundle))
+
+
+def test_of_a_slider_in_motion_only_its_last_place_is_drawn(shown):
+    drawn = []
+
+    def draw(z):
+        drawn.append(z)
+        return plotting.images({"a": np.eye(2 + z)})
+
+    slider = ipywidgets.IntSlider(0, 0, 9)
+    widgets.explore(draw, "v", "words", z=slider)
+
+    async def move():
+        for z in range(1, 8):
+            slider.value = z
+        await asyncio.sleep(10 * widgets.REST)
+
+    asyncio.run(move())
+    assert drawn == [0, 7]
 
 
 def test_a_drawing_that_fails_says_so_and_keeps_the_picture(shown):

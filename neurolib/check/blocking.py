@@ -20,7 +20,7 @@ def q1(to_voxels: Callable) -> str:
         microns = voxels * spacing[::-1]
         found = np.asarray(call(to_voxels, microns.copy(), tuple(spacing)), float)
         if found.shape != voxels.shape:
-            return f"seven points went in as an array (7, 3), {found.shape} came back."
+            return f"Seven points went in as an array (7, 3), {found.shape} came back."
         if np.allclose(found, voxels):
             continue
         if np.allclose(found, microns / spacing):

@@ -1,0 +1,102 @@
+"""The README's tables of notebooks and of results, made from what they are about.
+
+``build.py`` writes them; ``build.py --check`` finds them out of date.
+"""
+
+import platform
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from neurolib import sweeps
+from neurolib.evaluation import bootstrap_interval, compare_networks
+from neurolib.files import write_text
+from neurolib.runs import REPOSITORY, table
+
+README = REPOSITORY / "README.md"
+RESULTS = REPOSITORY / "data" / "results" / "table1.csv"
+BASELINE = "3D scratch"
+TITLE = re.compile(r"(?m)^# # (.+)$")
+PROMISE = re.compile(r"(?m)^# \*([^*].*)\*$")
+TAKES = re.compile(r"(?m)^# \*\*Takes\*\* (.+?) and (.+?) of memory")
+
+
+def write(sources: Sequence[Path]) -> None:
+    """Write both tables, and with which versions the notebooks of `sources` were seen to work."""
+    text = fill(README.read_text(encoding="utf-8"), "notebooks", notebooks(sources))
+    text = fill(text, "results", results())
+    write_text(README, fill(text, "seen", seen()))
+
+
+def check(sources: Sequence[Path]) -> list[str]:
+    """What in the README is not what `write` would write; where things were seen is left alone."""
+    text = README.read_text(encoding="utf-8")
+    parts = {"notebooks": notebooks(sources), "results": results()}
+    return [
+        f"README.md, its table of {name} is out of date; run make notebooks"
+        for name, part in parts.items()
+        if fill(text, name, part) != text
+    ]
+
+
+def fill(text: str, name: str, part: str) -> str:
+    """Put `part` between the marks ``<!-- name -->`` and ``<!-- /name -->``.
+
+    Raises
+    ------
+    SystemExit
+        If the text has no such marks.
+    """
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+    before, mark, rest = text.partition(begin)
+    _, closing, after = rest.partition(end)
+    if not (mark and closing):
+        raise SystemExit(f"README.md: expected the marks {begin.strip()} and {end.strip()}")
+    return before + begin + part + end + after
+
+
+def notebooks(sources: Sequence[Path]) -> str:
+    """A line per notebook: what it teaches, minutes and memory as its build measured them."""
+    rows = []
+    for source in sources:
+        text = source.read_text(encoding="utf-8")
+        title, promise = TITLE.search(text)[1].partition(":")[0], PROMISE.search(text)[1]
+        minutes, memory = TAKES.search(text).groups()
+        link = f"[{source.stem[:2]} {title}](notebooks/{source.stem}.ipynb)"
+        rows.append({"notebook": link, "teaches": promise, "takes": minutes, "memory": memory})
+    return table(rows)
+
+
+def seen() -> str:
+    """The versions of what the notebooks were just executed with."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "jupyterlab"))
+    return (
+        f"All of them were last executed with Python {platform.python_version()}, {packages} on "
+        f"{platform.system()}, without a GPU."
+    )
+
+
+def results() -> str:
+    """Means with intervals over neurons, and paired gains, of the stored results."""
+    rows = sweeps.read_results(RESULTS)
+    dice, hd95 = sweeps.by_network(rows, "dice"), sweeps.by_network(rows, "hd95")
+
+    def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
+        found = bootstrap_interval(list(values))
+        mean, low, high = (f"{x:{sign}.{digits}f}" for x in (found.mean, found.low, found.high))
+        return f"{mean} ({low} to {high})"
+
+    gains = {row["network"]: row for row in compare_networks(dice, BASELINE)}
+    lines = []
+    for name, values in dice.items():
+        line = {"network": name, "Dice (95 % interval)": spread(values.values(), 3)}
+        line["Hd95, voxels"] = spread(hd95[name].values(), 0)
+        line[f"gain in Dice over {BASELINE}"], line["p"] = "", ""
+        if name != BASELINE:
+            paired = sweeps.gains(dice, name, BASELINE).values()
+            line[f"gain in Dice over {BASELINE}"] = spread(paired, 3, "+")
+            line["p"] = f"{gains[name]['p']:.3f}"
+        lines.append(line)
+    neurons, seeds = {row["neuron"] for row in rows}, {row["seed"] for row in rows}
+    return table(lines) + f"\n\nn = {len(neurons)} neurons, {len(seeds)} seed(s) each."
