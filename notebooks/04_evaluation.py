@@ -27,7 +27,7 @@
 #
 # **Before this:** [03 Training](03_training.ipynb).
 #
-# **Takes** under a minute and 0.6 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
+# **Takes** under a minute and 0.9 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
 # %% tags=["parameters"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results

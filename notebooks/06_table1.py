@@ -97,7 +97,7 @@ alt = "Dice of each neuron under each network; lines join the values of one neur
 plotting.show(figure, "dice", alt, run.figures)
 
 # %% [markdown]
-# The lines say more than the bars. Neurons differ among each other by more than networks do: that is
+# The lines say more than the bars. Neurons differ among each other as much as networks do: that is
 # why the intervals of the means overlap, and why they are the wrong intervals to look at.
 #
 # ## The differences
@@ -229,12 +229,12 @@ print(f"metrics.json: {len(summary)} networks")
 
 # %% [markdown]
 # **Summary.** The paper: pre-training on photographs raises the Dice of the 3D network by 0.077
-# (average) and 0.087 (center) and brings its Hd95 from 37.9 down to 2.9 and 2.8, on four neurons. Here, with
-# minutes of training, the sign is the same on each of the three neurons, for both inflations and for the 2D network; the gains are
-# smaller, and where scratch leaves far specks (`in40`), pre-training removes most of them. Center and
-# average differ by less than neurons do. In one thing these neurons contradict the paper: the pre-trained 2D network is
-# the best of all, so five slices have not paid yet. With $n = 3$ the smallest $p$ there is is 0.25: this
-# is what these neurons show, and no proof.
+# (average) and 0.087 (center) and brings its Hd95 from 37.9 down to 2.9 and 2.8, on four neurons. Here,
+# with minutes of training, the sign is the same on each of the three neurons, for both inflations and for
+# the 2D network. The gains are smaller; where scratch leaves far specks (`in40`), pre-training removes
+# most of them. Center and average differ by less than neurons do. In one thing these neurons contradict
+# the paper: the pre-trained 2D network is the best of all, so five slices have not paid yet. With $n = 3$
+# the smallest $p$ there is is 0.25: this is what these neurons show, and no proof.
 #
 # On your own volumes: `neurolib sweep profiles/table1-cpu.yaml --data my_pairs`, with a copy of the
 # profile in which `folds` and `validate_on` name your neurons.

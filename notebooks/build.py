@@ -16,6 +16,7 @@ import copy
 import hashlib
 import os
 import re
+import shutil
 import statistics
 import sys
 import tempfile
@@ -47,6 +48,11 @@ PARAMETERS, BOOTSTRAP = "parameters", "bootstrap"
 # The line of a notebook's first cell that its build measures, and what loads pre-trained weights.
 MEASURED = re.compile(r"(?m)^# \*\*Takes\*\* .*$")
 LOADS = re.compile(r"\b(load_pretrained|network\.build|load_checkpoint|inference\.predicted)\(")
+# What notebooks go on from instead of making it again.
+LONG = {
+    "03_training": ("resume.safetensors", "checkpoint.safetensors"),
+    "04_evaluation": ("probability",),
+}
 
 # Paths that mean something on one machine only: where machines keep people's files, and where
 # this one keeps the reader's and the repository's. What follows a word or a dot is relative, or
@@ -151,6 +157,7 @@ def build(source: Path) -> Path:
     """Write and execute the notebook of a text source; nothing is written if it fails."""
     print(source.stem, flush=True)
     notebook = convert(source)
+    forget(source)
     _refuse(source, check_shape(notebook))
     started = time.monotonic()
     with peak_memory() as peak:
@@ -164,6 +171,14 @@ def build(source: Path) -> Path:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = executed.outputs, executed.execution_count
     return write_text(source.with_suffix(".ipynb"), nbformat.writes(final) + "\n")
+
+
+def forget(source: Path) -> None:
+    """Remove what an earlier build left of the long part of a notebook, or it would not be long."""
+    run_dir = re.search(r'(?m)^run_dir = "([^"]+)"', source.read_text(encoding="utf-8"))
+    for name in LONG.get(source.stem, ()):
+        path = source.parent / run_dir[1] / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def measured(notebook: NotebookNode, seconds: float, peak: int) -> str:

@@ -248,7 +248,7 @@ def test_trace_of_one_slice_and_of_one_voxel(tmp_path, capsys):
     one_line(capsys, "a single slice is not a volume")
     voxel = np.zeros((3, 4, 5), np.uint8)
     voxel[1, 2, 3] = 9
-    path = put(tmp_path / "voxel.tif", voxel)
+    path = put(tmp_path / "voxel.tif", voxel, photometric="minisblack")
     assert call("trace", path, "--out", out, "--min-size", "1") == 0
     assert read_swc(out).xyz.tolist() == [[3, 2, 1]]
 
