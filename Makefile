@@ -3,7 +3,8 @@
 # make test     lint, notebooks against their texts, unit tests, every notebook
 # make notebooks [NAMES=03]   write and execute notebooks from their texts
 # make site     the course as web pages                           -> build/site/index.html
-# make faults   what is too slow for every day: killed workers, notebooks twice, all in JupyterLab
+# make faults   what is too slow for every day: a hundred kills, notebooks twice, all in JupyterLab
+# make bench    speed beside others' implementations            -> data/results/bench.json
 # make lab      JupyterLab;   make lint;   make clean
 #
 # Each works alone, on a machine that has nothing but Python 3.11 or newer.
@@ -24,7 +25,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: course test notebooks lint lab faults site clean
+.PHONY: course test notebooks lint lab faults bench site clean
 .NOTPARALLEL:
 
 course: $(INSTALLED)
@@ -46,12 +47,18 @@ lint: $(INSTALLED)
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --ip 127.0.0.1 notebooks
 
-# Slow: workers that are killed, notebooks twice in one kernel, all of them in JupyterLab.
+# Slow: processes that are killed, notebooks twice in one kernel, all of them in JupyterLab.
 faults: $(INSTALLED)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[cluster]"
+	NEUROLIB_FAULTS=1 $(BIN)/python -m pytest tests/test_faults.py
 	NEUROLIB_FAULTS=1 $(BIN)/python -m pytest tests/test_large.py tests/test_training.py -k killed
 	$(BIN)/python notebooks/build.py --twice
 	NOTEBOOKS=all $(BIN)/python -m pytest tests/test_browser.py
+
+# Under a quarter of an hour on two cores that have nothing else to do.
+bench: $(INSTALLED)
+	$(BIN)/python -m pip install -q -c constraints.txt $(INSTALL_FLAGS) -e ".[bench]"
+	$(BIN)/python benchmarks/bench.py --out data/results/bench.json
 
 site: $(INSTALLED)
 	$(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees docs build/site

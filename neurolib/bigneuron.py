@@ -24,7 +24,7 @@ from urllib3.exceptions import HTTPError
 
 from neurolib.datasets import Pair, Split, split_by_neuron
 from neurolib.errors import DataError, SettingsError
-from neurolib.files import atomic_path, sha256, write_text
+from neurolib.files import atomic_path, claim, sha256, write_text
 from neurolib.weights import cache_folder
 
 URL = "https://github.com/BigNeuron/Data/releases/download/Gold166_v1/gold166.zip"
@@ -106,9 +106,20 @@ def fetch_janelia(
             f"{url}: the archive was downloaded before with sha256 {known[:16]}..., expected "
             f"{expected[:16]}...; delete {folder} and {record} to fetch it again"
         )
-    if folder.is_dir():
+    archive, lock = cache / f"archive-{key}.zip", cache / f".{GROUP}-{key}.lock"
+    # Killed after it was unpacked, a call leaves the archive.
+    if folder.is_dir() and not archive.exists() and not lock.exists():
         return folder
-    archive = cache / f"archive-{key}.zip"
+    # Two that append to one part would spoil it.
+    with claim(lock):
+        if not folder.is_dir():
+            _fetch(url, archive, folder, expected, known, record)
+        archive.unlink(missing_ok=True)
+    return folder
+
+
+def _fetch(url: str, archive: Path, folder: Path, expected: str, known: str, record: Path) -> None:
+    """Download, check and unpack the archive."""
     _download(url, archive)
     _verify(url, archive, expected or known, record)
     try:
@@ -127,8 +138,6 @@ def fetch_janelia(
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise DataError(f"{url}: the archive cannot be unpacked ({reason}); try again") from None
-    archive.unlink()
-    return folder
 
 
 def janelia_split(pairs: list[Pair], seed: int = 0) -> Split:
@@ -285,7 +294,7 @@ def _verify(url: str, archive: Path, expected: str, record: Path) -> None:
         warnings.warn(
             f"{url}: no hash of this archive is known; sha256 {found} of this first download is "
             f"recorded in {record} and enforced from now on",
-            stacklevel=3,
+            stacklevel=4,
         )
     facts = {"url": url, "sha256": found, "bytes": archive.stat().st_size}
     write_text(record, json.dumps(facts, indent=1))
@@ -320,7 +329,7 @@ def _unpack(archive: Path, folder: Path) -> None:
             warnings.warn(
                 f"{archive.name}: {len(unpaired)} images have no SWC, or several that may be "
                 f"the gold standard, and are left out: {', '.join(unpaired[:3])}",
-                stacklevel=4,
+                stacklevel=5,
             )
         for name, (image, tree) in tqdm(sorted(pairs.items()), desc="unpacking"):
             suffix = PurePosixPath(image.filename).suffix.lower()

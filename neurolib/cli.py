@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from math import prod
 from pathlib import Path
 from typing import Annotated
 
@@ -59,8 +60,11 @@ def sweep(
     seed: Annotated[
         list[int] | None, typer.Option(help="Instead of the grid's seeds; may be repeated.")
     ] = None,
+    scheduler: Annotated[
+        str, typer.Option(help="Address of a Dask cluster that does the runs instead.")
+    ] = "",
 ) -> None:
-    """Run notebooks 03 and 04 for every network, seed and fold of a grid.
+    """Run notebooks 03 and 04, or 05 too, for every network, seed and fold of a grid.
 
     Finished runs are skipped, failed ones tried again, an interrupted sweep goes on. Notebook 06
     shows the results.
@@ -69,7 +73,7 @@ def sweep(
     """
     from neurolib.sweeps import run_sweep
 
-    print(f"results: {run_sweep(grid, folder, data, workers, seed or ())}")
+    print(f"results: {run_sweep(grid, folder, data, workers, seed or (), scheduler)}")
 
 
 @app.command()
@@ -95,7 +99,12 @@ def segment(
         Path, typer.Argument(help="A stack: .tif, .npy, .v3draw, .v3dpbd, .nrrd, .zarr.")
     ],
     checkpoint: Annotated[Path, typer.Option(help="checkpoint.safetensors of a run.")],
-    out: Annotated[Path | None, typer.Option(help="The SWC to write.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The SWC to write; a .zarr is a --probability.")
+    ] = None,
+    swc: Annotated[
+        Path | None, typer.Option(help="The SWC to write, where --out is a .zarr.")
+    ] = None,
     mask: Annotated[
         Path | None, typer.Option(help="Also write the mask: .tif, or .zarr (OME-Zarr).")
     ] = None,
@@ -129,19 +138,24 @@ def segment(
     """Segment a stack and trace it: image in, SWC (and mask, and probability) out.
 
     From .zarr to a --probability NAME.zarr the image need not fit in memory, and an interrupted
-    call goes on; the SWC still needs the probability in memory.
+    call goes on; to trace it takes memory for the foreground only.
 
     Example: neurolib segment cell.tif --checkpoint runs/x/checkpoint.safetensors --out cell.swc
     """
-    import numpy as np
-
     from neurolib.inference import empty_level, predict_volume
-    from neurolib.large import predict_large, thresholded
+    from neurolib.large import predict_large, stored_boxes, thresholded
     from neurolib.swc import length, tips, write_swc
     from neurolib.tracing import trace
     from neurolib.training import load_checkpoint
     from neurolib.volume import normalise, read_volume, write_volume
 
+    if out is not None and out.suffix.lower() == ".zarr":
+        if probability:
+            raise SettingsError(f"--out {out} and --probability {probability}: give one of them")
+        out, probability = None, out
+    if out and swc:
+        raise SettingsError(f"--out {out} and --swc {swc}: give one of them")
+    out = out or swc
     _check_output(out, ".swc")
     _check_output(mask, ".tif", ".zarr")
     _check_output(probability, ".tif", ".zarr")
@@ -155,10 +169,12 @@ def segment(
     if in_parts and (workers or scheduler or image.suffix.lower() == ".zarr"):
         options = {"device": device, "flips": flips, "skip_empty": skip_empty, "channel": channel}
         options |= {"workers": workers, "scheduler": scheduler}
-        volume = read_volume(predict_large(image, checkpoint, probability, overlap, **options))
+        probability = predict_large(image, checkpoint, probability, overlap, **options)
+        volume = read_volume(probability, check=False)
         found = volume.data
     else:
         volume = read_volume(image, channel=channel)
+        _check_fits(image.name, volume.data.shape)
         scaled = normalise(volume.data)
         level = empty_level(scaled, skip_empty) if skip_empty else 0.0
         options = {"device": device, "flips": flips, "skip_below": min(level, 1 - 1e-6)}
@@ -173,7 +189,8 @@ def segment(
         write_volume(mask, binary if lazy else binary[:], volume.spacing)
         print(f"{mask}: voxels of at least {cut:g}")
     if out:
-        tree = trace(np.asarray(found), volume.spacing, threshold=cut, min_size=min_size)
+        options = {"threshold": cut, "min_size": min_size, "regions": stored_boxes(found)}
+        tree = trace(found, volume.spacing, **options)
         write_swc(out, tree, f"traced from {image.name} at threshold {cut:g}")
         print(
             f"{out}: {len(tree.xyz)} nodes, {length(tree):.0f} voxels long, {len(tips(tree))} tips"
@@ -220,11 +237,14 @@ def trace(
 ) -> None:
     """Trace a segmentation of your own: mask, labels or probability in, SWC out.
 
-    The SWC is in voxels, centres at whole numbers; its radii in voxels of the finest axis.
+    The SWC is in voxels, centres at whole numbers; its radii in voxels of the finest axis. A .zarr
+    need not fit in memory, only its foreground.
 
     Example: neurolib trace cell_mask.tif --out cell.swc --seed 120,88,14
     """
     from neurolib.adapters import TRACERS, as_probability
+    from neurolib.formats import LazyStack
+    from neurolib.large import segmentation, stored_boxes
     from neurolib.swc import length, tips, write_swc
     from neurolib.volume import read_volume
 
@@ -235,7 +255,9 @@ def trace(
         raise SettingsError(f"vaa3d: is for --tracer app2 only, got --tracer {tracer}")
     steps, point = _three("spacing", spacing), _three("seed", seed)
     stack = read_volume(volume, channel=channel, check=False)
-    found, meaning = as_probability(stack.data, label, threshold, volume.name)
+    in_parts = tracer == "neurolib" and isinstance(stack.data, LazyStack)
+    read = segmentation if in_parts else as_probability
+    found, meaning = read(stack.data, label, threshold, volume.name)
     if point and not all(
         -0.5 <= p < n - 0.5 for p, n in zip(point, found.shape[::-1], strict=True)
     ):
@@ -244,6 +266,8 @@ def trace(
             "(x, y, z); voxels count from 0"
         )
     options = {"vaa3d": vaa3d} if tracer == "app2" else {}
+    if in_parts:
+        options["regions"] = stored_boxes(found)
     tree = TRACERS[tracer](
         found,
         steps or stack.spacing,
@@ -360,6 +384,19 @@ def _check_output(path: Path | None, *suffixes: str) -> None:
     taken = path.is_dir() and not (suffix == ".zarr" and (path / "zarr.json").exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK) or taken:
         raise SettingsError(f"{path}: cannot write here; choose a folder you may write to")
+
+
+def _check_fits(name: str, shape: tuple[int, int, int]) -> None:
+    """Refuse what cannot be segmented in memory: image and probability, both float32."""
+    import psutil
+
+    needed, free = 8 * prod(shape), psutil.virtual_memory().available
+    if needed > free:
+        raise SettingsError(
+            f"{name}: {tuple(shape)} voxels take {needed / 2**30:.1f} GiB of memory, found "
+            f"{free / 2**30:.1f} GiB free; from OME-Zarr to --probability NAME.zarr it goes part "
+            "by part"
+        )
 
 
 def _three(name: str, text: str) -> tuple[float, float, float] | None:

@@ -80,9 +80,11 @@ def hd95(
         return 0.0 if len(surface_a) == len(surface_b) else float("inf")
     surface_a, surface_b = surface_a * spacing, surface_b * spacing
     # Voxels of one surface that are also on the other are at distance 0: the search, which is
-    # fast for small distances, leaves them at once.
-    a_to_b = KDTree(surface_b).query(surface_a)[0]
-    b_to_a = KDTree(surface_a).query(surface_b)[0]
+    # fast for small distances, leaves them at once. Most time goes into the trees, and one that is
+    # not balanced is built in half of it.
+    quick = {"balanced_tree": False, "compact_nodes": False}
+    a_to_b = KDTree(surface_b, **quick).query(surface_a, workers=-1)[0]
+    b_to_a = KDTree(surface_a, **quick).query(surface_b, workers=-1)[0]
     if method == "monai":
         return float(max(np.percentile(a_to_b, 95), np.percentile(b_to_a, 95)))
     return float(np.percentile(np.concatenate([a_to_b, b_to_a]), 95))

@@ -1,14 +1,32 @@
-"""Files written whole or not at all, and their hashes."""
+"""Files written whole or not at all, folders that one process has to itself, and hashes."""
 
+import contextlib
+import errno
 import hashlib
 import os
+import platform
+import re
 import shutil
 import tempfile
+import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from neurolib.errors import SettingsError
+
+try:
+    import fcntl
+except ImportError:  # Windows: what killed processes leave stays, and nobody is kept out
+    fcntl = None
+
+# What a disk says that takes no more: full, over a quota, over the limit of one file.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# NumPy's own words for it, without a number.
+CUT_SHORT = re.compile(r"^\d+ requested and \d+ written$")
+# Seconds in which a folder must come free: what a killed process has started ends soon after it.
+PATIENCE = 5.0
 
 
 @contextmanager
@@ -16,24 +34,19 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a path beside `path` to write to; rename it to `path` when the block succeeds.
 
     The temporary name keeps the suffix of `path`, since writers choose their format by it.
-    If the block raises, the temporary file (or folder) is removed and `path` is untouched.
+    If the block raises, the temporary file (or folder) is removed and `path` is untouched. What
+    a killed process leaves is removed by the next one that writes into the same folder.
 
     Raises
     ------
     SettingsError
-        If the folder of `path` cannot be made or written to.
+        If the folder of `path` cannot be made or written to, or the disk is full.
     """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=f".{path.name[:40]}.", dir=path.parent)
-    except OSError as error:
-        raise SettingsError(
-            f"{path}: cannot write here ({error.strerror}); choose a folder you may write to"
-        ) from None
-    temporary = Path(folder) / path.name
-    try:
-        yield temporary
+    with workplace(path) as folder:
+        temporary = folder / path.name
+        with explain_full_disk(path):
+            yield temporary
         try:
             if temporary.is_dir() and path.is_dir():
                 shutil.rmtree(path)
@@ -42,8 +55,153 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             raise SettingsError(
                 f"{path}: cannot be replaced ({error.strerror}); choose another output name"
             ) from None
+
+
+@contextmanager
+def workplace(path: Path) -> Iterator[Path]:
+    """Make a hidden folder beside `path`, removed at the end; remove those of killed processes.
+
+    Strategy: a process locks its folder, and the system frees the locks of a process that ends,
+    however it ends. So a folder of this machine that can be locked is nobody's.
+
+    Raises
+    ------
+    SettingsError
+        If the folder of `path` cannot be made or written to.
+    """
+    # Locks may not reach other machines on the same disk: the name says whose folder it is.
+    machine = f"{zlib.crc32(platform.node().encode()):08x}"
+    ours = re.compile(rf"\..+\.{machine}-\w{{8}}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.scandir(path.parent) as entries:
+            left = [Path(entry.path) for entry in entries if ours.fullmatch(entry.name)]
+        for folder in left:
+            _remove_if_left(folder)
+        prefix = f".{path.name[:40]}.{machine}-"
+        while True:
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
+            lock = _locked(folder, wait=True)
+            # Before it was locked, it may have been taken for left behind.
+            if folder.is_dir():
+                break
+            _unlock(lock)
+    except OSError as error:
+        raise SettingsError(
+            f"{path}: cannot write here ({error.strerror}); choose a folder you may write to"
+        ) from None
+    try:
+        yield folder
     finally:
+        _remove(folder)
+        _unlock(lock)
+
+
+def _locked(path: Path, wait: bool = False) -> int | None:
+    """Lock a folder; None if it is gone, another process has it, or the disk knows no locks."""
+    if fcntl is None:
+        return None
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(file)
+        return None
+    return file
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+def _remove_if_left(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        lock = _locked(folder)
+        if lock is not None:
+            _remove(folder)
+            _unlock(lock)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, also while threads of a writer that has failed still put files into it."""
+    for pause in (0, 0.01, 0.1, 1):
+        time.sleep(pause)
         shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+
+
+@contextmanager
+def explain_full_disk(path: str | Path) -> Iterator[None]:
+    """Turn what the writers of all formats raise on a full disk into one `SettingsError`."""
+    try:
+        yield
+    except Exception as error:
+        # Libraries in other languages repeat the system's words in errors of their own.
+        said = str(error)
+        reason = next((os.strerror(code) for code in FULL if os.strerror(code) in said), "")
+        if not reason and isinstance(error, OSError) and CUT_SHORT.match(said):
+            reason = os.strerror(errno.ENOSPC)
+        if not reason or isinstance(error, SettingsError):
+            raise
+        raise SettingsError(
+            f"{path}: cannot be written ({reason}); make room, or choose another place"
+        ) from None
+
+
+@contextmanager
+def claim(path: str | Path, what: str | Path = "") -> Iterator[None]:
+    """Hold the lock file `path`, which stands for `what`, and remove it at the end.
+
+    `what` is its folder unless given. The system frees the lock of a process that is killed; the
+    next one takes over the file.
+
+    Raises
+    ------
+    SettingsError
+        If another process holds it, or its folder cannot be made or written to.
+    """
+    path = Path(path)
+    until = time.monotonic() + PATIENCE
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while (lock := _hold(path)) is None:
+            if time.monotonic() > until:
+                raise SettingsError(
+                    f"{what or path.parent}: another process is at work here; wait for it, end "
+                    "it, or choose another place"
+                )
+            time.sleep(0.1)
+    except OSError as error:
+        raise SettingsError(
+            f"{path.parent}: cannot write here ({error.strerror}); choose a folder you may write to"
+        ) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _hold(path: Path) -> int | None:
+    """Open a lock file and lock it; None if another process has it."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Who had it before may have removed it since it was opened.
+        if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
+            return lock
+    except BlockingIOError:
+        pass
+    except OSError:  # a file system without locks keeps nobody out
+        return lock
+    os.close(lock)
+    return None
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -342,6 +342,8 @@ def read_npy(path: Path, head: bytes, size: int, channel: int | None) -> Stack:
             }[version]
             shape, fortran, dtype = read_header(file)
             offset = file.tell()
+    except OSError:
+        raise
     except Exception as error:
         # The header is a Python literal: parsing damaged ones fails in many ways.
         raise VolumeError(

@@ -5,6 +5,7 @@ weights, summed slice by slice. Slices are finished in order, so that only the f
 still wait for votes are held: memory grows with a slice and with the batch, not with the volume.
 """
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,23 +14,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from neurolib.blocking import (
-    accumulate,
-    block_grid,
-    block_starts,
-    gaussian_window,
-    normalise,
-    read_block,
-)
+from neurolib.blocking import block_grid, block_starts, gaussian_window, read_block
 from neurolib.errors import SettingsError, VolumeError
 from neurolib.files import sha256
 from neurolib.network import NetworkSettings, Segmenter
 from neurolib.training import load_checkpoint
 from neurolib.volume import pieces, read_volume, write_volume
 
-# Axes of a batch of blocks (n, 1, z, y, x), or of its logits (n, z, y, x), that are mirrored: none,
-# x, y, both.
-FLIPS = ((), (-1,), (-2,), (-2, -1))
+# Axes of a batch of blocks (n, 1, z, y, x), or of its logits (n, z, y, x), that flips mirror: x, y,
+# both.
+FLIPS = ((-1,), (-2,), (-2, -1))
 
 # Bins of the histogram in which `empty_level` looks for a percentile; a 16-bit image has no more.
 BINS = 1 << 16
@@ -128,6 +122,9 @@ def _check_range(image: np.ndarray) -> None:
         raise VolumeError(f"expected intensities in [0, 1], got {low:g} to {high:g}; normalise")
 
 
+DEFAULTS = {key: p.default for key, p in inspect.signature(predict_volume).parameters.items()}
+
+
 def predicted(
     folder: str | Path, name: str, checkpoint: str | Path, image: np.ndarray, **options
 ) -> np.ndarray:
@@ -142,9 +139,10 @@ def predicted(
     checkpoint : path
     image : (z, y, x) array
     **options
-        Of `predict_volume`.
+        Of `predict_volume`; named in full or left to their defaults, it is the same file.
     """
-    options_key = "".join(f"-{key}{value}" for key, value in sorted(options.items()))
+    changed = {key: value for key, value in options.items() if value != DEFAULTS[key]}
+    options_key = "".join(f"-{key}{value}" for key, value in sorted(changed.items()))
     path = Path(folder) / f"{name}-{sha256(checkpoint)[:8]}{options_key}.tif"
     if path.exists():
         return read_volume(path, check=False).data
@@ -267,12 +265,12 @@ def _stream(
     shape, _ = _tiling(settings, 0)
     reach = settings.depth // 2 if settings.predict == "all" else 0
     first, depth = span
-    window = gaussian_window(shape[1:])
     where = pick_device(device)
     network = network.to(where).eval()
+    window = torch.from_numpy(gaussian_window(shape[1:])).to(where)
+    weights, voting = _weights(grid // (every, 1, 1), image.shape[1:], window, reach, depth)
 
     numerator = np.zeros((0, *image.shape[1:]), np.float32)
-    denominator = np.zeros_like(numerator)
     bar = tqdm(total=len(grid), desc="segmenting", mininterval=2, disable=not progress)
     for start in range(0, len(grid), batch):
         tiles = grid[start : start + batch]
@@ -280,17 +278,19 @@ def _stream(
         places = tiles // (every, 1, 1)
         last = min(depth, int(places[-1, 0]) + reach + 1)
         numerator = _grow(numerator, last - first)
-        denominator = _grow(denominator, last - first)
-        votes = _run(network, image, tiles, shape, where, flips, skip_below)
-        accumulate(numerator, denominator, votes, places, window, first)
+        live, votes = _run(network, image, tiles, shape, window, flips, skip_below)
+        _add(numerator, votes, places[live] - (first + reach, 0, 0))
         bar.update(len(places))
         # Later places are at this z or deeper: slices above their reach are complete.
         rest = grid[start + batch :]
         done = min(depth, int(rest[0, 0]) // every - reach) if len(rest) else depth
         if done > first:
-            k = done - first
-            yield first, normalise(numerator[:k], denominator[:k])
-            first, numerator, denominator = done, numerator[k:], denominator[k:]
+            finished, numerator = np.split(numerator, [done - first])
+            finished /= weights
+            if reach:
+                finished /= voting[first:done, None, None]
+            yield first, finished
+            first = done
     bar.close()
 
 
@@ -390,27 +390,61 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def _weights(
+    places: np.ndarray,
+    plane: tuple[int, int],
+    window: torch.Tensor,
+    reach: int,
+    depth: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of the windows over a slice (y, x), and from how many z each slice (depth,) has votes.
+
+    The places are all pairs of some z with some (y, x): their product is the sum of all weights.
+    """
+    z = np.unique(places[:, 0])
+    around = places[places[:, 0] == z[0]] * (0, 1, 1)
+    weights = np.zeros((1, *plane), np.float32)
+    _add(weights, window.cpu().expand(len(around), 1, -1, -1).numpy(), around)
+    slices = np.arange(depth)
+    voting = np.searchsorted(z, slices + reach, "right") - np.searchsorted(z, slices - reach)
+    return weights[0], voting.astype(np.float32)
+
+
+def _add(sums: np.ndarray, votes: np.ndarray, corners: np.ndarray) -> None:
+    """Add votes (n, slices, rows, columns) at their corners (z, y, x); those outside drop."""
+    depth, height, width = sums.shape
+    for vote, (z, y, x) in zip(votes, corners.tolist(), strict=True):
+        slices, rows, columns = vote.shape
+        there = sums[max(z, 0) : max(z + slices, 0), y : y + rows, x : x + columns]
+        there += vote[max(-z, 0) : max(depth - z, 0), : height - y, : width - x]
+
+
 @torch.inference_mode()
 def _run(
     network: Segmenter,
     image: np.ndarray,
     places: np.ndarray,
     shape: tuple[int, int, int],
-    device: torch.device,
+    window: torch.Tensor,
     flips: bool,
     skip_below: float,
-) -> np.ndarray:
-    """Probabilities (n, slices, y, x) at `places`; 0 for tiles with nothing above `skip_below`."""
-    tiles = np.stack([read_block(image, place, shape) for place in places])
-    slices = 1 if network.settings.predict == "center" else shape[0]
-    votes = np.zeros((len(places), slices, *shape[1:]), np.float32)
-    live = (tiles > skip_below).any(axis=(1, 2, 3))
-    if live.any():
-        blocks = torch.from_numpy(tiles[live][:, None]).float().to(device)
-        views = FLIPS if flips else FLIPS[:1]
-        found = sum(network(blocks.flip(axes)).float().sigmoid().flip(axes) for axes in views)
-        votes[live] = (found / len(views)).cpu().numpy()
-    return votes
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which tiles have something above `skip_below`, and the votes (n, slices, y, x) of these.
+
+    A vote is the probability times the window.
+    """
+    tiles = [read_block(image, place, shape) for place in places]
+    live = np.array([tile.max() > skip_below for tile in tiles])
+    if not live.any():
+        return live, np.empty((0, 1, *shape[1:]), np.float32)
+    chosen = np.stack([tiles[i] for i in np.flatnonzero(live)])
+    blocks = torch.from_numpy(chosen[:, None]).float().to(window.device)
+    found = network(blocks).float().sigmoid()
+    if flips:
+        for axes in FLIPS:
+            found = found + network(blocks.flip(axes)).float().sigmoid().flip(axes)
+        found = found / (1 + len(FLIPS))
+    return live, (found * window).cpu().numpy()
 
 
 def _grow(array: np.ndarray, slices: int) -> np.ndarray:

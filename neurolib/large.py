@@ -1,21 +1,22 @@
-"""Volumes larger than memory: OME-Zarr in, OME-Zarr probability out, one region at a time.
+"""Volumes larger than memory: OME-Zarr in, OME-Zarr probability and SWC out, region by region.
 
 The output is cut into regions of whole chunks. What a region's tiles see of the input is read,
 predicted, and written chunk by chunk, each once and whole. Until all chunks are there the result
 has the name ``OUT.part``, with a manifest of what it is made of; a call that finds it goes on with
 the chunks that are missing. Regions are independent: they run one after the other, on processes of
 this machine, or on any Dask cluster that sees the same files.
+
+Sparse volumes are stored without their empty chunks. Where the input has none, nothing is read,
+run or written, and `neurolib.tracing.trace` reads of the result only its `stored_boxes`.
 """
 
 import functools
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from neurolib.errors import SettingsError
-from neurolib.files import atomic_path, sha256, write_text
-from neurolib.formats import boxes
-from neurolib.inference import Box, check_options, empty_level, predict_box
-from neurolib.network import Segmenter
+from neurolib import cluster
+from neurolib.adapters import FULL_SCALE, as_probability
+from neurolib.errors import NeurolibError, SettingsError
+from neurolib.files import atomic_path, claim, explain_full_disk, sha256, workplace, write_text
+from neurolib.formats import LazyStack, boxes
+from neurolib.inference import Box, box_of_tiles, check_options, empty_level, predict_box
+from neurolib.network import NetworkSettings, Segmenter
 from neurolib.training import load_checkpoint
-from neurolib.volume import Volume, create_zarr, limits, read_volume, rescale
+from neurolib.volume import Volume, create_zarr, limits, pieces, read_volume, rescale
 
 # Slices, rows, columns. Tiles that reach over the border of a region are run for both sides: here,
 # with tiles of 100 that overlap by a quarter, a fifth more than for the volume at once. A region
-# takes about half a gigabyte: its input and its probability in float32, and votes of a few slices.
+# takes 0.44 GB at most (measured) beside the network: its input, its probability and votes.
 REGION = (32, 1024, 1024)
 
 MANIFEST = "neurolib.json"
@@ -75,6 +78,111 @@ def normalised(data: np.ndarray, low: float, high: float) -> Mapped:
 def thresholded(probability: np.ndarray, cut: float) -> Mapped:
     """The mask of a probability, 0 and 255 as uint8, part by part, when it is read."""
     return Mapped(probability, lambda part: (part >= cut) * np.uint8(255), np.dtype(np.uint8))
+
+
+def segmentation(
+    data: np.ndarray, label: int | None = None, threshold: float | None = None, name: str = "volume"
+) -> tuple[np.ndarray | Mapped, str]:
+    """`neurolib.adapters.as_probability` part by part, when it is read.
+
+    Labels are read once here, to know which there are; whether probabilities lie in [0, 1] shows
+    when they are traced.
+    """
+    labels = data.dtype.kind in "biu" and threshold is None
+    values = _distinct(data) if labels else np.zeros(1, data.dtype)
+    found, meaning = as_probability(values[None, None], label, threshold, name)
+    if found.dtype == data.dtype:
+        return data, meaning
+    if not labels:
+        top = np.float32(FULL_SCALE[data.dtype.name])
+        return Mapped(data, lambda part: part / top, found.dtype), meaning
+    if label is None:
+        return Mapped(data, lambda part: part != 0, found.dtype), meaning
+    return Mapped(data, lambda part: part == label, found.dtype), meaning
+
+
+def _distinct(data: np.ndarray) -> np.ndarray:
+    """The values that occur, ascending."""
+    values, read = set(), 0
+    for box in stored_boxes(data):
+        part = data[box]
+        read += part.size
+        values.update(np.unique(part).tolist() if part.any() else [0])
+    if read < prod(data.shape):
+        values.add(0)  # of the parts that need not be read
+    return np.array(sorted(values), data.dtype)
+
+
+# --- Empty parts -------------------------------------------------------------------------------
+
+
+def stored_boxes(data: np.ndarray) -> Iterator[Box]:
+    """Boxes of whole chunks that do not overlap and hold all of a volume that is not zero.
+
+    They are the `neurolib.volume.pieces` of any volume. Of a `LazyStack`, or of what is `Mapped`
+    from one, each is cut down to the chunks that are stored, if those that are not stand for zero.
+    """
+    found = _stored(data)
+    if found is None:
+        yield from pieces(data)
+        return
+    stored, step = found
+    for box in pieces(data):
+        first = [side.start // n for side, n in zip(box, step, strict=True)]
+        last = [-(-side.stop // n) for side, n in zip(box, step, strict=True)]
+        places = np.argwhere(stored[tuple(map(slice, first, last))])
+        if len(places):
+            low = (places.min(axis=0) + first) * step
+            high = (places.max(axis=0) + first + 1) * step
+            yield tuple(
+                slice(max(side.start, int(a)), min(side.stop, int(b)))
+                for side, a, b in zip(box, low, high, strict=True)
+            )
+
+
+def _stored(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]] | None:
+    """Which cells of a grid over a volume (z, y, x) have a file, and the voxels of a cell.
+
+    None if it is not stored in cells, or if one without a file is not zero.
+    """
+    functions = []
+    while isinstance(data, Mapped):
+        functions.insert(0, data.function)
+        data = data.data
+    if not isinstance(data, LazyStack):
+        return None
+    value = np.full((1, 1, 1), data.array.fill_value or 0, data.dtype)
+    for function in functions:
+        value = function(value)
+    if value.any():
+        return None
+    # With sharding, a file holds many chunks.
+    step = getattr(data.array, "shards", None) or data.array.chunks
+    lead = tuple(i // n for i, n in zip(data.fixed, step, strict=False))
+    step = step[len(lead) :]
+    stored = np.zeros([-(-n // s) for n, s in zip(data.shape, step, strict=True)], bool)
+    for place in np.ndindex(stored.shape):
+        key = data.array.metadata.encode_chunk_key((*lead, *place))
+        stored[place] = os.path.exists(os.path.join(data.folder, key))
+    return stored, step
+
+
+def _blank(image: Mapped, settings: NetworkSettings, overlap: float) -> Callable[[Box], bool]:
+    """Whether all that the tiles of a box see is zero, and known to be without reading it."""
+    found = _stored(image)
+    if found is None:
+        return lambda box: False
+    stored, step = found
+
+    def blank(box: Box) -> bool:
+        around, _ = box_of_tiles(settings, image.shape, box, overlap)
+        cells = (slice(s.start // n, -(-s.stop // n)) for s, n in zip(around, step, strict=True))
+        return not stored[tuple(cells)].any()
+
+    return blank
+
+
+# --- Prediction --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -153,7 +261,8 @@ def predict_large(
         If image or checkpoint cannot be read.
     SettingsError
         If an option is out of range; if ``OUT.part`` was begun with another checkpoint, input or
-        other options; if Dask is not installed, cannot be reached, or a worker keeps dying.
+        other options, or another process is at work on it; if the disk is full; if Dask is not
+        installed, cannot be reached, or a worker keeps dying.
     """
     image, checkpoint, out = (Path(path).absolute() for path in (image, checkpoint, out))
     check_options(overlap, batch, 0.0)
@@ -168,30 +277,42 @@ def predict_large(
     options = {"overlap": overlap, "flips": flips, "skip_empty": skip_empty, "channel": channel}
     wanted = {"checkpoint": digest, "input": source, "options": options}
     part = out.with_name(f"{out.name}.part")
-    if not part.exists():
-        if out.exists() and _same(_manifest(out), wanted):
-            return out
-        volume = read_volume(image, channel)
-        _begin(part, out.stem, volume, wanted)
-    found = _manifest(part)
-    if not _same(found, wanted):
-        differs = [key for key in wanted if found.get(key) != wanted[key]]
-        raise SettingsError(
-            f"{part.name}: begun with another {' and '.join(differs)}; go on with the same, or "
-            f"remove {part} to begin anew"
+    with claim(out.with_name(f".{out.name}.lock"), part):
+        if not part.exists():
+            if out.exists() and _same(_manifest(out), wanted):
+                return out
+            _begin(part, out.stem, read_volume(image, channel), wanted)
+        found = _manifest(part)
+        if not _same(found, wanted):
+            differs = [key for key in wanted if found.get(key) != wanted[key]]
+            raise SettingsError(
+                f"{part.name}: begun with another {' and '.join(differs)}; go on with the same, or "
+                f"remove {part} to begin anew"
+            )
+        threads = max(1, (os.cpu_count() or 1) // workers) if workers and not scheduler else 0
+        job = _Job(
+            *(image, channel, source, checkpoint, digest, part, found["low"], found["high"]),
+            *(overlap, batch, device, flips, found["skip_below"], threads),
         )
-    threads = max(1, (os.cpu_count() or 1) // workers) if workers and not scheduler else 0
-    job = _Job(
-        *(image, channel, source, checkpoint, digest, part, found["low"], found["high"]),
-        *(overlap, batch, device, flips, found["skip_below"], threads),
-    )
-    todo = [box for box in _regions(part, region) if _missing(part, box)]
-    with _runner(workers, scheduler) as run:
-        done = run(functools.partial(_predict_region, job), todo)
+        blank = _blank_of(job)
+        todo = [box for box in _regions(part, region) if _missing(part, box, blank)]
+        done = _predict_regions(job, todo, workers, scheduler)
         for _ in tqdm(done, "regions", len(todo), mininterval=2, disable=not progress):
             pass
-    _finish(part, out)
+        _finish(part, out)
     return out
+
+
+def _predict_regions(job: _Job, todo: list[Box], workers: int, scheduler: str) -> Iterator[None]:
+    """Predict regions, in any order, here or by Dask; yield as each one is done."""
+    if not workers and not scheduler:
+        yield from (_predict_region(job, box) for box in todo)
+        return
+    with cluster.connect(workers, scheduler) as client:
+        for _, found in cluster.share(client, functools.partial(_predict_region, job), todo):
+            if isinstance(found, NeurolibError):
+                raise found
+            yield
 
 
 def fingerprint(path: Path) -> str:
@@ -246,14 +367,14 @@ def _regions(part: Path, region: tuple[int, int, int]) -> Iterator[Box]:
     yield from boxes((0, 0, 0), array.shape, step)
 
 
-def _missing(part: Path, box: Box) -> list[Box]:
-    """The chunks of a region that have no file yet."""
+def _missing(part: Path, box: Box, blank: Callable[[Box], bool]) -> list[Box]:
+    """The chunks of a region that have no file yet, and need one: those without hold zeros."""
     chunks = _array(part).chunks
     lower, upper = ([getattr(s, end) for s in box] for end in ("start", "stop"))
     return [
         chunk
         for chunk in boxes(lower, upper, chunks)
-        if not _chunk_file(part, chunk, chunks).exists()
+        if not (_chunk_file(part, chunk, chunks).exists() or blank(chunk))
     ]
 
 
@@ -262,18 +383,18 @@ def _chunk_file(part: Path, chunk: Box, chunks: tuple[int, ...]) -> Path:
     return part.joinpath("0", "c", *place)
 
 
-def _predict_region(job: _Job, box: Box) -> int:
-    """Predict the chunks of a region that are missing; return how many were written."""
-    missing = _missing(job.part, box)
+def _predict_region(job: _Job, box: Box) -> None:
+    """Predict the chunks of a region that are missing."""
+    missing = _missing(job.part, box, _blank_of(job))
     if not missing:
-        return 0
+        return
     if job.threads:
         torch.set_num_threads(job.threads)
     around = tuple(
         slice(min(c[axis].start for c in missing), max(c[axis].stop for c in missing))
         for axis in range(3)
     )
-    data = normalised(_read(job.image, job.channel, job.source).data, job.low, job.high)
+    data = _image(job)
     found = predict_box(
         *(_network(job.checkpoint, job.digest), data, around, job.overlap, job.batch),
         *(job.device, job.flips, job.skip_below),
@@ -282,8 +403,12 @@ def _predict_region(job: _Job, box: Box) -> int:
     for chunk in missing:
         here = (slice(s.start - o, s.stop - o) for s, o in zip(chunk, origin, strict=True))
         # Zarr writes a chunk beside and renames it.
-        array[chunk] = found[tuple(here)]
-    return len(missing)
+        with explain_full_disk(job.part):
+            array[chunk] = found[tuple(here)]
+
+
+def _image(job: _Job) -> Mapped:
+    return normalised(_read(job.image, job.channel, job.source).data, job.low, job.high)
 
 
 # A worker of a cluster outlives a call: what it keeps goes by contents, not by name alone.
@@ -293,55 +418,20 @@ def _read(image: Path, channel: int | None, source: str) -> Volume:
 
 
 @functools.lru_cache(1)
+def _blank_of(job: _Job) -> Callable[[Box], bool]:
+    return _blank(_image(job), _network(job.checkpoint, job.digest).settings, job.overlap)
+
+
+@functools.lru_cache(1)
 def _network(checkpoint: Path, digest: str) -> Segmenter:
     return load_checkpoint(checkpoint)[0]
-
-
-@contextmanager
-def _runner(workers: int, scheduler: str) -> Iterator[Callable[[Callable, list], Iterable]]:
-    """A `map` in any order: over the processes of this machine, of a cluster, or in this one."""
-    if not workers and not scheduler:
-        yield map
-        return
-    try:
-        import distributed
-    except ImportError:
-        raise SettingsError(
-            "several workers need Dask, which is not installed; pip install -e .[cluster]"
-        ) from None
-    local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
-    try:
-        where = {"address": scheduler} if scheduler else local
-        client = distributed.Client(**where)
-    except (OSError, ValueError) as error:
-        raise SettingsError(
-            f"scheduler={scheduler!r}: cannot be reached ({error}); give its address, as "
-            "tcp://10.0.0.1:8786"
-        ) from None
-
-    def run(function: Callable, items: list) -> Iterator:
-        futures = client.map(function, items, pure=False)
-        for future in distributed.as_completed(futures):
-            yield future.result()
-
-    with client:
-        try:
-            yield run
-        except distributed.scheduler.KilledWorker as error:
-            raise SettingsError(
-                f"workers keep dying on one region ({error.last_worker}), of too little memory "
-                "perhaps; take fewer workers or a smaller region, the same command goes on"
-            ) from None
 
 
 def _finish(part: Path, out: Path) -> None:
     """Give a complete output its name; what had that name leaves as a whole."""
     for left in part.rglob("*.partial"):  # of writes that were killed
         left.unlink(missing_ok=True)
-    old = None
-    if out.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name[:40]}.", dir=out.parent)) / out.name
-        os.replace(out, old)
-    os.replace(part, out)
-    if old:
-        shutil.rmtree(old.parent, ignore_errors=True)
+    with workplace(out) as folder:
+        if out.exists():
+            os.replace(out, folder / out.name)
+        os.replace(part, out)

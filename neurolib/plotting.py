@@ -488,7 +488,7 @@ def dots(
     axes.set_xticks(range(len(names)), names)
     axes.set(ylabel=ylabel, xlim=(-0.5, len(names) - 0.5))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

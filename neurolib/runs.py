@@ -38,7 +38,7 @@ from neurolib.datasets import (
     write_manifest,
 )
 from neurolib.errors import NeurolibError, SettingsError
-from neurolib.files import atomic_path, sha256, write_text
+from neurolib.files import atomic_path, claim, sha256, write_text
 from neurolib.swc import check_pair, read_swc
 from neurolib.volume import read_volume
 
@@ -167,6 +167,8 @@ def read_yaml(path: Path) -> object:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         raise SettingsError(f"{path}:{where} not valid YAML; expected lines 'key: value'") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: cannot be read ({error}); expected YAML in UTF-8") from None
 
 
 def notebook_parameters(path: Path) -> dict:
@@ -246,6 +248,11 @@ def run_course(
     Returns
     -------
     Run
+
+    Raises
+    ------
+    SettingsError
+        Also if another process is at work in the folder of this run.
     """
     defaults = {n: notebook_parameters(notebook_path(n)) for n in (DATA_NOTEBOOK, *notebooks)}
     values = read_profile(profile) | (parameters or {})
@@ -258,24 +265,27 @@ def run_course(
     chosen = choose_parameters(values, defaults)
     check_data(data, [defaults[DATA_NOTEBOOK] | values])
     run = open_run(Path(folder) / name)
-    before = data_key(data)
-    if DATA_NOTEBOOK not in notebooks:
-        before += _prepare(run, data, defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK])
-    for number, notebook in enumerate(notebooks, 1):
-        before = _key(notebook, chosen[notebook], before)
-        label = f"[{number}/{len(notebooks)}] {notebook}"
-        if _is_done(run, notebook, before):
-            print(f"{label}: done before", flush=True)
-            continue
-        print(label, flush=True)
-        _execute(run, notebook, chosen[notebook], before)
-    write_report(run, notebooks)
+    with claim(run.path(".lock")):
+        before = data_key(data)
+        if DATA_NOTEBOOK not in notebooks:
+            before += _prepare(run, data, defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK])
+        for number, notebook in enumerate(notebooks, 1):
+            before = _key(notebook, chosen[notebook], before)
+            label = f"[{number}/{len(notebooks)}] {notebook}"
+            if _is_done(run, notebook, before):
+                print(f"{label}: done before", flush=True)
+                continue
+            print(label, flush=True)
+            _execute(run, notebook, chosen[notebook], before)
+        write_report(run, notebooks)
     return run
 
 
 def notebook_path(name: str) -> Path:
     """Path of one of the repository's own notebooks."""
     path = NOTEBOOKS / f"{name}.ipynb"
+    if path.resolve().parent != NOTEBOOKS:
+        raise SettingsError(f"{path}: not one of the repository's notebooks, and only they are run")
     if not path.is_file():
         raise SettingsError(
             f"{path}: no such notebook; the command works in a clone of the repository "

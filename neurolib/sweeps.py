@@ -4,12 +4,15 @@ A grid is a YAML file, as ``profiles/table1-cpu.yaml``. Every cell of it is a ru
 (`neurolib.runs`), so that finished ones are skipped, failed and killed ones taken up again.
 """
 
+import contextlib
 import csv
+import functools
 import multiprocessing
 import os
 import re
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -17,10 +20,11 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
+from neurolib import cluster
 from neurolib.datasets import data_label, read_manifest
 from neurolib.errors import NeurolibError, SettingsError
 from neurolib.evaluation import volume_diagonal
-from neurolib.files import atomic_path, write_text
+from neurolib.files import atomic_path, claim, write_text
 from neurolib.runs import (
     DATA_NOTEBOOK,
     PROFILES,
@@ -36,9 +40,14 @@ from neurolib.runs import (
 )
 from neurolib.volume import read_volume
 
-# What is measured, and the notebooks that do it: the networks on test neurons, or, to choose
-# rates by, their learning curves on validation neurons. Tests are never looked at for a choice.
-MEASURES = {"test": ("03_training", "04_evaluation"), "validation": ("03_training",)}
+# What is measured, and the notebooks that do it: the masks of test neurons, or the trees traced
+# from them, too; or, to choose rates by, learning curves on validation neurons. Tests are never
+# looked at for a choice.
+MEASURES = {
+    "test": ("03_training", "04_evaluation"),
+    "tree": ("03_training", "04_evaluation", "05_swc_tracing"),
+    "validation": ("03_training",),
+}
 # Parameters that grids vary, with one column each; empty where the notebook's default held.
 VARIED = (
     "initialisation", "depth", "stem", "predict", "loss", "encoder_rate", "layer_decay",
@@ -49,15 +58,15 @@ SHARED = (
     "data", "style", "threshold_tau", *VARIED_AND_SHARED, "seconds", "weights", "device", "key",
     "run",
 )  # fmt: skip
+TESTED = ("network", "seed", "fold", "neuron", "volume", "dice", "hd95", "diagonal", "cldice")
+TREE = ("esa", "dsa", "pds", "precision", "recall", "trees")
 # What one line of a results file says, in this order.
 COLUMNS = {
-    "test": (
-        "network", "seed", "fold", "neuron", "volume",
-        "dice", "hd95", "diagonal", "cldice", "every", *SHARED,
-    ),
+    "test": (*TESTED, "every", *SHARED),
+    "tree": (*TESTED, *TREE, "every", *SHARED),
     "validation": ("network", "seed", "fold", "neuron", "step", "training_loss", "dice", *SHARED),
 }  # fmt: skip
-NUMBERS = ("dice", "hd95", "diagonal", "cldice", "seconds", "step", "training_loss")
+NUMBERS = ("dice", "hd95", "diagonal", "cldice", *TREE, "seconds", "step", "training_loss")
 KEYS = {"data", "networks", "seeds", "folds", "common", "results"}
 
 
@@ -78,7 +87,7 @@ def read_grid(path: str | Path) -> dict:
     Keys: ``networks`` maps the name of each row to its parameters, ``folds`` lists test neurons
     held out together (comma-separated), ``seeds`` lists numbers, ``common`` holds parameters of
     all runs, ``data`` and ``results`` name the data set and the tidy file to write; ``measure``
-    is ``test`` (if left out) or ``validation``.
+    is ``test`` (if left out), ``tree`` or ``validation``.
 
     Raises
     ------
@@ -129,6 +138,7 @@ def run_sweep(
     data: str = "",
     workers: int = 1,
     seeds: Sequence[int] = (),
+    scheduler: str = "",
 ) -> Path:
     """Run every network, seed and fold of a grid, skip what is done, write the tidy results.
 
@@ -146,6 +156,10 @@ def run_sweep(
     seeds : sequence of int
         Instead of the grid's own. Results of other seeds stay in the file if all their
         parameters are those of the grid.
+    scheduler : str
+        Address of a Dask cluster that does the runs instead, as ``tcp://10.0.0.1:8786``. Its
+        workers see repository, data and `folder` under the same absolute paths, and have one
+        thread each; a run whose worker dies is taken up by another one.
 
     Returns
     -------
@@ -155,7 +169,7 @@ def run_sweep(
     Raises
     ------
     SettingsError
-        Before anything runs, if the grid is unusable.
+        Before anything runs, if the grid is unusable or another process is at this sweep.
     NotebookError
         After all others have run, if some failed; a second call tries these again.
     """
@@ -172,24 +186,28 @@ def run_sweep(
     defaults = {n: notebook_parameters(notebook_path(n)) for n in (DATA_NOTEBOOK, *chain)}
     for cell in cells:
         choose_parameters(cell.parameters, defaults)
+        if grid["measure"] == "tree" and cell.parameters.get("every", 1) != 1:
+            raise SettingsError(f"{path}: measure tree needs all slices; remove 'every'")
     names = [cell.name for cell in cells]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise SettingsError(f"{path}: two runs would share the folder {twice}; rename a network")
     check_data(data, [defaults[DATA_NOTEBOOK] | cell.parameters for cell in cells])
-    kept = _kept(results, cells, data, grid["measure"])
-    rows: dict[str, list[dict]] = {}
-    failed: dict[str, str] = {}
-    for cell, found in _execute(cells, data, folder, chain, workers):
-        if isinstance(found, NeurolibError):
-            failed[cell.name] = str(found)
-            print(f"== {cell.name} failed: {found}", flush=True)
-        else:
-            rows[cell.name] = _rows(found, cell, data, grid["measure"])
-            done = [row for one in cells for row in rows.get(one.name, [])]
-            write_results(results, kept + done, grid["measure"])
-            print(f"== {len(rows)} of {len(cells)} done: {cell.name}", flush=True)
-        _write_index(Path(folder) / stem / "index.html", cells, rows, failed)
+    with claim(Path(folder) / stem / ".lock"):
+        kept = _kept(results, cells, data, grid["measure"])
+        rows: dict[str, list[dict]] = {}
+        failed: dict[str, str] = {}
+        job = functools.partial(_run_cell, data, Path(folder).absolute(), chain, Path.cwd())
+        for cell, found in _execute(cells, job, workers, scheduler):
+            if isinstance(found, NeurolibError):
+                failed[cell.name] = str(found)
+                print(f"== {cell.name} failed: {found}", flush=True)
+            else:
+                rows[cell.name] = _rows(found, cell, data, grid["measure"])
+                done = [row for one in cells for row in rows.get(one.name, [])]
+                write_results(results, kept + done, grid["measure"])
+                print(f"== {len(rows)} of {len(cells)} done: {cell.name}", flush=True)
+            _write_index(Path(folder) / stem / "index.html", cells, rows, failed)
     if failed:
         raise NotebookError(
             f"{len(failed)} of {len(cells)} runs failed (the first: {next(iter(failed.values()))});"
@@ -208,15 +226,25 @@ def _cells(grid: dict, stem: str, seeds: Sequence[int]) -> Iterator[Cell]:
                 yield Cell(network, seed, fold, name, grid["common"] | changes | own)
 
 
+def _run_cell(data: str, folder: Path, chain: tuple[str, ...], where: Path, cell: Cell) -> Run:
+    """Run one cell; in `where`, since data may be named relative to it."""
+    with contextlib.chdir(where):
+        profile = PROFILES / "empty.yaml"
+        return run_course(data, profile, cell.name, folder, cell.parameters, chain)
+
+
 def _execute(
-    cells: list[Cell], data: str, folder: str | Path, chain: tuple[str, ...], workers: int
+    cells: list[Cell], job: Callable[[Cell], Run], workers: int = 1, scheduler: str = ""
 ) -> Iterator[tuple[Cell, Run | NeurolibError]]:
     """Run the cells; yield each with its run, or with the error that ended it, as they end."""
-    profile = PROFILES / "empty.yaml"
+    if scheduler:
+        with cluster.connect(scheduler=scheduler) as client:
+            yield from cluster.share(client, job, cells)
+        return
     if workers == 1:
         for cell in cells:
             try:
-                yield cell, run_course(data, profile, cell.name, folder, cell.parameters, chain)
+                yield cell, job(cell)
             except NeurolibError as error:
                 yield cell, error
         return
@@ -227,17 +255,14 @@ def _execute(
     def together(some: list[Cell]) -> Iterator[tuple[Cell, Run | NeurolibError | None]]:
         size = min(workers, len(some))
         with ProcessPoolExecutor(size, context, _divide_cores, (threads,)) as pool:
-            jobs = {
-                pool.submit(run_course, data, profile, c.name, folder, c.parameters, chain): c
-                for c in some
-            }
-            for job in as_completed(jobs):
+            futures = {pool.submit(job, cell): cell for cell in some}
+            for future in as_completed(futures):
                 try:
-                    yield jobs[job], job.result()
+                    yield futures[future], future.result()
                 except NeurolibError as error:
-                    yield jobs[job], error
+                    yield futures[future], error
                 except BrokenProcessPool:
-                    yield jobs[job], None
+                    yield futures[future], None
 
     # A worker that is killed takes the whole pool with it; whose fault it was shows one by one.
     alone = []
@@ -257,8 +282,15 @@ def _execute(
 def _divide_cores(threads: int) -> None:
     """Set the number of threads of a worker and of the kernels that it starts."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    # Of a sweep that is killed nothing may go on that would be in the way of the next one.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # Ctrl-C must end a worker: taken for the error of one job, it would start the next one.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _rows(run: Run, cell: Cell, data: str, measure: str) -> list[dict]:
@@ -289,7 +321,7 @@ def _rows(run: Run, cell: Cell, data: str, measure: str) -> list[dict]:
         volume, scores = read_volume(pair.image), metrics["neurons"][pair.name]
         diagonal = volume_diagonal(volume.data.shape, volume.spacing)
         # clDice is not measured on a sample of the slices.
-        found = {k.lower(): round(scores[k], 4) for k in ("Dice", "Hd95", "clDice") if k in scores}
+        found = {k.lower(): round(value, 4) for k, value in scores.items()}
         names = {"neuron": pair.neuron, "volume": pair.name, "style": pair.style}
         rows.append(common | names | found | {"diagonal": round(diagonal, 1)})
     return rows
@@ -347,7 +379,7 @@ def _kept(path: Path, cells: list[Cell], data: str, measure: str) -> list[dict]:
 
 def write_results(path: Path, rows: list[dict], measure: str = "test") -> None:
     """Write a tidy file, whole or not at all; NaN is an empty place."""
-    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(
             file, COLUMNS[measure], lineterminator="\n", extrasaction="ignore", restval=""
         )
@@ -420,9 +452,11 @@ def describe_results(rows: list[dict]) -> list[str]:
         return ", ".join(sorted({str(row[column]) for row in rows}))
 
     runs = {(row["network"], row["seed"], row["fold"]): row["seconds"] for row in rows}
+    tested = [f"slices tested: one in {values('every')}"] if "every" in rows[0] else []
     return [
         f"data: {values('data')} ({values('style')}), target threshold {values('threshold_tau')}",
         f"{len(runs)} runs; seeds: {values('seed')}; folds: {values('fold')}",
         f"{values('steps')} steps of {values('batch')} blocks at {values('size')} pixels",
+        *tested,
         f"{sum(runs.values()) / 60:.0f} minutes of runs on {values('device')}",
     ]

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from neurolib.blocking import block_grid, choose_blocks, read_block, salient
 from neurolib.datasets import Sample
 from neurolib.errors import DataError, SettingsError, WeightsError
-from neurolib.files import atomic_path
+from neurolib.files import atomic_path, claim
 from neurolib.network import NetworkSettings, Segmenter, build, make, settings_of
 
 # Response of a voxel at most one voxel off the centreline: the dilated skeleton of the target,
@@ -457,10 +457,28 @@ def train(
     DataError
         If no training block is salient.
     SettingsError
-        If the loss stops being finite, or the device runs out of memory.
+        If the loss stops being finite, the device runs out of memory, or another process trains
+        in this folder.
     """
     folder = Path(folder)
     fabric = fabric or start(precision=settings.precision)
+    # Of several processes of one training the first writes, for all of them.
+    alone = claim(folder / ".training.lock") if fabric.is_global_zero else contextlib.nullcontext()
+    with alone:
+        return _train(network, samples, validation, folder, settings, tau, fabric, on_step)
+
+
+def _train(
+    network: Segmenter,
+    samples: Sequence[Sample],
+    validation: Sequence[Sample],
+    folder: Path,
+    settings: TrainingSettings,
+    tau: float,
+    fabric: Fabric,
+    on_step: Callable[[dict], None] | None,
+) -> TrainingResult:
+    """The loop; see `train`."""
     shape = network.settings
     blocks = BlockSource(samples, shape.depth, shape.block, settings.negatives, seed=settings.seed)
     checks = [validation_blocks(s, shape, settings) for s in validation]
@@ -814,7 +832,10 @@ def restore(network: Segmenter, path: str | Path) -> None:
         If the file is no checkpoint, or one of another network.
     """
     facts = json.loads(_read_header(path).get("facts", "{}"))
-    weights = load_file(path)
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a readable checkpoint ({error})") from None
     without_encoder = "encoder_sum" in facts
     if without_encoder:
         kept = network.state_dict()
@@ -908,7 +929,7 @@ def _under(prefix: str, tensors: dict) -> dict:
 
 def _write_history(path: Path, history: list[dict]) -> None:
     columns = list(dict.fromkeys(key for row in history for key in row))
-    with atomic_path(path) as temporary, open(temporary, "w", newline="") as file:
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(history)

@@ -4,8 +4,6 @@ What is specific to a file format is in `neurolib.formats`.
 """
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ import tifffile
 
 from neurolib import formats
 from neurolib.errors import SettingsError, VolumeError
-from neurolib.files import atomic_path
+from neurolib.files import atomic_path, workplace
 from neurolib.formats import LazyStack, check_memory, check_shape, check_type, clean_spacing
 
 SUFFIXES = (*formats.READERS, ".zarr")
@@ -85,7 +83,8 @@ def read_volume(path: str | Path, channel: int | None = None, check: bool = True
     path = Path(path)
     name = path.name
     suffix = path.suffix.lower()
-    if not path.exists():
+    # Not path.exists(), which raises where a folder on the way may not be looked into.
+    if not os.path.exists(path):
         raise VolumeError(f"{name}: not found; check {path}")
     if suffix not in SUFFIXES:
         raise VolumeError(
@@ -104,6 +103,10 @@ def read_volume(path: str | Path, channel: int | None = None, check: bool = True
         raise VolumeError(
             f"{name}: does not fit in memory; convert it to OME-Zarr or an uncompressed TIFF"
         ) from error
+    except OSError as error:
+        raise VolumeError(
+            f"{name}: cannot be read ({error.strerror or error}); check {path}"
+        ) from None
     volume = Volume(data, clean_spacing(spacing))
     if check:
         check_values(volume, name)
@@ -113,14 +116,11 @@ def read_volume(path: str | Path, channel: int | None = None, check: bool = True
 def _begin(path: Path) -> tuple[bytes, int]:
     """First bytes and size of a file that can be read and is not empty."""
     name = path.name
-    if not path.is_file():
+    if path.is_dir():
         raise VolumeError(f"{name}: is a folder, expected a file; give one image stack")
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            head = file.read(4096)
-    except OSError as error:
-        raise VolumeError(f"{name}: cannot be read ({error.strerror}); check {path}") from None
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(4096)
     if not size:
         raise VolumeError(f"{name}: the file is empty (0 bytes); copy or download it again")
     return head, size
@@ -450,21 +450,19 @@ def _atomic_folder(path: Path) -> Iterator[Path]:
     A folder can only be removed file by file; stopped half-way, that would leave an image that
     reads well and has holes. So the old one is renamed, too, and comes back if need be.
     """
-    old = None
-    try:
-        with atomic_path(path) as temporary:
-            yield temporary
-            if path.exists():
-                try:
-                    folder = tempfile.mkdtemp(prefix=f".{path.name[:40]}.", dir=path.parent)
-                    old = Path(folder) / path.name
-                    os.replace(path, old)
-                except OSError as error:
-                    raise SettingsError(
-                        f"{path}: cannot be replaced ({error.strerror}); choose another output name"
-                    ) from None
-    finally:
-        if old:
+    with workplace(path) as folder:
+        old = folder / path.name
+        try:
+            with atomic_path(path) as temporary:
+                yield temporary
+                if path.exists():
+                    try:
+                        os.replace(path, old)
+                    except OSError as error:
+                        raise SettingsError(
+                            f"{path}: cannot be replaced ({error.strerror}); choose another output "
+                            "name"
+                        ) from None
+        finally:
             if old.exists() and not path.exists():
                 os.replace(old, path)
-            shutil.rmtree(old.parent, ignore_errors=True)

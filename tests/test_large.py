@@ -1,7 +1,10 @@
 """Volumes larger than memory: the parts are the whole, and stopping at any place loses nothing."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -11,13 +14,24 @@ import pytest
 import torch
 
 from neurolib import large, volume
+from neurolib.adapters import as_probability
 from neurolib.errors import NeurolibError, SettingsError
+from neurolib.evaluation import tree_scores
 from neurolib.formats import LazyStack
 from neurolib.inference import empty_level, predict_volume
-from neurolib.large import Mapped, normalised, predict_large, thresholded
+from neurolib.large import (
+    Mapped,
+    normalised,
+    predict_large,
+    segmentation,
+    stored_boxes,
+    thresholded,
+)
 from neurolib.network import NetworkSettings, Segmenter
+from neurolib.swc import Tree, read_swc
+from neurolib.tracing import trace
 from neurolib.training import TrainingSettings, load_checkpoint, save_checkpoint
-from neurolib.volume import limits, normalise, read_volume, write_volume
+from neurolib.volume import create_zarr, limits, normalise, read_volume, write_volume
 
 SHAPE = (11, 75, 90)
 OPTIONS = {"device": "cpu", "progress": False, "region": (4, 32, 64)}
@@ -78,6 +92,116 @@ def image(tmp_path):
 def expected(network, **options):
     scaled = normalise(stack())
     return predict_volume(network, scaled, 0.25, device="cpu", progress=False, **options)
+
+
+def sparse(dtype=np.uint8, shape=(11, 130, 160)):
+    """Two bars, most of the volume exactly zero."""
+    data = np.zeros(shape, dtype)
+    data[1:4, 5:8, 3:60] = 150
+    data[7:10, 100:103, 90:155] = 200
+    return data
+
+
+class Dim(Placed):
+    """Passes the intensity of the slice asked for: 0.5 and more where it is above the middle."""
+
+    def forward(self, blocks):
+        return 9 * blocks[:, 0, slice(None) if self.settings.predict == "all" else [1]] - 4.5
+
+
+@pytest.mark.parametrize("predict", ["center", "all"])
+def test_where_the_input_has_no_chunks_nothing_is_read_run_or_written(
+    predict, checkpoints, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(large, "_network", lambda checkpoint, digest: Dim(checkpoint.stem))
+    image = write_volume(tmp_path / "in.zarr", sparse(), (2.0, 0.5, 0.5))
+    assert len(chunk_files(image)) < 30
+    whole = predict_volume(Dim(predict), normalise(sparse()), 0.25, device="cpu", progress=False)
+    regions, predict_box = [], large.predict_box
+    monkeypatch.setattr(large, "predict_box", lambda *a: regions.append(a[2]) or predict_box(*a))
+    out = predict_large(image, checkpoints[predict], tmp_path / "out.zarr", **OPTIONS)
+    found = read_volume(out).data
+    np.testing.assert_allclose(found[:], whole, atol=1e-6)
+    assert 0 < len(chunk_files(out)) < 3 * 5 * 5
+    assert 0 < len(regions) < 3 * 5 * 3
+    # Chunks that are there are done, chunks that are not need nothing: either is known again.
+    (tmp_path / "out.zarr").rename(tmp_path / "out.zarr.part")
+    next(iter(chunk_files(tmp_path / "out.zarr.part"))).unlink()
+    regions.clear()
+    predict_large(image, checkpoints[predict], out, **OPTIONS)
+    assert len(regions) == 1
+    np.testing.assert_allclose(read_volume(out).data[:], whole, atol=1e-6)
+
+
+def test_a_missing_chunk_that_is_not_the_darkest_is_run(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(large, "_network", lambda checkpoint, digest: Dim(checkpoint.stem))
+    data = sparse(np.int16)
+    data[:, 40:60, 40:60] = -100  # so that zero is grey
+    image = write_volume(tmp_path / "in.zarr", data)
+    whole = predict_volume(Dim("center"), normalise(data), 0.25, device="cpu", progress=False)
+    out = predict_large(image, checkpoints["center"], tmp_path / "out.zarr", **OPTIONS)
+    np.testing.assert_allclose(read_volume(out).data[:], whole, atol=1e-6)
+    assert len(chunk_files(out)) == 3 * 5 * 5
+
+
+def test_stored_boxes_hold_all_that_is_not_zero_and_leave_out_what_is_not_stored(
+    tmp_path, monkeypatch
+):
+    data = sparse()
+    stored = read_volume(write_volume(tmp_path / "x.zarr", data)).data
+    for slab in (1, 3 * 4 * 32 * 32, 1 << 22):
+        monkeypatch.setattr(volume, "SLAB", slab)
+        for view in (stored, Mapped(stored, lambda part: part > 9, np.dtype(bool))):
+            times = np.zeros(data.shape, int)
+            for box in stored_boxes(view):
+                times[box] += 1
+            assert times.max() == 1
+            assert times[data > 0].all()
+            if slab == 1:
+                assert times.sum() <= len(chunk_files(tmp_path)) * 4 * 32 * 32
+        for every in (data, Mapped(stored, lambda part: part == 0, np.dtype(bool))):
+            assert sum(data[box].size for box in stored_boxes(every)) == data.size
+
+
+@pytest.mark.parametrize(
+    ("data", "arguments"),
+    [
+        (sparse() > 0, {}),
+        (sparse(), {}),
+        (sparse(np.int32), {"label": 150}),
+        (sparse() // 150, {"label": 0}),
+        (sparse(), {"threshold": 0.7}),
+        (sparse(np.uint16), {"threshold": 0.002}),
+        (sparse(np.float32) / 255, {}),
+    ],
+)
+def test_a_segmentation_on_disk_means_what_it_means_in_memory(data, arguments, tmp_path):
+    expected, words = as_probability(data, **arguments)
+    stored = read_volume(write_volume(tmp_path / "x.zarr", data), check=False).data
+    found, said = segmentation(stored, **arguments)
+    assert (said, found.dtype) == (words, expected.dtype)
+    np.testing.assert_array_equal(found[:], expected)
+    if expected.mean() > 0.1:
+        return  # all that is not a bar
+    options = {"threshold": arguments.get("threshold", 0.5), "min_size": 5}
+    tree, whole = trace(found, regions=stored_boxes(found), **options), trace(expected, **options)
+    for name in ("xyz", "radius", "type", "parent"):
+        np.testing.assert_array_equal(getattr(tree, name), getattr(whole, name))
+
+
+@pytest.mark.parametrize(
+    ("data", "arguments", "words"),
+    [
+        (sparse() + np.uint8(1), {}, "every voxel is foreground"),
+        (sparse(), {"label": 7}, "no voxel has the label 7; found 0, 150, 200"),
+        (sparse(np.float32), {"label": 1}, "whole numbers"),
+        (sparse(np.int32), {"threshold": 0.5}, "int32"),
+    ],
+)
+def test_a_segmentation_on_disk_is_refused_as_in_memory(data, arguments, words, tmp_path):
+    stored = read_volume(write_volume(tmp_path / "x.zarr", data), check=False).data
+    with pytest.raises(NeurolibError, match=words):
+        segmentation(stored, name="x.zarr", **arguments)
 
 
 def chunk_files(folder):
@@ -286,3 +410,102 @@ def test_a_killed_worker_loses_nothing(checkpoints, image, tmp_path):
     assert len(chunk_files(out)) == 27
     network, _ = load_checkpoint(checkpoints["center"])
     np.testing.assert_allclose(read_volume(out).data[:], expected(network), atol=1e-5)
+
+
+def neurons(count, length, shape, seed=0):
+    """Random trees with a branch every 200 voxels or so, in steps of one voxel."""
+    rng = np.random.default_rng(seed)
+    xyz, parent = [], []
+    for _ in range(count):
+        first = len(xyz)
+        xyz.append(rng.uniform(0.2, 0.8, 3) * shape[::-1])
+        parent.append(-1)
+        while len(xyz) < first + length:
+            above = int(rng.integers(first, len(xyz)))
+            way = rng.normal(size=3)
+            for _ in range(int(rng.integers(100, 300))):
+                way = way / np.linalg.norm(way) + rng.normal(0, 0.08, 3)
+                point = xyz[above] + way / np.linalg.norm(way)
+                if np.any(point < 8) or np.any(point > np.array(shape[::-1]) - 9):
+                    break
+                xyz.append(point)
+                parent.append(above)
+                above = len(xyz) - 1
+    n = len(xyz)
+    return Tree(np.array(xyz), np.full(n, 1.9), np.zeros(n, int), np.array(parent))
+
+
+def render(path, tree, shape):
+    """An OME-Zarr of tubes in a dim halo, chunk by chunk; chunks without any are not stored."""
+    array = create_zarr(path, "cells", shape, np.dtype(np.uint8), (1.0, 1.0, 1.0))
+    grid = np.indices((13, 13, 13)).reshape(3, -1).T - 6
+    away = np.linalg.norm(grid, axis=1)
+    chunks = np.array(array.chunks)
+    centres = np.rint(tree.xyz[:, ::-1]).astype(int)
+    near = (centres[:, None] + grid[(np.abs(grid) == 6).all(axis=1)]) // chunks
+    place, row = np.unique(near.reshape(-1, 3), axis=0, return_inverse=True)
+    order = np.argsort(row.ravel(), kind="stable")
+    ends = np.searchsorted(row.ravel()[order], np.arange(len(place) + 1))
+    for number, corner in enumerate(place * chunks):
+        part = np.zeros(chunks, np.uint8)
+        for radius, value in ((6, 40), (1.9, 200)):
+            balls = centres[np.unique(order[ends[number] : ends[number + 1]] // 8)] - corner
+            voxels = (balls[:, None] + grid[away <= radius]).reshape(-1, 3)
+            part[tuple(voxels[((voxels >= 0) & (voxels < chunks)).all(axis=1)].T)] = value
+        box = tuple(
+            slice(a, min(a + n, end)) for a, n, end in zip(corner, chunks, shape, strict=True)
+        )
+        array[box] = part[tuple(slice(s.stop - s.start) for s in box)]
+
+
+# A stand-in for a trained network: passes the intensity of the centre slice.
+SEGMENT = """
+import json, resource, sys
+from types import SimpleNamespace
+import torch
+from neurolib import cli, large, training
+
+class Passes(torch.nn.Module):
+    settings = SimpleNamespace(depth=5, block=100, predict="center")
+    def forward(self, blocks):
+        return 20 * (blocks[:, 0, 2:3] - 0.5)
+
+large._network = lambda checkpoint, digest: Passes()
+training.load_checkpoint = lambda checkpoint: (Passes(), {"threshold": 0.5})
+status = 0
+try:
+    cli.main()
+except SystemExit as end:
+    status = end.code or 0
+print(json.dumps([status, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+"""
+
+
+@pytest.mark.skipif(
+    not os.environ.get("NEUROLIB_FAULTS"), reason="takes minutes; set NEUROLIB_FAULTS=1"
+)
+def test_a_volume_larger_than_memory_becomes_a_tree(tmp_path, monkeypatch):
+    monkeypatch.undo()  # chunks as users have them
+    shape = (2000, 2048, 2048)  # 8.4 GB, and 33.6 GB of probability
+    tree = neurons(8, 10_000, shape)
+    image, probability, out = (tmp_path / name for name in ("in.zarr", "p.zarr", "out.swc"))
+    render(image, tree, shape)
+    checkpoint = tmp_path / "any.safetensors"
+    checkpoint.write_bytes(b"")
+
+    def call(*arguments):
+        command = [sys.executable, "-c", SEGMENT, *map(str, arguments)]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return json.loads(said.splitlines()[-1])
+
+    arguments = ["--checkpoint", checkpoint, "--probability", probability, "--out", out]
+    status, memory = call("segment", image, *arguments)
+    assert status == 0
+    assert memory < 3 * 2**30
+    score = tree_scores(read_swc(out), tree)
+    assert min(score.precision, score.recall) > 0.95
+    status, memory = call("trace", probability, "--out", tmp_path / "again.swc", "--min-size", 200)
+    assert status == 0
+    assert memory < 2 * 2**30
+    again = read_swc(tmp_path / "again.swc")
+    np.testing.assert_array_equal(again.xyz, read_swc(out).xyz)

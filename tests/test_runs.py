@@ -2,11 +2,14 @@
 
 import os
 import signal
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 
-from neurolib import evaluation, runs, swc, sweeps, synthesis, volume
+from neurolib import datasets, evaluation, runs, swc, sweeps, synthesis, volume
 from neurolib.errors import SettingsError
 
 GRID = """\
@@ -150,14 +153,20 @@ networks:
 """
 
 
-def test_a_sweep_with_two_workers_keeps_what_succeeds_and_goes_on(tmp_path, capfd):
-    grid, results, data = tmp_path / "grid.yaml", tmp_path / "results.csv", tmp_path / "data"
-    data.mkdir()
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
     for seed in range(3):
         tree = synthesis.grow(seed, (24, 64, 64))
-        swc.write_swc(data / f"cell{seed}.swc", tree)
+        swc.write_swc(folder / f"cell{seed}.swc", tree)
         stack = synthesis.render(tree, (24, 64, 64), seed=seed)
-        volume.write_volume(data / f"cell{seed}.tif", stack.data)
+        volume.write_volume(folder / f"cell{seed}.tif", stack.data)
+    return folder
+
+
+def test_a_sweep_with_two_workers_keeps_what_succeeds_and_goes_on(data, tmp_path, capfd):
+    grid, results = tmp_path / "grid.yaml", tmp_path / "results.csv"
     text = SMALL.format(results=results, data=data)
     grid.write_text(text)
     with pytest.raises(runs.NotebookError, match=r"1 of 2 runs failed .*encoder_rate=-1.0"):
@@ -191,7 +200,7 @@ def test_networks_whose_folders_would_be_the_same_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("measure: validation", "measure: luck"), "expected one of test, validation"),
+        (("measure: validation", "measure: luck"), "expected one of test, tree, validation"),
         (("seeds: [0]", "seeds: []"), r"seeds is \[\], expected a list"),
         (("seeds: [0]", "seeds: [yes]"), r"seeds is \[True\], expected \[0, 1\]"),
         (("folds: [cell0]", "folds: [[cell0]]"), "folds is"),
@@ -210,6 +219,37 @@ def test_unusable_grids_say_why(change, message, tmp_path):
         sweeps.read_grid(path)
 
 
+def test_a_sample_of_the_slices_gives_no_tree(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text(GRID.replace("{steps: 3}", "{every: 3}") + "measure: tree\n")
+    with pytest.raises(SettingsError, match="measure tree needs all slices"):
+        sweeps.run_sweep(path, tmp_path / "runs")
+
+
+def test_a_run_that_traces_gives_rows_with_the_scores_of_its_trees(tmp_path):
+    image = tmp_path / "cell1.npy"
+    np.save(image, np.arange(144, dtype=np.uint8).reshape(3, 4, 12))
+    pair = datasets.Pair("cell1", "cell", image, image, "real")
+    run = runs.open_run(tmp_path / "run")
+    datasets.write_manifest(run.path("split.json"), datasets.Split((), (), (pair,)), 0)
+    record = {"seconds": 20, "key": "0" * 64}
+    run.record("notebooks", dict.fromkeys(sweeps.MEASURES["tree"], record))
+    about = {"encoder": "vit center", "weights": "w", "style": "real", "device": "CPU"}
+    run.record("about", about)
+    run.record("target", {"tau": 0.1})
+    scores = {"Dice": 0.5, "Hd95": float("inf"), "ESA": 1.23456, "recall": 0.9, "trees": 3}
+    run.record("neurons", {"cell1": scores})
+    cell = sweeps.Cell("a", 0, 0, "grid/a-s0-f0", {"depth": 5})
+    path = tmp_path / "trees.csv"
+    sweeps.write_results(path, sweeps._rows(run, cell, "x", "tree"), "tree")
+    (found,) = sweeps.read_results(path, "tree")
+    told = {key: found[key] for key in ("neuron", "volume", "esa", "recall", "trees", "seconds")}
+    assert told == {
+        "neuron": "cell", "volume": "cell1", "esa": 1.2346, "recall": 0.9, "trees": 3, "seconds": 60
+    }  # fmt: skip
+    assert sweeps.by_network([found], "hd95") == {"a": {"cell": 13.0}}
+
+
 def test_results_of_other_seeds_stay_if_all_else_is_equal(tmp_path):
     path = tmp_path / "results.csv"
     told = {key: "" for key in sweeps.VARIED_AND_SHARED} | {"steps": 5, "depth": 1}
@@ -226,15 +266,51 @@ def test_results_of_other_seeds_stay_if_all_else_is_equal(tmp_path):
     assert np.isnan(found[0]["cldice"])
 
 
-def test_a_run_that_kills_its_worker_fails_alone(monkeypatch):
+def test_a_run_that_kills_its_worker_fails_alone():
     cells = [sweeps.Cell(name, 0, 0, name, {}) for name in ("one", "killer", "two")]
-    monkeypatch.setattr(sweeps, "run_course", dies)
-    found = {cell.name: got for cell, got in sweeps._execute(cells, "", "", (), 2)}
+    found = {cell.name: got for cell, got in sweeps._execute(cells, dies, 2)}
     assert str(found.pop("killer")).startswith("its process was killed")
     assert found == {"one": "one", "two": "two"}
 
 
-def dies(data, profile, name, *rest):
-    if name == "killer":
+def dies(cell):
+    if cell.name == "killer":
         os.kill(os.getpid(), signal.SIGKILL)
-    return name
+    return cell.name
+
+
+@pytest.mark.skipif(
+    not os.environ.get("NEUROLIB_FAULTS"), reason="starts a cluster; set NEUROLIB_FAULTS=1"
+)
+def test_a_sweep_on_a_cluster_outlives_a_killed_worker(data, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    grid, results, folder = (tmp_path / name for name in ("grid.yaml", "results.csv", "runs"))
+    grid.write_text(SMALL.format(results=results, data=data).replace("-1.0", "1.0e-5"))
+    sweeps.run_sweep(grid, tmp_path / "alone", workers=2)
+    alone = sweeps.read_results(results, "validation")
+    results.unlink()
+    local = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with distributed.LocalCluster(**local) as cluster:
+        before = {worker.pid for worker in cluster.workers.values()}
+
+        def kill():
+            while not list(folder.rglob("split.json")):
+                time.sleep(0.1)
+            os.kill(min(before), signal.SIGKILL)
+
+        thread = threading.Thread(target=kill)
+        thread.start()
+        sweeps.run_sweep(grid, folder, scheduler=cluster.scheduler_address)
+        thread.join()
+        assert before - {worker.pid for worker in cluster.workers.values()} == {min(before)}
+    told = ("network", "seed", "fold", "neuron", "step", "training_loss", "dice", "run")
+    found = sweeps.read_results(results, "validation")
+    assert [[one[key] for key in told] for one in found] == [
+        [a[key] for key in told] for a in alone
+    ]
+
+
+def test_a_cluster_that_is_not_there_is_one_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(SettingsError, match=r"need Dask, .* pip install -e .\[cluster\]"):
+        list(sweeps._execute([], dies, scheduler="tcp://127.0.0.1:1"))

@@ -1,6 +1,9 @@
 """The tracer: invariants on any mask, known shapes, invariances, and six real neurons."""
 
+import functools
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from neurolib import tracing
 from neurolib.blocking import make_target
 from neurolib.errors import NeurolibError, SettingsError, VolumeError
 from neurolib.evaluation import distance_to_tree, sample_edges, tree_distance, tree_scores
+from neurolib.formats import boxes
 from neurolib.swc import Tree, densify, read_swc, tips, write_swc
 from neurolib.tracing import (
     background_shell,
@@ -98,12 +102,13 @@ def check_is_forest(tree: Tree, mask: np.ndarray) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), st.tuples(*[st.integers(1, 9)] * 3))
-def test_graph_and_components_are_their_definitions(seed, shape):
+@given(st.integers(0, 10_000), *[st.tuples(*[st.integers(1, 9)] * 3)] * 2)
+def test_graph_and_components_are_their_definitions(seed, shape, region):
     mask = np.random.default_rng(seed).random(shape) < 0.3
     mask.flat[seed % mask.size] = True
     spacing = np.array((2.0, 1.0, 1.5))
-    found = find_foreground(mask, tuple(spacing), min_size=1)
+    regions = boxes((0, 0, 0), shape, region)
+    found = find_foreground(mask, tuple(spacing), min_size=1, regions=regions)
     label, count = ndimage.label(mask, np.ones((3, 3, 3)))
     assert found.component[-1] + 1 == count
     sizes = np.bincount(found.component)
@@ -113,7 +118,12 @@ def test_graph_and_components_are_their_definitions(seed, shape):
     steps = found.voxels[:, None] - found.voxels[None]
     expected = np.linalg.norm(steps * spacing, axis=2) * (np.abs(steps).max(axis=2) == 1)
     np.testing.assert_allclose(found.neighbours.toarray(), expected)
-    kept = find_foreground(mask, min_size=int(sizes[0]))
+    for component in range(count):
+        voxels = found.voxels[found.component == component]
+        assert len(np.unique(label[tuple(voxels.T)])) == 1
+        assert np.all(np.diff(np.ravel_multi_index(voxels.T, shape)) > 0)
+    regions = boxes((0, 0, 0), shape, region)
+    kept = find_foreground(mask, min_size=int(sizes[0]), regions=regions)
     assert np.all(np.bincount(kept.component) == sizes[0])
 
 
@@ -384,6 +394,23 @@ def test_ends_that_do_not_face_each_other_stay_apart():
     assert (trace(mask).parent < 0).sum() == 2
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "joined"),
+    [(35, 35, True), (55, 10, True), (50, 50, False), (65, 0, False), (0, 65, False)],
+)
+def test_how_far_two_ends_may_point_past_each_other(one, other, joined):
+    def neurite(end, angle):
+        way = np.array([np.cos(np.radians(angle)), np.sin(np.radians(angle)), 0])
+        return np.array(end) - np.arange(20)[:, None] * way
+
+    xyz = np.concatenate([neurite((25, 25, 5), one), neurite((35, 25, 5), 180 - other)])
+    parent = np.where(np.arange(40) % 20 == 0, -1, np.arange(40) - 1)
+    forest = Tree(xyz, np.full(40, 2.0), np.zeros(40, int), parent)
+    tree, bridges = bridge_gaps(forest, np.zeros((10, 60, 60), bool))
+    assert [bridge.length for bridge in bridges] == pytest.approx([10.0] * joined)
+    assert (tree.parent < 0).sum() == 2 - joined
+
+
 def test_bridges_make_no_loop_and_take_the_probable_way():
     # Three arms that end near one point: two bridges join them, the third would close a loop.
     arms = [(30 + 26 * np.cos(a), 30 + 26 * np.sin(a)) for a in (0.3, 2.4, 4.5)]
@@ -441,6 +468,99 @@ def test_stages_are_what_trace_does():
     tree, bridges = bridge_gaps(paths_to_tree(paths, found, radius), mask)
     assert len(bridges) == 1
     assert np.array_equal(smooth_tree(tree, found).xyz, trace(mask).xyz)
+
+
+# --- In parts ------------------------------------------------------------------------------------
+
+
+class Slices:
+    """A volume that can be sliced, and no more; knows the most that was read at once."""
+
+    def __init__(self, data):
+        self._data, self.shape, self.dtype, self.most, self.total = (
+            data,
+            data.shape,
+            data.dtype,
+            0,
+            0,
+        )
+
+    def __getitem__(self, box):
+        part = self._data[box]
+        self.most, self.total = max(self.most, part.size), self.total + part.size
+        return part
+
+
+def check_same(one: Tree, two: Tree) -> None:
+    for name in ("xyz", "radius", "type", "parent"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([0.03, 0.1, 0.3, 0.8]),
+    *[st.tuples(*[st.integers(1, 14)] * 3)] * 2,
+    st.sampled_from([(1, 1, 1), (3, 1, 1), (0.5, 0.2, 0.3)]),
+    st.integers(1, 6),
+)
+def test_the_tree_does_not_depend_on_how_the_volume_is_cut(
+    seed, density, shape, region, spacing, min_size
+):
+    rng = np.random.default_rng(seed)
+    probability = rng.random(shape).astype(np.float32)
+    options = {"spacing": spacing, "threshold": 1 - density, "min_size": min_size}
+    options["seed"] = tuple(rng.random(3) * shape - 0.5) if seed % 2 else None
+    cut = functools.partial(boxes, (0, 0, 0), shape, region)
+    try:
+        whole = trace(probability, **options)
+    except VolumeError as error:
+        with pytest.raises(VolumeError, match=re.escape(str(error))):
+            trace(Slices(probability), regions=cut(), **options)
+    else:
+        check_same(trace(Slices(probability), regions=cut(), **options), whole)
+
+
+@pytest.mark.parametrize("region", [(40, 90, 100), (16, 16, 16), (7, 90, 13), (1, 33, 100)])
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (2.5, 1, 1)])
+def test_neurons_with_gaps_in_parts(region, spacing):
+    shape = (40, 90, 100)
+    mask = draw(grow(0), shape) | draw(grow(7), shape)
+    mask[3:6, 3:6, 2:98] = mask[30:34, 84:87, 2:98] = True
+    mask[:, :, 35:39] = mask[:, :, 71:78] = False
+    probability = np.where(mask, 0.8, 0.2).astype(np.float32)
+    bridges, found = [], []
+    whole = trace(probability, spacing, log=bridges)
+    parts = Slices(probability)
+    check_same(trace(parts, spacing, log=found, regions=boxes((0, 0, 0), shape, region)), whole)
+    assert found == bridges
+    assert bridges
+    # Each voxel once, and the surroundings of gaps.
+    assert parts.most <= max(np.prod(region), 16**3)
+    assert parts.total < probability.size + 1000 * 16**2
+    # Empty regions need not be read.
+    box = tuple(slice(a.min(), a.max() + 1) for a in mask.nonzero())
+    check_same(trace(Slices(probability), spacing, regions=[box]), whole)
+
+
+def test_a_foreground_beyond_memory_is_refused_before_it_is_there(monkeypatch):
+    free = 70_000 * tracing.GRAPH_BYTES
+    monkeypatch.setattr(tracing.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    full = Slices(np.ones((64, 128, 128), bool))
+    with pytest.raises(
+        VolumeError, match=r"131072 .*threshold 0\.5.*70000 .*raise the thr"
+    ) as error:
+        trace(full, regions=boxes((0, 0, 0), full.shape, (4, 128, 128)))
+    assert "\n" not in str(error.value)
+    assert full.total == 2 * full.most
+    # Twice as many that could not be traced, but most of them go as they come.
+    specks = np.zeros((64, 128, 128), bool)
+    specks[::2, ::2, ::2] = True
+    specks[:, 60:63, 60:63] = True
+    assert specks.sum() > 120_000
+    check_is_forest(
+        trace(specks, min_size=2, regions=boxes((0, 0, 0), specks.shape, (4, 128, 128))), specks
+    )
 
 
 # --- Adversarial ---------------------------------------------------------------------------------

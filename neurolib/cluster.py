@@ -1,0 +1,65 @@
+"""Work shared out by Dask: over processes of this machine, or any cluster that sees its files."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from neurolib.errors import NeurolibError, SettingsError
+
+
+@contextmanager
+def connect(workers: int = 0, scheduler: str = "") -> Iterator[Any]:
+    """A Dask client, of a cluster by its address, or of one made here for as long as it is used.
+
+    Parameters
+    ----------
+    workers : int
+        Processes of this machine.
+    scheduler : str
+        Address of a cluster instead, as ``tcp://10.0.0.1:8786``.
+
+    Raises
+    ------
+    SettingsError
+        If Dask is not installed, or the cluster cannot be reached.
+    """
+    try:
+        import distributed
+    except ImportError:
+        raise SettingsError(
+            "several workers need Dask, which is not installed; pip install -e .[cluster]"
+        ) from None
+    local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+    try:
+        client = distributed.Client(**({"address": scheduler} if scheduler else local))
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"scheduler={scheduler!r}: cannot be reached ({error}); give its address, as "
+            "tcp://10.0.0.1:8786"
+        ) from None
+    with client:
+        yield client
+
+
+def share(
+    client: Any, function: Callable, items: Sequence
+) -> Iterator[tuple[Any, Any | NeurolibError]]:
+    """Call a function on each item; yield items as they are done, with a result or an error.
+
+    An item whose worker dies goes to another one, a few times. Errors that are no `NeurolibError`
+    are raised here.
+    """
+    import distributed
+
+    # Not by contents: equal items are done as often as they are there.
+    jobs = {client.submit(function, item, pure=False): item for item in items}
+    for job in distributed.as_completed(jobs):
+        error = job.exception()
+        if isinstance(error, distributed.scheduler.KilledWorker):
+            error = SettingsError(
+                f"workers keep dying of it (the last: {error.last_worker}), of too little memory "
+                "perhaps; take fewer workers or smaller pieces, the same command goes on"
+            )
+        if error is not None and not isinstance(error, NeurolibError):
+            raise error
+        yield jobs[job], job.result() if error is None else error
