@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import json
 import re
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -187,7 +188,9 @@ class Results(SphinxDirective):
                 header = next(csv.reader(file))
             if "network" in header:  # others are no sweep's
                 self.env.note_dependency(str(path))
-                found += self.of_file(path, "validation" if "step" in header else "test")
+                kinds = {"step": "validation", "esa": "tree"}
+                measure = next((kind for column, kind in kinds.items() if column in header), "test")
+                found += self.of_file(path, measure)
         return found
 
     def of_file(self, path: Path, measure: str) -> list[nodes.Node]:
@@ -208,13 +211,46 @@ class Results(SphinxDirective):
         section += self.parse_text_to_nodes("\n".join(lines))
         if measure == "validation":
             return [section]
-        for column, label in (("dice", "Dice"), ("hd95", "Hd95 (voxels)")):
+        labels = {"dice": "Dice", "hd95": "Hd95 (voxels)"}
+        if measure == "tree":
+            labels["esa"] = "ESA (voxels)"
+        for column, label in labels.items():
             values = sweeps.by_network(rows, column)
             drawn = plotting.png(plotting.dots(values, label))
             alt = f"{label} of each neuron under {len(values)} networks; the table has the means."
             markup = plotting.markup(drawn, f"{path.stem}-{column}", alt)
             section += nodes.raw("", markup, format="html")
         return [section]
+
+
+class Benchmarks(Written):
+    """What ``make bench`` found: the machine, the targets that are missed, a table per task."""
+
+    def text(self) -> str:
+        path = ROOT / "data/results/bench.json"
+        self.env.note_dependency(str(path))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        about, rows = record["machine"], record["rows"]
+        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        targets = [r for r in rows if r["target"] != ""]
+        missed = [r for r in targets if r["verdict"] == "missed"]
+        parts = [
+            # Without a heading it would be put behind the sections.
+            "## Machine and targets",
+            f"Measured on {record['date']} in {record['minutes']} minutes: {about['cpu']}, "
+            f"{about['cores']} cores, {about['memory GiB']} GiB, GPU: {about['gpu']}, load before "
+            f"{about['load before']}; {about['system']}, Python {about['python']}, {versions}.",
+            f"{len(targets) - len(missed)} of {len(targets)} targets are met"
+            + (", these are not:" if missed else "."),
+            "\n".join(f"- {': '.join(filter(None, (r['task'], r['peer'])))}" for r in missed),
+        ]
+        for name, title in record["about"].items():
+            some = [r for r in rows if r["benchmark"] == name]
+            # Columns in which this task has nothing are left out.
+            used = [c for c in some[0] if c != "benchmark" and any(r[c] != "" for r in some)]
+            parts += [f"## {name.capitalize()}", title]
+            parts += [table([{c: r[c] for c in used} for r in some])]
+        return "\n\n".join(parts)
 
 
 def best(rows: list[dict]) -> list[dict]:
@@ -262,7 +298,7 @@ def plain_bars(app, what, name, obj, options, lines: list[str]) -> None:
 def setup(app) -> dict:
     """Called by Sphinx."""
     stage(Path(app.srcdir))
-    for directive in (Notebooks, Modules, Schedule, Commands, Results):
+    for directive in (Notebooks, Modules, Schedule, Commands, Results, Benchmarks):
         app.add_directive(directive.__name__.lower(), directive)
     app.add_html_math_renderer("mathml", (visit_inline, None), (visit_block, None))
     app.connect("doctree-read", without_badges)

@@ -1,0 +1,169 @@
+"""How a benchmark is timed, and what a row of the table is."""
+
+import functools
+import importlib.util
+import statistics
+import time
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from neurolib import blocking, synthesis
+from neurolib.network import NetworkSettings
+from neurolib.swc import Tree
+
+# After this many seconds a row has repeats enough, if they are at least `FEWEST`.
+PATIENCE, FEWEST = 40.0, 3
+NETWORK, SMALL = NetworkSettings(), NetworkSettings(size=112)
+LEAST = NetworkSettings("vit_tiny_patch16_224.augreg_in21k", size=32, width=32)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes of all inputs."""
+
+    shape: tuple[int, int, int] = (100, 512, 512)
+    nodes: int = 35_000
+    # Sides are multiples of a tile's, so that tiles without overlap have none.
+    stitched: tuple[int, int, int] = (100, 500, 500)
+    cell: tuple[int, int, int] = (64, 256, 256)
+    cells: tuple[tuple[int, int], ...] = ((1, 1), (1, 2), (2, 2), (2, 4))
+    sparse: tuple[int, int, int] = (32, 400, 400)
+    network: NetworkSettings = NETWORK
+    small_network: NetworkSettings = SMALL
+    batch: int = 64
+    steps: int = 20
+    every: int = 8
+    inferred: tuple[int, int, int] = (20, 500, 500)
+    matrix: int = 8192
+    device: str = "cuda"
+    memory: tuple[str, ...] = ("target", "hd95", "tracing", "stitching", "prediction", "training")
+
+
+FULL = Scale()
+# Everything runs, on a CPU, in seconds; what is measured means nothing.
+TINY = Scale(
+    shape=(24, 128, 128),
+    nodes=300,
+    stitched=(8, 100, 200),
+    cell=(24, 64, 64),
+    cells=((1, 1), (1, 2)),
+    sparse=(24, 100, 200),
+    network=LEAST,
+    small_network=LEAST,
+    batch=2,
+    steps=1,
+    inferred=(5, 100, 100),
+    matrix=64,
+    device="cpu",
+    memory=("target",),
+)
+
+
+@functools.cache
+def scene(shape: tuple[int, int, int]) -> tuple[Tree, np.ndarray]:
+    """The tree and its mask that all tasks on one volume share."""
+    tree = synthesis.grow(0, shape)
+    return tree, blocking.make_target(tree, shape)[1]
+
+
+def size(shape: tuple[int, ...]) -> str:
+    """A shape in words."""
+    return "x".join(map(str, shape))
+
+
+def seconds(function: Callable) -> float:
+    """Time of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def line(
+    task: str,
+    unit: str,
+    ours: float | str,
+    peer: str = "",
+    theirs: float | str = "",
+    agreement: str = "",
+    target: str = "",
+    met: bool | None = None,
+    repeats: int | str = "",
+) -> dict:
+    """One row: what was measured in which unit, ours, the peer's, how many times better ours is."""
+    ratio = ""
+    if ours != "" and theirs != "":
+        ratio = ours / theirs if unit.endswith("/s") else theirs / ours
+    verdict = "" if met is None else "met" if met else "missed"
+    return {
+        "task": task,
+        "unit": unit,
+        "ours": ours,
+        "peer": peer,
+        "theirs": theirs,
+        "ratio": ratio,
+        "target": target,
+        "verdict": verdict,
+        "agreement": agreement,
+        "repeats": repeats,
+    }
+
+
+def compete(
+    task: str,
+    ours: Callable,
+    peer: str,
+    theirs: Callable,
+    compare: Callable[[object, object], str],
+    repeats: int,
+    target: float | None = None,
+    holds: Callable[[object, object], bool] = lambda a, b: True,
+    work: float | None = None,
+    unit: str = "s",
+) -> dict:
+    """Time ours and a peer's by turns, after one call of each whose results are compared.
+
+    Parameters
+    ----------
+    compare : function of both results
+        Says how far they agree.
+    repeats : int
+        At most; fewer where `PATIENCE` is exhausted. Medians are given.
+    target : float, optional
+        Least ratio that is wanted, provided that `holds` is true of both results.
+    work : float, optional
+        Of one call, in units: rates are given in `unit`, else seconds.
+    """
+    a, b = ours(), theirs()
+    times = []
+    while len(times) < repeats and not (len(times) >= FEWEST and np.sum(times) > PATIENCE):
+        times.append((seconds(ours), seconds(theirs)))
+    values = [statistics.median(column) for column in zip(*times, strict=True)]
+    if work is not None:
+        values = [work / value for value in values]
+    row = line(task, unit, values[0], peer, values[1], compare(a, b), repeats=len(times))
+    if target is not None:
+        met = row["ratio"] >= target and holds(a, b)
+        row |= {"target": f">= {target:g}", "verdict": "met" if met else "missed"}
+    return row
+
+
+def missing(task: str, peer: str) -> dict:
+    """A row that says that a peer is not installed."""
+    return line(task, "", "", peer, agreement="not installed")
+
+
+def installed(package: str) -> bool:
+    """Whether a peer can be imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+def peak_mb(function: Callable) -> float:
+    """Most memory that a call holds beyond what was there before, as NumPy and Python see it."""
+    tracemalloc.start()
+    function()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak / 1e6

@@ -1,0 +1,170 @@
+"""Benchmarks on trees: tracing, distance of two trees, reading SWC."""
+
+import functools
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from measure import Scale, compete, installed, missing, scene, size
+from scipy.spatial import KDTree
+
+from neurolib import evaluation, tracing
+from neurolib.files import write_text
+from neurolib.swc import Tree, read_swc, write_swc
+
+# The tracer's own, 1.5 r + 3: kimimaro's defaults are in nanometres and would drop every branch.
+INVALIDATION = {"scale": 1.5, "const": 3}
+# Points that the brute-force distance compares with all edges at a time.
+CHUNK = 500
+
+
+def bench_tracing(scale: Scale, repeats: int) -> list[dict]:
+    """Mask to tree; a skeleton is only a set of voxels, but it is what many start from."""
+    from skimage.morphology import skeletonize
+
+    tree, mask = scene(scale.shape)
+    task, ours = f"tracing, {size(scale.shape)}", functools.partial(tracing.trace, mask)
+
+    def esa(found: Tree) -> float:
+        return evaluation.tree_distance(found, tree).esa
+
+    rows = [
+        compete(
+            task,
+            ours,
+            "skeletonize (Lee)",
+            lambda: skeletonize(mask),
+            lambda a, _: f"ours: ESA {esa(a):.2f} voxels",
+            repeats,
+        )
+    ]
+    kinds = {"kimimaro fast": False, "kimimaro default": True}
+    if not installed("kimimaro"):
+        return rows + [missing(task, name) for name in kinds]
+    import kimimaro
+
+    def as_tree(found: dict) -> Tree:
+        with tempfile.TemporaryDirectory() as folder:
+            tree = read_swc(write_text(Path(folder) / "found.swc", found[1].to_swc()))
+        # Its columns are the axes of the array, which are z, y, x.
+        return replace(tree, xyz=tree.xyz[:, ::-1])
+
+    for name, fix in kinds.items():
+        rows.append(
+            compete(
+                task,
+                ours,
+                name,
+                functools.partial(
+                    kimimaro.skeletonize,
+                    mask.astype(np.uint32),
+                    INVALIDATION,
+                    dust_threshold=20,
+                    fix_branching=fix,
+                    progress=False,
+                ),
+                lambda a, b: f"ESA: ours {esa(a):.2f} voxels, theirs {esa(as_tree(b)):.2f}",
+                repeats,
+                target=None if fix else 3,
+                holds=lambda a, b: esa(a) <= esa(as_tree(b)),
+            )
+        )
+    return rows
+
+
+def brute_force_esa(a: Tree, b: Tree) -> float:
+    """ESA with every sample of one tree compared with every edge of the other."""
+
+    def mean_distance(points: np.ndarray, tree: Tree) -> float:
+        child = np.flatnonzero(tree.parent >= 0)
+        start = tree.xyz[child]
+        step = tree.xyz[tree.parent[child]] - start
+        square = np.maximum((step**2).sum(axis=1), np.finfo(float).tiny)
+        total = 0.0
+        for i in range(0, len(points), CHUNK):
+            away = points[i : i + CHUNK, None] - start
+            along = np.clip((away * step).sum(axis=2) / square, 0, 1)
+            away -= along[..., None] * step
+            total += np.sqrt((away**2).sum(axis=2).min(axis=1)).sum()
+        return total / len(points)
+
+    there = mean_distance(evaluation.sample_edges(a), b)
+    return (there + mean_distance(evaluation.sample_edges(b), a)) / 2
+
+
+def bench_distance(scale: Scale, repeats: int) -> list[dict]:
+    """Distance of a traced tree from the true one; PyNeval's is between nodes, one voxel apart."""
+    tree, mask = scene(scale.shape)
+    found = tracing.trace(mask)
+    ours = lambda: evaluation.tree_distance(found, tree).esa  # noqa: E731
+    task = f"ESA, {len(found.xyz)} and {len(tree.xyz)} nodes"
+    brute = functools.partial(brute_force_esa, found, tree)
+    rows = [
+        compete(
+            task,
+            ours,
+            "NumPy, all pairs",
+            brute,
+            lambda a, b: f"ours {a:.4f}, theirs {b:.4f}, {abs(a - b):.0e} apart",
+            repeats,
+        )
+    ]
+    if not installed("pyneval"):
+        return [*rows, missing(task, "PyNeval SSD")]
+    from pyneval.metric.ssd_metric import ssd_metric
+    from pyneval.model.swc_tree import SwcTree
+
+    with tempfile.TemporaryDirectory() as folder:
+        trees = []
+        for name, one in (("true", tree), ("found", found)):
+            trees.append(SwcTree())
+            trees[-1].load(str(write_swc(Path(folder) / f"{name}.swc", one)))
+    options = {"threshold_mode": 1, "ssd_threshold": 0.0, "up_sample_threshold": 1.0}
+    theirs = lambda: ssd_metric(*trees, options | {"scale": (1, 1, 1)})[0]["ssd_score"]  # noqa: E731
+    compare = lambda a, b: f"ours {a:.4f}, theirs {b:.4f}, another definition"  # noqa: E731
+    return [*rows, compete(task, ours, "PyNeval SSD", theirs, compare, repeats)]
+
+
+def apart(a: np.ndarray, b: np.ndarray) -> float:
+    """How far a point (n, 3) of one set may be from the other set."""
+    return max(KDTree(a).query(b)[0].max(), KDTree(b).query(a)[0].max())
+
+
+def bench_swc(scale: Scale, repeats: int) -> list[dict]:
+    """Reading a tree: ours is checked and repaired."""
+    rng = np.random.default_rng(0)
+    parent = np.arange(scale.nodes) - 1
+    # A branch every 100 nodes, somewhere on what is there already; row 0 is the soma.
+    starts = np.arange(200, scale.nodes, 100)
+    parent[starts] = rng.integers(1, starts)
+    kind = np.where(parent < 0, 1, 3)
+    tree = Tree(rng.uniform(0, 500, (scale.nodes, 3)), np.ones(scale.nodes), kind, parent)
+    task, rows = f"SWC, {scale.nodes} nodes", []
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_swc(Path(folder) / "large.swc", tree)
+
+        def add(peer: str, theirs: Callable, points: Callable, gives: str) -> None:
+            def compare(a: Tree, b: object) -> str:
+                return f"coordinates within {apart(a.xyz, points(b)):.0e} voxels; peer: {gives}"
+
+            rows.append(compete(task, lambda: read_swc(path), peer, theirs, compare, repeats))
+
+        add("numpy.loadtxt", lambda: np.loadtxt(path), lambda b: b[:, 2:5], "numbers only")
+        if installed("pandas"):
+            import pandas as pd
+
+            theirs = lambda: pd.read_csv(path, sep=r"\s+", comment="#", header=None)  # noqa: E731
+            add("pandas.read_csv", theirs, lambda b: b.to_numpy()[:, 2:5], "numbers only")
+        else:
+            rows.append(missing(task, "pandas.read_csv"))
+        if installed("morphio"):
+            import morphio
+
+            theirs = lambda: morphio.Morphology(str(path))  # noqa: E731
+            points = lambda b: np.concatenate([b.soma.points, b.points])  # noqa: E731
+            add("MorphIO", theirs, points, "a tree in float32")
+        else:
+            rows.append(missing(task, "MorphIO"))
+    return rows

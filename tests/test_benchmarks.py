@@ -1,0 +1,130 @@
+"""The benchmarks: all of them run, and the stored table has what they give. Nothing is timed."""
+
+import importlib
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from neurolib.runs import REPOSITORY
+from neurolib.swc import Tree
+
+STORED = json.loads((REPOSITORY / "data/results/bench.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def load():
+    """Imports a module of the folder, which is no package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(REPOSITORY / "benchmarks")
+        yield importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def tiny(load):
+    bench = load("bench")
+    return bench.measure(list(bench.TASKS), load("measure").TINY, 1)
+
+
+def identity(row):
+    return row["benchmark"], row["peer"]
+
+
+def test_every_benchmark_runs(tiny, load):
+    assert (
+        set(tiny["about"]) == {row["benchmark"] for row in tiny["rows"]} == {*load("bench").TASKS}
+    )
+    for row in tiny["rows"]:
+        assert row["agreement"], row["task"]
+        if row["agreement"] != "not installed":
+            assert math.isfinite(row["ours"]), row["task"]
+        assert (row["verdict"] != "") == (row["target"] != "")
+    said = {identity(row): row["agreement"] for row in tiny["rows"]}
+    assert said["hd95", "MONAI"] == said["hd95", "medpy"] == "ours 2.0000, theirs 2.0000"
+    assert float(said["distance", "NumPy, all pairs"].split()[4]) < 1e-12
+    for (benchmark, peer), agreement in said.items():
+        if benchmark == "tiff":
+            assert agreement.startswith("equal")
+        if benchmark == "stitching":
+            errors = [float(words.split()[-1]) for words in agreement.split(",")]
+            assert max(errors) < 1e-6, peer
+        if benchmark == "inference":
+            assert float(agreement.split()[-1]) < 0.01
+
+
+def test_the_stored_table_is_what_the_benchmarks_give(tiny):
+    assert tiny["about"] == STORED["about"]
+    assert {identity(row) for row in tiny["rows"]} <= {identity(row) for row in STORED["rows"]}
+    targets = [
+        {(*identity(row), row["target"]) for row in rows if row["target"]}
+        for rows in (tiny["rows"], STORED["rows"])
+    ]
+    assert targets[0] <= targets[1]
+    assert ("tracing", "kimimaro fast", ">= 3") in targets[1]
+    for row in STORED["rows"]:
+        assert row["agreement"] != "not installed", row["task"]
+        if row["theirs"] != "":
+            better = (row["theirs"], row["ours"])[:: -1 if row["unit"].endswith("/s") else 1]
+            assert row["ratio"] == pytest.approx(better[0] / better[1])
+        limit = row["target"].split()
+        if row["verdict"] == "met":
+            met = (
+                row["ratio"] >= float(limit[1])
+                if limit[0] == ">="
+                else row["ours"] <= float(limit[1])
+            )
+            assert met, row["task"]
+
+
+@pytest.mark.parametrize(
+    ("target", "holds", "verdict"), [(3, True, "met"), (3, False, "missed"), (3.1, True, "missed")]
+)
+def test_a_target_needs_the_ratio_and_the_result(load, monkeypatch, target, holds, verdict):
+    measure = load("measure")
+    ours, theirs = (lambda: 1), (lambda: 2)
+    times = {ours: iter([1, 9, 2, 1]), theirs: iter([5, 6, 6, 9])}
+    monkeypatch.setattr(measure, "seconds", lambda function: next(times[function]))
+    told = []
+    row = measure.compete(
+        "t",
+        ours,
+        "p",
+        theirs,
+        lambda a, b: f"{a} {b}",
+        3,
+        target=target,
+        holds=lambda a, b: told.append((a, b)) or holds,
+    )
+    assert (row["ours"], row["theirs"], row["ratio"]) == (2, 6, 3)
+    assert (row["verdict"], row["agreement"], row["repeats"]) == (verdict, "1 2", 3)
+    assert set(told) <= {(1, 2)}
+
+
+def test_slow_rows_are_repeated_less_and_rates_are_the_other_way_round(load, monkeypatch):
+    measure = load("measure")
+    monkeypatch.setattr(measure, "seconds", lambda function: function())
+    slow = measure.compete(
+        "t", lambda: 10, "p", lambda: 20, lambda a, b: "", 9, work=40, unit="x/s"
+    )
+    assert slow["repeats"] == measure.FEWEST
+    assert (slow["ours"], slow["theirs"], slow["ratio"]) == (4, 2, 2)
+    assert measure.compete("t", lambda: 1, "p", lambda: 2, lambda a, b: "", 9)["repeats"] == 9
+
+
+def test_brute_force_distance_by_hand(load):
+    line = Tree(np.array([[0.0, 0, 0], [4, 0, 0]]), np.ones(2), np.zeros(2, int), np.array([-1, 0]))
+    beside = replace(line, xyz=line.xyz + np.array([0, 3, 0]))
+    assert load("trees").brute_force_esa(line, beside) == pytest.approx(3)
+    longer = replace(line, xyz=line.xyz * 3)
+    # Of 13 points at 0 to 12, those beyond 4 are 1 to 8 away.
+    assert load("trees").brute_force_esa(longer, line) == pytest.approx(36 / 13 / 2)
+
+
+@pytest.mark.parametrize("arguments", [["none"], ["--repeats", "0"]])
+def test_what_there_is_not_is_refused(load, arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        load("bench").main(arguments)
+    assert ended.value.code == 2
+    assert "expected at least 1" in (said := capsys.readouterr().err) or "choose from" in said
