@@ -79,8 +79,7 @@ tests = [datasets.read_sample(pair, **target) for pair in runs.split_of(run, dat
 print(f"{len(tests)} test volumes; threshold {facts['threshold']}, chosen on validation neurons")
 
 # %% tags=["nbval-ignore-output"]
-options = {"overlap": overlap, "device": device, "every": every}
-options |= {"flips": True} if flips else {}
+options = {"overlap": overlap, "device": device, "every": every, "flips": flips}
 probability = {
     s.pair.name: inference.predicted(
         run.path("probability"), s.pair.name, checkpoint, s.image, **options

@@ -15,6 +15,7 @@ import ast
 import copy
 import hashlib
 import os
+import platform
 import re
 import shutil
 import statistics
@@ -52,6 +53,7 @@ LOADS = re.compile(r"\b(load_pretrained|network\.build|load_checkpoint|inference
 LONG = {
     "03_training": ("resume.safetensors", "checkpoint.safetensors"),
     "04_evaluation": ("probability",),
+    "05_swc_tracing": ("probability",),
 }
 
 # Paths that mean something on one machine only: where machines keep people's files, and where
@@ -60,6 +62,29 @@ LONG = {
 _PLACES = "home|root|Users|tmp|var|opt|mnt|media|srv|work|workspace|private|content"
 _OWN = "|".join(re.escape(str(path)) for path in (FOLDER.parent, Path.home()))
 ABSOLUTE = re.compile(rf"(?<![\w./~-])(?:/(?:{_PLACES})/|(?:{_OWN})(?![\w-])|[A-Z]:\\)[^\s'\"<>]*")
+# What lets others in: tokens of hubs, hosts and clouds, of a Jupyter server, keys, passwords in an
+# address. A name of this machine that is no common word, and its user's with an @, are as private.
+SECRETS = (
+    r"hf_[A-Za-z0-9]{30,}",
+    r"gh[pousr]_[A-Za-z0-9]{36,}",
+    r"github_pat_\w{40,}",
+    r"(?:AKIA|ASIA)[A-Z0-9]{16}",
+    r"[?&]token=\w{16,}",
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    r"\bBearer [\w.~+/-]{16,}",
+    r"\w://[^\s/:@]+:[^\s/:@]+@",
+)
+
+
+def private(user: str, machine: str) -> re.Pattern:
+    """What of a text must not be stored, where these are the user and the machine."""
+    names = [rf"\b{re.escape(user)}@[A-Za-z]\w*"] if user else []
+    if re.search(r"[\d.-]", machine):
+        names.append(rf"\b{re.escape(machine)}\b")
+    return re.compile("|".join((*SECRETS, *names)))
+
+
+PRIVATE = private(os.environ.get("USER", Path.home().name), platform.node())
 EMBEDDED = re.compile(r"data:[\w/+.-]+;base64,[A-Za-z0-9+/=]+")
 
 
@@ -259,6 +284,8 @@ def check_outputs(notebook: NotebookNode) -> list[str]:
             for text in output_texts(output):
                 if path := absolute_path(text):
                     problems.append(f"cell {number}: prints the absolute path {path}")
+                if secret := PRIVATE.search(EMBEDDED.sub("", text)):
+                    problems.append(f"cell {number}: prints what is private: {secret[0][:12]}...")
     return problems
 
 

@@ -99,4 +99,7 @@ def results() -> str:
             line["p"] = f"{gains[name]['p']:.3f}"
         lines.append(line)
     neurons, seeds = {row["neuron"] for row in rows}, {row["seed"] for row in rows}
-    return table(lines) + f"\n\nn = {len(neurons)} neurons, {len(seeds)} seed(s) each."
+    return (
+        table(lines)
+        + f"\n\nn = {len(neurons)} neurons, {len(seeds)} seed{'s'[: len(seeds) > 1]} each."
+    )

@@ -7,6 +7,7 @@ pre-trained weights are fetched once, not once per run.
 import os
 
 import pytest
+from figures import Comparison
 
 # Before torch is imported, also in kernels that tests start: idle OpenMP threads sleep. Spinning
 # ones take the cores from the process beside them and slow a ViT six times.
@@ -14,6 +15,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Damaged files that tests gave to the readers.
 DAMAGED = pytest.StashKey[int]()
+
+
+def pytest_configure(config):
+    # Registered, since hooks of this file see tests of its folder only, and no notebook.
+    config.pluginmanager.register(Comparison(), "figures")
 
 
 @pytest.fixture
