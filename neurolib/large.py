@@ -331,7 +331,7 @@ def fingerprint(path: Path) -> str:
 
 def _begin(part: Path, name: str, volume: Volume, wanted: dict) -> None:
     """Make an output without chunks, and the manifest; what needs the whole input is found here."""
-    low, high = limits(volume.data)
+    low, high = limits(volume.data, stored_boxes(volume.data))
     skip = wanted["options"]["skip_empty"]
     level = empty_level(normalised(volume.data, low, high), skip) if skip else 0.0
     with atomic_path(part) as temporary:

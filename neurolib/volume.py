@@ -4,7 +4,7 @@ What is specific to a file format is in `neurolib.formats`.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -228,10 +228,16 @@ def rescale(part: np.ndarray, low: float, high: float, out: np.ndarray) -> np.nd
     return np.clip(part, 0, 1, out=out, casting="same_kind")
 
 
-def limits(data: np.ndarray) -> tuple[float, float]:
-    """Intensities that become 0 and 1 (`normalise`), in one pass over data of any size."""
+def limits(
+    data: np.ndarray, regions: Iterable[tuple[slice, slice, slice]] | None = None
+) -> tuple[float, float]:
+    """Intensities that become 0 and 1 (`normalise`), in one pass over data of any size.
+
+    Of integers of up to 16 bits no more is read than `regions`, where they are given: boxes that do
+    not overlap and hold all that is not zero (`neurolib.large.stored_boxes`).
+    """
     if data.dtype.kind in "iub" and data.dtype.itemsize <= 2:
-        values, counts = _histogram(data)
+        values, counts = _histogram(data, pieces(data) if regions is None else regions)
         smallest, largest = values[0], values[-1]
         bright, shares = values[values != 0], counts[values != 0]
         if 0 < shares.sum() < counts.sum() / 2:
@@ -248,15 +254,18 @@ def limits(data: np.ndarray) -> tuple[float, float]:
     return float(low), float(high if low < high else low + 1)
 
 
-def _histogram(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _histogram(
+    data: np.ndarray, regions: Iterable[tuple[slice, slice, slice]]
+) -> tuple[np.ndarray, np.ndarray]:
     """Distinct values of a narrow integer type, ascending, and how often they occur."""
     low = int(np.iinfo(data.dtype).min) if data.dtype.kind != "b" else 0
     counts = np.zeros(1 << (8 * data.dtype.itemsize), dtype=np.int64)
-    for box in pieces(data):
+    for box in regions:
         piece = data[box].ravel()
         counts += np.bincount(
             (piece if low == 0 else piece.astype(np.intp) - low), minlength=len(counts)
         )
+    counts[-low] += prod(data.shape) - counts.sum()
     values = np.flatnonzero(counts)
     return values + low, counts[values]
 

@@ -247,6 +247,16 @@ def test_a_part_is_normalised_as_in_the_whole(dtype, tmp_path, monkeypatch):
         np.testing.assert_array_equal(view[box], whole[box])
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.float32])
+def test_limits_of_what_is_stored_are_those_of_the_whole(dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(volume, "SLAB", 1)
+    data = sparse(dtype)
+    stored = read_volume(write_volume(tmp_path / "x.zarr", data)).data
+    boxes = list(stored_boxes(stored))
+    assert sum(np.prod([s.stop - s.start for s in box]) for box in boxes) < data.size / 2
+    assert limits(stored, boxes) == limits(data)
+
+
 def test_a_mask_is_written_part_by_part(tmp_path):
     probability = np.random.default_rng(0).random((9, 40, 50)).astype(np.float32)
     mask = thresholded(probability, 0.25)
