@@ -51,7 +51,8 @@ lab: $(INSTALLED)
 faults: $(INSTALLED)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[cluster]"
 	NEUROLIB_FAULTS=1 $(BIN)/python -m pytest tests/test_faults.py
-	NEUROLIB_FAULTS=1 $(BIN)/python -m pytest tests/test_large.py tests/test_training.py -k killed
+	NEUROLIB_FAULTS=1 $(BIN)/python -m pytest -k "killed or larger_than_memory" \
+	  tests/test_large.py tests/test_training.py tests/test_runs.py
 	$(BIN)/python notebooks/build.py --twice
 	NOTEBOOKS=all $(BIN)/python -m pytest tests/test_browser.py
 
