@@ -21,8 +21,8 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import nbformat
 import yaml
 
 from neurolib.datasets import (
@@ -41,6 +41,10 @@ from neurolib.errors import NeurolibError, SettingsError
 from neurolib.files import atomic_path, claim, sha256, write_text
 from neurolib.swc import check_pair, read_swc
 from neurolib.volume import read_volume
+
+# Imported where it is used: it takes two seconds, in every notebook.
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -173,6 +177,8 @@ def read_yaml(path: Path) -> object:
 
 def notebook_parameters(path: Path) -> dict:
     """Names and default values in the one cell tagged ``parameters`` (literals only)."""
+    import nbformat
+
     notebook = nbformat.read(path, as_version=4)
     cells = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
     if len(cells) != 1:
@@ -333,6 +339,8 @@ def _prepare(run: Run, data: str, values: dict) -> str:
 
 
 def _key(notebook: str, parameters: dict, before: str) -> str:
+    import nbformat
+
     content = nbformat.read(notebook_path(notebook), as_version=4)
     package = Path(__file__).parent
     parts = [
@@ -350,6 +358,7 @@ def _is_done(run: Run, notebook: str, key: str) -> bool:
 
 
 def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
+    import nbformat
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
@@ -396,14 +405,16 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
     run.record("notebooks", records)
 
 
-def settled(outputs: Iterable[nbformat.NotebookNode]) -> Iterable[nbformat.NotebookNode]:
+def settled(outputs: "Iterable[NotebookNode]") -> "Iterable[NotebookNode]":
     """Outputs as they are kept: no progress bars, and of a widget the still picture."""
+    from nbformat import from_dict
+
     for output in outputs:
         if output.output_type == "stream" and output.name == "stderr":
             # A bar draws over itself with returns and "cursor up".
             lines = re.split(r"[\r\n]+", output.text.replace("\x1b[A", ""))
             kept = [line for line in lines if line.strip() and not PROGRESS.search(line)]
-            output = nbformat.from_dict({**output, "text": "".join(f"{line}\n" for line in kept)})
+            output = from_dict({**output, "text": "".join(f"{line}\n" for line in kept)})
             if not kept:
                 continue
         data = output.get("data", {})
@@ -412,7 +423,7 @@ def settled(outputs: Iterable[nbformat.NotebookNode]) -> Iterable[nbformat.Noteb
             if "text/html" not in data:
                 continue
             rest = {key: value for key, value in data.items() if key != WIDGET}
-            output = nbformat.from_dict({**output, "data": rest})
+            output = from_dict({**output, "data": rest})
         yield output
 
 
@@ -441,17 +452,21 @@ def passive_threads() -> Iterator[None]:
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """Largest resident memory of this process's children, in bytes, as the one list element."""
+    """Largest resident memory of the processes that this one starts meanwhile, in bytes.
+
+    It is the one element of the list.
+    """
     import psutil
 
     peak, stop = [0], threading.Event()
+    me = psutil.Process()
+    before = set(me.children(recursive=True))
 
     def watch():
-        me = psutil.Process()
         while not stop.wait(0.3):
             with contextlib.suppress(psutil.Error):
-                sizes = (child.memory_info().rss for child in me.children(recursive=True))
-                peak[0] = max(peak[0], sum(sizes))
+                new = set(me.children(recursive=True)) - before
+                peak[0] = max(peak[0], sum(child.memory_info().rss for child in new))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -498,6 +513,7 @@ def summary(run: Run) -> str:
 
 def write_report(run: Run, notebooks: tuple[str, ...] = COURSE) -> Path:
     """Write ``report.html``: the summary, then every executed notebook, for any browser."""
+    import nbformat
     from nbconvert import HTMLExporter
 
     merged = nbformat.v4.new_notebook()

@@ -93,6 +93,22 @@ def one_line(capsys, *words: str) -> None:
         assert word in error
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--profile", "smoke", "-p", "setps=3"],
+        ["run", "--profile", "smoke", "-p", "steps"],
+        ["run", "--data", "no_such_folder"],
+        ["fetch", "no_such_model"],
+    ],
+)
+def test_what_is_not_there_is_one_line(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(*arguments) == 2
+    one_line(capsys)
+    assert not list(tmp_path.rglob("*.ipynb"))
+
+
 @pytest.mark.parametrize("kind", BAD_IMAGES)
 def test_run_refuses_bad_images(kind, pairs, tmp_path, capsys):
     (pairs / "cell1.tif").unlink()
