@@ -28,7 +28,7 @@
 #
 # **Before this:** [04 Evaluation](04_evaluation.ipynb).
 #
-# **Takes** 2 minutes and 0.9 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
+# **Takes** under a minute and 0.8 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
 # %% tags=["parameters"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results
@@ -397,8 +397,9 @@ widgets.explore(retrace, "retrace", alt, run.figures, threshold=low, smallest=si
 # ## Real neurons
 #
 # The same on confocal volumes of *Drosophila* neurons: networks of notebook 06, trained for minutes on
-# the other neurons, all slices predicted, traced with the settings of this notebook. The sweep
-# `neurolib sweep profiles/trees-cpu.yaml --workers 2` wrote the file that is read here.
+# the other neurons, all slices predicted, traced with the settings of this notebook. All of it in one is
+# `neurolib sweep profiles/trees-cpu.yaml --workers 2`. (The file that is read here was made in two steps:
+# that sweep's predictions, then `tracing.trace` on them.)
 
 # %%
 measured = sweeps.read_results(real, "tree")

@@ -26,7 +26,7 @@
 #
 # **Before this:** [03 Training](03_training.ipynb) and [04 Evaluation](04_evaluation.ipynb).
 #
-# **Takes** under a minute and 0.4 GB of memory on 2 cores, no GPU needed; nothing to download.
+# **Takes** under a minute and 0.3 GB of memory on 2 cores, no GPU needed; nothing to download.
 
 # %% tags=["parameters"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results
@@ -71,7 +71,7 @@ print(f"{len(rows)} measurements on {len(neurons)} neurons: {', '.join(neurons)}
 # - Some of the slices of each test volume are predicted, evenly spaced, each from its whole block.
 #
 # A sweep runs notebooks 03 and 04 once per network, seed and fold, and writes one tidy file, one
-# line per measurement. On two cores it takes under 90 minutes; killed, it goes on. `--seed 1` adds
+# line per measurement. On two cores it takes under two hours; killed, it goes on. `--seed 1` adds
 # another seed to the file:
 #
 # `neurolib sweep profiles/table1-cpu.yaml --workers 2`
