@@ -52,6 +52,29 @@ def run(
 
 
 @app.command()
+def train(
+    data: Annotated[str, typer.Option(help="As in `neurolib run`.")] = "synthetic",
+    profile: Annotated[
+        str, typer.Option(help="A file of parameters, or the name of one in profiles/.")
+    ] = "course",
+    name: Annotated[str, typer.Option(help="Name of the run; default: data-profile.")] = "",
+    folder: Annotated[Path, typer.Option(help="Folder in which runs lie.")] = Path("runs"),
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-p", help="One parameter, key=value; may be repeated."),
+    ] = None,
+) -> None:
+    """Train only, on several GPUs or machines; `neurolib run` with the same options goes on.
+
+    Example: torchrun --nproc-per-node 4 -m neurolib.cli train --profile gpu --data my_pairs
+    """
+    from neurolib.runs import train_run
+
+    done = train_run(data, profile, name, folder, dict(map(_assignment, set_ or [])))
+    print(f"checkpoint: {done.path('checkpoint.safetensors')}")
+
+
+@app.command()
 def sweep(
     grid: Annotated[Path, typer.Argument(help="A grid, as profiles/table1-cpu.yaml.")],
     data: Annotated[str, typer.Option(help="A folder of pairs instead of the grid's data.")] = "",

@@ -186,6 +186,8 @@ def _skeleton_share(mask: np.ndarray, other: np.ndarray) -> float:
 
     box = bounding_box(mask)
     skeleton = skeletonize(mask[box]) > 0
+    if not skeleton.any():  # thinning takes some small solids away, as that of 2 × 2 × 2 voxels
+        skeleton = mask[box]
     return np.count_nonzero(skeleton & other[box]) / np.count_nonzero(skeleton)
 
 

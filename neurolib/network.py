@@ -311,6 +311,11 @@ def build(
     network.initialisation = initialisation
     network.weights_file, network.seed, network.fold = str(weights_file), seed, fold
     if initialisation == "scratch":
+        # Some architectures scale what a block adds, by 1e-5 at first: over a short training such
+        # blocks remain without effect, and scratch would be no transformer at all.
+        for name, scale in network.encoder.named_parameters() if network.encoder else ():
+            if "gamma" in name:
+                nn.init.ones_(scale)
         return network, None
     weights = load_pretrained(settings.encoder, weights_file or None)
     return network, network.load_encoder(weights, initialisation, seed, fold)

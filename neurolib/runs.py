@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,10 +34,11 @@ from neurolib.datasets import (
     load_dataset,
     name_from,
     read_manifest,
+    read_sample,
     split_by_neuron,
     write_manifest,
 )
-from neurolib.errors import NeurolibError, SettingsError
+from neurolib.errors import DataError, NeurolibError, SettingsError, WeightsError
 from neurolib.files import atomic_path, claim, sha256, write_text
 from neurolib.swc import check_pair, read_swc
 from neurolib.volume import read_volume
@@ -58,6 +59,7 @@ COURSE = (
     "04_evaluation",
     "05_swc_tracing",
 )
+CHECKPOINT = "checkpoint.safetensors"
 # A kernel that hangs is ended: seconds to start, and per cell (GPU profiles train for hours).
 START_TIMEOUT, CELL_TIMEOUT = 120, 24 * 3600
 MEMORY_LIMIT_MB = 1500
@@ -102,11 +104,26 @@ class Run:
 
 
 def split_of(run: Run, data: str) -> Split:
-    """The split that notebook 01 left in a run; without it, its default split of `data`."""
+    """The split that notebook 01 left in a run; without it, its default split of `data`.
+
+    Raises
+    ------
+    DataError
+        If the run holds a split of other data.
+    """
     path = run.path("split.json")
+    pairs = load_dataset(data)
     if not path.exists():
-        write_manifest(path, split_by_neuron(load_dataset(data)), seed=0)
-    return read_manifest(path)
+        write_manifest(path, split_by_neuron(pairs), seed=0)
+    split = read_manifest(path)
+    found = {pair.image.resolve() for pair in pairs}
+    for pair in (*split.train, *split.validation, *split.test):
+        if pair.image.resolve() not in found:
+            raise DataError(
+                f"{path}: a split of other data than {data} (of {pair.image}); choose another "
+                "run_dir, or run notebook 01 with these data"
+            )
+    return split
 
 
 def target_of(run: Run) -> dict:
@@ -115,13 +132,22 @@ def target_of(run: Run) -> dict:
 
 
 def checkpoint_of(run: Run) -> Path:
-    """The checkpoint that notebook 03 left in a run; without it, the one that comes along.
+    """The checkpoint that notebook 03 left in a run; before it has run, the one that comes along.
 
     ``data/example.safetensors`` holds a decoder trained for a few minutes on the synthetic data
     behind a frozen, center-inflated encoder.
+
+    Raises
+    ------
+    WeightsError
+        If the run had a checkpoint of its own: another one's results would bear its name.
     """
-    path = run.path("checkpoint.safetensors")
-    return path if path.exists() else REPOSITORY / "data" / "example.safetensors"
+    path = run.path(CHECKPOINT)
+    if path.exists():
+        return path
+    if "validation" in run.metrics():
+        raise WeightsError(f"{path}: missing, but the run was trained; run notebook 03 again")
+    return REPOSITORY / "data" / "example.safetensors"
 
 
 def open_run(folder: str | Path) -> Run:
@@ -287,6 +313,50 @@ def run_course(
     return run
 
 
+def train_run(
+    data: str = "synthetic",
+    profile: str = "course",
+    name: str = "",
+    folder: str | Path = "runs",
+    parameters: dict | None = None,
+) -> Run:
+    """Train as notebook 03 does, without its pictures, on all devices that torchrun gives.
+
+    `run_course` with the same parameters then finds the training done, and goes on from there.
+    Parameters and errors are those of `run_course`.
+    """
+    from neurolib import network, training
+
+    defaults = {n: notebook_parameters(notebook_path(n)) for n in COURSE}
+    values = read_profile(profile) | (parameters or {})
+    choose_parameters(values, defaults)
+    split = defaults[DATA_NOTEBOOK] | values
+    values = defaults["03_training"] | values
+    fabric = training.start(values["device"], values["precision"])
+    run = open_run(Path(folder) / (name or f"{data_label(data)}-{Path(profile).stem}"))
+    first = fabric.is_global_zero
+    with claim(run.path(".lock")) if first else contextlib.nullcontext():
+        if first:
+            check_data(data, [split])
+            _prepare(run, data, split)
+        fabric.barrier()
+        pairs, target = read_manifest(run.path("split.json")), target_of(run)
+        samples = [read_sample(pair, **target) for pair in pairs.train]
+        held_out = [read_sample(pair, **target) for pair in pairs.validation]
+        shape = ("encoder", "depth", "size", "predict", "stem")
+        shape = network.NetworkSettings(**{key: values[key] for key in shape})
+        how = (values["initialisation"], values["weights_file"], values["seed"])
+        net, _ = network.build(shape, *how)
+        if values["start_from"]:
+            training.restore(net, values["start_from"])
+        settings = {
+            f.name: values[f.name] for f in fields(training.TrainingSettings) if f.name in values
+        }
+        settings = training.TrainingSettings(**settings)
+        training.train(net, samples, held_out, run.folder, settings, target["tau"], fabric)
+    return run
+
+
 def notebook_path(name: str) -> Path:
     """Path of one of the repository's own notebooks."""
     path = NOTEBOOKS / f"{name}.ipynb"
@@ -354,7 +424,8 @@ def _key(notebook: str, parameters: dict, before: str) -> str:
 
 def _is_done(run: Run, notebook: str, key: str) -> bool:
     record = run.metrics().get("notebooks", {}).get(notebook, {})
-    return record.get("key") == key and run.path(f"{notebook}.ipynb").exists()
+    left = [f"{notebook}.ipynb", *([CHECKPOINT] if notebook == "03_training" else [])]
+    return record.get("key") == key and all(run.path(name).exists() for name in left)
 
 
 def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
@@ -481,15 +552,31 @@ def peak_memory() -> Iterator[list[int]]:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows as a Markdown table; numbers with three decimals."""
+    """Rows as a Markdown table that can be read unrendered too; numbers with three decimals."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
 
     def cell(value) -> str:
         return f"{value:.3f}" if isinstance(value, float) else str(value)
 
-    lines = [columns, ["---"] * len(columns)]
-    lines += [[cell(row.get(column, "")) for column in columns] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    cells = [columns, *([cell(row.get(column, "")) for column in columns] for row in rows)]
+    widths = [max(3, *(len(line[k]) for line in cells)) for k in range(len(columns))]
+    numbers = [
+        any(isinstance(row.get(column), (int, float)) for row in rows)
+        and all(isinstance(row.get(column), (int, float, type(None))) for row in rows)
+        for column in columns
+    ]
+    padded = [
+        [
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(line, widths, numbers, strict=True)
+        ]
+        for line in cells
+    ]
+    rule = [
+        "-" * (width - 1) + (":" if right else "-")
+        for width, right in zip(widths, numbers, strict=True)
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [padded[0], rule, *padded[1:]])
 
 
 def summary(run: Run) -> str:

@@ -7,6 +7,8 @@ A grid is a YAML file, as ``profiles/table1-cpu.yaml``. Every cell of it is a ru
 import contextlib
 import csv
 import functools
+import hashlib
+import json
 import multiprocessing
 import os
 import re
@@ -55,8 +57,8 @@ VARIED = (
 )  # fmt: skip
 VARIED_AND_SHARED = ("steps", "batch", "size", *VARIED)
 SHARED = (
-    "data", "style", "threshold_tau", *VARIED_AND_SHARED, "seconds", "weights", "device", "key",
-    "run",
+    "data", "style", "threshold_tau", *VARIED_AND_SHARED, "settings", "seconds", "weights",
+    "device", "key", "run",
 )  # fmt: skip
 TESTED = ("network", "seed", "fold", "neuron", "volume", "dice", "hd95", "diagonal", "cldice")
 TREE = ("esa", "dsa", "pds", "precision", "recall", "trees")
@@ -79,6 +81,13 @@ class Cell:
     fold: int
     name: str
     parameters: dict
+
+    @property
+    def settings(self) -> str:
+        """Hash of all its parameters but the seed: equal, and two runs may be averaged."""
+        shared = {key: value for key, value in self.parameters.items() if key != "seed"}
+        text = json.dumps(shared, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_grid(path: str | Path) -> dict:
@@ -193,7 +202,10 @@ def run_sweep(
         twice = next(name for name in names if names.count(name) > 1)
         raise SettingsError(f"{path}: two runs would share the folder {twice}; rename a network")
     check_data(data, [defaults[DATA_NOTEBOOK] | cell.parameters for cell in cells])
-    with claim(Path(folder) / stem / ".lock"):
+    with (
+        claim(Path(folder) / stem / ".lock"),
+        claim(results.with_name(f".{results.name}.lock"), results),
+    ):
         kept = _kept(results, cells, data, grid["measure"])
         rows: dict[str, list[dict]] = {}
         failed: dict[str, str] = {}
@@ -311,8 +323,10 @@ def _rows(run: Run, cell: Cell, data: str, measure: str) -> list[dict]:
         "key": records[chain[-1]]["key"][:16],
         "run": cell.name,
         "every": cell.parameters.get("every", 1),
+        "settings": cell.settings,
     }
-    common |= _told(cell)
+    # A parameter that a cell leaves at its default has an empty place.
+    common |= {key: cell.parameters.get(key, "") for key in VARIED_AND_SHARED}
     if measure == "validation":
         curve = metrics["validation"]
         return [common | {"neuron": curve["neurons"]} | point for point in curve["points"]]
@@ -320,8 +334,10 @@ def _rows(run: Run, cell: Cell, data: str, measure: str) -> list[dict]:
     for pair in read_manifest(run.path("split.json")).test:
         volume, scores = read_volume(pair.image), metrics["neurons"][pair.name]
         diagonal = volume_diagonal(volume.data.shape, volume.spacing)
-        # clDice is not measured on a sample of the slices.
-        found = {k.lower(): round(value, 4) for k, value in scores.items()}
+        # A notebook records words beside the numbers (the style, which stands in `names`), and
+        # no clDice on a sample of the slices.
+        numbers = {k: v for k, v in scores.items() if isinstance(v, (int, float))}
+        found = {k.lower(): round(value, 4) for k, value in numbers.items()}
         names = {"neuron": pair.neuron, "volume": pair.name, "style": pair.style}
         rows.append(common | names | found | {"diagonal": round(diagonal, 1)})
     return rows
@@ -352,11 +368,6 @@ def _write_index(
     )
 
 
-def _told(cell: Cell) -> dict:
-    """Those parameters of a cell that its results name; empty where a default held."""
-    return {key: cell.parameters.get(key, "") for key in VARIED_AND_SHARED}
-
-
 def _kept(path: Path, cells: list[Cell], data: str, measure: str) -> list[dict]:
     """Results of other seeds with these same networks and parameters, from an earlier call."""
     try:
@@ -364,13 +375,13 @@ def _kept(path: Path, cells: list[Cell], data: str, measure: str) -> list[dict]:
     except SettingsError:
         return []
     seeds = {str(cell.seed) for cell in cells}
-    told = {(c.network, str(c.fold)): {k: str(v) for k, v in _told(c).items()} for c in cells}
+    settings = {(cell.network, str(cell.fold)): cell.settings for cell in cells}
     return [
         row
         for row in rows
         if row["seed"] not in seeds
         and row["data"] == data_label(data)
-        and told.get((row["network"], row["fold"])) == {key: row[key] for key in VARIED_AND_SHARED}
+        and settings.get((row["network"], row["fold"])) == row["settings"]
     ]
 
 
@@ -426,6 +437,17 @@ def by_network(rows: list[dict], column: str) -> dict[str, dict[str, float]]:
         network: {neuron: sum(v) / len(v) for neuron, v in neurons.items()}
         for network, neurons in found.items()
     }
+
+
+def by_seed(rows: list[dict], column: str) -> dict[str, dict[str, float]]:
+    """Mean of a column over neurons, as network → seed → value: what another seed changes."""
+    found: dict[str, dict[str, float]] = {}
+    for seed in sorted({row["seed"] for row in rows}):
+        values = by_network([row for row in rows if row["seed"] == seed], column)
+        for network, neurons in values.items():
+            mean = sum(neurons.values()) / len(neurons)
+            found.setdefault(network, {})[f"seed {seed}"] = mean
+    return found
 
 
 def gains(

@@ -9,6 +9,7 @@ import contextlib
 import csv
 import json
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +26,7 @@ from tqdm import tqdm
 from neurolib.blocking import block_grid, choose_blocks, read_block, salient
 from neurolib.datasets import Sample
 from neurolib.errors import DataError, SettingsError, WeightsError
-from neurolib.files import atomic_path, claim
+from neurolib.files import atomic_path, claim, sha256
 from neurolib.network import NetworkSettings, Segmenter, build, make, settings_of
 
 # Response of a voxel at most one voxel off the centreline: the dilated skeleton of the target,
@@ -33,6 +34,8 @@ from neurolib.network import NetworkSettings, Segmenter, build, make, settings_o
 SKELETON = math.expm1(6 * (1 - 1 / 5)) / math.expm1(6)
 
 LOSSES = ("dice+focal", "dice+ce+skeleton", "dice+ce+cldice")
+# Modules that a training's result depends on.
+CODE = ("training", "network", "inflation", "blocking")
 # What a checkpoint of a frozen encoder says of how `build` makes it again, in its order.
 REBUILD = ("initialisation", "weights_file", "network_seed", "fold")
 # What a network says of its initialisation once its encoder came from a checkpoint.
@@ -305,7 +308,7 @@ def loss_terms(
     else:
         terms["ce"] = F.binary_cross_entropy_with_logits(logits, mask)
     if name == "dice+ce+skeleton":
-        skeleton = (response >= SKELETON).to(logits.dtype)
+        skeleton = (response >= max(SKELETON, tau)).to(logits.dtype)  # inside the mask
         terms["skeleton"] = skeleton_recall(logits, skeleton)
     if name == "dice+ce+cldice":
         terms["cldice"] = soft_cldice(logits, mask)
@@ -329,8 +332,8 @@ def pulls(logits: torch.Tensor, response: torch.Tensor, tau: float) -> dict[str,
 # ------------------------------------------------------------------------------------- loop
 
 
-def start(device: str = "auto", precision: str = "32-true", devices: int = 1) -> Fabric:
-    """Start Lightning Fabric on a device.
+def start(device: str = "auto", precision: str = "32-true", devices: int = 0) -> Fabric:
+    """Start Lightning Fabric on a device, or as one of the processes that torchrun has started.
 
     Parameters
     ----------
@@ -339,15 +342,22 @@ def start(device: str = "auto", precision: str = "32-true", devices: int = 1) ->
     precision : str
         ``32-true``, or ``bf16-mixed`` on a GPU.
     devices : int
-        GPUs (or CPU processes) of this machine.
+        GPUs (or CPU processes) of this machine; 0: as many as torchrun has started, or one.
 
     Raises
     ------
     SettingsError
         If there is no such device.
     """
+    here, nodes = 1, 1
+    # Fabric's own launcher sets WORLD_SIZE too, but not this one.
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // here
     try:
-        fabric = Fabric(accelerator=device, devices=devices, precision=precision)
+        fabric = Fabric(
+            accelerator=device, devices=devices or here, num_nodes=nodes, precision=precision
+        )
     except Exception as error:  # Fabric raises its own classes, and plain ones
         reason = str(error).splitlines()[0][:120]
         raise SettingsError(
@@ -480,13 +490,16 @@ def _train(
 ) -> TrainingResult:
     """The loop; see `train`."""
     shape = network.settings
+    if not validation:
+        raise DataError("no validation volume; hold out at least one neuron for validation")
     blocks = BlockSource(samples, shape.depth, shape.block, settings.negatives, seed=settings.seed)
     checks = [validation_blocks(s, shape, settings) for s in validation]
     _prepare_encoder(network, settings)
     optimizer = torch.optim.AdamW(parameter_groups(network, settings), fused=True)
     module, optimizer = fabric.setup(network, optimizer)
     average = {k: v.detach().clone() for k, v in network.state_dict().items()}
-    state = _Resume(folder, network, optimizer, average, _identity(network, settings, tau, blocks))
+    identity = _identity(network, settings, tau, blocks, checks)
+    state = _Resume(folder, network, optimizer, average, identity)
     step, history, best = state.load()
     if step == 0 and fabric.is_global_zero:
         state.save(step, history, best)  # stopped soon, the same object has other weights
@@ -838,6 +851,11 @@ def restore(network: Segmenter, path: str | Path) -> None:
         raise WeightsError(f"{path}: not a readable checkpoint ({error})") from None
     without_encoder = "encoder_sum" in facts
     if without_encoder:
+        if encoder_sum(network) != facts["encoder_sum"]:
+            raise WeightsError(
+                f"{path}: trained on a frozen encoder with other weights than this network's; "
+                f"expected initialisation {facts['initialisation']!r} and the same weights file"
+            )
         kept = network.state_dict()
         weights |= {k: v for k, v in kept.items() if k.startswith("encoder.")}
     try:
@@ -860,9 +878,13 @@ def _read_header(path: str | Path) -> dict:
 
 
 def _identity(
-    network: Segmenter, settings: TrainingSettings, tau: float, blocks: BlockSource
+    network: Segmenter,
+    settings: TrainingSettings,
+    tau: float,
+    blocks: BlockSource,
+    checks: Sequence[Check],
 ) -> str:
-    """What must be equal for a run that was ended to go on: settings, first weights, blocks.
+    """What must be equal for a run that was ended to go on: settings, data, first weights, code.
 
     A network that was already in this same training is not what it was at first: its object
     remembers.
@@ -872,7 +894,13 @@ def _identity(
         "training": asdict(settings),
         "tau": tau,
         "neurons": [sample.pair.name for sample in blocks.samples],
-        "places": zlib.crc32(np.ascontiguousarray(blocks.places, np.int64).tobytes()),
+        "places": zlib.crc32(np.ascontiguousarray(blocks.places, np.int64)),
+        "images": [zlib.crc32(np.ascontiguousarray(s.image)) for s in blocks.samples],
+        "responses": [zlib.crc32(np.ascontiguousarray(s.response)) for s in blocks.samples],
+        "validation": [
+            zlib.crc32(c.responses.numpy(), zlib.crc32(c.blocks.numpy())) for c in checks
+        ],
+        "code": [sha256(Path(__file__).with_name(f"{name}.py")) for name in CODE],
     }
     given = json.dumps(facts, sort_keys=True)
     if network.training_begun is None or network.training_begun[0] != given:

@@ -396,7 +396,7 @@ widgets.explore(retrace, "retrace", alt, run.figures, threshold=low, smallest=si
 # %% [markdown]
 # ## Real neurons
 #
-# The same on confocal volumes of *Drosophila* neurons: networks of notebook 06, trained for minutes on
+# The same on confocal volumes of *Drosophila* neurons: a network of notebook 06, trained for minutes on
 # the other neurons, all slices predicted, traced with the settings of this notebook. All of it in one is
 # `neurolib sweep profiles/trees-cpu.yaml --workers 2`. (The file that is read here was made in two steps:
 # that sweep's predictions, then `tracing.trace` on them.)
@@ -409,15 +409,14 @@ print(runs.table([{column: row[column] for column in columns} for row in lines])
 
 # %%
 recall = sweeps.by_network(measured, "recall")
-alt = "Recall of each real neuron's tree, of a network from scratch and one that was inflated."
+alt = "Recall of each real neuron's tree."
 plotting.show(plotting.dots(recall, "recall of the tree"), "real-recall", alt, run.figures)
 
 # %% [markdown]
-# Dice and tree do not say the same. Center inflation gains 0.06 in Dice over scratch, and 0.21 in recall:
-# of a neuron's length it finds 49 % instead of 28 %, more on each of the four neurons, at the same
-# precision (57 % and 53 %). The trees are far from done all the same: these networks saw a hundred
-# small batches, and ESAs of 2 to 24 voxels beside the 0.3 to 0.4 of trees from the target say that
-# the mask is what is missing, not the tracer.
+# Of a neuron's length the trees find half (recall 49 %, $n = 4$, one seed), and somewhat more than half of
+# theirs is right (precision 57 %). They are far from done: this network saw a hundred small batches, and
+# ESAs of 2 to 24 voxels beside the 0.3 to 0.4 of trees from the target say that the mask is what is
+# missing, not the tracer.
 #
 # ## Your own segmentation
 #
@@ -449,8 +448,7 @@ run.record("neurons", neurons)
 # tree; its errors can be told from the network's by tracing the target. From the targets of six real
 # confocal neurons of *Drosophila*, this tracer's trees have an ESA of 0.32 to 0.42 voxels, a PDS of
 # 0.007 to 0.025, a precision of 1.000 and a recall of 0.956 to 0.992. The paper stops at the mask
-# (Dice 0.50 for center inflation, 0.42 from scratch); trees are what neuroscientists measure, and in
-# them the gain of pre-training is larger than in Dice: recall 0.49 instead of 0.28, $n = 4$, one seed.
+# (Dice 0.50 for center inflation, 0.42 from scratch); trees are what neuroscientists measure.
 #
 # **Next:** [06 Table 1](06_table1.ipynb).
 #

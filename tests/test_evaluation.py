@@ -214,6 +214,13 @@ def test_one_and_two_empty_masks():
     assert betti0_error(empty, full) == 1
 
 
+def test_a_solid_that_thinning_takes_away_is_its_own_skeleton():
+    speck, bar = np.zeros((2, 9, 9, 9), bool)
+    speck[:2, :2, :2] = bar[5, 5] = True
+    assert cl_dice(speck, bar) == 0
+    assert cl_dice(speck, speck) == 1
+
+
 def test_cl_dice_weighs_branches_not_voxels():
     tube = np.zeros((15, 15, 60), bool)
     tube[5:10, 5:10, 5:55] = True

@@ -42,6 +42,20 @@ def run(network, *shape):
         return network(torch.rand(*shape, generator=torch.Generator().manual_seed(1)))
 
 
+@pytest.mark.parametrize(
+    "encoder", ["vit_small_patch14_dinov2.lvd142m", "vit_small_patch16_224.dino"]
+)
+def test_from_scratch_every_block_of_the_encoder_counts(encoder):
+    """Also where the first layer scale, 1e-5 in some architectures, would leave them all out."""
+    network, _ = build(NetworkSettings(encoder=encoder, size=112), "scratch")
+    tokens = []
+    for block in network.encoder.blocks:
+        block.register_forward_hook(lambda _, given, out: tokens.append((given[0], out)))
+    run(network.eval(), 1, 1, 5, 100, 100)
+    assert len(tokens) == 12
+    assert all((out - given).norm() > 0.02 * given.norm() for given, out in tokens)
+
+
 # ------------------------------------------------------------------------------- shapes
 
 

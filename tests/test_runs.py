@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from neurolib import datasets, evaluation, runs, swc, sweeps, synthesis, volume
-from neurolib.errors import SettingsError
+from neurolib.errors import DataError, SettingsError, WeightsError
 
 GRID = """\
 data: somewhere
@@ -37,6 +37,10 @@ def test_results_round_trip_and_are_averaged_over_seeds(tmp_path):
     assert sweeps.by_network(found, "dice") == {
         "a": {"n1": pytest.approx(0.3), "n2": 0.5},
         "b": {"n1": 0.6, "n2": 0.5},
+    }
+    assert sweeps.by_seed(found, "dice") == {
+        "a": {"seed 0": pytest.approx(0.35), "seed 1": 0.4},
+        "b": {"seed 0": pytest.approx(0.55)},
     }
     # Nothing found on one of two volumes of a neuron: its diagonal counts, and the neuron once.
     rows = [row("a", "n1", 0, 0.2) | {"hd95": float("inf")}, row("a", "n1", 0, 0.2)]
@@ -121,7 +125,18 @@ def test_a_run_keeps_what_stages_record(tmp_path):
     run.record("neurons", {"a": {"Dice": 0.5}})
     assert runs.target_of(run) == {"kind": "radius", "tau": 0.5}
     assert run.metrics()["neurons"]["a"]["Dice"] == 0.5
-    assert "| a | 0.500 |" in runs.summary(run)
+    lines = [[cell.strip() for cell in line.split("|")] for line in runs.summary(run).splitlines()]
+    assert ["", "a", "0.500", ""] in lines
+
+
+def test_a_table_can_be_read_before_it_is_rendered():
+    printed = runs.table([{"a": 1.5, "name": "x"}, {"a": 22.25, "name": "long", "n": 3}])
+    assert printed.splitlines() == [
+        "|      a | name |   n |",
+        "| -----: | ---- | --: |",
+        "|  1.500 | x    |     |",
+        "| 22.250 | long |   3 |",
+    ]
 
 
 def test_without_a_checkpoint_a_run_takes_the_one_that_comes_along(tmp_path):
@@ -130,6 +145,33 @@ def test_without_a_checkpoint_a_run_takes_the_one_that_comes_along(tmp_path):
     assert runs.checkpoint_of(run).is_file()
     run.path("checkpoint.safetensors").write_bytes(b"")
     assert runs.checkpoint_of(run) == run.path("checkpoint.safetensors")
+
+
+def test_a_run_that_lost_its_checkpoint_gets_no_other(tmp_path):
+    run = runs.open_run(tmp_path)
+    run.record("validation", {"points": []})
+    with pytest.raises(WeightsError, match=r"checkpoint\.safetensors: missing.*notebook 03"):
+        runs.checkpoint_of(run)
+    run.record("notebooks", {"03_training": {"key": "k"}, "04_evaluation": {"key": "k"}})
+    for name in ("03_training", "04_evaluation"):
+        run.path(f"{name}.ipynb").write_text("{}")
+    assert runs._is_done(run, "04_evaluation", "k")
+    assert not runs._is_done(run, "03_training", "k")
+    run.path("checkpoint.safetensors").write_bytes(b"")
+    assert runs._is_done(run, "03_training", "k")
+
+
+def test_a_run_split_from_other_data_is_no_run_of_these(tmp_path):
+    run = runs.open_run(tmp_path / "run")
+    for name in ("ours", "theirs"):
+        (tmp_path / name).mkdir()
+        for k in range(3):
+            volume.write_volume(tmp_path / name / f"cell{k}.tif", np.eye(9)[None].repeat(5, 0))
+            (tmp_path / name / f"cell{k}.swc").write_text("1 2 1 1 1 1 -1\n")
+    split = runs.split_of(run, str(tmp_path / "ours"))
+    assert runs.split_of(run, str(tmp_path / "ours")) == split
+    with pytest.raises(DataError, match=r"split of other data than .*theirs.*run_dir"):
+        runs.split_of(run, str(tmp_path / "theirs"))
 
 
 SMALL = """\
@@ -237,7 +279,8 @@ def test_a_run_that_traces_gives_rows_with_the_scores_of_its_trees(tmp_path):
     about = {"encoder": "vit center", "weights": "w", "style": "real", "device": "CPU"}
     run.record("about", about)
     run.record("target", {"tau": 0.1})
-    scores = {"Dice": 0.5, "Hd95": float("inf"), "ESA": 1.23456, "recall": 0.9, "trees": 3}
+    scores = {"style": "real", "Dice": 0.5, "Hd95": float("inf"), "ESA": 1.23456}
+    scores |= {"recall": 0.9, "trees": 3}
     run.record("neurons", {"cell1": scores})
     cell = sweeps.Cell("a", 0, 0, "grid/a-s0-f0", {"depth": 5})
     path = tmp_path / "trees.csv"
@@ -252,17 +295,21 @@ def test_a_run_that_traces_gives_rows_with_the_scores_of_its_trees(tmp_path):
 
 def test_results_of_other_seeds_stay_if_all_else_is_equal(tmp_path):
     path = tmp_path / "results.csv"
-    told = {key: "" for key in sweeps.VARIED_AND_SHARED} | {"steps": 5, "depth": 1}
+    parameters = {"steps": 5, "every": 4, "negatives": 1.0}
 
-    def old(**changes) -> dict:
-        return row("a", "n1", 1, 0.5) | told | {"fold": 0, "data": "x"} | changes
+    def cell(**changes) -> sweeps.Cell:
+        return sweeps.Cell("a", 0, 0, "grid/a-s0-f0", parameters | changes)
+
+    def old(settings: str = cell(seed=1).settings, **changes) -> dict:
+        shared = {"fold": 0, "data": "x", "settings": settings}
+        return row("a", "n1", 1, 0.5) | shared | changes
 
     kept = old(cldice=float("nan"))
-    others = [old(seed=0), old(data="y"), old(steps=6), old(network="b"), old(fold=1)]
+    others = [old(seed=0), old(data="y"), old(network="b"), old(fold=1)]
+    others += [old(cell(**{name: 7}).settings) for name in (*parameters, "tau")]
     sweeps.write_results(path, [kept, *others])
-    cell = sweeps.Cell("a", 0, 0, "grid/a-s0-f0", {"steps": 5, "depth": 1})
-    found = sweeps._kept(path, [cell], "somewhere/x", "test")
-    assert [(one["seed"], one["steps"], one["network"]) for one in found] == [("1", "5", "a")]
+    found = sweeps._kept(path, [cell(seed=0)], "somewhere/x", "test")
+    assert [(one["seed"], one["network"], one["fold"]) for one in found] == [("1", "a", "0")]
     assert np.isnan(found[0]["cldice"])
 
 

@@ -224,6 +224,14 @@ def test_everything_is_what_cldice_or_skeleton_recall_alone_would_be_content_wit
     assert {term for term, value in found.items() if value < 1e-6} == {"skeleton", "cldice"}
 
 
+@pytest.mark.parametrize("tau", [0.1, 0.5, 0.9])
+def test_a_perfect_answer_costs_nothing_at_any_threshold(batch, tau):
+    response = torch.tensor(batch[1])
+    logits = torch.where(response >= tau, 40.0, -40.0).double()
+    for term, value in loss_terms("dice+ce+skeleton", logits, response, tau).items():
+        assert value.item() == pytest.approx(0, abs=1e-9), term
+
+
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_skeleton_threshold_marks_the_centreline_and_its_neighbours(axis):
     """Five voxels across a straight neurite on voxel centres: exactly one voxel off counts."""
@@ -790,7 +798,7 @@ def test_killed_run_resumes_to_bit_equal_weights(tmp_path, samples, checks):
 
 
 def test_finished_run_is_not_trained_again_and_other_settings_start_anew(tmp_path, samples, checks):
-    def steps(network_seed=0, data=samples, **changes):
+    def steps(network_seed=0, data=samples, checks=checks, **changes):
         network, _ = build(NETWORK, "scratch", seed=network_seed)
         rows = []
         settings = dataclasses.replace(FAST, steps=2, save_every=1, **changes)
@@ -802,6 +810,18 @@ def test_finished_run_is_not_trained_again_and_other_settings_start_anew(tmp_pat
     assert steps(decoder_rate=2e-3) == 0
     assert steps(network_seed=1, decoder_rate=2e-3) == 2
     assert steps(network_seed=1, decoder_rate=2e-3, data=samples[:1]) == 2
+    # Other images behind the same trees, in training or in validation.
+    brighter = [dataclasses.replace(samples[0], image=samples[0].image ** 0.5)]
+    assert steps(network_seed=1, decoder_rate=2e-3, data=brighter) == 2
+    assert steps(network_seed=1, decoder_rate=2e-3, data=brighter, checks=brighter) == 2
+    assert steps(network_seed=1, decoder_rate=2e-3, data=brighter, checks=brighter) == 0
+
+
+def test_training_without_validation_is_refused_before_it_begins(tmp_path, samples):
+    rows = []
+    with pytest.raises(DataError, match="hold out at least one"):
+        train(build(NETWORK, "scratch")[0], samples, [], tmp_path, FAST, on_step=rows.append)
+    assert not rows
 
 
 @pytest.mark.parametrize("at", [1, 3], ids=["before anything was kept", "after"])
@@ -923,6 +943,15 @@ def test_frozen_training_from_a_checkpoint_keeps_the_encoder_it_started_from(
     assert all(torch.equal(v, before[k]) for k, v in found.encoder.state_dict().items())
 
 
+def test_a_decoder_is_not_joined_to_an_encoder_it_was_not_trained_behind(tmp_path):
+    one, other = (build(NETWORK, "scratch", seed=seed)[0] for seed in (5, 6))
+    facts = {"training": dataclasses.asdict(FAST) | {"frozen": True}}
+    save_checkpoint(tmp_path / "frozen", one, one.state_dict(), facts)
+    with pytest.raises(WeightsError, match=r"frozen encoder with other weights.*'scratch'"):
+        restore(other, tmp_path / "frozen")
+    restore(one, tmp_path / "frozen")
+
+
 def test_checkpoint_of_another_network_is_refused(checkpoint):
     other = Segmenter(NETWORK)
     with pytest.raises(WeightsError, match="another network") as error:
@@ -969,23 +998,55 @@ def test_missing_checkpoint_and_text_are_refused(tmp_path):
 # ------------------------------------------------------------------------------- profile
 
 
-def test_the_gpu_profile_runs_through_the_notebook_on_a_cpu(tmp_path):
-    """Two steps of a small network; all that is the profile's own stays, bfloat16 too."""
-    data = tmp_path / "data"
-    data.mkdir()
+SMALL = {"encoder": "test_vit.r160_in1k", "initialisation": "scratch", "size": 96}
+SMALL |= {"device": "cpu", "steps": 2, "batch": 2, "validation_blocks": 4}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Three synthetic neurons as pairs in a folder."""
+    data = tmp_path_factory.mktemp("data")
     for seed in range(3):
         tree = synthesis.grow(seed, (24, 64, 64))
         swc.write_swc(data / f"cell{seed}.swc", tree)
         stack = synthesis.render(tree, (24, 64, 64), seed=seed)
         volume.write_volume(data / f"cell{seed}.tif", stack.data)
-    small = {"encoder": "test_vit.r160_in1k", "initialisation": "scratch", "size": 96}
-    small |= {"device": "cpu", "steps": 2, "batch": 2, "validation_blocks": 4}
+    return data
+
+
+def test_torchrun_trains_and_the_notebook_goes_on_from_there(tmp_path, data):
+    """Two processes with sockets between them; the notebook finds nothing left to train."""
+    given = [part for item in SMALL.items() for part in ("-p", "{}={}".format(*item))]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "neurolib.cli", "train", "--data", str(data), "--profile", "empty"]
+    done = subprocess.run(
+        [sys.executable, *command, "--name", "x", "--folder", str(tmp_path), *given],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    before = (tmp_path / "x" / "checkpoint.safetensors").read_bytes()
+    history = (tmp_path / "x" / "history.csv").read_text()
+    assert len(history.splitlines()) == 3
+    run = runs.run_course(str(data), "empty", "x", tmp_path, SMALL, ("03_training",))
+    assert run.path("checkpoint.safetensors").read_bytes() == before
+    assert run.path("history.csv").read_text() == history
+    # One process alone sees half of the blocks, and ends with other weights.
+    alone = runs.train_run(str(data), "empty", "alone", tmp_path, SMALL)
+    assert alone.path("checkpoint.safetensors").read_bytes() != before
+
+
+def test_the_gpu_profile_runs_through_the_notebook_on_a_cpu(tmp_path, data):
+    """Two steps of a small network; all that is the profile's own stays, bfloat16 too."""
     name = "03_training"
     known = runs.notebook_parameters(runs.notebook_path(name))
     profile = {k: v for k, v in runs.read_profile("gpu").items() if k in known}
-    run = runs.run_course(str(data), "empty", "x", tmp_path, profile | small, (name,))
+    run = runs.run_course(str(data), "empty", "x", tmp_path, profile | SMALL, (name,))
     _, facts = load_checkpoint(run.path("checkpoint.safetensors"))
-    asked = {k: v for k, v in (profile | small).items() if k in facts["training"]}
+    asked = {k: v for k, v in (profile | SMALL).items() if k in facts["training"]}
     assert facts["training"].items() >= asked.items()
     assert asked["precision"] == "bf16-mixed"
     assert facts["step"] == 2
