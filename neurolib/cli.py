@@ -86,17 +86,24 @@ def sweep(
     scheduler: Annotated[
         str, typer.Option(help="Address of a Dask cluster that does the runs instead.")
     ] = "",
+    rows: Annotated[
+        list[str] | None, typer.Option(help="Run this network only; may be repeated.")
+    ] = None,
+    folds: Annotated[
+        list[int] | None, typer.Option(help="Run this fold only, from 0; may be repeated.")
+    ] = None,
 ) -> None:
     """Run notebooks 03 and 04, or 05 too, for every network, seed and fold of a grid.
 
-    Finished runs are skipped, failed ones tried again, an interrupted sweep goes on. Notebook 06
-    shows the results.
+    Finished runs are skipped, and failed ones are tried again. Parts of a grid that are run one
+    after the other add up to one file of results, which notebook 06 shows.
 
     Example: neurolib sweep profiles/table1-cpu.yaml --data my_pairs --workers 2
     """
     from neurolib.sweeps import run_sweep
 
-    print(f"results: {run_sweep(grid, folder, data, workers, seed or (), scheduler)}")
+    part = {"rows": rows or (), "folds": folds or ()}
+    print(f"results: {run_sweep(grid, folder, data, workers, seed or (), scheduler, **part)}")
 
 
 @app.command()

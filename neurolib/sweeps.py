@@ -148,6 +148,8 @@ def run_sweep(
     workers: int = 1,
     seeds: Sequence[int] = (),
     scheduler: str = "",
+    rows: Sequence[str] = (),
+    folds: Sequence[int] = (),
 ) -> Path:
     """Run every network, seed and fold of a grid, skip what is done, write the tidy results.
 
@@ -169,6 +171,11 @@ def run_sweep(
         Address of a Dask cluster that does the runs instead, as ``tcp://10.0.0.1:8786``. Its
         workers see repository, data and `folder` under the same absolute paths, and have one
         thread each; a run whose worker dies is taken up by another one.
+    rows : sequence of str
+        Names of networks, and
+    folds : sequence of int
+        numbers of folds, the first being 0: run this part of the grid only. Results of the rest
+        stay in the file if their parameters are those of the grid, so that parts add up to it.
 
     Returns
     -------
@@ -178,7 +185,8 @@ def run_sweep(
     Raises
     ------
     SettingsError
-        Before anything runs, if the grid is unusable or another process is at this sweep.
+        Before anything runs, if the grid is unusable, has no such row or fold, or another process
+        is at this sweep.
     NotebookError
         After all others have run, if some failed; a second call tries these again.
     """
@@ -191,13 +199,19 @@ def run_sweep(
         results = results.with_stem(f"{results.stem}-{data_label(data)}")
         stem += f"-{data_label(data)}"
     data = data or grid["data"]
-    cells = list(_cells(grid, stem, seeds))
+    whole = list(_cells(grid, stem, seeds))
+    cells = _part(path, grid, whole, rows, folds)
     defaults = {n: notebook_parameters(notebook_path(n)) for n in (DATA_NOTEBOOK, *chain)}
-    for cell in cells:
+    for cell in whole:
         choose_parameters(cell.parameters, defaults)
         if grid["measure"] == "tree" and cell.parameters.get("every", 1) != 1:
             raise SettingsError(f"{path}: measure tree needs all slices; remove 'every'")
-    names = [cell.name for cell in cells]
+    order = list(grid["networks"])
+
+    def place(row: dict) -> tuple[int, int, int]:
+        return int(row["fold"]), int(row["seed"]), order.index(row["network"])
+
+    names = [cell.name for cell in whole]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise SettingsError(f"{path}: two runs would share the folder {twice}; rename a network")
@@ -206,8 +220,8 @@ def run_sweep(
         claim(Path(folder) / stem / ".lock"),
         claim(results.with_name(f".{results.name}.lock"), results),
     ):
-        kept = _kept(results, cells, data, grid["measure"])
-        rows: dict[str, list[dict]] = {}
+        kept = _kept(results, cells, whole, data, grid["measure"])
+        done: dict[str, list[dict]] = {}
         failed: dict[str, str] = {}
         job = functools.partial(_run_cell, data, Path(folder).absolute(), chain, Path.cwd())
         for cell, found in _execute(cells, job, workers, scheduler):
@@ -215,11 +229,11 @@ def run_sweep(
                 failed[cell.name] = str(found)
                 print(f"== {cell.name} failed: {found}", flush=True)
             else:
-                rows[cell.name] = _rows(found, cell, data, grid["measure"])
-                done = [row for one in cells for row in rows.get(one.name, [])]
-                write_results(results, kept + done, grid["measure"])
-                print(f"== {len(rows)} of {len(cells)} done: {cell.name}", flush=True)
-            _write_index(Path(folder) / stem / "index.html", cells, rows, failed)
+                done[cell.name] = _rows(found, cell, data, grid["measure"])
+                together = [*kept, *(row for some in done.values() for row in some)]
+                write_results(results, sorted(together, key=place), grid["measure"])
+                print(f"== {len(done)} of {len(cells)} done: {cell.name}", flush=True)
+            _write_index(Path(folder) / stem / "index.html", cells, done, failed)
     if failed:
         raise NotebookError(
             f"{len(failed)} of {len(cells)} runs failed (the first: {next(iter(failed.values()))});"
@@ -236,6 +250,23 @@ def _cells(grid: dict, stem: str, seeds: Sequence[int]) -> Iterator[Cell]:
                 name = f"{stem}/{label}-s{seed}-f{fold}"
                 own = {"seed": seed, "held_out": held_out}
                 yield Cell(network, seed, fold, name, grid["common"] | changes | own)
+
+
+def _part(
+    path: str | Path, grid: dict, cells: list[Cell], rows: Sequence[str], folds: Sequence[int]
+) -> list[Cell]:
+    """The cells of some rows and folds; of all that are not named."""
+    known = list(grid["networks"])
+    for name in rows:
+        if name not in known:
+            raise SettingsError(f"--rows {name}: no such row in {path}; there are {known}")
+    for fold in folds:
+        if not 0 <= fold < len(grid["folds"]):
+            raise SettingsError(
+                f"--folds {fold}: {path} has the folds 0 to {len(grid['folds']) - 1}; they are "
+                "counted from 0"
+            )
+    return [c for c in cells if c.network in (rows or known) and (not folds or c.fold in folds)]
 
 
 def _run_cell(data: str, folder: Path, chain: tuple[str, ...], where: Path, cell: Cell) -> Run:
@@ -368,18 +399,18 @@ def _write_index(
     )
 
 
-def _kept(path: Path, cells: list[Cell], data: str, measure: str) -> list[dict]:
-    """Results of other seeds with these same networks and parameters, from an earlier call."""
+def _kept(path: Path, cells: list[Cell], grid: list[Cell], data: str, measure: str) -> list[dict]:
+    """Results of an earlier call that are not to be run now, with the parameters of this grid."""
     try:
         rows = read_results(path, measure)
     except SettingsError:
         return []
-    seeds = {str(cell.seed) for cell in cells}
-    settings = {(cell.network, str(cell.fold)): cell.settings for cell in cells}
+    now = {(cell.network, str(cell.seed), str(cell.fold)) for cell in cells}
+    settings = {(cell.network, str(cell.fold)): cell.settings for cell in grid}
     return [
         row
         for row in rows
-        if row["seed"] not in seeds
+        if (row["network"], row["seed"], row["fold"]) not in now
         and row["data"] == data_label(data)
         and settings.get((row["network"], row["fold"])) == row["settings"]
     ]

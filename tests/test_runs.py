@@ -308,9 +308,72 @@ def test_results_of_other_seeds_stay_if_all_else_is_equal(tmp_path):
     others = [old(seed=0), old(data="y"), old(network="b"), old(fold=1)]
     others += [old(cell(**{name: 7}).settings) for name in (*parameters, "tau")]
     sweeps.write_results(path, [kept, *others])
-    found = sweeps._kept(path, [cell(seed=0)], "somewhere/x", "test")
+    found = sweeps._kept(path, [cell(seed=0)], [cell(seed=0)], "somewhere/x", "test")
     assert [(one["seed"], one["network"], one["fold"]) for one in found] == [("1", "a", "0")]
     assert np.isnan(found[0]["cldice"])
+
+
+PAIR = """\
+data: {data}
+results: {results}
+seeds: [0]
+folds: [cell0]
+common:
+  encoder: test_vit.r160_in1k
+  initialisation: scratch
+  validate_on: cell1
+  size: 96
+  steps: 1
+  batch: 2
+  validate_every: 1
+  validation_blocks: 4
+networks:
+  thin, 2D: {{depth: 1}}
+  thick: {{depth: 3}}
+"""
+
+
+def test_a_grid_that_measures_masks_runs_in_parts_to_one_file(data, tmp_path, capfd):
+    """What notebooks 03 and 04 really record becomes rows, and a later part keeps the others."""
+    grid, results = tmp_path / "grid.yaml", tmp_path / "results.csv"
+    grid.write_text(PAIR.format(results=results, data=data))
+    sweeps.run_sweep(grid, tmp_path / "runs", rows=["thick"])
+    first = sweeps.read_results(results)
+    sweeps.run_sweep(grid, tmp_path / "runs", rows=["thin, 2D"], folds=[0])
+    both = sweeps.read_results(results)
+    assert [row["network"] for row in both] == ["thin, 2D", "thick"]
+    assert both[1:] == first
+    for found in both:
+        assert found["neuron"] == found["volume"] == "cell0"
+        assert found["style"] == "real"
+        assert 0 <= found["dice"] <= 1
+        assert found["hd95"] > 0
+        assert found["diagonal"] == pytest.approx(np.linalg.norm((24, 64, 64)), abs=0.1)
+    assert "done before" not in capfd.readouterr().out
+    for part, word in (({"rows": ["thik"]}, "--rows thik"), ({"folds": [1]}, "--folds 1")):
+        with pytest.raises(SettingsError, match=word):
+            sweeps.run_sweep(grid, tmp_path / "runs", **part)
+    assert sweeps.read_results(results) == both
+
+
+def test_parts_of_a_grid_keep_what_is_not_run(tmp_path):
+    """Brute force: of all subsets of rows, folds and seeds, the union is the whole."""
+    path = tmp_path / "results.csv"
+    keys = [("ab"[i % 2], i // 2 % 2, i // 4) for i in range(8)]
+    cells = [sweeps.Cell(n, seed, fold, f"{n}{seed}{fold}", {"depth": 1}) for n, seed, fold in keys]
+
+    def rows(some):
+        names = {"data": "x", "settings": cells[0].settings}
+        return [
+            row(c.network, f"n{c.fold}", c.seed, 0.5) | names | {"fold": c.fold, "run": c.name}
+            for c in some
+        ]
+
+    for number in range(1, 255):
+        now = [cell for i, cell in enumerate(cells) if number >> i & 1]
+        sweeps.write_results(path, rows(cells))
+        kept = sweeps._kept(path, now, cells, "x", "test")
+        assert {one["run"] for one in kept} == {c.name for c in cells} - {c.name for c in now}
 
 
 def test_a_run_that_kills_its_worker_fails_alone():
