@@ -20,9 +20,9 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 from scipy.spatial import KDTree
-from skimage.morphology import skeletonize
 
 from neurolib.errors import NeurolibError, SettingsError, VolumeError
+from neurolib.evaluation import skeleton
 from neurolib.swc import Tree, check_pair, read_swc
 from neurolib.tracing import (
     BRANCH_MARGIN,
@@ -243,7 +243,7 @@ def trace_skeleton(
     """The simplest tracer: scikit-image's thinning (Lee et al., 1994), its voxels joined to trees.
 
     A minimum spanning tree over neighbouring voxels opens loops; nothing is pruned and no gap
-    closed, whatever `bridge` says. Thinning does not know of the spacing.
+    closed, whatever `bridge` says. Thinning ignores the spacing (`neurolib.evaluation.skeleton`).
 
     Parameters, result and errors are those of `trace_kimimaro`.
     """
@@ -252,7 +252,7 @@ def trace_skeleton(
         nearest_voxel(foreground, seed)
     mask = np.zeros(foreground.shape, bool)
     mask[tuple(foreground.voxels.T)] = True
-    thin = find_foreground(skeletonize(mask) > 0, spacing, min_size=1)
+    thin = find_foreground(skeleton(mask), spacing, min_size=1)
     radius = measure_radius(foreground, thin.points) + HALF_VOXEL
     edges = np.stack(sparse.triu(thin.neighbours).nonzero(), axis=1)
     return _forest(thin.points, edges, radius, thin.scale, seed)

@@ -182,13 +182,58 @@ def cl_dice(a: np.ndarray, b: np.ndarray) -> float:
 
 def _skeleton_share(mask: np.ndarray, other: np.ndarray) -> float:
     """Share of the skeleton voxels of `mask` that lie inside `other`."""
+    thin = skeleton(mask)
+    return np.count_nonzero(thin & other) / np.count_nonzero(thin)
+
+
+def skeleton(mask: np.ndarray) -> np.ndarray:
+    """Skeleton of a mask by Lee's 3D thinning, in which every connected piece keeps a voxel.
+
+    Lee, Kashyap and Chu, "Building skeleton models via 3-D medial surface/axis thinning
+    algorithms", CVGIP 1994, as scikit-image has it. Its thinning removes some pieces altogether,
+    among them all tubes of 2 × 2 and 4 × 4 voxels; those are thinned once more on a finer grid.
+
+    Parameters
+    ----------
+    mask : boolean array (z, y, x)
+
+    Returns
+    -------
+    ndarray
+        (z, y, x) bool, a part of the mask.
+
+    Raises
+    ------
+    VolumeError
+        If the mask is not boolean or not 3D.
+    """
     from skimage.morphology import skeletonize  # half a second to import: only where it is used
 
+    mask = _check_mask(mask, dimensions=3)
+    thin = np.zeros_like(mask)
     box = bounding_box(mask)
-    skeleton = skeletonize(mask[box]) > 0
-    if not skeleton.any():  # thinning takes some small solids away, as that of 2 × 2 × 2 voxels
-        skeleton = mask[box]
-    return np.count_nonzero(skeleton & other[box]) / np.count_nonzero(skeleton)
+    if box is None:
+        return thin
+    thin[box] = skeletonize(mask[box])
+    label, count = ndimage.label(mask[box], structure=FULL_CONNECTIVITY)
+    lost = np.setdiff1d(np.arange(1, count + 1), label[thin[box]])
+    boxes = ndimage.find_objects(label)
+    for number in lost:
+        part = boxes[number - 1]
+        piece = label[part] == number
+        # What is two voxels thick has no middle voxel. With a voxel between each two, every run
+        # of n voxels becomes one of 2n - 1, which has a middle.
+        fine = np.zeros([2 * n - 1 for n in piece.shape], dtype=bool)
+        fine[::2, ::2, ::2] = piece
+        for axis in range(3):
+            view = np.moveaxis(fine, axis, 0)
+            view[1::2] = view[:-1:2] & view[2::2]
+        middle = np.argwhere(skeletonize(fine)) // 2
+        if not len(middle):  # its deepest voxel
+            depth = ndimage.distance_transform_edt(np.pad(piece, 1))[1:-1, 1:-1, 1:-1]
+            middle = np.argwhere(depth == depth.max())[:1]
+        thin[box][part][tuple(middle.T)] = True
+    return thin
 
 
 def betti0_error(a: np.ndarray, b: np.ndarray) -> int:

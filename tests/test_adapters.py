@@ -13,7 +13,7 @@ from skimage.morphology import skeletonize
 from neurolib import adapters
 from neurolib.errors import NeurolibError, SettingsError, VolumeError
 from neurolib.evaluation import distance_to_tree, tree_distance, tree_scores
-from neurolib.swc import Tree, components, tips
+from neurolib.swc import Tree, components, length, tips
 from neurolib.tracing import trace
 from neurolib.volume import read_volume
 
@@ -165,6 +165,17 @@ def test_a_skeleton_keeps_every_voxel_of_the_thinning():
     tree = adapters.trace_skeleton(bar(), min_size=1)
     found = {tuple(v) for v in tree.xyz[:, ::-1].astype(int)}
     assert found == {tuple(v) for v in np.argwhere(skeletonize(bar()))}
+
+
+@pytest.mark.parametrize("size", [(2, 2), (4, 4), (4, 6), (3, 4)])
+def test_tubes_that_thinning_removes_are_traced(size):
+    mask = np.zeros((20, 20, 60), bool)
+    mask[5 : 5 + size[0], 5 : 5 + size[1], 5:55] = True
+    tree = adapters.trace_skeleton(mask)
+    assert (tree.parent < 0).sum() == 1
+    assert length(tree) == pytest.approx(50, abs=6)
+    middle = 4.5 + np.array(size) / 2
+    assert np.abs(tree.xyz[:, [2, 1]] - middle).max() <= 1
 
 
 def test_loops_are_opened_once():

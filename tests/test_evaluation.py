@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from skimage.morphology import skeletonize
 
 from neurolib.errors import NeurolibError, SettingsError, SwcError, VolumeError
 from neurolib.evaluation import (
@@ -22,6 +23,7 @@ from neurolib.evaluation import (
     hd95,
     permutation_p,
     sample_edges,
+    skeleton,
     surface_shares,
     surface_voxels,
     tree_distance,
@@ -214,11 +216,49 @@ def test_one_and_two_empty_masks():
     assert betti0_error(empty, full) == 1
 
 
-def test_a_solid_that_thinning_takes_away_is_its_own_skeleton():
-    speck, bar = np.zeros((2, 9, 9, 9), bool)
-    speck[:2, :2, :2] = bar[5, 5] = True
-    assert cl_dice(speck, bar) == 0
-    assert cl_dice(speck, speck) == 1
+def slow_pieces(mask: np.ndarray) -> list[np.ndarray]:
+    """Connected pieces, by flooding from one voxel after the other."""
+    left, pieces = {tuple(map(int, v)) for v in np.argwhere(mask)}, []
+    while left:
+        todo, piece = [left.pop()], np.zeros_like(mask)
+        while todo:
+            voxel = todo.pop()
+            piece[voxel] = True
+            around = {
+                tuple(np.add(voxel, move)) for move in itertools.product((-1, 0, 1), repeat=3)
+            }
+            todo += around & left
+            left -= around
+        pieces.append(piece)
+    return pieces
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.05, 0.5), st.sampled_from([0.0, 0.7, 1.2]))
+def test_every_piece_keeps_a_part_of_its_skeleton(seed, share, blur):
+    values = ndimage.gaussian_filter(np.random.default_rng(seed).random((9, 10, 11)), blur)
+    mask = values > np.quantile(values, 1 - share)
+    thin = skeleton(mask)
+    assert not (thin & ~mask).any()
+    lost = np.zeros_like(mask)
+    for piece in slow_pieces(mask):
+        assert (thin & piece).any()
+        lost |= piece & ~(skeletonize(mask) & piece).any()
+    # What thinning keeps is left as it is.
+    assert np.array_equal(thin & ~lost, skeletonize(mask))
+    assert cl_dice(mask, mask) == 1
+
+
+@pytest.mark.parametrize("height", range(1, 8))
+@pytest.mark.parametrize("width", range(1, 8))
+def test_a_false_tube_costs_the_same_whatever_its_width(height, width):
+    true = np.zeros((24, 24, 60), bool)
+    true[3:6, 3:6, 3:57] = True
+    both = true.copy()
+    both[12 : 12 + height, 12 : 12 + width, 3:57] = True
+    assert cl_dice(both, both) == 1
+    assert cl_dice(both, true) == cl_dice(true, both) == pytest.approx(2 / 3, abs=0.02)
+    assert betti0_error(both, true) == 1
 
 
 def test_cl_dice_weighs_branches_not_voxels():
