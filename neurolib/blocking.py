@@ -6,6 +6,7 @@ Stacking: weighted votes of overlapping blocks, divided by the sum of their weig
 """
 
 from collections.abc import Iterator
+from math import prod
 
 import numpy as np
 
@@ -25,6 +26,8 @@ PIECE = 4.0
 PAIRS = 1 << 16
 # Distances are computed in float64; a voxel exactly on a radius must not fall out by rounding.
 ROUNDING = 1e-9
+# Halvings of a piece until the place nearest to a voxel's extent is as exact.
+HALVINGS = 36
 # Slices that `stack_blocks` sums at a time in double precision.
 SLAB = 16
 
@@ -44,8 +47,8 @@ def tube_radius(tau: float = 0.1, *, a: float = 6.0, d_max: float = 5.0) -> floa
     Returns
     -------
     float
-        Radius in voxels of the finest spacing: 0.58, 1.90, 2.46, 3.65 for tau = 0.5, 0.1, 0.05,
-        0.01 and the default a, d_max.
+        Radius in pixels (voxels of the finer of dy and dx): 0.58, 1.90, 2.46, 3.65 for tau = 0.5,
+        0.1, 0.05, 0.01 and the default a, d_max.
 
     Raises
     ------
@@ -79,14 +82,14 @@ def make_target(
         Voxel size (dz, dy, dx) in any one unit; only the ratios matter.
     kind : {"sironi", "scale_space", "radius"}
         "sironi": y = (exp(a (1 - D / d_max)) - 1) / (exp(a) - 1) for D < d_max, else 0, with D
-        the distance to the nearest edge; the mask is y >= tau.
+        the distance to the nearest edge (see Notes); the mask is y >= tau.
         "scale_space": the same, with D including the difference of radii (see `scale_space`).
-        "radius": the union of the balls of radius max(r, 1) along all edges, r interpolated
+        "radius": the union of the balls of radius max(r, 1 pixel) along all edges, r interpolated
         between the nodes; the response is the mask as 0 or 1, and tau, a, d_max do not matter.
     tau : float
         Threshold on the response, in (0, 1]; `tube_radius` gives the tube that it cuts out.
     a, d_max : float
-        Steepness and range of the response; d_max in voxels of the finest spacing.
+        Steepness and range of the response; d_max in pixels (voxels of the finer of dy and dx).
 
     Returns
     -------
@@ -106,9 +109,13 @@ def make_target(
     Notes
     -----
     Distances are exact, to the edge and not to samples of it, so that a slanted neurite is as
-    wide as a straight one. Only voxels near the tree are visited. The form of the response is
-    that of Sironi, Türetken, Lepetit and Fua, "Multiscale Centerline Detection", TPAMI 2016;
-    a, d_max and tau are choices of this course.
+    wide as a straight one. A voxel that is longer than a pixel along an axis counts with its
+    extent: D is the distance to the nearest of the pixel-sized cubes that fill it. So the voxels
+    that an edge passes through lie within sqrt(3) / 2 pixels of it, and the mask of a connected
+    tree is connected, whatever the spacing. Only voxels near the tree are visited.
+
+    The form of the response is that of Sironi, Türetken, Lepetit and Fua, "Multiscale Centerline
+    Detection", TPAMI 2016; a, d_max and tau are choices of this course.
     """
     if kind not in KINDS:
         raise SettingsError(f"kind: unknown target {kind!r}; choose one of {', '.join(KINDS)}")
@@ -128,8 +135,8 @@ def make_target(
         start, end, reach = start[which, :3], end[which, :3], np.maximum(radius, radius + growth)
         if reach.max(initial=0) > (shape * scale).max():
             raise DataError(
-                f"tree: radius {reach.max():.4g} is larger than the volume of shape {shape}; "
-                "radii are in voxels of the finest spacing, convert them first"
+                f"tree: radius {reach.max() / min(*scale, 1):.4g} is larger than the volume of "
+                f"shape {shape}; radii are in voxels of the finest spacing, convert them first"
             )
         mask = np.zeros(shape, bool)
         for voxel, piece, along, distance in _near(start, end, reach, scale, shape, growth):
@@ -163,7 +170,7 @@ def scale_space(
     tree, shape, spacing, a, d_max
         As in `make_target`.
     radii : (k,) array, optional
-        Radii to sample, in voxels of the finest spacing; by default every half voxel from the
+        Radii to sample, in voxels of the finest spacing; by default every half pixel from the
         smallest to the largest of the tree.
 
     Returns
@@ -188,8 +195,10 @@ def scale_space(
     if not len(start):
         return response, radius
     low, high = np.minimum(start[:, 3], end[:, 3]), np.maximum(start[:, 3], end[:, 3])
+    # Pixels per voxel of the finest spacing.
+    finest = scale.min()
     if radii is None:
-        radii = np.arange(np.floor(2 * low.min()), np.ceil(2 * high.max()) + 1) / 2
+        radii = np.arange(np.floor(2 * low.min()), np.ceil(2 * high.max()) + 1) / 2 / finest
     radii = np.unique(np.asarray(radii, float))
     if not (radii.size and np.isfinite(radii).all() and radii[0] >= 0):
         raise SettingsError(f"radii: expected numbers of at least 0, got {radii.tolist()}")
@@ -197,12 +206,12 @@ def scale_space(
     # Strategy: the nearest sampled radius is best at every point of a piece, so a piece is
     # compared only with the radii whose neighbourhood its own radii touch: one or two of them.
     # The difference of radii is then a fourth coordinate of the distance.
-    between = (radii[1:] + radii[:-1]) / 2
+    between = (radii[1:] + radii[:-1]) / 2 * finest
     first = np.searchsorted(between, low, side="left")
     count = np.searchsorted(between, high, side="right") - first + 1
     piece = np.repeat(np.arange(len(start)), count)
     level = radii[first[piece] + _counters(count)]
-    height = np.outer(level, (0, 0, 0, 1))
+    height = np.outer(level * finest, (0, 0, 0, 1))
     start, end, reach = start[piece] - height, end[piece] - height, np.full(len(piece), d_max)
     flat, flat_radius = response.reshape(-1), radius.reshape(-1)
     for voxel, pair, _, distance in _near(start, end, reach, scale, shape):
@@ -601,16 +610,17 @@ def _response(distance: np.ndarray, a: float, d_max: float) -> np.ndarray:
 def _pieces(tree: Tree, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ends of the tree's edges, cut into short pieces: two (n, 4) arrays of z, y, x, radius.
 
-    Lengths are in voxels of the finest spacing. A root gives a piece of length 0, so that a
-    node without any edge counts too.
+    Lengths are in pixels; along a coarser axis, a piece may be as much longer as its voxels are. A
+    root gives a piece of length 0, so that a node without any edge counts too.
     """
-    nodes = np.column_stack([tree.xyz[:, ::-1] * scale, np.maximum(tree.radius, 0)])
+    nodes = np.column_stack([tree.xyz[:, ::-1] * scale, np.maximum(tree.radius, 0) * scale.min()])
     if not np.isfinite(nodes).all():
         bad = int(np.flatnonzero(~np.isfinite(nodes).all(axis=1))[0])
         raise DataError(f"tree: node {bad} has a coordinate or radius that is not finite")
     base = nodes[np.where(tree.parent >= 0, tree.parent, np.arange(len(nodes)))]
     step = nodes - base
-    count = np.maximum(np.ceil(np.linalg.norm(step[:, :3], axis=1) / PIECE), 1).astype(int)
+    length = np.linalg.norm(step[:, :3] / np.maximum(scale, 1), axis=1)
+    count = np.maximum(np.ceil(length / PIECE), 1).astype(int)
     edge, part = np.repeat(np.arange(len(nodes)), count), _counters(count)[:, None]
     step = step[edge] / count[edge, None]
     return base[edge] + part * step, base[edge] + (part + 1) * step
@@ -633,51 +643,34 @@ def _near(
     every piece.
     """
     # Strategy: around the middle of every piece lies the same ball of voxels (`ball`, offsets
-    # to the voxel nearest to the middle), so that the squared distance to the middle and the
-    # coordinate along the piece are two matrix products (pieces x ball), and the distance to the
-    # segment follows by Pythagoras. Pieces are grouped by reach: one soma must not enlarge all
-    # balls.
+    # to the voxel nearest to the middle), so that distances are computed for many pieces at a
+    # time. Pieces are grouped by reach: one soma must not enlarge all balls.
     # The floor under the half length keeps a piece of length 0 a point without dividing by 0.
     middle, half = (start + end) / 2, np.maximum(np.linalg.norm(end - start, axis=1) / 2, ROUNDING)
     direction = (end - start) / (2 * half[:, None])
+    slope = None if growth is None else growth / (2 * half)
     centre = np.rint(middle[:, :3] / scale).astype(np.int64)
     offset = middle.copy()
     offset[:, :3] -= centre * scale
-    if growth is not None:
-        # A cone's nearest point lies ahead of the foot of the perpendicular, by a multiple of
-        # the perpendicular's length; where the ball at one end holds all others, it is that end.
-        slope = growth / (2 * half)
-        cone = np.abs(slope) < 1
-        ahead = np.where(cone, slope, 0) / np.sqrt(1 - np.where(cone, slope, 0) ** 2)
-        beyond = np.where(cone, 0, np.copysign(np.inf, slope))
-    level = np.ceil(reach).astype(int)
+    level, longer = np.ceil(reach).astype(int), np.maximum(scale - 1, 0)
     for size in np.unique(level):
-        radius = size + PIECE / 2 + np.linalg.norm(scale) / 2
-        extent = np.floor(radius / scale).astype(int)
+        radius = size + PIECE / 2 + np.linalg.norm(np.minimum(scale, 1)) / 2
+        # Along a coarser axis, voxels may lie farther from the middle: by half their length for
+        # their extent, as much for the rounding of the middle, and for the longer piece.
+        slack = longer * (1 + PIECE / 2)
+        extent = np.floor((radius + slack) / scale).astype(int)
         touching = ((centre >= -extent) & (centre < shape + extent)).all(axis=1)
         pieces = np.flatnonzero((level == size) & touching)
-        # A ball too large for one go (a soma) is taken in slabs.
-        sides = [np.arange(-n, n + 1) for n in extent]
-        slabs = min(len(sides[0]), -(-np.prod(2 * extent + 1) // PAIRS))
-        for slab in np.array_split(sides[0], slabs):
-            ball = np.stack(np.meshgrid(slab, *sides[1:], indexing="ij"), -1).reshape(-1, 3)
-            ball = ball[((ball * scale) ** 2).sum(axis=1) <= radius**2]
+        for ball in _balls(centre[pieces], radius, slack, extent, scale, shape):
             place = (ball * scale).T
-            far = (place**2).sum(axis=0)
             step = max(1, PAIRS // max(1, len(ball)))
             for some in (pieces[i : i + step] for i in range(0, len(pieces), step)):
-                shift, along = offset[some], direction[some, :3] @ place
-                along -= (direction[some] * shift).sum(axis=1)[:, None]
-                square = far - 2 * (shift[:, :3] @ place) + (shift**2).sum(axis=1)[:, None]
-                square -= along**2
-                np.maximum(square, 0, out=square)
-                nearest = along
-                if growth is not None:
-                    nearest = along + ahead[some, None] * np.sqrt(square) + beyond[some, None]
-                nearest = np.clip(nearest, -half[some, None], half[some, None])
-                along -= nearest
-                along *= along
-                square += along
+                piece = offset[some], direction[some], half[some]
+                tilt = None if slope is None else slope[some]
+                if longer.any():
+                    square, nearest = _to_extents(place, longer / 2, *piece, tilt, reach[some])
+                else:
+                    square, nearest = _to_centres(place, *piece, tilt)
                 hit = np.flatnonzero(square <= reach[some, None] ** 2 + ROUNDING)
                 row, column = np.divmod(hit, len(ball))
                 voxel = [centre[some, axis][row] + ball[column, axis] for axis in range(3)]
@@ -688,6 +681,98 @@ def _near(
                 flat = np.ravel_multi_index([v[inside] for v in voxel], shape)
                 where = (nearest.reshape(-1)[hit] / half[piece] + 1) / 2
                 yield flat, piece, where, np.sqrt(square.reshape(-1)[hit])
+
+
+def _balls(
+    centre: np.ndarray,
+    radius: float,
+    slack: np.ndarray,
+    extent: np.ndarray,
+    scale: np.ndarray,
+    shape: tuple[int, int, int],
+) -> Iterator[np.ndarray]:
+    """Offsets (n, 3) to the voxels of a ball, longer by `slack`; a large one (a soma) in slabs."""
+    if not len(centre):
+        return
+    low, high = -extent, extent
+    if (scale < 1).any():
+        # A ball of thin slices may be many volumes deep: only offsets that lead into this one.
+        low = np.maximum(low, -centre.max(axis=0))
+        high = np.minimum(high, np.subtract(shape, 1) - centre.min(axis=0))
+    sides = [np.arange(i, j + 1) for i, j in zip(low, high, strict=True)]
+    slabs = min(len(sides[0]), -(-prod(map(len, sides)) // PAIRS))
+    for slab in np.array_split(sides[0], slabs):
+        ball = np.stack(np.meshgrid(slab, *sides[1:], indexing="ij"), -1).reshape(-1, 3)
+        away = np.maximum(np.abs(ball * scale) - slack, 0)
+        yield ball[(away**2).sum(axis=1) <= radius**2]
+
+
+def _to_centres(
+    place: np.ndarray,
+    shift: np.ndarray,
+    direction: np.ndarray,
+    half: np.ndarray,
+    slope: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Squared distance of pieces (n) to voxels `place` (3, m), and where on the piece it is least.
+
+    Both are (n, m). The squared distance to the middle and the coordinate along the piece are two
+    matrix products, and the distance to the segment follows by Pythagoras.
+    """
+    along = direction[:, :3] @ place
+    along -= (direction * shift).sum(axis=1)[:, None]
+    square = (place**2).sum(axis=0) - 2 * (shift[:, :3] @ place) + (shift**2).sum(axis=1)[:, None]
+    square -= along**2
+    np.maximum(square, 0, out=square)
+    nearest = along
+    if slope is not None:
+        # A cone's nearest point lies ahead of the foot of the perpendicular, by a multiple of
+        # the perpendicular's length; where the ball at one end holds all others, it is that end.
+        cone = np.abs(slope) < 1
+        ahead = np.where(cone, slope, 0) / np.sqrt(1 - np.where(cone, slope, 0) ** 2)
+        beyond = np.where(cone, 0, np.copysign(np.inf, slope))
+        nearest = along + ahead[:, None] * np.sqrt(square) + beyond[:, None]
+    nearest = np.clip(nearest, -half[:, None], half[:, None])
+    along -= nearest
+    along *= along
+    square += along
+    return square, nearest
+
+
+def _to_extents(
+    place: np.ndarray,
+    longer: np.ndarray,
+    shift: np.ndarray,
+    direction: np.ndarray,
+    half: np.ndarray,
+    slope: np.ndarray | None,
+    reach: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`_to_centres` for voxels that extend by `longer` (3,) on both sides; infinite beyond reach.
+
+    The distance to a box, less a slope, is convex along a piece: halving the piece finds its least.
+    """
+    grown = np.zeros(shift.shape[1])
+    grown[:3] = longer
+    apart = np.repeat(shift[:, None], place.shape[1], axis=1)
+    apart[..., :3] -= place.T
+    # A bound first: the piece lies within the box around it.
+    least = np.maximum(np.abs(apart) - (half[:, None] * np.abs(direction))[:, None] - grown, 0)
+    row, column = np.nonzero((least**2).sum(axis=-1) <= reach[:, None] ** 2 + ROUNDING)
+    apart, direction = apart[row, column].T.copy(), direction[row].T.copy()
+    low, high = -half[row], half[row]
+    for _ in range(HALVINGS + 1):
+        along = (low + high) / 2
+        point = apart + along * direction
+        excess = point - np.clip(point, -grown[:, None], grown[:, None])
+        distance = (excess**2).sum(axis=0)
+        rises = (excess * direction).sum(axis=0)
+        if slope is not None:
+            rises -= slope[row] * np.sqrt(distance)
+        low, high = np.where(rises > 0, low, along), np.where(rises > 0, along, high)
+    square, nearest = np.full(least.shape[:2], np.inf), np.zeros(least.shape[:2])
+    square[row, column], nearest[row, column] = distance, along
+    return square, nearest
 
 
 def _counters(count: np.ndarray) -> np.ndarray:
@@ -729,13 +814,13 @@ def _check_positions(positions: np.ndarray, shape: tuple[int, int, int]) -> np.n
 
 
 def _check_frame(shape: tuple, spacing: tuple) -> tuple[tuple[int, int, int], np.ndarray]:
-    """Volume shape, and voxel size in units of the finest spacing."""
+    """Volume shape, and voxel size in pixels (the finer of dy and dx)."""
     shape, scale = _triple("shape", shape, VolumeError), np.asarray(spacing, float)
     if scale.shape != (3,) or not (np.isfinite(scale).all() and (scale > 0).all()):
         raise VolumeError(
             f"spacing: expected three positive numbers (dz, dy, dx), got {tuple(spacing)}"
         )
-    return shape, scale / scale.min()
+    return shape, scale / scale[1:].min()
 
 
 def _check_response(tau: float, a: float, d_max: float) -> None:

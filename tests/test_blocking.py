@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import label
 from scipy.spatial.distance import cdist
 
+from neurolib import blocking
 from neurolib.blocking import (
     KINDS,
     accumulate,
@@ -47,8 +49,8 @@ def random_tree(rng, shape, n=7):
 
 
 def dense_samples(tree, scale, step=0.01):
-    """Points (z, y, x) in finest-spacing units and radii, so close that they are the edges."""
-    nodes = np.column_stack([tree.xyz[:, ::-1] * scale, tree.radius])
+    """Points (z, y, x) and radii in pixels, so close that they are the edges."""
+    nodes = np.column_stack([tree.xyz[:, ::-1] * scale, tree.radius * scale.min()])
     samples = [nodes]
     for child, parent in enumerate(tree.parent):
         if parent >= 0:
@@ -59,15 +61,22 @@ def dense_samples(tree, scale, step=0.01):
 
 def brute_force(tree, shape, spacing, kind, radii=None, a=6.0, d_max=5.0):
     """Response and its radius by comparing every voxel with every sample."""
-    scale = np.asarray(spacing, float) / min(spacing)
+    scale = np.asarray(spacing, float) / min(spacing[1:])
     voxels = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).reshape(-1, 3)
     samples = dense_samples(tree, scale)
+    # A voxel longer than a pixel is a row of pixel-sized cubes: its middle may lie anywhere in it.
+    extent = np.maximum(scale - 1, 0) / 2
     distance = cdist(voxels * scale, samples[:, :3])
+    for row, voxel in enumerate(voxels * scale if extent.any() else ()):
+        apart = (samples[:, :3] - voxel).T
+        apart -= np.clip(apart, -extent[:, None], extent[:, None])
+        distance[row] = np.sqrt((apart**2).sum(axis=0))
     if kind == "radius":
         return (distance <= np.maximum(samples[:, 3], 1)).any(1).reshape(shape), None
     best, radius = distance.min(1), None
     if kind == "scale_space":
-        each = [np.sqrt(distance**2 + (r - samples[:, 3]) ** 2).min(1) for r in radii]
+        levels = radii * scale.min()
+        each = [np.sqrt(distance**2 + (r - samples[:, 3]) ** 2).min(1) for r in levels]
         best, radius = np.min(each, axis=0), radii[np.argmin(each, axis=0)].reshape(shape)
     y = np.where(best < d_max, (np.exp(a * (1 - best / d_max)) - 1) / (np.exp(a) - 1), 0)
     return y.reshape(shape), radius
@@ -76,7 +85,9 @@ def brute_force(tree, shape, spacing, kind, radii=None, a=6.0, d_max=5.0):
 # Targets
 
 
-@pytest.mark.parametrize("spacing", [(1, 1, 1), (2.5, 1, 1), (0.3, 0.6, 0.45)])
+@pytest.mark.parametrize(
+    "spacing", [(1, 1, 1), (2.5, 1, 1), (0.3, 0.6, 0.45), (6, 1, 1), (0.2, 1, 1), (2, 3, 1)]
+)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_sironi_equals_brute_force(seed, spacing):
     shape = (7, 19, 23)
@@ -94,7 +105,7 @@ def test_sironi_equals_brute_force(seed, spacing):
     assert 0 < mask.mean() < 1
 
 
-@pytest.mark.parametrize("spacing", [(1, 1, 1), (2.5, 1, 1)])
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (2.5, 1, 1), (0.5, 1, 1)])
 def test_scale_space_equals_brute_force(spacing):
     shape = (7, 15, 17)
     tree = random_tree(np.random.default_rng(3), shape, 5)
@@ -119,8 +130,8 @@ def test_scale_space_finds_the_radius_and_never_exceeds_sironi():
     assert np.abs(scale_space(tree, (25, 25, 40), radii=[2.0])[1][12, 12, 13] - 2) == 0
 
 
-@pytest.mark.parametrize("spacing", [(1, 1, 1), (2.5, 1, 1)])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (2.5, 1, 1), (5, 1, 1), (0.5, 1, 1), (1, 3, 1)])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_radius_equals_brute_force(seed, spacing):
     shape = (7, 19, 23)
     tree = random_tree(np.random.default_rng(seed), shape)
@@ -178,23 +189,28 @@ def test_a_large_soma_is_a_ball_without_much_memory():
     assert peak < 5 * mask.size + 16e6
 
 
-@pytest.mark.parametrize("spacing", [(1, 1, 1), (3.7, 1, 1)])
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (3.7, 1, 1), (2, 1, 5), (0.4, 1, 1)])
 def test_no_voxel_within_reach_of_an_edge_is_missed(spacing):
     scale, rng = np.array(spacing), np.random.default_rng(0)
     shape = (21, 25, 25)
     voxels = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) * scale
-    for _ in range(40):
+    extent, places = np.maximum(scale - 1, 0) / 2, np.linspace(-0.5, 0.5, 65)
+    for _ in range(12):
         # As long as a piece can be and half a voxel off: the farthest a voxel can lie from the
         # middle of a piece and still be near one of its ends.
         direction = rng.normal(size=3)
-        step = 3.99 * direction / np.linalg.norm(direction)
+        step = 3.99 * np.maximum(scale, 1) * direction / np.linalg.norm(direction)
         middle = (np.array([10, 12, 12]) + rng.choice([-0.49, 0.49], 3)) * scale
         ends = np.array([middle - step / 2, middle + step / 2]) / scale
-        along = np.clip((voxels - middle) @ step / (step @ step), -0.5, 0.5)
-        distance = np.linalg.norm(voxels - middle - along[..., None] * step, axis=-1)
+        apart = (middle + at * step - voxels for at in places)
+        distance = np.min(
+            [np.linalg.norm(a - np.clip(a, -extent, extent), axis=-1) for a in apart], axis=0
+        )
         response, _ = make_target(tree_of(ends[:, ::-1], [-1, 0]), shape, spacing, a=0.1, d_max=4.0)
         expected = np.where(distance < 4, np.expm1(0.1 * (1 - distance / 4)) / np.expm1(0.1), 0)
-        assert np.abs(response - expected).max() < 1e-6
+        # The places are up to 0.3 pixels apart; those between are at most so much nearer.
+        assert np.all(response - expected > -1e-6)
+        assert np.abs(response - expected).max() < 0.04
 
 
 def test_an_edge_in_pieces_equals_the_edge():
@@ -215,10 +231,66 @@ def test_axes_are_x_y_z_in_the_tree_and_z_y_x_in_the_array():
     assert response[10, 20, 35] == 0
 
 
+def test_isotropic_voxels_are_measured_at_their_centres(monkeypatch):
+    tree = random_tree(np.random.default_rng(0), (9, 31, 27))
+    monkeypatch.setattr(blocking, "_to_extents", None)
+    for kind in KINDS:
+        assert make_target(tree, (9, 31, 27), (0.3,) * 3, kind)[1].any()
+
+
 def test_anisotropic_voxels_give_a_physical_tube():
     _, mask = make_target(tree_of([[20, 20, 10]], [-1]), (21, 41, 41), (0.9, 0.3, 0.3), tau=0.01)
     extent = np.abs(np.argwhere(mask) - (10, 20, 20)).max(0)
-    assert extent.tolist() == [1, 3, 3]  # radius 3.65 voxels of 0.3 is 1.2 voxels of 0.9
+    # Radius 3.65 pixels of 0.3; a slice of 0.9 begins one pixel before its middle.
+    assert extent.tolist() == [1, 3, 3]
+
+
+SPACINGS = st.tuples(*[st.sampled_from([1 / 8, 0.3, 0.7, 1, 2, 4, 5.5, 8])] * 3)
+
+
+@settings(deadline=None, max_examples=120, derandomize=True)
+@given(spacing=SPACINGS, seed=st.integers(0, 999), kind=st.sampled_from(KINDS))
+def test_the_target_of_a_connected_tree_is_connected(spacing, seed, kind):
+    """Whatever the spacing; two trees that lie far apart are two pieces."""
+    rng, shape, edges = np.random.default_rng(seed), np.array((12, 40, 50)), 6
+    parent = [-1, *(int(rng.integers(0, i)) for i in range(1, edges))]
+    xyz = rng.uniform(0, shape[::-1] - 1, (edges, 3))
+    mask = make_target(tree_of(xyz, parent, 0.5), tuple(shape), spacing, kind)[1]
+    assert label(mask, np.ones((3, 3, 3)))[1] == 1
+    # It holds every voxel that an edge passes through.
+    share = np.linspace(0, 1, 500)[:, None, None]
+    passed = np.rint(xyz[parent[1:]] * share + xyz[1:] * (1 - share)).astype(int).reshape(-1, 3)
+    assert mask[tuple(passed.T[::-1])].all()
+    # In-plane copies, apart by more than a tube and a voxel of any of these spacings.
+    far = np.vstack([xyz, xyz + np.array([130, 0, 0])])
+    both = tree_of(far, [*parent, *(p + edges if p >= 0 else -1 for p in parent)], 0.5)
+    mask = make_target(both, (12, 40, 180), spacing, kind)[1]
+    assert label(mask, np.ones((3, 3, 3)))[1] == 2
+
+
+@pytest.mark.parametrize("dz", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("height", [5.0, 5.5, 5.25])
+def test_a_flat_neurite_between_two_slices_is_marked(dz, height):
+    tree = tree_of([[5, 10, height], [60, 22, height]], [-1, 0])
+    mask = make_target(tree, (12, 32, 66), (dz, 1, 1))[1]
+    slices = np.flatnonzero(mask.any(axis=(1, 2)))
+    assert round(height) in slices
+    assert label(mask)[1] == 1
+    assert len(slices) <= 3
+
+
+@pytest.mark.parametrize(
+    "spacing", [(300, 0.1, 0.1), (0.1, 300, 0.1), (1e-6, 1, 1), (1, 1, 1e-6), (1e9, 1, 1e9)]
+)
+def test_absurd_spacings_take_no_more_work(spacing, monkeypatch):
+    tree, work = tree_of([[3, 4, 2], [90, 80, 30]], [-1, 0]), []
+    spy = blocking._balls
+    monkeypatch.setattr(
+        blocking, "_balls", lambda *a: ((work.append(len(ball)), ball)[1] for ball in spy(*a))
+    )
+    mask = make_target(tree, (32, 96, 96), spacing)[1]
+    assert label(mask, np.ones((3, 3, 3)))[1] == 1
+    assert sum(work) < 100_000
 
 
 def test_tube_radius_is_where_the_mask_ends():
