@@ -211,6 +211,25 @@ def write_text(path: str | Path, text: str) -> Path:
     return Path(path)
 
 
+def decode(raw: bytes) -> str:
+    r"""Text of a file of the user's: UTF-8, UTF-16 with its mark, or a Western code page.
+
+    Line ends become ``\\n``.
+    """
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        text = raw.decode("utf-16", errors="replace")
+    else:
+        # Vaa3D and Excel write names in whatever the system's code page was; of those, Latin-1
+        # alone has a letter for every byte.
+        for encoding in ("utf-8-sig", "cp1252", "latin-1"):
+            try:
+                text = raw.decode(encoding)
+                break
+            except UnicodeDecodeError:
+                continue
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def sha256(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes, read in 1 MiB pieces."""
     digest = hashlib.sha256()

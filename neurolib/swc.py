@@ -4,6 +4,7 @@ A tree lives in the voxel frame of its image: x = column, y = row, z = slice, vo
 integers. Sizes, spacings and boxes are given in array order (z, y, x), as everywhere else.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -14,11 +15,19 @@ from scipy.ndimage import map_coordinates
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components, depth_first_order
 
-from neurolib.errors import DataError, SwcError
-from neurolib.files import write_text
+from neurolib.errors import DataError, SettingsError, SwcError
+from neurolib.files import decode, write_text
 from neurolib.volume import Volume
 
 COLUMNS = "id type x y z radius parent"
+SOMA = 1
+# How programs name a unit in the comments of an SWC file, in µm; 0 stands for voxels.
+UNITS = {
+    r"nm|nanomet\w+": 1e-3,
+    r"[uµμ]m|microns?|micromet\w+": 1.0,
+    r"mm|millimet\w+": 1e3,
+    r"voxels?|pixels?|px": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,8 @@ class Tree:
     """A forest of neurite trees in voxel coordinates (voxel centres at integers).
 
     xyz (n, 3) float64: x = column, y = row, z = slice; radius (n,) voxels; type (n,) SWC type;
-    parent (n,) row index of the parent, -1 for a root; repairs: what reading had to mend.
+    parent (n,) row index of the parent, -1 for a root; repairs: what reading had to mend or to
+    convert.
     """
 
     xyz: np.ndarray
@@ -54,22 +64,30 @@ class Fit:
 # Reading
 
 
-def read_swc(path: str | Path) -> Tree:
+def read_swc(path: str | Path, spacing: Sequence[float] | None = None) -> Tree:
     """Read an SWC (or .eswc) file.
 
     Accepted are comments anywhere, blanks, tabs or commas between columns, ids written as
-    floats, any line ends, UTF-8, UTF-16 or Latin-1, columns after the seventh, parents after
-    their children, and several roots. Repaired, each with an entry in ``Tree.repairs``, are a
-    node listed twice with the same content, a node that is its own parent, a root marked by
-    something else than -1, a radius that is not positive (set to 1 voxel), a heading without
-    ``#``, and children listed before their parents (the nodes are put in depth-first order;
-    where all parents come first, the order of the file is kept).
+    floats, ids up to 2^63, any line ends, UTF-8, UTF-16 or Latin-1, columns after the seventh,
+    parents after their children, and several roots. Repaired, each with an entry in
+    ``Tree.repairs``, are a node listed twice with the same content, a node that is its own
+    parent, a parent that is not in the file (its child becomes a root), a radius that is not a
+    positive number (set to 1), a heading without ``#``, a soma written as three points (read as
+    one sphere), and children listed before their parents (the nodes are put in depth-first
+    order; where all parents come first, the order of the file is kept).
+
+    Comments that tell the frame are used, and that is reported there, too: ``OFFSET x y z`` is
+    added to every node, and coordinates and radii whose unit is given (``# All positions and
+    radii in um``) are brought into voxels, if the voxel size is known. ``SCALE`` is only named.
 
     Parameters
     ----------
     path : str or Path
-        File to read. Its coordinates are taken as they are; see `transform` for files in µm,
-        with other origins, or with y upwards.
+        File to read. See `transform` for frames of which the file says nothing.
+    spacing : sequence of float, optional
+        (dz, dy, dx) of the image in µm, for files whose comments say that they are in a physical
+        unit; (1, 1, 1) means unknown. Without it the voxel size in the comments is taken
+        (``# Voxel separation (x,y,z): 0.5, 0.5, 2``), as `write_swc` and SNT write it.
 
     Returns
     -------
@@ -80,8 +98,8 @@ def read_swc(path: str | Path) -> Tree:
     ------
     SwcError
         With the line number, if a line has fewer than seven columns or something other than
-        finite numbers, ids repeat with different content, a parent does not exist, or parents
-        form a cycle; also if the file is missing or has no nodes.
+        finite numbers, ids repeat with different content, or parents form a cycle; also if the
+        file is missing or has no nodes.
 
     Notes
     -----
@@ -94,30 +112,18 @@ def read_swc(path: str | Path) -> Tree:
         raise SwcError(f"{path.name}: cannot be read ({error.strerror}); check {path}") from None
     if b"\0" in raw and not raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise SwcError(f"{path.name}: found binary data, expected the text lines of an SWC file")
-    text = _decode(raw)
+    lines = decode(raw).split("\n")
 
     # Strategy: NumPy's C parser takes a well-formed file in one go. Whatever it refuses goes
     # through the line parser, which either understands it or knows the line to blame.
-    lines = text.split("\n")
     repairs: list[str] = []
     table = _parse_fast(lines)
     if table is None:
         table, numbers = _parse_lines(lines, path.name, repairs)
     else:
         numbers = None
-    return _assemble(table, _LineNumbers(lines, numbers), path.name, repairs)
-
-
-def _decode(raw: bytes) -> str:
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        text = raw.decode("utf-16", errors="replace")
-    else:
-        try:
-            text = raw.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            # Vaa3D writes file names into comments in whatever the system's code page was.
-            text = raw.decode("latin-1")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    tree = _assemble(table, _LineNumbers(lines, numbers), path.name, repairs)
+    return _use_comments(_one_sphere(tree), lines, spacing)
 
 
 def _parse_fast(lines: list[str]) -> np.ndarray | None:
@@ -196,6 +202,11 @@ class _LineNumbers:
             ]
         return self.numbers[row]
 
+    def keys(self, row: int) -> tuple[int, int]:
+        """Id and parent as they are written; ValueError if one is no whole number."""
+        tokens = self.lines[self(row) - 1].replace(",", " ").split()
+        return tuple(int(token.removesuffix(".0")) for token in (tokens[0], tokens[6]))
+
     def sentence(self, rows: np.ndarray, what: str) -> str:
         """Name up to three lines and count the rest."""
         shown = ", ".join(str(self(row)) for row in rows[:3])
@@ -209,42 +220,46 @@ def _assemble(table: np.ndarray, line_of: _LineNumbers, name: str, repairs: list
     def refuse(row: int, what: str) -> SwcError:
         return SwcError(f"{name}: line {line_of(row)}: {what}")
 
-    broken = ~np.isfinite(table)
+    # Some programs write NaN where they measured no radius.
+    broken = ~np.isfinite(table) & ~(np.isnan(table) & (np.arange(7) == 5))
     if broken.any():
         row = int(np.argmax(broken.any(axis=1)))
         column = COLUMNS.split()[int(np.argmax(broken[row]))]
         raise refuse(row, f"{column} is {table[row, np.argmax(broken[row])]}, expected a number")
     for column in (0, 1, 6):
-        # Above 2^53 neighbouring integers are no longer distinct as floats.
         values = table[:, column]
-        wrong = (np.floor(values) != values) | (np.abs(values) > 2**53)
+        wrong = (np.floor(values) != values) | (np.abs(values) >= 2**63)
         if wrong.any():
             row = int(np.argmax(wrong))
             raise refuse(
                 row,
                 f"{COLUMNS.split()[column]} is {table[row, column]:g}, expected a whole number",
             )
+    keys = table[:, [0, 6]].astype(np.int64)
+    for row in np.flatnonzero((np.abs(table[:, [0, 6]]) >= 2**53).any(axis=1)):
+        # From 2^53 on neighbouring integers are no longer distinct as floats.
+        try:
+            keys[row] = line_of.keys(row)
+        except (ValueError, OverflowError):
+            raise refuse(
+                row, "an id above 2^53 without all its digits, expected a whole number"
+            ) from None
     far = np.abs(table[:, 2:6]) > 1e9
     if far.any():
         row = int(np.argmax(far.any(axis=1)))
         raise refuse(row, "coordinate or radius beyond 1e9, expected voxels; the file is damaged")
 
-    rows, ids, order = _unique_nodes(table, line_of, refuse, repairs)
-    table = table[rows]
+    rows, order = _unique_nodes(table, keys, line_of, refuse, repairs)
+    table, (ids, wanted) = table[rows], keys[rows].T
     n = len(rows)
 
     # `order` sorts the ids, so that a binary search finds every parent's row.
-    wanted = table[:, 6].astype(np.int64)
     place = np.minimum(np.searchsorted(ids, wanted, sorter=order), n - 1)
     parent = order[place].astype(np.int64)
-    known = ids[parent] == wanted
-    marked = ~known & (wanted <= 0)
-    unknown = np.flatnonzero(~known & ~marked)
-    if len(unknown):
-        row = unknown[0]
-        raise refuse(rows[row], f"parent {wanted[row]} does not exist; add it or use -1 for a root")
-    parent[marked] = -1
-    odd = np.flatnonzero(marked & (wanted != -1))
+    unknown = ids[parent] != wanted
+    parent[unknown] = -1
+    # Trees that were cut out of larger ones have such parents.
+    odd = np.flatnonzero(unknown & (wanted != -1))
     if len(odd):
         repairs.append(line_of.sentence(rows[odd], "no such parent, taken as a root (-1)"))
     itself = np.flatnonzero(parent == np.arange(n))
@@ -253,7 +268,7 @@ def _assemble(table: np.ndarray, line_of: _LineNumbers, name: str, repairs: list
         repairs.append(line_of.sentence(rows[itself], "its own parent, taken as a root"))
 
     radius = table[:, 5].copy()
-    flat = np.flatnonzero(radius <= 0)
+    flat = np.flatnonzero(~(radius > 0))
     if len(flat):
         radius[flat] = 1.0
         repairs.append(line_of.sentence(rows[flat], "radius not positive, set to 1"))
@@ -272,15 +287,16 @@ def _assemble(table: np.ndarray, line_of: _LineNumbers, name: str, repairs: list
     return replace(tree, repairs=tuple(repairs))
 
 
-def _unique_nodes(table, line_of, refuse, repairs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Drop repeated nodes; return the rows kept, their ids, and the order that sorts the ids."""
-    ids = table[:, 0].astype(np.int64)
+def _unique_nodes(table, keys, line_of, refuse, repairs) -> tuple[np.ndarray, np.ndarray]:
+    """Drop repeated nodes; return the rows kept and the order that sorts their ids."""
+    ids = keys[:, 0]
     order = np.argsort(ids, kind="stable")
     again = np.flatnonzero(ids[order][1:] == ids[order][:-1])
     if not len(again):
-        return np.arange(len(ids)), ids, order
+        return np.arange(len(ids)), order
     first, second = order[again], order[again + 1]
-    differ = (table[first] != table[second]).any(axis=1)
+    differ = (keys[first] != keys[second]).any(axis=1)
+    differ |= ~np.isclose(table[first], table[second], 0, 0, equal_nan=True).all(axis=1)
     if differ.any():
         worst = int(np.argmax(differ))
         raise refuse(
@@ -290,7 +306,82 @@ def _unique_nodes(table, line_of, refuse, repairs) -> tuple[np.ndarray, np.ndarr
         )
     repairs.append(line_of.sentence(np.sort(second), "repeats an earlier node, dropped"))
     rows = np.delete(np.arange(len(ids)), second)
-    return rows, ids[rows], np.argsort(ids[rows], kind="stable")
+    return rows, np.argsort(ids[rows], kind="stable")
+
+
+def _one_sphere(tree: Tree) -> Tree:
+    """Read somata of three points as the one sphere that they stand for.
+
+    NeuroMorpho.org writes a soma as its centre and two children at the centre - r and + r, so
+    that programs which know only cylinders draw one with the surface of the sphere.
+    """
+    soma = tree.type == SOMA
+    inner = np.flatnonzero(soma & (tree.parent >= 0))
+    above = tree.parent[inner]
+    inner = inner[soma[above] & (tree.parent[above] < 0)]
+    dropped = []
+    for root in np.unique(tree.parent[inner]):
+        pair = inner[tree.parent[inner] == root]
+        r = tree.radius[root]
+        steps = tree.xyz[pair] - tree.xyz[root]
+        # Files have two decimals; the points may lie along any axis.
+        near = {"rtol": 0.05, "atol": 0.02}
+        if (
+            len(pair) == 2
+            and not (soma & np.isin(tree.parent, pair)).any()
+            and np.allclose(tree.radius[pair], r, **near)
+            and np.allclose(np.linalg.norm(steps, axis=1), r, **near)
+            and np.linalg.norm(steps.sum(axis=0)) <= 0.05 * r + 0.02
+        ):
+            dropped.extend(pair)
+    if not dropped:
+        return tree
+    parent = np.where(np.isin(tree.parent, dropped), tree.parent[tree.parent], tree.parent)
+    kept = np.setdiff1d(np.arange(len(parent)), dropped)
+    said = "three-point soma, read as one sphere"
+    return replace(take(replace(tree, parent=parent), kept), repairs=(*tree.repairs, said))
+
+
+def _use_comments(tree: Tree, lines: list[str], spacing: Sequence[float] | None) -> Tree:
+    """Apply the offset and the unit that the comments of an SWC file tell, and say so."""
+    unit, found, repairs = None, {}, []
+    number = r"\s*[:=]?\s*" + r"[\s,;]+".join([r"([-+.\de]+)"] * 3)
+    keys = {"OFFSET": "OFFSET", "SCALE": "SCALE", "separation": r"Voxel separation \(x,\s*y,\s*z\)"}
+    for comment in (line for line in lines if line.lstrip().startswith("#")):
+        for key, words in keys.items():
+            match = re.match(rf"[\s#]*{words}{number}", comment, re.IGNORECASE)
+            if match and all(map(_is_number, match.groups())):
+                found[key] = np.array(match.groups(), dtype=float)
+        if re.search(r"\b(units?|coordinates|positions)\b", comment, re.IGNORECASE):
+            named = {
+                (word, size)
+                for words, size in UNITS.items()
+                for word in re.findall(rf"\b(?:{words})\b", comment, re.IGNORECASE)
+            }
+            if len({size for _, size in named}) == 1:
+                unit = min(named)
+
+    def text(values: np.ndarray) -> str:
+        return ", ".join(f"{value:g}" for value in values)
+
+    if found.get("OFFSET", np.zeros(3)).any():
+        repairs.append(f"header: OFFSET {text(found['OFFSET'])} added to every node")
+        tree = replace(tree, xyz=tree.xyz + found["OFFSET"])
+    if (found.get("SCALE", np.ones(3)) != 1).any():
+        repairs.append(f"header: SCALE {text(found['SCALE'])} not used")
+    if unit and unit[1]:
+        word, size = unit
+        known, told = spacing is not None and tuple(spacing) != (1, 1, 1), "separation" in found
+        if known or told:
+            voxel = np.array(spacing) if known else found["separation"][::-1] * size
+            tree = transform(tree, voxel / size)
+            said = f"{word}, brought into voxels of {text(voxel[::-1])} µm (x, y, z)"
+            if known and told and not np.allclose(voxel, found["separation"][::-1] * size, 1e-3):
+                said += f"; the header has {text(found['separation'])} {word}"
+        else:
+            said = f"{word}, taken as it is, since the voxel size is not known"
+        repairs.append(f"header: unit {said}")
+    return replace(tree, repairs=(*tree.repairs, *repairs))
 
 
 # --------------------------------------------------------------------------------------------
@@ -395,17 +486,32 @@ def take(tree: Tree, rows: np.ndarray) -> Tree:
 # Writing
 
 
-def write_swc(path: str | Path, tree: Tree, comment: str = "") -> Path:
+def write_swc(
+    path: str | Path,
+    tree: Tree,
+    comment: str = "",
+    units: str = "voxels",
+    spacing: Sequence[float] | None = None,
+) -> Path:
     """Write a tree with ids 1 to n, parents before children, -1 at every root.
+
+    The head names the unit, the voxel size if it is given, and where the first voxel lies, in
+    the words of SNT, so that `read_swc` brings a file in µm back into voxels.
 
     Parameters
     ----------
     path : str or Path
         File to write, whole or not at all.
     tree : Tree
-        Coordinates are written with four decimals, radii with six significant digits.
+        Coordinates are written with four decimals (six in µm), radii with six significant
+        digits.
     comment : str
         Lines for the head of the file; each gets its ``#``.
+    units : str
+        ``voxels``, or ``um``: coordinates times `spacing`, radii times the geometric mean of dy
+        and dx. Most programs take an SWC to be in µm.
+    spacing : sequence of float, optional
+        (dz, dy, dx) in µm; needed for ``um``.
 
     Returns
     -------
@@ -416,13 +522,18 @@ def write_swc(path: str | Path, tree: Tree, comment: str = "") -> Path:
     ------
     SwcError
         If the tree has no nodes, a cycle, values that are not finite, or arrays of unequal
-        length.
+        length, or the spacing is not three positive numbers.
     SettingsError
-        If the folder cannot be written to.
+        If the folder cannot be written to, or the units are unknown or lack their spacing.
     """
     path = Path(path)
+    if units not in ("voxels", "um") or (units == "um" and spacing is None):
+        raise SettingsError(f"units={units!r}: expected 'voxels', or 'um' and the spacing")
     try:
         order = topological_order(tree)
+        if units == "um":
+            with np.errstate(divide="ignore"):
+                tree = transform(tree, 1 / np.asarray(spacing, dtype=float))
     except SwcError as error:
         raise SwcError(f"{path.name}: {error}") from None
     if not len(order):
@@ -432,8 +543,9 @@ def write_swc(path: str | Path, tree: Tree, comment: str = "") -> Path:
     tree = take(tree, order)
     n = len(order)
     parent = np.where(tree.parent < 0, -1, tree.parent + 1)
+    digits = 6 if units == "um" else 4
     # Rounding first and adding 0 keeps "-0.0000" out of the file.
-    xyz = np.round(tree.xyz, 4) + 0.0
+    xyz = np.round(tree.xyz, digits) + 0.0
     columns = zip(
         range(1, n + 1),
         tree.type.tolist(),
@@ -442,8 +554,13 @@ def write_swc(path: str | Path, tree: Tree, comment: str = "") -> Path:
         parent.tolist(),
         strict=True,
     )
-    head = "".join(f"# {line}\n" for line in [*comment.splitlines(), COLUMNS])
-    lines = ("{} {} {:.4f} {:.4f} {:.4f} {:.6g} {}\n".format(*values) for values in columns)
+    frame = [f"All positions and radii in {units}"]
+    if spacing is not None:
+        frame.append("Voxel separation (x,y,z): " + ", ".join(f"{d:g}" for d in spacing[::-1]))
+    frame.append("The centre of the first voxel is at 0, 0, 0")
+    head = "".join(f"# {line}\n" for line in [*comment.splitlines(), *frame, COLUMNS])
+    at = f"{{:.{digits}f}}"
+    lines = (f"{{}} {{}} {at} {at} {at} {{:.6g}} {{}}\n".format(*values) for values in columns)
     return write_text(path, head + "".join(lines))
 
 
@@ -464,6 +581,12 @@ def length(tree: Tree, spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> float:
     child = np.flatnonzero(tree.parent >= 0)
     steps = (tree.xyz[child] - tree.xyz[tree.parent[child]]) * np.asarray(spacing)[::-1]
     return float(np.linalg.norm(steps, axis=1).sum())
+
+
+def length_text(tree: Tree, spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> str:
+    """The length of a tree with its unit: µm, or voxels where the spacing is unknown."""
+    unit = "voxels" if tuple(spacing) == (1, 1, 1) else "µm"
+    return f"{length(tree, spacing):.{0 if unit == 'voxels' else 1}f} {unit}"
 
 
 def tips(tree: Tree) -> np.ndarray:

@@ -32,7 +32,7 @@ from scipy.sparse import csgraph
 from scipy.spatial import KDTree
 
 from neurolib.errors import SettingsError, VolumeError
-from neurolib.swc import Tree, components, resample, take, tips
+from neurolib.swc import SOMA, Tree, components, resample, take, tips
 from neurolib.volume import pieces
 
 SOMA_RATIO = 2.5  # a soma is this many times thicker than the median foreground voxel
@@ -52,7 +52,7 @@ FULL_THICKNESS = (
     0.7  # share of the radius nearby; on tubes of radius 1.5 to 3.5 ends fit on average
 )
 SMOOTHING_PASSES = 2  # of weight 1/2 each: a Gaussian of standard deviation 1 node; more cuts bends
-UNDEFINED, SOMA = 0, 1  # SWC types; a tracer cannot tell axon from dendrite
+UNDEFINED = 0  # SWC type; a tracer cannot tell axon from dendrite
 # Most memory in bytes of a foreground voxel, and on top of that of one of the component in hand:
 # measured 670 in tubes of radius 1.9, 1650 in a cube, each of a million voxels or more.
 VOXEL_BYTES, GRAPH_BYTES = 200, 1700

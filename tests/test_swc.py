@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neurolib.errors import DataError, SwcError
+from neurolib.errors import DataError, SettingsError, SwcError
 from neurolib.swc import (
     Tree,
     branch_points,
@@ -20,6 +20,7 @@ from neurolib.swc import (
     densify,
     fit,
     length,
+    length_text,
     read_swc,
     resample,
     tips,
@@ -215,7 +216,8 @@ def test_long_repairs_are_counted_not_listed(tmp_path):
         ("1 3 0 0 0 1 -1\n2 3 0 0 0 1 0.5\n", "line 2: parent is 0.5"),
         ("1 3.5 0 0 0 1 -1\n", "line 1: type is 3.5"),
         ("1 3 0 0 0 1 -1\n2 3 0 4e12 0 1 1\n", "line 2: coordinate or radius beyond"),
-        ("1 3 0 0 0 1 -1\n2 3 0 0 0 1 8\n", "line 2: parent 8 does not exist"),
+        ("7e17 3 0 0 0 1 -1\n", "line 1: an id above 2\\^53 without all its digits"),
+        ("1 3 0 0 0 1 99999999999999999999\n", "line 1: parent is 1e\\+20"),
         ("1 3 0 0 0 1 -1\n1 3 5 0 0 1 -1\n", "line 2: id 1 is already that of line 1"),
         ("1 3 0 0 0 1 -1\n2 3 1 0 0 1 3\n3 3 1 0 0 1 2\n", "its own ancestor"),
         ("1 3 0 0 0 1 2\n2 3 0 0 0 1 3\n3 3 0 0 0 1 1\n", "its own ancestor"),
@@ -269,6 +271,154 @@ def test_order_of_a_star_of_200000_children():
     assert order[1:].tolist() == list(range(n - 1))
 
 
+@settings(max_examples=30, deadline=None)
+@given(tree=trees(), lost=st.sets(st.integers(1, 30)))
+def test_a_cropped_tree_has_a_root_for_every_lost_parent(tmp_path_factory, tree, lost):
+    path = write_swc(tmp_path_factory.mktemp("swc") / "a.swc", tree)
+    rows = [row.split() for row in path.read_text().splitlines() if row[0] != "#"]
+    rows = [row for row in rows if int(row[0]) not in lost]
+    if not rows:
+        return
+    path.write_text("\n".join(map(" ".join, rows)))
+    kept = {row[0] for row in rows}
+    orphans = sum(row[6] not in kept and row[6] != "-1" for row in rows)
+    back = read_swc(path)
+    assert (back.parent < 0).sum() == orphans + sum(row[6] == "-1" for row in rows)
+    assert bool(orphans) == any("no such parent, taken as a root" in r for r in back.repairs)
+
+
+@settings(max_examples=30, deadline=None)
+@given(tree=trees(), first=st.integers(2**53, 2**63 - 2000), glue=st.sampled_from([" ", ",", "\t"]))
+def test_ids_beyond_exact_floats(tmp_path_factory, tree, first, glue):
+    path = write_swc(tmp_path_factory.mktemp("swc") / "a.swc", tree)
+    rows = [row.split() for row in path.read_text().splitlines() if row[0] != "#"]
+    for row in rows:
+        row[0] = str(int(row[0]) + first)
+        row[6] = row[6] if row[6] == "-1" else str(int(row[6]) + first)
+    path.write_text("\n".join(map(glue.join, rows)))
+    back = read_swc(path)
+    assert same(back, tree)
+    assert back.repairs == ()
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "-NaN", "0", "-1", "-9999"])
+def test_a_radius_nobody_measured_is_one(tmp_path, word):
+    tree = read(tmp_path, f"1 3 0 0 0 {word} -1\n2 3 5 0 0 2 1\n2 3 5 0 0 2 1\n")
+    assert tree.radius.tolist() == [1, 2]
+    assert "line 1: radius not positive, set to 1" in tree.repairs
+
+
+# Somata of three points ---------------------------------------------------------------------
+
+
+ARMS = [
+    (4, 3, 5, 0, 0, 1, 1),
+    (5, 3, 9, 0, 0, 1, 4),
+    (6, 3, -5, 1, 0, 1, 1),
+    (7, 3, -9, 1, 0, 1, 6),
+]
+
+
+def table(rows, shift=(0, 0, 0)):
+    moved = [(i, t, *np.add(p, shift).tolist(), r, up) for i, t, *p, r, up in rows]
+    return "\n".join(" ".join(map(str, row)) for row in moved)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    radius=st.floats(0.5, 40),
+    shift=st.tuples(*[st.integers(-500, 500)] * 3),
+    hangs_on=st.sampled_from([1, 2, 3]),
+)
+def test_three_point_soma_is_one_sphere(tmp_path_factory, seed, radius, shift, hangs_on):
+    way = np.random.default_rng(seed).normal(size=3)
+    way *= radius / np.linalg.norm(way)
+    soma = [(1, 1, 0, 0, 0, radius, -1)]
+    sides = [(k, 1, *(sign * way).round(2).tolist(), radius, 1) for k, sign in ((2, -1), (3, 1))]
+    rows = [*soma, *sides, *ARMS[:3], (*ARMS[2][:6], hangs_on), ARMS[3]]
+    del rows[5]
+    random.Random(seed).shuffle(rows)
+    folder = tmp_path_factory.mktemp("swc")
+    one, three = read(folder, table(soma + ARMS, shift)), read(folder, table(rows, shift))
+    assert nodes(three) == nodes(one)
+    assert any("three-point soma" in repair for repair in three.repairs)
+    assert (len(tips(three)), len(branch_points(three))) == (2, 0)
+    assert length(three) == pytest.approx(length(one))
+
+
+@pytest.mark.parametrize(
+    "sides",
+    [
+        [(2, 1, 0, -5, 0, 5, 1), (3, 1, 5, 0, 0, 5, 1)],  # at a right angle
+        [(2, 1, 0, -9, 0, 5, 1), (3, 1, 0, 9, 0, 5, 1)],  # longer than the sphere
+        [(2, 1, 0, -5, 0, 2, 1), (3, 1, 0, 5, 0, 2, 1)],  # a spindle
+        [(2, 3, 0, -5, 0, 5, 1), (3, 3, 0, 5, 0, 5, 1)],  # dendrites
+        [(2, 1, 0, -5, 0, 5, 1)],
+    ],
+)
+def test_other_somata_keep_their_points(tmp_path, sides):
+    tree = read(tmp_path, table([(1, 1, 0, 0, 0, 5, -1), *sides, *ARMS]))
+    assert len(tree.parent) == 5 + len(sides)
+    assert tree.repairs == ()
+
+
+# Headers that tell the frame ----------------------------------------------------------------
+
+
+NODE = "1 3 40 20 8 2 -1\n2 3 80 20 8 2 1\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "spacing", "first", "radius", "said"),
+    [
+        ("# OFFSET 40.0 30.0 10.0", None, (80, 50, 18), 2, "OFFSET 40, 30, 10 added"),
+        ("# offset: -1, 2e1, 0", None, (39, 40, 8), 2, "OFFSET -1, 20, 0 added"),
+        ("# SCALE 0.5 0.5 2", None, (40, 20, 8), 2, "SCALE 0.5, 0.5, 2 not used"),
+        ("# units: microns", None, (40, 20, 8), 2, "unit microns, taken as it is"),
+        ("# Coordinates in µm", (1, 1, 1), (40, 20, 8), 2, "unit µm, taken as it is"),
+        ("# Coordinates in µm", (2, 0.5, 0.5), (80, 40, 4), 4, "unit µm, brought into voxels"),
+        ("# Unit = nm", (0.002, 0.004, 0.004), (10, 5, 4), 0.5, "unit nm, brought into voxels"),
+        (
+            "# All positions and radii in um\n# Voxel separation (x,y,z): 0.5, 0.5, 2.0",
+            None,
+            (80, 40, 4),
+            4,
+            "brought into voxels of 0.5, 0.5, 2 µm",
+        ),
+        (
+            "# All positions and radii in nanometers\n# Voxel separation (x,y,z): 4, 4, 2",
+            (0.004, 0.008, 0.008),
+            (5, 2.5, 2),
+            0.25,
+            "of 0.008, 0.008, 0.004 µm (x, y, z); the header has 4, 4, 2 nanometers",
+        ),
+    ],
+)
+def test_comments_that_tell_the_frame(tmp_path, head, spacing, first, radius, said):
+    tree = read_swc(save(tmp_path, f"{head}\n{NODE}"), spacing)
+    assert tree.xyz[0].tolist() == pytest.approx(first)
+    assert tree.radius.tolist() == pytest.approx([radius] * 2)
+    (repair,) = tree.repairs
+    assert said in repair
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "# voxel units, x y z = column,row,slice",
+        "# OFFSET 0 0 0\n# SCALE 1.0 1.0 1.0",
+        "# after Um and others",
+        "# units: um or voxels, nobody knows",
+        "# All positions and radii in voxels\n# Voxel separation (x,y,z): 0.5, 0.5, 2",
+    ],
+)
+def test_comments_that_change_nothing(tmp_path, head):
+    tree = read_swc(save(tmp_path, f"{head}\n{NODE}"), (2, 0.5, 0.5))
+    assert tree.xyz.tolist() == [[40, 20, 8], [80, 20, 8]]
+    assert tree.repairs == ()
+
+
 # Round trip ---------------------------------------------------------------------------------
 
 
@@ -309,11 +459,77 @@ def test_written_files_are_parent_first_with_ids_from_one(tmp_path_factory, tree
     head, body = [], []
     for line in path.read_text().splitlines():
         (head if line.startswith("#") else body).append(line.split())
-    assert [" ".join(row) for row in head] == ["# two", "# lines", "# id type x y z radius parent"]
+    head = [" ".join(row) for row in head]
+    assert head[:2] == ["# two", "# lines"]
+    assert head[-1] == "# id type x y z radius parent"
     assert [int(row[0]) for row in body] == list(range(1, len(body) + 1))
     assert all(row[6] == "-1" or 1 <= int(row[6]) < int(row[0]) for row in body)
     assert sum(row[6] == "-1" for row in body) == len(set(components(mixed).tolist()))
     assert nodes(read_swc(path)) == nodes(tree)
+
+
+@settings(max_examples=30, deadline=None)
+@given(tree=trees(), spacing=st.tuples(*[st.floats(0.05, 20)] * 3), given=st.booleans())
+def test_micrometres_come_back_as_voxels(tmp_path_factory, tree, spacing, given):
+    path = write_swc(tmp_path_factory.mktemp("swc") / "a.swc", tree, "a", "um", spacing)
+    rows = [row.split() for row in path.read_text().splitlines() if row[0] != "#"]
+    written = np.array(rows, dtype=float)
+    assert np.allclose(written[:, 2:5], tree.xyz * spacing[::-1], atol=1e-5)
+    assert np.allclose(written[:, 5], tree.radius * (spacing[1] * spacing[2]) ** 0.5, 1e-5)
+    back = read_swc(path, spacing if given else None)
+    assert np.allclose(back.xyz, tree.xyz, 1e-4, 1e-3)
+    assert np.allclose(back.radius, tree.radius, 1e-4)
+    assert "unit um, brought into voxels" in back.repairs[-1]
+
+
+def stack_tree():
+    """A soma and three neurites; its edges run along all axes."""
+    xyz = [
+        [20, 20, 5],
+        [25, 20, 5],
+        [40, 24, 9],
+        [60, 24, 12],
+        [20, 28, 5],
+        [20, 50, 14],
+        [10, 9, 1],
+    ]
+    parent = [-1, 0, 1, 2, 0, 4, 0]
+    radius = [4, 1, 1.5, 1, 1, 0.5, 1]
+    return Tree(np.array(xyz, float), np.array(radius), np.array([1] + [0] * 6), np.array(parent))
+
+
+@pytest.mark.parametrize("name", ["morphio", "neurom", "navis"])
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (2, 0.5, 0.5), (0.3, 0.7, 0.9)])
+def test_other_programs_read_the_length_that_we_report(tmp_path, name, spacing):
+    program = pytest.importorskip(name)
+    tree = stack_tree()
+    path = write_swc(tmp_path / "a.swc", tree, units="um", spacing=spacing)
+    # A neurite begins at its first node outside of the soma, for two of the three.
+    inner = (tree.parent == 0) & (name != "navis")
+    steps = (tree.xyz - tree.xyz[tree.parent]) * spacing[::-1]
+    stems = np.linalg.norm(steps, axis=1)[inner].sum()
+    if name == "morphio":
+        sections = program.Morphology(str(path)).iter()
+        found = sum(np.linalg.norm(np.diff(s.points, axis=0), axis=1).sum() for s in sections)
+    elif name == "neurom":
+        found = program.get("total_length", program.load_morphology(path))
+    else:
+        found = program.read_swc(path).cable_length
+    assert found == pytest.approx(length(tree, spacing) - stems, rel=1e-5)
+    unit = "voxels" if spacing == (1, 1, 1) else "µm"
+    assert length_text(tree, spacing).split()[1] == unit
+    assert float(length_text(tree, spacing).split()[0]) == pytest.approx(
+        length(tree, spacing), abs=0.5
+    )
+
+
+@pytest.mark.parametrize("units", [{"units": "um"}, {"units": "mm", "spacing": (1, 1, 1)}])
+def test_units_need_their_spacing(tmp_path, units):
+    with pytest.raises(SettingsError, match="expected 'voxels', or 'um' and the spacing"):
+        write_swc(tmp_path / "a.swc", stack_tree(), **units)
+    with pytest.raises(SwcError, match="three positive numbers"):
+        write_swc(tmp_path / "a.swc", stack_tree(), units="um", spacing=(1, 0, 1))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_write_refuses_what_is_no_forest(tmp_path):
