@@ -5,6 +5,7 @@ weights, summed slice by slice. Slices are finished in order, so that only the f
 still wait for votes are held: memory grows with a slice and with the batch, not with the volume.
 """
 
+import hashlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ import torch
 from tqdm import tqdm
 
 from neurolib.blocking import block_grid, block_starts, gaussian_window, read_block
+from neurolib.devices import autocast, pick_device, pick_precision
 from neurolib.errors import SettingsError, VolumeError
-from neurolib.files import sha256
+from neurolib.files import content_key, sha256
 from neurolib.network import NetworkSettings, Segmenter
 from neurolib.training import load_checkpoint
 from neurolib.volume import pieces, read_volume, write_volume
@@ -25,6 +27,8 @@ from neurolib.volume import pieces, read_volume, write_volume
 # both.
 FLIPS = ((-1,), (-2,), (-2, -1))
 
+# Share by which neighbouring tiles overlap in y and x: in all commands and notebooks.
+OVERLAP = 0.25
 # Bins of the histogram in which `empty_level` looks for a percentile; a 16-bit image has no more.
 BINS = 1 << 16
 
@@ -34,7 +38,7 @@ Box = tuple[slice, slice, slice]
 def predict_volume(
     network: Segmenter,
     image: np.ndarray,
-    overlap: float = 0.5,
+    overlap: float = OVERLAP,
     batch: int = 8,
     device: str = "auto",
     progress: bool = True,
@@ -122,7 +126,13 @@ def _check_range(image: np.ndarray) -> None:
         raise VolumeError(f"expected intensities in [0, 1], got {low:g} to {high:g}; normalise")
 
 
-DEFAULTS = {key: p.default for key, p in inspect.signature(predict_volume).parameters.items()}
+DEFAULTS = {
+    key: p.default
+    for key, p in inspect.signature(predict_volume).parameters.items()
+    if key not in ("network", "image")
+}
+# Modules that a prediction depends on.
+CODE = ("inference", "network", "blocking", "devices")
 
 
 def predicted(
@@ -133,7 +143,8 @@ def predicted(
     Parameters
     ----------
     folder : path
-        Holds one TIFF (float32) per volume and checkpoint, named by the checkpoint's hash.
+        Holds one TIFF (float32) per volume, named by the volume and by a hash of all that decides
+        the result: image, checkpoint, options, precision and the code that predicts.
     name : str
         Of the volume.
     checkpoint : path
@@ -141,9 +152,13 @@ def predicted(
     **options
         Of `predict_volume`; named in full or left to their defaults, it is the same file.
     """
-    changed = {key: value for key, value in options.items() if value != DEFAULTS[key]}
-    options_key = "".join(f"-{key}{value}" for key, value in sorted(changed.items()))
-    path = Path(folder) / f"{name}-{sha256(checkpoint)[:8]}{options_key}.tif"
+    options = DEFAULTS | options
+    precision = pick_precision("auto", pick_device(options["device"]).type)
+    code = [sha256(Path(__file__).with_name(f"{module}.py")) for module in CODE]
+    decide = [(k, v) for k, v in sorted(options.items()) if k not in ("progress", "out", "device")]
+    facts = [content_key(image), sha256(checkpoint), precision, *code, *decide]
+    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    path = Path(folder) / f"{name}-{key}.tif"
     if path.exists():
         return read_volume(path, check=False).data
     network, _ = load_checkpoint(checkpoint)
@@ -177,7 +192,7 @@ def predict_box(
     network: Segmenter,
     image: np.ndarray,
     box: Box,
-    overlap: float = 0.5,
+    overlap: float = OVERLAP,
     batch: int = 8,
     device: str = "auto",
     flips: bool = False,
@@ -339,7 +354,7 @@ def skipping(
     mask: np.ndarray,
     skip_below: float,
     settings: NetworkSettings,
-    overlap: float = 0.5,
+    overlap: float = OVERLAP,
 ) -> Skipping:
     """What it saves and costs not to run the tiles that have no voxel above an intensity.
 
@@ -375,19 +390,6 @@ class _Certain(torch.nn.Module):
         self.tiles += len(blocks)
         slices = blocks[:, 0] if self.settings.predict == "all" else blocks[:, 0, :1]
         return torch.full_like(slices, torch.inf)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; ``auto``: a GPU if there is one, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:100]
-        raise SettingsError(f"device={name!r}: not usable here ({reason}); try 'cpu'") from None
-    return device
 
 
 def _weights(
@@ -439,11 +441,12 @@ def _run(
         return live, np.empty((0, 1, *shape[1:]), np.float32)
     chosen = np.stack([tiles[i] for i in np.flatnonzero(live)])
     blocks = torch.from_numpy(chosen[:, None]).float().to(window.device)
-    found = network(blocks).float().sigmoid()
-    if flips:
-        for axes in FLIPS:
-            found = found + network(blocks.flip(axes)).float().sigmoid().flip(axes)
-        found = found / (1 + len(FLIPS))
+    with autocast("auto", window.device.type):
+        found = network(blocks).float().sigmoid()
+        if flips:
+            for axes in FLIPS:
+                found = found + network(blocks.flip(axes)).float().sigmoid().flip(axes)
+            found = found / (1 + len(FLIPS))
     return live, (found * window).cpu().numpy()
 
 

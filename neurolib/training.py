@@ -10,7 +10,6 @@ import csv
 import json
 import math
 import os
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,15 +24,17 @@ from tqdm import tqdm
 
 from neurolib.blocking import block_grid, choose_blocks, read_block, salient
 from neurolib.datasets import Sample
+from neurolib.devices import pick_device, pick_precision
 from neurolib.errors import DataError, SettingsError, WeightsError
-from neurolib.files import atomic_path, claim, sha256
+from neurolib.files import atomic_path, claim, content_key, sha256
 from neurolib.network import NetworkSettings, Segmenter, build, make, settings_of
 
-# Response of a voxel at most one voxel off the centreline: the dilated skeleton of the target,
-# (exp(6 (1 - 1/5)) - 1) / (exp(6) - 1).
-SKELETON = math.expm1(6 * (1 - 1 / 5)) / math.expm1(6)
+# Steepness and range (voxels) of the target's response, as in `neurolib.blocking.make_target`.
+A, D_MAX = 6.0, 5.0
+# Response of a voxel at most one voxel off the centreline: the dilated skeleton of the target.
+SKELETON = math.expm1(A * (1 - 1 / D_MAX)) / math.expm1(A)
 
-LOSSES = ("dice+focal", "dice+ce+skeleton", "dice+ce+cldice")
+LOSSES = ("dice+focal", "dice+ce", "dice+ce+skeleton", "dice+ce+cldice")
 # Modules that a training's result depends on.
 CODE = ("training", "network", "inflation", "blocking")
 # What a checkpoint of a frozen encoder says of how `build` makes it again, in its order.
@@ -68,7 +69,7 @@ class TrainingSettings:
     validation_blocks: int = 32  # per validation volume, half of them salient
     save_every: int = 25  # steps between resume files
     seed: int = 0
-    precision: str = "32-true"
+    precision: str = "auto"
 
     def __post_init__(self):
         if min(self.steps, self.batch, self.accumulate) < 1 or self.patience < 0:
@@ -139,6 +140,7 @@ class BlockSource:
             chosen = choose_blocks(sample.mask, grid, negatives, seed, block=self.shape)
             places.append(np.column_stack([np.full(len(chosen), number), grid[chosen]]))
         self.places = np.concatenate(places) if places else np.empty((0, 4), int)
+        self._epoch, self._order = -1, np.empty(0, int)  # the newest epoch, and its order
         if not len(self.places):
             names = ", ".join(s.pair.name for s in samples) or "none"
             raise DataError(
@@ -159,8 +161,10 @@ class BlockSource:
 
     def _row(self, index: int) -> int:
         epoch, place = divmod(index, len(self.places))
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.places))
-        return int(order[place])
+        if self._epoch != epoch:
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.places))
+            self._epoch = epoch
+        return int(self._order[place])
 
 
 def read_places(
@@ -203,10 +207,9 @@ def augment(
     for block, response in zip(blocks[:, 0], responses, strict=True):
         both = torch.stack([block, response])
         flips = [dim for dim in (1, 2, 3) if draw(0, 1) < 0.5]
-        both = torch.rot90(both.flip(flips), int(draw(0, 4)), (2, 3))
+        block, response = torch.rot90(both.flip(flips), int(draw(0, 4)), (2, 3))
         if draw(0, 1) < 0.3:
-            both = _zoom(both, draw(0.8, 1.25))
-        block, response = both
+            block, response = zoom(block, response, draw(0.8, 1.25))
         block = block.clamp(0, 1) ** draw(0.7, 1.5)
         noise = torch.randn(block.shape, generator=generator)
         block = (block + draw(0, 0.05) * noise).clamp(0, 1)
@@ -220,11 +223,30 @@ def augment(
     return torch.stack(out_blocks)[:, None], torch.stack(out_responses)
 
 
-def _zoom(both: torch.Tensor, factor: float) -> torch.Tensor:
-    """Scale (2, D, h, w) about its centre in the plane; reflected where it shrinks."""
-    theta = torch.tensor([[[1 / factor, 0, 0], [0, 1 / factor, 0]]]).expand(len(both), -1, -1)
+def distance_of(response: torch.Tensor) -> torch.Tensor:
+    """Distance to the centreline, in voxels, at which the target has this response; at most 5."""
+    return D_MAX * (1 - torch.log1p(response * math.expm1(A)) / A)
+
+
+def response_at(distance: torch.Tensor) -> torch.Tensor:
+    """The target's response at distances, in voxels, from the centreline."""
+    return (torch.expm1(A * (1 - distance / D_MAX)) / math.expm1(A)).clamp_min(0)
+
+
+def zoom(
+    block: torch.Tensor, response: torch.Tensor, factor: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale a block and its target (D, h, w) about their centre, in the plane.
+
+    The neurite grows with the image, the tube that the target draws around its centreline does
+    not: the response is turned into distances, which are scaled, and back. Reflected at the border.
+    """
+    theta = torch.tensor([[[1 / factor, 0, 0], [0, 1 / factor, 0]]]).expand(2, -1, -1)
+    both = torch.stack([block, distance_of(response)])
     grid = F.affine_grid(theta, list(both.shape), align_corners=False)
-    return F.grid_sample(both, grid, padding_mode="reflection", align_corners=False)
+    block, distance = F.grid_sample(both, grid, padding_mode="reflection", align_corners=False)
+    # Distances of 5 and more are not known, nor is what shrinking would make of them.
+    return block, response_at(distance * factor) * (distance < D_MAX - 1e-3)
 
 
 # ----------------------------------------------------------------------------------- losses
@@ -332,7 +354,7 @@ def pulls(logits: torch.Tensor, response: torch.Tensor, tau: float) -> dict[str,
 # ------------------------------------------------------------------------------------- loop
 
 
-def start(device: str = "auto", precision: str = "32-true", devices: int = 0) -> Fabric:
+def start(device: str = "auto", precision: str = "auto", devices: int = 0) -> Fabric:
     """Start Lightning Fabric on a device, or as one of the processes that torchrun has started.
 
     Parameters
@@ -340,7 +362,7 @@ def start(device: str = "auto", precision: str = "32-true", devices: int = 0) ->
     device : str
         ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
     precision : str
-        ``32-true``, or ``bf16-mixed`` on a GPU.
+        ``auto``, ``32-true`` or ``bf16-mixed``, see `neurolib.devices.pick_precision`.
     devices : int
         GPUs (or CPU processes) of this machine; 0: as many as torchrun has started, or one.
 
@@ -355,8 +377,10 @@ def start(device: str = "auto", precision: str = "32-true", devices: int = 0) ->
         here = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // here
     try:
+        where = pick_device(device).type
+        precision = pick_precision(precision, where)
         fabric = Fabric(
-            accelerator=device, devices=devices or here, num_nodes=nodes, precision=precision
+            accelerator=where, devices=devices or here, num_nodes=nodes, precision=precision
         )
     except Exception as error:  # Fabric raises its own classes, and plain ones
         reason = str(error).splitlines()[0][:120]
@@ -498,6 +522,7 @@ def _train(
     optimizer = torch.optim.AdamW(parameter_groups(network, settings), fused=True)
     module, optimizer = fabric.setup(network, optimizer)
     average = {k: v.detach().clone() for k, v in network.state_dict().items()}
+    seen = {content_key(s.image): s.pair.name for s in (*samples, *validation)}
     identity = _identity(network, settings, tau, blocks, checks)
     state = _Resume(folder, network, optimizer, average, identity)
     step, history, best = state.load()
@@ -539,7 +564,8 @@ def _train(
         row = {"step": step + 1, "loss": loss} | terms
         last = step + 1 == settings.steps
         if last or (step + 1) % settings.validate_every == 0:
-            dice, threshold = validate(network, average, checks, tau)
+            with fabric.autocast():
+                dice, threshold = validate(network, average, checks, tau)
             row |= {"validation_dice": dice, "threshold": threshold}
             if dice > best["dice"] or best["step"] == 0:
                 best = {"dice": dice, "step": step + 1, "threshold": threshold}
@@ -548,7 +574,7 @@ def _train(
                         folder / "checkpoint.safetensors",
                         network,
                         average,
-                        best | {"tau": tau, "training": asdict(settings)},
+                        best | {"tau": tau, "training": asdict(settings), "seen": seen},
                     )
         history.append(row)
         bar.set_postfix(loss=f"{row['loss']:.3f}", dice=f"{best['dice']:.3f}", refresh=False)
@@ -830,6 +856,33 @@ def load_checkpoint(path: str | Path) -> tuple[Segmenter, dict]:
     return network.eval(), facts
 
 
+def check_unseen(facts: dict, samples: Sequence[Sample], checkpoint: str | Path) -> None:
+    """Refuse to test a checkpoint on a volume that it was trained on or that chose its threshold.
+
+    Parameters
+    ----------
+    facts : dict
+        Of `load_checkpoint`.
+    samples : sequence of Sample
+        To be tested on; known by their intensities, whatever their names are.
+    checkpoint : path
+        For the message.
+
+    Raises
+    ------
+    DataError
+        If the checkpoint has seen one of them.
+    """
+    for sample in samples:
+        name = facts.get("seen", {}).get(content_key(sample.image))
+        if name:
+            raise DataError(
+                f"{checkpoint}: was trained or validated on {name}, so a test on "
+                f"{sample.pair.name} would say nothing; run notebook 03 with these neurons held "
+                "out, or test on others"
+            )
+
+
 def encoder_sum(network: Segmenter) -> str:
     """A number that tells one encoder's weights from another's, as text."""
     total = sum(p.detach().double().abs().sum().item() for p in network.encoder.parameters())
@@ -894,12 +947,9 @@ def _identity(
         "training": asdict(settings),
         "tau": tau,
         "neurons": [sample.pair.name for sample in blocks.samples],
-        "places": zlib.crc32(np.ascontiguousarray(blocks.places, np.int64)),
-        "images": [zlib.crc32(np.ascontiguousarray(s.image)) for s in blocks.samples],
-        "responses": [zlib.crc32(np.ascontiguousarray(s.response)) for s in blocks.samples],
-        "validation": [
-            zlib.crc32(c.responses.numpy(), zlib.crc32(c.blocks.numpy())) for c in checks
-        ],
+        "places": content_key(blocks.places),
+        "samples": [content_key(s.image, s.response) for s in blocks.samples],
+        "validation": [content_key(c.responses.numpy(), c.blocks.numpy()) for c in checks],
         "code": [sha256(Path(__file__).with_name(f"{name}.py")) for name in CODE],
     }
     given = json.dumps(facts, sort_keys=True)

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neurolib import inference
+from neurolib.devices import pick_device
 from neurolib.errors import SettingsError, VolumeError, WeightsError
 from neurolib.inference import (
     empty_level,
-    pick_device,
     predict_box,
     predict_slices,
     predict_volume,
@@ -428,7 +428,16 @@ def test_prediction_of_a_checkpoint_is_made_once(tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "predict_volume", None)
     again = predicted(tmp_path / "out", "cell", checkpoint, image, **options)
     np.testing.assert_array_equal(first, again)
-    # Other weights or another overlap are another prediction: it would have to be made.
+    # Another image of that name, other weights, overlap, precision or code are another prediction:
+    # it would have to be made.
+    with pytest.raises(TypeError):
+        predicted(tmp_path / "out", "cell", checkpoint, image[:, ::-1], **options)
+    others = {"pick_precision": lambda *_: "another", "CODE": inference.CODE[:-1]}
+    for changed, value in others.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(inference, changed, value)
+            with pytest.raises(TypeError):
+                predicted(tmp_path / "out", "cell", checkpoint, image, **options)
     with pytest.raises(TypeError):
         predicted(tmp_path / "out", "cell", checkpoint, image, **(options | {"overlap": 0.5}))
     with torch.no_grad():

@@ -48,7 +48,13 @@ from neurolib.training import (
 # timm's own test model: 6 layers of 64 channels.
 NETWORK = NetworkSettings(encoder="test_vit", depth=3, block=48, size=48, width=32)
 FAST = TrainingSettings(
-    steps=6, batch=2, validate_every=3, validation_blocks=4, save_every=2, seed=1
+    steps=6,
+    batch=2,
+    validate_every=3,
+    validation_blocks=4,
+    save_every=2,
+    seed=1,
+    precision="32-true",
 )
 
 
@@ -432,6 +438,24 @@ def test_augmentation_moves_block_and_response_alike():
     assert moves > 40
 
 
+@pytest.mark.parametrize("factor", [0.8, 0.9, 1.1, 1.25])
+def test_zoom_scales_the_tree_and_not_the_tube(factor):
+    """The target of a zoomed block is the target of the zoomed tree."""
+    centre, nodes = np.array([49.5, 49.5]), np.array([[20.0, 31.0], [60.0, 45.0], [78.0, 80.0]])
+
+    def target(scale):
+        xy = (nodes - centre) * scale + centre
+        tree = Tree(
+            np.column_stack([xy, np.full(3, 2.0)]), np.ones(3), np.full(3, 2), np.array([-1, 0, 1])
+        )
+        response, _ = make_target(tree, (5, 100, 100))
+        return torch.from_numpy(response)
+
+    _, moved = training.zoom(torch.zeros(5, 100, 100), target(1), factor)
+    wanted, found = target(factor)[2] >= 0.1, moved[2] >= 0.1
+    assert 2 * (wanted & found).sum() / (wanted.sum() + found.sum()) > 0.97
+
+
 def test_augmentation_keeps_the_range_and_its_input(samples):
     blocks, responses = BlockSource(samples, 3, 48).batch(0, 40)
     before = blocks.clone(), responses.clone()
@@ -456,7 +480,8 @@ def test_augmentation_follows_its_generator_only():
     assert not torch.equal(a[0], c[0])
 
 
-def test_augmentation_turns_z_over_and_blanks_slices_but_never_the_centre():
+def test_augmentation_turns_z_over_and_blanks_slices_but_never_the_centre(monkeypatch):
+    monkeypatch.setattr(training, "zoom", lambda block, response, factor: (block, response))
     n = 300
     blocks = torch.full((n, 1, 5, 8, 8), 0.5)
     responses = torch.arange(5.0).view(1, 5, 1, 1).expand(n, 5, 8, 8) / 10
@@ -815,6 +840,18 @@ def test_finished_run_is_not_trained_again_and_other_settings_start_anew(tmp_pat
     assert steps(network_seed=1, decoder_rate=2e-3, data=brighter) == 2
     assert steps(network_seed=1, decoder_rate=2e-3, data=brighter, checks=brighter) == 2
     assert steps(network_seed=1, decoder_rate=2e-3, data=brighter, checks=brighter) == 0
+
+
+def test_a_checkpoint_is_not_tested_on_what_it_has_seen(tmp_path, samples, checks):
+    network, _ = build(NETWORK, "scratch", seed=0)
+    result = train(network, samples, checks, tmp_path, dataclasses.replace(FAST, steps=1))
+    _, facts = load_checkpoint(result.checkpoint)
+    training.check_unseen(facts, [tubes("t", 3)], result.checkpoint)
+    # Under another name it is the same volume.
+    renamed = dataclasses.replace(samples[1], pair=tubes("t", 3).pair)
+    for known in (samples[0], checks[0], renamed):
+        with pytest.raises(DataError, match=r"trained or validated on [abv], so a test on"):
+            training.check_unseen(facts, [tubes("t", 3), known], result.checkpoint)
 
 
 def test_training_without_validation_is_refused_before_it_begins(tmp_path, samples):

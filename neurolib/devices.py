@@ -1,0 +1,60 @@
+"""Which device computes, and with which numbers."""
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+from neurolib.errors import SettingsError
+
+PRECISIONS = ("auto", "32-true", "bf16-mixed")
+CPU_FACTS = Path("/proc/cpuinfo")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; ``auto``: a GPU if there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise SettingsError(f"device={name!r}: not usable here ({reason}); try 'cpu'") from None
+    return device
+
+
+def pick_precision(name: str, device: str) -> str:
+    """The precision of that name on a type of device; ``auto`` is the fastest one that is safe.
+
+    Parameters
+    ----------
+    name : {"auto", "32-true", "bf16-mixed"}
+        ``auto``: bfloat16 for matrix products where the hardware has it (GPUs from Ampere on,
+        processors with AVX-512 BF16 or AMX: 1.8 to 2.6 times faster in training), else float32
+        (with AVX2 alone, bfloat16 is 7 times slower).
+    device : str
+        ``cpu``, ``cuda`` or another type of `torch.device`.
+
+    Raises
+    ------
+    SettingsError
+        If there is no such precision.
+    """
+    if name not in PRECISIONS:
+        raise SettingsError(f"precision={name!r}: expected one of {', '.join(PRECISIONS)}")
+    if name != "auto":
+        return name
+    if device == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        facts = CPU_FACTS.read_text() if device == "cpu" and CPU_FACTS.is_file() else ""
+        fast = "avx512_bf16" in facts or "amx_bf16" in facts
+    return "bf16-mixed" if fast else "32-true"
+
+
+def autocast(precision: str, device: str) -> contextlib.AbstractContextManager:
+    """A context in which networks compute with a precision (`pick_precision`) on a device."""
+    if pick_precision(precision, device) == "32-true":
+        return contextlib.nullcontext()
+    return torch.autocast(device, torch.bfloat16)
