@@ -16,7 +16,7 @@ from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
-from neurolib import evaluation, plotting, sweeps
+from neurolib import plotting, statistics, sweeps
 from neurolib.cli import app as command
 from neurolib.files import write_text
 from neurolib.runs import table
@@ -205,7 +205,8 @@ class Results(SphinxDirective):
         else:
             baseline = next((name for name in BASELINES if name in dice), next(iter(dice)))
             lines += [f"Dice, and the difference from *{baseline}* on the same neurons:", ""]
-            lines += [table(evaluation.compare_networks(dice, baseline))]
+            values = sweeps.by_neuron_and_seed(rows, "dice")
+            lines += [table(statistics.compare_networks(values, baseline))]
         # A heading inside parsed text would be put beside this section, not into it.
         section = nodes.section("", nodes.title(text=path.name), ids=[nodes.make_id(path.name)])
         section += self.parse_text_to_nodes("\n".join(lines))

@@ -1,23 +1,22 @@
-"""How good a mask or a tree is: overlap, surface distance, topology, tree distance, statistics.
+"""How good a mask or a tree is: overlap, surface distance, topology, tree distance.
 
 Masks are boolean arrays (z, y, x). Distances between masks are in the unit of `spacing` (voxels
 with the default); distances between trees are in voxels, as in the field's published tables.
-Every number comes with what it is undefined for: an empty mask, a tree without edges, one pair.
+Every number comes with what it is undefined for: an empty mask, a tree without edges.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 from scipy import ndimage
 from scipy.spatial import KDTree
 
+from neurolib import statistics
 from neurolib.errors import SettingsError, SwcError, VolumeError
 from neurolib.swc import Tree, branch_points, tips
 
 FULL_CONNECTIVITY = np.ones((3, 3, 3), dtype=bool)  # 26 neighbours: a neurite may run diagonally
-EXACT_PERMUTATIONS = 20  # up to 2**20 sign flips are all tried
-RANDOM_PERMUTATIONS = 100_000
 
 
 # --- Masks -------------------------------------------------------------------------------------
@@ -62,7 +61,8 @@ def hd95(
     Returns
     -------
     float
-        0 if both masks are empty, inf if one is (see `aggregate` for means over such values).
+        0 if both masks are empty, inf if one is; `neurolib.statistics.aggregate` takes means over
+        such values.
 
     Raises
     ------
@@ -262,7 +262,7 @@ def volume_diagonal(
 ) -> float:
     """Length of the diagonal of a volume, edge to edge: no two voxels of it are farther apart.
 
-    Takes the place of an infinite `hd95` in a mean (see `aggregate`).
+    Takes the place of an infinite `hd95` in a mean (`neurolib.statistics.aggregate`).
 
     Parameters
     ----------
@@ -568,140 +568,6 @@ def _check_trees(*trees: Tree) -> None:
         raise SwcError("a tree without nodes cannot be compared; expected at least one node")
 
 
-# --- Statistics --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over n values with a percentile bootstrap interval.
-
-    misses counts the values that were infinite and were replaced (see `aggregate`).
-    """
-
-    mean: float
-    low: float
-    high: float
-    n: int
-    misses: int = 0
-
-
-def bootstrap_interval(
-    values: np.ndarray, resamples: int = 10_000, seed: int = 0, level: float = 0.95
-) -> Interval:
-    """Mean of a few values and its percentile bootstrap interval.
-
-    Given the differences of paired values (one per neuron), it is the paired bootstrap: neurons
-    are drawn, not single measurements (Efron and Tibshirani, 1993). With very few values the
-    interval is too narrow: print n beside it.
-
-    Parameters
-    ----------
-    values : (n,) finite values or differences, at least one
-    resamples : number of draws of n values with replacement
-    seed : of the draws, so that a table can be made again
-    level : share of the resampled means inside the interval
-
-    Raises
-    ------
-    SettingsError
-        If there are no values or some are not finite.
-    """
-    values = _check_values(values)
-    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = np.percentile(values[draws].mean(axis=1), [50 * (1 - level), 50 * (1 + level)])
-    return Interval(float(values.mean()), float(low), float(high), len(values))
-
-
-def aggregate(
-    values: np.ndarray, penalty: float | np.ndarray | None = None, seed: int = 0
-) -> Interval:
-    """Mean over volumes with a bootstrap interval, where infinite values count as misses.
-
-    Parameters
-    ----------
-    values : (n,) one score per volume; inf where it is undefined (`hd95` with one mask empty)
-    penalty : what takes the place of an infinite value, per volume or for all: the volume's
-        diagonal (`volume_diagonal`), so that a miss can never raise the mean score
-    seed : of the bootstrap
-
-    Returns
-    -------
-    Interval
-        With the number of replaced values in `misses`.
-
-    Raises
-    ------
-    SettingsError
-        If there are no values, some are NaN, or some are infinite and no penalty is given.
-    """
-    values = np.asarray(values, dtype=float)
-    missed = np.isposinf(values)
-    if missed.any():
-        if penalty is None:
-            raise SettingsError(
-                f"{missed.sum()} of {values.size} values are infinite (an empty mask); give the "
-                "volumes' diagonals as penalty"
-            )
-        values = np.where(missed, penalty, values)
-    summary = bootstrap_interval(values, seed=seed)
-    return Interval(summary.mean, summary.low, summary.high, summary.n, int(missed.sum()))
-
-
-@dataclass(frozen=True)
-class PermutationTest:
-    """Two-sided p of a paired permutation test over n differences; exact if all were tried."""
-
-    p: float
-    n: int
-    exact: bool
-
-
-def permutation_p(differences: np.ndarray, seed: int = 0) -> PermutationTest:
-    """Two-sided sign-flip permutation test of the mean of paired differences against 0.
-
-    Under the null hypothesis each difference could as well have the other sign. Up to 20
-    differences all 2ⁿ sign patterns are tried: the smallest p possible is then 2 / 2ⁿ (0.125 for
-    four neurons, so four can never be "significant"). Beyond, 100,000 random patterns are drawn
-    and p counts the observed one among them, so that it is never 0.
-
-    Parameters
-    ----------
-    differences : (n,) finite paired differences, at least one
-    seed : of the random patterns, where they are drawn
-
-    Raises
-    ------
-    SettingsError
-        If there are no differences or some are not finite.
-    """
-    differences = _check_values(differences)
-    n = len(differences)
-    # Sums that differ only by rounding are the same sum.
-    observed = abs(differences.sum()) - 1e-9 * np.abs(differences).sum()
-    if n <= EXACT_PERMUTATIONS:
-        # A pattern and its opposite have the same absolute sum: the first sign can stay.
-        sums = differences[:1]
-        for difference in differences[1:]:
-            sums = np.concatenate([sums + difference, sums - difference])
-        return PermutationTest(float((np.abs(sums) >= observed).mean()), n, exact=True)
-    random = np.random.default_rng(seed)
-    sums = np.zeros(RANDOM_PERMUTATIONS)
-    for difference in differences:
-        sums += difference * random.choice([-1.0, 1.0], size=RANDOM_PERMUTATIONS)
-    extreme = np.count_nonzero(np.abs(sums) >= observed)
-    return PermutationTest((extreme + 1) / (RANDOM_PERMUTATIONS + 1), n, exact=False)
-
-
-def _check_values(values: np.ndarray) -> np.ndarray:
-    values = np.asarray(values, dtype=float)
-    if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
-        raise SettingsError(
-            f"expected a list of at least one finite value, got shape {values.shape} with "
-            f"{np.count_nonzero(~np.isfinite(values))} not finite"
-        )
-    return values
-
-
 def compare(tree: Tree, reference: Tree) -> dict[str, float]:
     """The scores of a tree that a table of neurons shows: ESA, DSA, PDS, precision, recall, trees.
 
@@ -718,36 +584,17 @@ def compare(tree: Tree, reference: Tree) -> dict[str, float]:
     }
 
 
-def compare_networks(values: Mapping[str, Mapping[str, float]], baseline: str) -> list[dict]:
-    """Mean of each method, and its paired difference from one of them.
+# --- Until notebooks 04 and 06 are built again: names that their stored copies still call ------
 
-    Parameters
-    ----------
-    values : mapping of method to mapping of neuron to value
-    baseline : str
-        The method that the others are compared with, on the neurons that both have.
 
-    Returns
-    -------
-    list of dict
-        Per method: ``mean``, ``difference``, ``low`` and ``high`` (95 % interval of the paired
-        bootstrap), ``p`` (exact sign flips) and ``n``.
+def bootstrap_interval(values: np.ndarray) -> statistics.Interval:
+    """`neurolib.statistics.t_interval`."""
+    return statistics.t_interval(values)
 
-    Raises
-    ------
-    SettingsError
-        If there is no such method.
-    """
-    if baseline not in values:
-        raise SettingsError(f"baseline={baseline!r}: expected one of {', '.join(values)}")
-    rows = []
-    for name, scores in values.items():
-        row = {"network": name, "mean": float(np.mean(list(scores.values())))}
-        if name != baseline:
-            shared = [neuron for neuron in scores if neuron in values[baseline]]
-            gain = np.array([scores[neuron] - values[baseline][neuron] for neuron in shared])
-            found = bootstrap_interval(gain)
-            row |= {"difference": found.mean, "low": found.low, "high": found.high}
-            row |= {"p": permutation_p(gain).p, "n": found.n}
-        rows.append(row)
-    return rows
+
+def permutation_p(values: np.ndarray) -> SimpleNamespace:
+    """`neurolib.statistics.sign_flip_p`."""
+    return SimpleNamespace(p=statistics.sign_flip_p(values))
+
+
+aggregate, compare_networks = statistics.aggregate, statistics.compare_networks

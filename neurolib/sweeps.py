@@ -454,19 +454,31 @@ def read_results(path: str | Path, measure: str = "test") -> list[dict]:
         raise SettingsError(f"{path}: {error}; expected numbers in {', '.join(NUMBERS)}") from None
 
 
-def by_network(rows: list[dict], column: str) -> dict[str, dict[str, float]]:
-    """Mean of a column over seeds and volumes of a neuron, as network → neuron → value.
+def by_neuron_and_seed(rows: list[dict], column: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean of a column over the volumes of a neuron, as network → neuron → seed → value.
 
     Two volumes of one neuron are no two neurons. An infinite distance, of a network that found
     nothing, counts as the diagonal of its volume.
     """
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
     for row in rows:
         value = row["diagonal"] if row[column] == float("inf") else row[column]
-        found.setdefault(row["network"], {}).setdefault(row["neuron"], []).append(value)
+        seeds = found.setdefault(row["network"], {}).setdefault(row["neuron"], {})
+        seeds.setdefault(row["seed"], []).append(value)
     return {
-        network: {neuron: sum(v) / len(v) for neuron, v in neurons.items()}
+        network: {
+            neuron: {seed: sum(v) / len(v) for seed, v in seeds.items()}
+            for neuron, seeds in neurons.items()
+        }
         for network, neurons in found.items()
+    }
+
+
+def by_network(rows: list[dict], column: str) -> dict[str, dict[str, float]]:
+    """Mean over seeds of `by_neuron_and_seed`, as network → neuron → value."""
+    return {
+        network: {neuron: sum(seeds.values()) / len(seeds) for neuron, seeds in neurons.items()}
+        for network, neurons in by_neuron_and_seed(rows, column).items()
     }
 
 

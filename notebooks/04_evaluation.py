@@ -53,8 +53,9 @@ import csv
 
 import ipywidgets
 import numpy as np
+from scipy import stats
 
-from neurolib import datasets, evaluation, inference, plotting, runs, training, widgets
+from neurolib import datasets, evaluation, inference, plotting, runs, statistics, training, widgets
 from neurolib.check import evaluation as check
 
 run = runs.open_run(run_dir)
@@ -255,7 +256,7 @@ plotting.show(figure, "shares", alt, run.figures)
 values = np.array([2.0, 3.0, 4.0, np.inf])
 diagonal = evaluation.volume_diagonal(sample.image.shape, sample.spacing)
 print(f"without the miss {values[:3].mean():.1f}, called 0: {(values[:3].sum()) / 4:.1f}")
-print(f"with the diagonal {evaluation.aggregate(values, diagonal).mean:.1f}, one miss")
+print(f"with the diagonal {statistics.aggregate(values, diagonal).mean:.1f}, one miss")
 
 # %% [markdown]
 # Leaving it out, or calling it 0 as some code does, rewards failing. Here a miss counts with the
@@ -288,13 +289,17 @@ check.q2(mean_hd95)
 # ## How sure can one be with four neurons?
 #
 # The paper tests on four. Suppose that the Dice of two methods on four neurons were those below (made
-# up, with means near the paper's). The bootstrap draws four neurons, with replacement, ten thousand
-# times, and the 95 % interval holds the middle 95 % of the means:
+# up, with means near the paper's). The 95 % t interval of a mean is
+#
+# $$ \bar d \pm t_{n-1} \frac{s}{\sqrt{n}}, $$
+#
+# with the standard deviation $s$ of the $n$ values and $t_{n-1}$, 3.18 for four of them, from Student's
+# distribution:
 
 # %%
 four = {"A": [0.41, 0.47, 0.53, 0.61], "B": [0.40, 0.45, 0.53, 0.58]}
 groups = {name: dict(zip("1234", values, strict=True)) for name, values in four.items()}
-found = {name: evaluation.bootstrap_interval(np.array(values)) for name, values in four.items()}
+found = {name: statistics.t_interval(values) for name, values in four.items()}
 ends = {name: (interval.low, interval.high) for name, interval in found.items()}
 # %%
 figure = plotting.dots(groups, "Dice", ends)
@@ -305,20 +310,39 @@ plotting.show(figure, "four", alt, run.figures)
 for name, interval in found.items():
     print(f"{name}: mean {interval.mean:.3f}, {interval.low:.3f} to {interval.high:.3f}, n = 4")
 # %%
-gain = evaluation.bootstrap_interval(np.subtract(four["A"], four["B"]))
+gain = statistics.t_interval(np.subtract(four["A"], four["B"]))
 print(f"A - B: mean {gain.mean:.3f}, {gain.low:.3f} to {gain.high:.3f}")
-print(f"smallest p that four neurons allow: {evaluation.permutation_p(np.ones(4)).p}")
+print(f"smallest p that four neurons allow: {statistics.sign_flip_p(np.ones(4))}")
 
 # %% [markdown]
 # A bar with the mean would hide that neuron 4 is easy and neuron 1 hard, for both. Compared by their own
-# intervals, the two methods cannot be told apart: each interval holds the spread of the *neurons*. Joined
-# per neuron, A is never worse, and the interval of the differences says so. Even then, four neurons
-# cannot reach p < 0.05: all 16 patterns of signs are too few.
+# intervals, the two methods cannot be told apart: each interval holds the spread of the *neurons*. The
+# differences on each neuron spread less, and their interval is short enough to say something. It still
+# holds 0: four neurons show little. They cannot reach p < 0.05 either: all 16 patterns of signs are too few.
+#
+# ### Does a 95 % interval hold the truth in 95 % of all experiments?
+#
+# That can be tried. Draw four values around a true mean of 0, compute the interval, see whether it holds
+# the 0, and repeat. The other interval in use, the percentile bootstrap, draws again and again from the
+# four values, with replacement, and takes the middle 95 % of the means:
+
+# %%
+experiments = np.random.default_rng(0).normal(size=(4000, 4))
+draws = np.random.default_rng(1).integers(4, size=(1000, 4))
+ends = np.percentile(experiments[:, draws].mean(axis=2), [2.5, 97.5], axis=1)
+print(f"percentile bootstrap: {np.mean((ends[0] < 0) & (ends[1] > 0)):.0%}")
+half = stats.t.ppf(0.975, 3) * experiments.std(axis=1, ddof=1) / np.sqrt(4)
+print(f"t interval: {np.mean(np.abs(experiments.mean(axis=1)) < half):.0%}")
+
+# %% [markdown]
+# Of four values a bootstrap sees too little of the spread: its "95 %" is 80 %. The t interval is wider, and
+# right. Values that are far from normal make it fail, too, and four values cannot tell: so every neuron is
+# shown.
 #
 # ### Exercise 3: the interval of a gain
 #
-# Write it: scores of two methods on the same n neurons go in, low and high of the 95 % interval of the
-# mean gain of the first over the second come out. Draw ten thousand times.
+# Write it: scores of two methods on the same n neurons go in, low and high of the 95 % t interval of the
+# mean gain of the first over the second come out. `stats.t.ppf(0.975, n - 1)` is $t_{n-1}$.
 
 
 # %% tags=["exercise"]
@@ -334,11 +358,11 @@ check.q3(interval)
 # ```python
 # def interval(a, b):
 #     gain = a - b
-#     draws = np.random.default_rng(0).choice(gain, size=(10_000, len(gain)))
-#     return np.percentile(draws.mean(axis=1), [2.5, 97.5])
+#     half = stats.t.ppf(0.975, len(gain) - 1) * gain.std(ddof=1) / np.sqrt(len(gain))
+#     return gain.mean() - half, gain.mean() + half
 # ```
 #
-# To draw differences is to draw neurons. `evaluation.bootstrap_interval` does this.
+# `statistics.t_interval` does this; given several seeds per neuron, it counts their spread, too.
 # </details>
 
 # %% [markdown]
@@ -356,4 +380,5 @@ check.q3(interval)
 # **Next:** [05 SWC tracing](05_swc_tracing.ipynb).
 #
 # **References.** Shit et al., *clDice*, CVPR 2021. Maier-Hein et al., *Metrics Reloaded*, Nature
-# Methods 2024. Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993.
+# Methods 2024. Student, *The probable error of a mean*, Biometrika 1908. Efron and Tibshirani, *An
+# Introduction to the Bootstrap*, 1993.

@@ -47,7 +47,7 @@ if "google.colab" in sys.modules:  # in JupyterLab and on Binder there is nothin
 # %%
 import ipywidgets
 
-from neurolib import evaluation, plotting, runs, sweeps, widgets
+from neurolib import plotting, runs, statistics, sweeps, widgets
 from neurolib.check import table1 as check
 
 run = runs.open_run(run_dir)
@@ -87,12 +87,13 @@ for line in sweeps.describe_results(rows):
 # %% [markdown]
 # ## Every neuron
 #
-# A line per neuron; a bar for the mean over neurons, and its 95 % interval from drawing neurons with
-# replacement.
+# A line per neuron; a bar for the mean over neurons, and its 95 % t interval, in which neurons and (where
+# there are several) seeds vary.
 
 # %%
 dice = sweeps.by_network(rows, "dice")
-means = {n: evaluation.bootstrap_interval(list(v.values())) for n, v in dice.items()}
+scores = sweeps.by_neuron_and_seed(rows, "dice")
+means = {n: statistics.t_interval(statistics.by_neuron(v)) for n, v in scores.items()}
 intervals = {name: (found.low, found.high) for name, found in means.items()}
 figure = plotting.dots(dice, "Dice", intervals)
 alt = "Dice of each neuron under each network; lines join the values of one neuron."
@@ -108,20 +109,21 @@ plotting.show(figure, "dice", alt, run.figures)
 #
 # $$ d_i = \mathrm{Dice}_i(\text{network}) - \mathrm{Dice}_i(\text{baseline}), $$
 #
-# its mean and, again, an interval from drawing neurons. The p-value is exact: if a network were no
+# its mean and, again, its t interval. The p-value is exact: if a network were no
 # better, each $d_i$ could as well have the other sign; $p$ is the share of all $2^n$ patterns of signs
 # with a mean as far from zero as the one found.
 
 # %%
 gains = {n: sweeps.gains(dice, n, baseline) for n in dice if n != baseline}
-spans = {n: evaluation.bootstrap_interval(list(v.values())) for n, v in gains.items()}
+pairs = {n: statistics.differences(scores[n], scores[baseline]) for n in gains}
+spans = {n: statistics.t_interval(pair) for n, pair in pairs.items()}
 intervals = {name: (found.low, found.high) for name, found in spans.items()}
 figure = plotting.dots(gains, f"Dice minus that of {baseline}", intervals, line=0)
 alt = "Gain in Dice over the baseline, each neuron under each network, with intervals."
 plotting.show(figure, "gains", alt, run.figures)
 
 # %%
-print(runs.table(evaluation.compare_networks(dice, baseline)))
+print(runs.table(statistics.compare_networks(scores, baseline)))
 
 # %% [markdown]
 # ## Another seed
@@ -247,7 +249,7 @@ print(f"metrics.json: {len(summary)} networks")
 # **Summary.** The paper: pre-training on photographs raises the Dice of the 3D network by 0.077
 # (average) and 0.087 (center) and brings its Hd95 from 37.9 down to 2.9 and 2.8, on four neurons. Here,
 # with minutes of training, one seed and $n = 4$, both inflations gain on every neuron: average 0.055
-# (0.038 to 0.075), center 0.036 (0.020 to 0.052). In 2D the gain is the same, 0.036. Three things differ
+# (0.022 to 0.088), center 0.036 (0.006 to 0.066). In 2D the gain is the same, 0.036. Three things differ
 # from the paper. The pre-trained 2D network is as good as the 3D center one: five slices have not paid
 # yet. Average is above center, by so little that another seed may turn it round. Hd95 falls on one neuron
 # alone (`in40`: 23 to 11); on the other three every network leaves far specks, and it stays near 90 to
@@ -256,6 +258,6 @@ print(f"metrics.json: {len(summary)} networks")
 # On your own volumes: `neurolib sweep profiles/table1-cpu.yaml --data my_pairs`, with a copy of the
 # profile in which `folds` and `validate_on` name your neurons.
 #
-# **References.** Cheng et al. (Table 1). Efron and Tibshirani, *An Introduction to the Bootstrap*,
-# 1993. Good, *Permutation, Parametric, and Bootstrap Tests of Hypotheses*, 2005. Bouthillier et al.,
+# **References.** Cheng et al. (Table 1). Student, *The probable error of a mean*, Biometrika
+# 1908. Good, *Permutation, Parametric, and Bootstrap Tests of Hypotheses*, 2005. Bouthillier et al.,
 # *Accounting for Variance in Machine Learning Benchmarks*, MLSys 2021.

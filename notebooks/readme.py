@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+
 from neurolib import sweeps
-from neurolib.evaluation import bootstrap_interval, compare_networks
 from neurolib.files import write_text
 from neurolib.runs import REPOSITORY, table
+from neurolib.statistics import by_neuron, compare_networks, differences, t_interval
 
 README = REPOSITORY / "README.md"
 RESULTS = REPOSITORY / "data" / "results" / "table1.csv"
@@ -78,28 +80,29 @@ def seen() -> str:
 
 
 def results() -> str:
-    """Means with intervals over neurons, and paired gains, of the stored results."""
+    """Means with intervals over neurons and seeds, and paired gains, of the stored results."""
     rows = sweeps.read_results(RESULTS)
-    dice, hd95 = sweeps.by_network(rows, "dice"), sweeps.by_network(rows, "hd95")
+    dice, hd95 = (sweeps.by_neuron_and_seed(rows, column) for column in ("dice", "hd95"))
 
-    def spread(values: Sequence[float], digits: int, sign: str = "") -> str:
-        found = bootstrap_interval(list(values))
+    def spread(values: np.ndarray, digits: int, sign: str = "") -> str:
+        found = t_interval(values)
         mean, low, high = (f"{x:{sign}.{digits}f}" for x in (found.mean, found.low, found.high))
         return f"{mean} ({low} to {high})"
 
-    gains = {row["network"]: row for row in compare_networks(dice, BASELINE)}
+    p = {row["network"]: row.get("p") for row in compare_networks(dice, BASELINE)}
     lines = []
-    for name, values in dice.items():
-        line = {"network": name, "Dice (95 % interval)": spread(values.values(), 3)}
-        line["Hd95, voxels"] = spread(hd95[name].values(), 0)
+    for name, scores in dice.items():
+        line = {"network": name, "Dice (95 % t interval)": spread(by_neuron(scores), 3)}
+        line["Hd95, voxels"] = spread(by_neuron(hd95[name]), 0)
         line[f"gain in Dice over {BASELINE}"], line["p"] = "", ""
         if name != BASELINE:
-            paired = sweeps.gains(dice, name, BASELINE).values()
-            line[f"gain in Dice over {BASELINE}"] = spread(paired, 3, "+")
-            line["p"] = f"{gains[name]['p']:.3f}"
+            gain = differences(scores, dice[BASELINE])
+            line[f"gain in Dice over {BASELINE}"] = spread(gain, 3, "+")
+            line["p"] = f"{p[name]:.3f}"
         lines.append(line)
     neurons, seeds = {row["neuron"] for row in rows}, {row["seed"] for row in rows}
     return (
         table(lines)
-        + f"\n\nn = {len(neurons)} neurons, {len(seeds)} seed{'s'[: len(seeds) > 1]} each."
+        + f"\n\nn = {len(neurons)} neurons, {len(seeds)} seed{'s'[: len(seeds) > 1]} each; "
+        "in brackets the 95 % t interval of the mean, p from flipping all signs."
     )

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
+from scipy import ndimage, stats
 
 from neurolib import check
 from neurolib.check import blocking, evaluation, inflation, start_here, table1, tracing, training
@@ -165,6 +165,18 @@ def ends(values, low=2.5, high=97.5):
     return np.percentile(values, [low, high])
 
 
+def stds(*samples):
+    return [sample.std(ddof=1) for sample in samples]
+
+
+def student(values, t=None, spread=None, share=None):
+    """A t interval, right as it stands."""
+    n = len(values)
+    half = t or stats.t.ppf(0.975, n - 1)
+    half *= (spread or values.std(ddof=1)) * (share or 1 / math.sqrt(n))
+    return values.mean() - half, values.mean() + half
+
+
 def penalised(penalty):
     """A mean Hd95 in which a miss costs what `penalty` gives for the values and the diagonals."""
     return lambda v, d: np.where(np.isinf(v), penalty(v, d), v).mean()
@@ -190,18 +202,21 @@ WRONG = [
     (evaluation.q2, penalised(lambda v, d: v[np.isfinite(v)].max()), "no bound"),
     (evaluation.q2, penalised(lambda v, d: 1000), "Replace each infinity"),
     (evaluation.q3, lambda a, b: (a - b).mean(), "two numbers"),
-    (evaluation.q3, lambda a, b: ends(means(a - b))[::-1], "lower end comes first"),
-    (evaluation.q3, lambda a, b: [(a - b).mean()] * 2, "with replacement"),
-    (evaluation.q3, lambda a, b: ends(means(b - a)), "first method over the second"),
+    (evaluation.q3, lambda a, b: student(a - b)[::-1], "lower end comes first"),
+    (evaluation.q3, lambda a, b: student(b - a), "first method over the second"),
+    (evaluation.q3, lambda a, b: student(a - b, spread=np.hypot(*stds(a, b))), "not that of each"),
+    (evaluation.q3, lambda a, b: student(a - b, share=1), "spread of single neurons"),
+    (evaluation.q3, lambda a, b: student(a - b, spread=(a - b).std()), "ddof=1"),
+    (evaluation.q3, lambda a, b: student(a - b, t=1.96), "many neurons"),
+    (evaluation.q3, lambda a, b: student(a - b, t=stats.t.ppf(0.95, len(a) - 1)), "at each end"),
     (
         evaluation.q3,
-        lambda a, b: ends(means(a) - np.random.default_rng(6).permutation(means(b))),
-        "by itself",
+        lambda a, b: student(a - b, t=stats.t.ppf(0.975, len(a))),
+        "degrees of freedom",
     ),
-    (evaluation.q3, lambda a, b: ends(a - b), "spread of single neurons"),
-    (evaluation.q3, lambda a, b: ends(means(a - b), 5, 95), "2.5 and 97.5"),
-    (evaluation.q3, lambda a, b: ends(means(a)), "one method"),
-    (evaluation.q3, lambda a, b: (0, 1), "sort the means"),
+    (evaluation.q3, lambda a, b: student(a), "one method"),
+    (evaluation.q3, lambda a, b: ends(means(a - b)), "percentile bootstrap"),
+    (evaluation.q3, lambda a, b: (0, 1), "plus and minus"),
     (tracing.q1, lambda m, s: edt(m), "You count voxels"),
     (tracing.q1, lambda m, s: edt(m, s[::-1]), "Do not turn it round"),
     (tracing.q1, lambda m, s: edt(m) * s[0], "One factor does not do"),

@@ -14,14 +14,11 @@ from skimage.morphology import skeletonize
 
 from neurolib.errors import NeurolibError, SettingsError, SwcError, VolumeError
 from neurolib.evaluation import (
-    aggregate,
     betti0_error,
-    bootstrap_interval,
     cl_dice,
     dice,
     distance_to_tree,
     hd95,
-    permutation_p,
     sample_edges,
     skeleton,
     surface_shares,
@@ -300,11 +297,6 @@ MASK = np.ones((3, 3, 3), bool)
         (lambda: cl_dice(MASK[0], MASK[0]), VolumeError, "3D"),
         (lambda: betti0_error(MASK, MASK[:, :2]), VolumeError, "one shape"),
         (lambda: volume_scores(MASK, MASK, protocol="other"), SettingsError, "other"),
-        (lambda: bootstrap_interval([]), SettingsError, "at least one"),
-        (lambda: bootstrap_interval([1, np.nan]), SettingsError, "1 not finite"),
-        (lambda: permutation_p([[1.0]]), SettingsError, "shape"),
-        (lambda: aggregate([1, np.inf]), SettingsError, "diagonals"),
-        (lambda: aggregate([1, np.nan], penalty=3), SettingsError, "finite"),
         (lambda: tree_distance(line(), line((0, 0, 0))), SwcError, "without nodes"),
     ],
 )
@@ -418,52 +410,6 @@ def test_single_nodes_are_compared_by_place():
     assert tree_distance(a, b).esa == 3
     assert tree_scores(a, b).recall == 0
     assert np.isnan(tree_scores(a, b).length_ratio)
-
-
-# --- Statistics ----------------------------------------------------------------------------------
-
-
-def test_permutation_p_is_exact():
-    differences = np.array([0.3, -0.1, 0.4, 0.2, 0.25])
-    sums = [abs((differences * signs).sum()) for signs in itertools.product((-1, 1), repeat=5)]
-    expected = np.mean(np.array(sums) >= abs(differences.sum()) - 1e-12)
-    assert permutation_p(differences).p == expected
-    assert permutation_p(-differences).p == expected
-    assert permutation_p([1, 2, 3, 4]).p == 2 / 2**4
-    assert permutation_p([0, 0, 0]).p == 1
-    assert permutation_p([5.0]).p == 1
-    result = permutation_p(np.full(20, 0.1))
-    assert (result.p, result.n, result.exact) == (2 / 2**20, 20, True)
-
-
-def test_permutation_p_beyond_the_exact_range():
-    rng = np.random.default_rng(0)
-    result = permutation_p(rng.normal(0, 1, 40))
-    assert (result.n, result.exact) == (40, False)
-    assert result == permutation_p(
-        rng.normal(0, 1, 40) * 0 + np.random.default_rng(0).normal(0, 1, 40)
-    )
-    assert permutation_p(np.ones(40)).p == pytest.approx(1e-5, rel=0.01)
-
-
-def test_bootstrap_interval():
-    values = np.array([0.1, 0.5, 0.3, 0.7])
-    interval = bootstrap_interval(values)
-    assert interval == bootstrap_interval(values)
-    assert interval.low < interval.mean == values.mean() < interval.high
-    assert interval.n == 4
-    # All 4⁴ resamples, one by one.
-    means = [np.mean(draw) for draw in itertools.product(values, repeat=4)]
-    exact = np.percentile(means, [2.5, 97.5])
-    assert (interval.low, interval.high) == pytest.approx(exact, abs=0.03)
-    single = bootstrap_interval([2.0])
-    assert (single.mean, single.low, single.high, single.n) == (2, 2, 2, 1)
-
-
-def test_aggregate_replaces_and_counts_misses():
-    summary = aggregate([1.0, np.inf, 3.0], penalty=np.array([10, 20, 30]))
-    assert (summary.mean, summary.n, summary.misses) == (8, 3, 1)
-    assert aggregate([1.0, 3.0]).misses == 0
 
 
 # --- Published values ----------------------------------------------------------------------------

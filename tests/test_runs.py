@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from neurolib import datasets, evaluation, runs, swc, sweeps, synthesis, volume
+from neurolib import datasets, runs, swc, sweeps, synthesis, volume
 from neurolib.errors import DataError, SettingsError, WeightsError
 
 GRID = """\
@@ -55,22 +55,6 @@ def test_results_of_another_kind_are_refused(tmp_path):
     path.write_text("a,b\n1,2\n")
     with pytest.raises(SettingsError, match="expected the columns"):
         sweeps.read_results(path)
-
-
-def test_networks_are_compared_on_the_neurons_that_both_have():
-    values = {
-        "base": {"n1": 0.1, "n2": 0.2, "n3": 0.3},
-        "other": {"n1": 0.2, "n2": 0.4, "n9": 0.9},
-    }
-    base, other = evaluation.compare_networks(values, "base")
-    assert set(base) == {"network", "mean"}
-    assert other["n"] == 2
-    assert other["difference"] == pytest.approx(np.mean([0.1, 0.2]))
-    assert other["low"] <= other["difference"] <= other["high"]
-    # Two differences of one sign: of the four sign patterns two are as extreme.
-    assert other["p"] == pytest.approx(0.5)
-    with pytest.raises(SettingsError, match="expected one of base, other"):
-        evaluation.compare_networks(values, "none")
 
 
 def test_a_grid_is_read(tmp_path):

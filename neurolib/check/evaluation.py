@@ -3,12 +3,10 @@
 from collections.abc import Callable
 
 import numpy as np
+from scipy import stats
 
 from neurolib import evaluation
 from neurolib.check import call, question
-
-DRAWS = 10_000  # of the bootstrap
-CLOSE = 0.05  # of the interval's length: 10,000 draws stay within, 5 to 95 % does not
 
 
 @question("and it is a number for every pair of masks, empty ones too.")
@@ -93,41 +91,45 @@ def q2(mean_hd95: Callable) -> str:
     return ""
 
 
-@question("neurons are drawn, not measurements: what two methods share on a neuron cancels.")
+@question("what two methods share on a neuron cancels, and four neurons are given their due.")
 def q3(interval: Callable) -> str:
-    """Scores (n,) of two methods on the same neurons give the 95 % interval of the mean gain."""
+    """Scores (n,) of two methods on the same neurons give the 95 % t interval of the mean gain."""
     rng = np.random.default_rng(3)
-    neurons = rng.normal(0.5, 0.1, 12)
-    a = neurons + rng.normal(0.04, 0.02, 12)
-    b = neurons + rng.normal(0.0, 0.02, 12)
+    n, neurons = 5, rng.normal(0.5, 0.1, 5)
+    a = neurons + rng.normal(0.04, 0.02, n)
+    b = neurons + rng.normal(0.0, 0.02, n)
     found = call(interval, a.copy(), b.copy())
     if np.shape(found) != (2,):
         return f"Return two numbers, low and high; yours has the shape {np.shape(found)}."
     found = np.asarray(found, float)
 
-    def near(low: float, high: float) -> bool:
-        return bool(np.abs(found - (low, high)).max() < CLOSE * (high - low))
+    def near(mean: float, half: float) -> bool:
+        return bool(np.allclose(found, (mean - half, mean + half), rtol=1e-6))
 
     gain = a - b
-    draw = rng.integers(12, size=(2, DRAWS, 12))
-    means = gain[draw[0]].mean(axis=1)
-    if near(*np.percentile(means, [2.5, 97.5])):
+    mean, deviation, t = gain.mean(), gain.std(ddof=1), stats.t.ppf(0.975, n - 1)
+    half = t * deviation / np.sqrt(n)
+    if near(mean, half):
         return ""
     said = f"You say {found[0]:.3f} to {found[1]:.3f}."
     if found[0] > found[1]:
         return f"{said} The lower end comes first."
-    if np.ptp(found) < 1e-9:
-        return f"{said} All draws are alike: draw with replacement, and as many as there are."
-    apart = a[draw[0]].mean(axis=1) - b[draw[1]].mean(axis=1)
+    apart = np.sqrt(a.var(ddof=1) + b.var(ddof=1))
     mistakes = [
-        (-means, [2.5, 97.5], "The gain is that of the first method over the second: a - b."),
-        (apart, [2.5, 97.5], "You draw for each method by itself: draw neurons, take both scores."),
-        (gain, [2.5, 97.5], "That is the spread of single neurons: take the mean of each draw."),
-        (means, [5, 95], "95 % of the means lie between the percentiles 2.5 and 97.5."),
-        (means, [0, 100], "Those are the extremes of all draws: take percentiles 2.5 and 97.5."),
-        (a[draw[0]].mean(axis=1), [2.5, 97.5], "That is the mean of one method, not the gain."),
+        (-mean, half, "The gain is that of the first method over the second: a - b."),
+        (mean, half * apart / deviation, "Take the spread of the differences, not that of each."),
+        (mean, half * np.sqrt(n), "That is the spread of single neurons: divide by √n."),
+        (mean, half * np.sqrt(1 - 1 / n), "The standard deviation of a sample has ddof=1."),
+        (mean, half * stats.norm.ppf(0.975) / t, "1.96 is for many neurons; take t of n - 1."),
+        (mean, half * 1.96 / t, "1.96 is for many neurons; take t of n - 1."),
+        (mean, half * stats.t.ppf(0.95, n - 1) / t, "95 % leave 2.5 % at each end: t of 0.975."),
+        (mean, half * stats.t.ppf(0.975, n) / t, "n differences have n - 1 degrees of freedom."),
+        (a.mean(), t * a.std(ddof=1) / np.sqrt(n), "That is the mean of one method, not the gain."),
     ]
-    for values, levels, hint in mistakes:
-        if near(*np.percentile(values, levels)):
+    for centre, width, hint in mistakes:
+        if near(centre, width):
             return f"{said} {hint}"
-    return f"{said} Draw n of the n differences with replacement, {DRAWS:,} times; sort the means."
+    draws = gain[rng.integers(n, size=(10_000, n))].mean(axis=1)
+    if np.abs(found - np.percentile(draws, [2.5, 97.5])).max() < half / 10:
+        return f"{said} That is the percentile bootstrap, which is too narrow for {n} neurons."
+    return f"{said} Expected the mean gain, plus and minus t · s / √n."
