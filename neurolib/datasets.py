@@ -2,7 +2,7 @@
 
 A data set is a folder of pairs with the same name (``cell.tif`` and ``cell.swc``), wherever it
 comes from: generated (``synthetic``), rendered from given trees (``rendered:FOLDER``), downloaded
-(``bigneuron-janelia``), or somebody's own.
+(``fly-larva``, ``bigneuron-janelia``), or somebody's own.
 """
 
 import csv
@@ -19,10 +19,9 @@ from tqdm import tqdm
 from neurolib import synthesis
 from neurolib.blocking import make_target
 from neurolib.errors import DataError, NeurolibError, SwcError
-from neurolib.files import atomic_path, sha256, write_text
+from neurolib.files import atomic_path, cache_folder, named_folder, sha256, write_text
 from neurolib.swc import Tree, check_pair, read_swc, write_swc
 from neurolib.volume import SUFFIXES, normalise, read_volume, write_volume
-from neurolib.weights import cache_folder
 
 # Part words by which people name several crops of one neuron: they never go into two splits.
 PART = re.compile(
@@ -34,6 +33,9 @@ TREES = (".swc", ".eswc")
 NEURONS_FILE = "neurons.csv"
 # Data sets that their name and this version decide: nothing of theirs has to be hashed.
 GENERATED = ("synthetic", "bigneuron-janelia")
+NAMED = (*GENERATED, "fly-larva", "fly-larva-final")
+# Pairs of this style are evaluated only: never trained on, validated on or chosen by.
+FINAL_STYLE = "real, final test set"
 # The name of a data set that is rendered from the trees of a folder, and of its microscope.
 RENDERED = re.compile(r"rendered(-(?P<style>[^:/\\]*))?:(?P<folder>.+)")
 
@@ -79,9 +81,9 @@ def load_dataset(name: str | Path) -> list[Pair]:
     Parameters
     ----------
     name : str or path
-        ``synthetic``, ``bigneuron-janelia``, ``rendered:FOLDER`` (or ``rendered-STYLE:FOLDER``)
-        for the SWC files of a folder, see `rendered_pairs`, or a folder of pairs. Folders are
-        relative to the working directory.
+        ``synthetic``, ``fly-larva``, ``fly-larva-final``, ``bigneuron-janelia``,
+        ``rendered:FOLDER`` (or ``rendered-STYLE:FOLDER``) for the SWC files of a folder, see
+        `rendered_pairs`, or a folder of pairs. Folders are relative to the working directory.
 
     Raises
     ------
@@ -95,12 +97,32 @@ def load_dataset(name: str | Path) -> list[Pair]:
     if str(name) == "bigneuron-janelia":
         from neurolib.bigneuron import fetch_janelia
 
-        return folder_pairs(fetch_janelia())
+        own = stand_in(name)
+        return folder_pairs(own if own and own.name == name else fetch_janelia())
+    if str(name) in NAMED:
+        from neurolib.fly_larva import load_fly_larva
+
+        return load_fly_larva(str(name))
     if rendered := RENDERED.fullmatch(str(name)):
         # "rendered-:" is a style left out by mistake, not the default one.
         style = rendered["style"]
         return rendered_pairs(rendered["folder"], "flylight" if style is None else style)
     return folder_pairs(name)
+
+
+def stand_in(name: str) -> Path | None:
+    """The folder that stands in for a downloaded data set; None without ``$NEUROLIB_DATA``.
+
+    It is the one of that name in ``$NEUROLIB_DATA``, or ``$NEUROLIB_DATA`` itself.
+    """
+    root = named_folder("NEUROLIB_DATA")
+    if root is not None and not root.is_dir():
+        raise DataError(
+            f"NEUROLIB_DATA={root}: no such folder; expected one of image/SWC pairs, or one that "
+            f"holds a folder {name}"
+        )
+    places = [root / part for part in (name, name.removesuffix("-final"))] if root else []
+    return next((place for place in places if place.is_dir()), root)
 
 
 def name_from(name: str, start: str | Path) -> str:
@@ -109,7 +131,7 @@ def name_from(name: str, start: str | Path) -> str:
     Folders in the name, as they are found from here, are written relative to `start`; names
     without a folder stay as they are.
     """
-    if name in GENERATED:
+    if name in NAMED:
         return name
     rendered = RENDERED.fullmatch(name)
     folder = rendered["folder"] if rendered else name
@@ -122,7 +144,7 @@ def data_label(data: str) -> str:
     """A data set's name as part of a file name: ``rendered:a/b`` is ``rendered-b``."""
     rendered = RENDERED.fullmatch(data)
     if not rendered:
-        return data if data in GENERATED else Path(data).resolve().name
+        return data if data in NAMED else Path(data).resolve().name
     return data[: len(data) - len(rendered["folder"]) - 1] + f"-{Path(rendered['folder']).name}"
 
 
@@ -160,8 +182,8 @@ def _by_name(folder: Path, suffixes: tuple[str, ...], kind: str) -> dict[str, Pa
     """Files of a folder that end in one of `suffixes`, by name without it, sorted."""
     if not folder.is_dir():
         raise DataError(
-            f"{folder}: no such folder; expected 'synthetic', 'bigneuron-janelia', "
-            "'rendered:FOLDER' or a folder of image/SWC pairs with equal names"
+            f"{folder}: no such folder; expected {', '.join(NAMED)}, rendered:FOLDER or a folder "
+            "of image/SWC pairs with equal names"
         )
     found, doubles = {}, []
     for path in sorted(folder.iterdir()):
@@ -218,8 +240,15 @@ def split_by_neuron(
     Raises
     ------
     DataError
-        If no neuron is left to train on, or a held-out name is unknown.
+        If no neuron is left to train on, a held-out name is unknown, or the pairs are a final
+        test set.
     """
+    if any(pair.style == FINAL_STYLE for pair in pairs):
+        raise DataError(
+            f"{pairs[0].name}: of a final test set, neither trained nor validated on; evaluate a "
+            "finished network by 'neurolib run --data fly-larva-final --profile final -p "
+            "checkpoint=FILE'"
+        )
     if min(test, validation, train) < 0:
         raise DataError(
             f"test={test}, validation={validation}, train={train}: expected numbers of neurons"

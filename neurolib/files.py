@@ -31,6 +31,23 @@ CUT_SHORT = re.compile(r"^\d+ requested and \d+ written$")
 PATIENCE = 5.0
 
 
+def cache_folder() -> Path:
+    """Folder in which downloads are kept: ``$NEUROLIB_CACHE`` or ``~/.cache/neurite-vit``."""
+    return named_folder("NEUROLIB_CACHE") or Path.home() / ".cache" / "neurite-vit"
+
+
+def named_folder(variable: str) -> Path | None:
+    """The folder that an environment variable names, absolute; None if it is not set.
+
+    The variable is made absolute, too: notebooks run in a folder of their own, and a relative
+    name must mean the same to them.
+    """
+    if not (value := os.environ.get(variable)):
+        return None
+    os.environ[variable] = os.path.abspath(value)
+    return Path(os.environ[variable])
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a path beside `path` to write to; rename it to `path` when the block succeeds.

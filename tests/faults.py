@@ -324,6 +324,7 @@ def segment_regions(folder: Path, checkpoint: Path, image: Path) -> None:
 def download(folder: Path, hub: str, archive: str, wait: float = 0.0, limit: int = 0) -> None:
     """Weights from a model hub, then the archive of a data set, into a cache."""
     from neurolib import bigneuron, weights
+    from neurolib import download as downloading
 
     use_hub(hub)
     os.environ |= {"NEUROLIB_CACHE": str(folder), "NEUROLIB_WEIGHTS": "", "NO_PROXY": "127.0.0.1"}
@@ -334,7 +335,7 @@ def download(folder: Path, hub: str, archive: str, wait: float = 0.0, limit: int
     weights.load_pretrained("vit_small_patch16_224.dino")
     if archive:
         url, digest = archive.split("#")
-        bigneuron.PAUSE = 0.0
+        downloading.PAUSE = 0.0
         bigneuron.fetch_janelia(url, digest)
 
 

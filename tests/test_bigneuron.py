@@ -3,17 +3,14 @@
 import hashlib
 import io
 import struct
-import threading
-import time
 import zipfile
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+import servers
 
-from neurolib import bigneuron, datasets
-from neurolib.bigneuron import fetch_janelia, janelia_split
+from neurolib import bigneuron, datasets, download
+from neurolib.bigneuron import fetch_janelia
 from neurolib.errors import DataError, SettingsError
 
 ROOT = "gold166/p_checked7_janelia_flylight_part1"
@@ -54,148 +51,16 @@ def release():
     return archive_of(members)
 
 
-class Server(ThreadingHTTPServer):
-    """Serves `data` the way that the first part of the path says; remembers the requests."""
-
-    daemon_threads = True
-
-    def __init__(self, data):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.data, self.requests = data, []
-
-    def url(self, way):
-        return f"http://127.0.0.1:{self.server_port}/{way}/gold166.zip"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def head(self, status, length=None, **headers):
-        self.send_response(status)
-        if length is not None:
-            self.send_header("Content-Length", str(length))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-
-    def do_GET(self):
-        way, data = self.path.split("/")[1], self.server.data
-        asked = self.headers.get("Range")
-        self.server.requests.append((way, asked))
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
-        self.close_connection = True
-        with suppress(BrokenPipeError, ConnectionResetError):
-            getattr(self, way)(data, start)
-
-    def ranged(self, data, start, send=None):
-        """Answer as a proper server does, and send `send` bytes of it (all by default)."""
-        if start >= len(data):
-            self.head(416, 0, Content_Range=f"bytes */{len(data)}")
-        elif start:
-            told = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            self.head(206, len(data) - start, Content_Range=told)
-        else:
-            self.head(200, len(data))
-        if start < len(data):
-            self.wfile.write(data[start:][:send])
-
-    def good(self, data, start):
-        self.ranged(data, start)
-
-    def drops(self, data, start):
-        """Each connection breaks after a tenth of the archive."""
-        self.ranged(data, start, len(data) // 10 + 1)
-
-    def drops_once(self, data, _):
-        """Knows no ranges; the first connection breaks."""
-        first = sum(way == "drops_once" for way, _ in self.server.requests) == 1
-        self.head(200, len(data))
-        self.wfile.write(data[: len(data) // 2 if first else None])
-
-    def truncated(self, data, start):
-        """Announces the whole and never sends more than half."""
-        self.ranged(data, start, max(0, len(data) // 2 - start))
-
-    def short(self, data, _):
-        """Lies: announces half, and half is what arrives."""
-        self.head(200, len(data) // 2)
-        self.wfile.write(data[: len(data) // 2])
-
-    def endless(self, *_):
-        """Announces nothing and never stops."""
-        self.head(200)
-        while True:
-            self.wfile.write(bytes(1 << 20))
-
-    def unannounced(self, data, _):
-        self.head(200)
-        self.wfile.write(data)
-
-    def huge(self, *_):
-        self.head(200, 10**15)
-        self.wfile.write(b"PK")
-
-    def altered(self, data, _):
-        self.head(200, len(data))
-        self.wfile.write(data[:100] + bytes([data[100] ^ 255]) + data[101:])
-
-    def elsewhere(self, data, start):
-        """Answers a request for the rest with some other part."""
-        if start:
-            self.head(206, 10, Content_Range=f"bytes 0-9/{len(data)}")
-            self.wfile.write(data[:10])
-        else:
-            self.ranged(data, 0, len(data) // 2)
-
-    def trickle(self, data, start):
-        self.head(200, len(data))
-        for i in range(200):
-            self.wfile.write(data[i : i + 1])
-            time.sleep(0.02)
-
-    def silent(self, *_):
-        time.sleep(2)
-
-    def page(self, *_):
-        text = b"<html>Please log in</html>"
-        self.head(200, len(text))
-        self.wfile.write(text)
-
-    def missing(self, *_):
-        self.head(404, 0)
-
-    def busy(self, data, start):
-        if sum(way == "busy" for way, _ in self.server.requests) < 3:
-            self.head(503, 0)
-        else:
-            self.ranged(data, start)
-
-    def down(self, *_):
-        self.head(503, 0)
-
-    def loop(self, *_):
-        self.head(302, 0, Location=self.path)
-
-
 @pytest.fixture
 def server(release):
-    server = Server(release)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with servers.serve(release) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     """Waiting times of tests; the user's addresses must not be asked."""
-    monkeypatch.setattr(bigneuron, "PAUSE", 0.0)
-    monkeypatch.setattr(bigneuron, "TIMEOUT", 0.3)
-    monkeypatch.setattr(bigneuron, "WINDOW", 0.2)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    servers.hurry(monkeypatch)
     for name in ("URL", "SHA256"):
         monkeypatch.delenv(f"NEUROLIB_BIGNEURON_{name}", raising=False)
 
@@ -257,16 +122,10 @@ def test_address_hash_and_cache_come_from_the_environment(server, release, tmp_p
     assert "hexadecimal" in refused()
 
 
-def test_split_of_45_neurons_has_the_papers_numbers_and_follows_its_seed(server, release, tmp_path):
+def test_the_papers_numbers_of_neurons_can_be_split_off(server, release, tmp_path):
     pairs = datasets.folder_pairs(fetch_janelia(server.url("good"), hash_of(release), tmp_path))
-    split = janelia_split(pairs)
+    split = datasets.split_by_neuron(pairs, test=4, validation=3)
     assert [len(part) for part in split] == [38, 3, 4]
-    assert {p.name for part in split for p in part} == {p.name for p in pairs}
-    assert janelia_split(pairs) == split
-    assert janelia_split(pairs, seed=1) != split
-    assert [len(part) for part in janelia_split(pairs[:8])] == [1, 3, 4]
-    with pytest.raises(DataError, match="7 neurons"):
-        janelia_split(pairs[:7])
 
 
 # ----------------------------------------------------------------------------- transfers
@@ -280,12 +139,12 @@ def test_dropped_connections_are_resumed_where_they_stopped(server, release, tmp
 
 
 def test_a_later_call_goes_on_with_what_an_earlier_one_left(server, release, tmp_path, monkeypatch):
-    monkeypatch.setattr(bigneuron, "MAX_CONNECTIONS", 4)
+    monkeypatch.setattr(download, "MAX_CONNECTIONS", 4)
     message = refused(server.url("drops"), hash_of(release), tmp_path)
     assert "4 connections" in message
-    assert "call again" in message
+    assert "run it again to resume" in message
     assert leftovers(tmp_path) == []
-    monkeypatch.setattr(bigneuron, "MAX_CONNECTIONS", 100)
+    monkeypatch.setattr(download, "MAX_CONNECTIONS", 100)
     fetch_janelia(server.url("drops"), hash_of(release), tmp_path)
     assert len(server.requests) == 10
 
@@ -317,7 +176,7 @@ def test_servers_without_ranges_lengths_or_time_are_borne_with(server, release, 
         ("silent", "timed out"),
         ("down", "503"),
         ("missing", "answered 404"),
-        ("huge", "not the release"),
+        ("huge", "bytes, expected"),
         ("elsewhere", "the server sent"),
         ("loop", "redirect"),
     ],

@@ -1,0 +1,168 @@
+"""Download a file over HTTP: resume where it stopped, limit time and size, check the hash."""
+
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import requests
+from tqdm.auto import tqdm
+from urllib3.exceptions import HTTPError
+
+from neurolib.errors import DataError, SettingsError
+from neurolib.files import sha256 as hash_of
+
+# A connection is given up when nothing comes for TIMEOUT seconds, or less than SLOWEST bytes per
+# second over WINDOW seconds; the transfer when TRIES connections in a row brought nothing new.
+TIMEOUT = 30.0
+WINDOW = 30.0
+SLOWEST = 4096
+TRIES = 5
+# Connections in all, so that one that drops after every few bytes comes to an end, too.
+MAX_CONNECTIONS = 100
+PAUSE = 1.0
+# Smaller files come and go too fast for a progress bar of their own.
+SMALL = 16 << 20
+# Keeps the connection open from file to file.
+SESSION = requests.Session()
+
+
+class _Interrupted(Exception):
+    """The connection broke or was refused for now: worth another one."""
+
+
+class _Stalled(_Interrupted):
+    """The server sends so slowly that the file would take days."""
+
+
+def download(url: str, path: Path, sha256: str, limit: int, variable: str) -> None:
+    """Bring a file to `path`, whole and with the right hash, or not at all.
+
+    What an interrupted transfer has brought stays beside it as ``.part``, and the next call
+    resumes there. A file that is already at `path` is only checked.
+
+    Parameters
+    ----------
+    url : str
+    path : Path
+    sha256 : str
+        Hash that the file must have; empty where none is known.
+    limit : int
+        Largest number of bytes that it can have.
+    variable : str
+        Environment variable in which the user can name another address.
+
+    Raises
+    ------
+    DataError
+        If the server cannot be reached, gives up, or sends something else.
+    SettingsError
+        If the folder of `path` cannot be written to.
+    """
+    if not path.exists():
+        _bring(url, path, limit, variable)
+    if sha256 and (found := hash_of(path)) != sha256:
+        path.unlink()
+        raise DataError(
+            f"{url}: the download has sha256 {found}, expected {sha256}; it was deleted: try "
+            f"again, or set ${variable} to another address"
+        )
+
+
+def _bring(url: str, path: Path, limit: int, variable: str) -> None:
+    part = path.with_suffix(".part")
+    fruitless = connections = 0
+    while fruitless < TRIES and connections < MAX_CONNECTIONS:
+        time.sleep(PAUSE * fruitless)
+        connections += 1
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            before = _size(part)
+            _transfer(url, part, limit, variable)
+            os.replace(part, path)
+            return
+        except (_Interrupted, requests.ConnectionError, requests.Timeout, HTTPError) as error:
+            # A connection that only trickles is fruitless, too, or it would never end.
+            gained = _size(part) > before and not isinstance(error, _Stalled)
+            fruitless = 0 if gained else fruitless + 1
+            reason = _reason(error)
+        except requests.RequestException as error:
+            raise DataError(f"{url}: {_reason(error)}; check the address") from None
+        except OSError as error:
+            raise SettingsError(f"{part.parent}: cannot be written ({error.strerror})") from None
+    raise DataError(
+        f"{url}: the download stopped at {_size(part)} bytes after {connections} connections "
+        f"({reason}); run it again to resume, or set ${variable} to another address"
+    )
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _reason(error: Exception) -> str:
+    # urllib3 nests its errors; the innermost says what happened.
+    while error.args and isinstance(error.args[-1], Exception):
+        error = error.args[-1]
+    error = getattr(error, "reason", None) or error
+    return (str(error).splitlines() or [""])[0][-120:] or type(error).__name__
+
+
+def _transfer(url: str, part: Path, limit: int, variable: str) -> None:
+    """One connection: append to `part` until the file is whole, or raise."""
+    have = _size(part)
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with SESSION.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        if response.status_code == 416:
+            # Nothing is left to send: the part is the whole, or of something else.
+            if response.headers.get("Content-Range") == f"bytes */{have}":
+                return
+            part.unlink()
+            raise _Interrupted("the server has fewer bytes than were already here")
+        if response.status_code in (429, 500, 502, 503, 504):
+            raise _Interrupted(f"the server answered {response.status_code}")
+        if response.status_code not in (200, 206):
+            raise DataError(
+                f"{url}: the server answered {response.status_code}; set ${variable} to an "
+                "address that has the file"
+            )
+        sent, start = response.headers.get("Content-Range", "others"), 0
+        length = response.headers.get("Content-Length", "")
+        if response.status_code == 206:
+            told = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", sent)
+            if not told or int(told[1]) != have:
+                raise DataError(
+                    f"{url}: asked for the bytes from {have} on, the server sent {sent!r}; set "
+                    f"${variable} to another address"
+                )
+            start, length = have, told[2]
+        total = int(length) if length.isdigit() else None
+        if total is not None and total > limit:
+            raise DataError(f"{url}: {total} bytes, expected {limit} at most; check the address")
+        if total is not None and total - start > (free := shutil.disk_usage(part.parent).free):
+            raise DataError(
+                f"{url}: {total} bytes do not fit on the disk of {part.parent} ({free} free)"
+            )
+        bar = {"total": total, "initial": start, "unit": "B", "unit_scale": True, "desc": part.stem}
+        with (
+            open(part, "ab" if start else "wb") as file,
+            tqdm(**bar, disable=limit <= SMALL) as progress,
+        ):
+            size = start
+            # read1 returns what is there: a trickle must come back to the clock.
+            window, since = 0, time.monotonic()
+            while piece := response.raw.read1(1 << 20):
+                size += len(piece)
+                if size > (limit if total is None else total):
+                    raise DataError(f"{url}: more bytes than announced; check the address")
+                file.write(piece)
+                progress.update(len(piece))
+                window += len(piece)
+                elapsed = time.monotonic() - since
+                if elapsed > WINDOW:
+                    if window < SLOWEST * elapsed:
+                        raise _Stalled(f"less than {SLOWEST} bytes per second")
+                    window, since = 0, time.monotonic()
+    if total is not None and size < total:
+        raise _Interrupted(f"the connection closed at {size} of {total} bytes")

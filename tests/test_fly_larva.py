@@ -1,0 +1,462 @@
+"""Fly neurons from a local server that drops, stalls and lies; their repair; their stand-ins."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import networkx as nx
+import numpy as np
+import pytest
+import servers
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neurolib import cli, datasets, fly_larva
+from neurolib.blocking import make_target
+from neurolib.errors import DataError, NeurolibError, SettingsError
+from neurolib.fly_larva import FINAL, load_fly_larva, repair_trace
+from neurolib.swc import components, length, read_swc
+from neurolib.volume import read_volume
+
+DATA = Path(__file__).parents[1].parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA}")
+NAMES = ("alpha", "beta_body", "beta_tail", FINAL[0])
+PUBLISHED = fly_larva.MANIFEST
+
+
+def digest(content):
+    return hashlib.sha256(content).hexdigest()
+
+
+def stack_of(seed):
+    return np.random.default_rng(seed).integers(0, 255, (3 + seed, 20, 24), np.uint8)
+
+
+# As the tracer saves: rows from the bottom (y = 19 - y), each branch on its own with its branch
+# point repeated, a parent that is nowhere, a cycle (6, 7, 8), and a gap of 4 voxels before 9.
+TRACE = b"""# a trace
+1 0 2 17 1 1 -1
+2 0 5 14 1 2 1
+3 0 8 11 1 1 2
+4 0 5 14 1 2 99
+5 0 5 10 2 1 4
+6 0 8 11 1 1 8
+7 0 11 11 1 1 6
+8 0 11 9 1 1 7
+9 0 15 9 1 1 -1
+"""
+
+
+def slice_file(pixels):
+    """A slice as the microscope's program saves it: a palette image with a grey palette."""
+    grey = np.tile(np.arange(256, dtype=np.uint16) * 257, (3, 1))
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, pixels, photometric="palette", colormap=grey)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def raw():
+    """Raw files by their path in the repository, and the manifest of them."""
+    files, pairs = {}, []
+    for seed, name in enumerate(NAMES):
+        stem = f"Journal Results/{name}/a stack/S_"
+        slices = {f"{z:03d}.tif": slice_file(pixels) for z, pixels in enumerate(stack_of(seed))}
+        swc = f"Journal Results/{name}/a trace.swc"
+        files |= {stem + key: content for key, content in slices.items()} | {swc: TRACE}
+        pairs.append(
+            {
+                "name": name,
+                "neuron": name.partition("_")[0] if name.startswith("beta") else name,
+                "z_shift": 0.0,
+                "raw_mb": 1.0,
+                "voxels": digest(stack_of(seed).tobytes()),
+                "trees": ["0" * 64],
+                "swc": {swc: digest(TRACE)},
+                "stem": stem,
+                "slices": {key: digest(content) for key, content in slices.items()},
+            }
+        )
+    return files, {"repository": "https://example.org/x", "commit": "c" * 40, "pairs": pairs}
+
+
+@pytest.fixture(autouse=True)
+def environment(raw, tmp_path, monkeypatch):
+    """The generated manifest, a cache of the test's own, and no address of the user's."""
+    servers.hurry(monkeypatch)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(raw[1]))
+    monkeypatch.setattr(fly_larva, "MANIFEST", path)
+    monkeypatch.setenv("NEUROLIB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("NEUROLIB_DATA", raising=False)
+    monkeypatch.setenv(fly_larva.VARIABLE, "http://127.0.0.1:9/nobody")
+
+
+@pytest.fixture
+def server(raw, monkeypatch):
+    with servers.serve(raw[0]) as server:
+        monkeypatch.setenv(fly_larva.VARIABLE, f"http://127.0.0.1:{server.server_port}/good")
+        yield server
+
+
+def behave(monkeypatch, server, way):
+    monkeypatch.setenv(fly_larva.VARIABLE, f"http://127.0.0.1:{server.server_port}/{way}/")
+
+
+def refused(*args, error=DataError):
+    with pytest.raises(error) as caught:
+        load_fly_larva(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def finished(tmp_path):
+    """What stands in the cache under its final name."""
+    folder = tmp_path / "cache" / "fly-larva"
+    return sorted(p.name for p in folder.glob("[!.]*")) if folder.exists() else []
+
+
+def check_pairs(pairs, names=NAMES[:3]):
+    assert [pair.name for pair in pairs] == list(names)
+    for pair in pairs:
+        assert np.array_equal(read_volume(pair.image).data, stack_of(NAMES.index(pair.name)))
+        tree = read_swc(pair.swc)
+        # The nodes of the trace in the image's frame, the repeated places once, as one tree.
+        assert len(tree.xyz) == 7
+        assert (tree.parent < 0).sum() == 1
+        assert [5, 5, 1] in tree.xyz[tree.parent < 0].tolist()  # the thickest
+        assert length(tree) == pytest.approx(2 * 18**0.5 + 17**0.5 + 3 + 2 + 4)
+
+
+# ----------------------------------------------------------------------------------- download
+
+
+def test_fetch_brings_the_pairs_and_says_that_there_is_no_licence(server, tmp_path, capsys):
+    cli.app(["fetch", "fly-larva"], standalone_mode=False)
+    told = capsys.readouterr().out
+    assert "https://example.org/x at commit cccccccccccc" in told
+    assert "no licence" in told
+    assert "3 pairs" in told
+    asked = len(server.requests)
+    assert asked == sum(3 + seed + 1 for seed in range(3))
+    pairs = datasets.load_dataset("fly-larva")
+    check_pairs(pairs)
+    assert [pair.neuron for pair in pairs] == ["alpha", "beta", "beta"]
+    assert len(server.requests) == asked, "what is in the cache was asked for again"
+    # Raw files are gone; nothing of the final neurons was asked for.
+    assert finished(tmp_path) == sorted(
+        ["trees.json", *(f"{name}.{kind}" for name in NAMES[:3] for kind in ("swc", "tif"))]
+    )
+    assert not list((tmp_path / "cache" / "fly-larva").glob(".*"))
+
+
+@pytest.mark.parametrize("way", ["drops", "drops_once", "busy", "unannounced"])
+def test_servers_that_drop_or_are_busy_are_borne_with(server, monkeypatch, way):
+    behave(monkeypatch, server, way)
+    check_pairs(load_fly_larva())
+
+
+@pytest.mark.parametrize(
+    ("way", "part"),
+    [
+        ("truncated", "stopped at"),
+        ("trickle", "bytes per second"),
+        ("silent", "timed out"),
+        ("down", "503"),
+        ("missing", "answered 404"),
+        ("huge", "bytes, expected"),
+        ("endless", "more bytes"),
+        ("elsewhere", "the server sent"),
+        ("loop", "redirect"),
+        ("altered", "has sha256"),
+        ("short", "has sha256"),
+        ("page", "has sha256"),
+    ],
+)
+def test_servers_that_stall_and_lie_leave_nothing_and_do_no_harm(
+    server, monkeypatch, tmp_path, way, part
+):
+    behave(monkeypatch, server, way)
+    message = refused()
+    assert part in message
+    assert f"/{way}/Journal%20Results/alpha/" in message
+    assert finished(tmp_path) == []
+    behave(monkeypatch, server, "good")
+    # Of a part that the liar left, the hash tells once, and it is not kept.
+    with suppress(DataError):
+        load_fly_larva()
+    check_pairs(load_fly_larva())
+
+
+def test_without_a_network_one_line_says_what_to_do(tmp_path):
+    message = refused()
+    assert "127.0.0.1:9" in message
+    assert fly_larva.VARIABLE in message
+    assert finished(tmp_path) == []
+
+
+def test_an_interrupted_download_goes_on_wherever_it_was(server, tmp_path, monkeypatch):
+    real, files = fly_larva.download, sum(3 + seed + 1 for seed in range(3))
+    for before in range(files):
+
+        def one_more(*args, before=before):
+            if len(server.requests) > before:
+                raise KeyboardInterrupt
+            real(*args)
+
+        monkeypatch.setattr(fly_larva, "download", one_more)
+        with suppress(KeyboardInterrupt):
+            load_fly_larva()
+        # One file more each time, none for a second time, and no pair but whole ones.
+        assert len(server.requests) == before + 1
+        pairs = {name.partition(".")[0] for name in finished(tmp_path)} - {"trees"}
+        assert len(pairs) == sum(before + 1 >= whole for whole in (4, 9, 15))
+    check_pairs(load_fly_larva())
+
+
+@pytest.mark.parametrize("lost", ["alpha.tif", "beta_body.swc"])
+def test_of_a_partial_cache_only_the_rest_is_fetched(server, tmp_path, lost):
+    load_fly_larva()
+    asked = len(server.requests)
+    (tmp_path / "cache" / "fly-larva" / lost).unlink()
+    check_pairs(load_fly_larva())
+    assert len(server.requests) - asked == (4 if lost == "alpha.tif" else 5)
+
+
+def test_a_cache_that_cannot_be_written_is_a_settings_error(server, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("NEUROLIB_CACHE", str(tmp_path / "file"))
+    assert "cannot write here" in refused(error=SettingsError)
+
+
+def test_doctor_says_whether_the_pairs_are_there(server, tmp_path, monkeypatch):
+    told = fly_larva.describe_fly_larva()
+    assert "0 of 3 pairs" in told
+    assert "neurolib fetch fly-larva" in told
+    load_fly_larva()
+    assert fly_larva.describe_fly_larva().endswith(f"3 of 3 pairs in {tmp_path}/cache/fly-larva")
+    monkeypatch.setenv("NEUROLIB_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="no such folder"):
+        fly_larva.describe_fly_larva()
+
+
+# ---------------------------------------------------------------------------------- stand-ins
+
+
+@pytest.fixture
+def own(server, tmp_path):
+    """A folder of all finished pairs, away from the cache."""
+    load_fly_larva()
+    load_fly_larva("fly-larva-final")
+    shutil.move(tmp_path / "cache" / "fly-larva", tmp_path / "own" / "fly-larva")
+    server.requests.clear()
+    return tmp_path / "own" / "fly-larva"
+
+
+@pytest.mark.parametrize("place", ["own/fly-larva", "own", "relative"])
+def test_a_folder_of_pairs_stands_in_for_the_download(own, server, monkeypatch, tmp_path, place):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NEUROLIB_DATA", "own" if place == "relative" else str(tmp_path / place))
+    check_pairs(load_fly_larva())
+    check_pairs(load_fly_larva("fly-larva-final"), NAMES[3:])
+    # Notebooks, which run in another folder, find it by the same variable.
+    code = "from neurolib import datasets; print(datasets.stand_in('fly-larva'))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True
+    )
+    assert Path(found.stdout.strip()) == own
+    assert server.requests == []
+
+
+def test_missing_pairs_are_said_and_foreign_ones_refused(own, monkeypatch, tmp_path):
+    monkeypatch.setenv("NEUROLIB_DATA", str(own))
+    (own / "beta_body.swc").unlink()
+    with pytest.warns(UserWarning, match=r"1 of 3 pairs of fly-larva are not there \(beta_body\)"):
+        pairs = load_fly_larva()
+    check_pairs(pairs, ("alpha", "beta_tail"))
+    for name in NAMES[:3]:
+        (own / f"{name}.tif").unlink()
+    assert "3 of 3 pairs of fly-larva are not there" in refused()
+    (tmp_path / "empty").mkdir()
+    for place, words in (("empty", "found 0 images"), ("nowhere", "no such folder")):
+        monkeypatch.setenv("NEUROLIB_DATA", str(tmp_path / place))
+        assert words in refused()
+
+
+def test_altered_pairs_are_refused_in_stand_ins_and_in_the_cache(own, monkeypatch, tmp_path):
+    def alter(folder):
+        stack = stack_of(0)
+        stack[1, 2, 3] ^= 1
+        tifffile.imwrite(folder / "alpha.tif", stack, photometric="minisblack")
+        message = refused()
+        assert "alpha.tif" in message
+        assert "not the published data" in message
+        tifffile.imwrite(folder / "alpha.tif", stack_of(0), photometric="minisblack")
+        swc = folder / "beta_tail.swc"
+        swc.write_text(swc.read_text().replace("5.0000 5.0000", "5.0000 6.0000"))
+        assert "beta_tail.swc" in refused()
+
+    shutil.copytree(own, tmp_path / "cache" / "fly-larva")
+    alter(tmp_path / "cache" / "fly-larva")
+    monkeypatch.setenv("NEUROLIB_DATA", str(own))
+    alter(own)
+
+
+def test_a_folder_for_another_data_set_is_found_by_its_name(own, monkeypatch, tmp_path):
+    shutil.copytree(own, tmp_path / "all" / "bigneuron-janelia")
+    monkeypatch.setenv("NEUROLIB_DATA", str(tmp_path / "all"))
+    pairs = datasets.load_dataset("bigneuron-janelia")
+    assert {pair.image.parent.name for pair in pairs} == {"bigneuron-janelia"}
+
+
+def test_names_stay_names_and_results_depend_on_the_files(own, monkeypatch, tmp_path):
+    monkeypatch.setenv("NEUROLIB_DATA", str(own))
+    assert datasets.name_from("fly-larva", tmp_path) == "fly-larva"
+    assert datasets.data_label("fly-larva") == "fly-larva"
+    whole = datasets.data_key("fly-larva")
+    (own / "alpha.tif").unlink()
+    with pytest.warns(UserWarning, match="alpha"):
+        assert datasets.data_key("fly-larva") != whole
+
+
+# ------------------------------------------------------------------------------ final test set
+
+
+def test_nothing_trains_on_the_final_neurons(own, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("NEUROLIB_DATA", str(own))
+    assert not {pair.name for pair in load_fly_larva()} & set(FINAL)
+    final = datasets.load_dataset("fly-larva-final")
+    for pairs in (final, final + load_fly_larva()):
+        with pytest.raises(DataError, match="final test set"):
+            datasets.split_by_neuron(pairs)
+    runs = ["--folder", str(tmp_path / "runs")]
+    grid = str(Path(cli.__file__).parents[1] / "profiles" / "table1-cpu.yaml")
+    for command in (["run"], ["train"], ["sweep", grid]):
+        with pytest.raises(NeurolibError, match="final test set"):
+            cli.app([*command, "--data", "fly-larva-final", *runs], standalone_mode=False)
+
+
+# ------------------------------------------------------------------------------------- repairs
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), nodes=st.integers(1, 40), size=st.floats(3, 60))
+def test_repaired_traces_are_minimum_forests_as_networkx_finds_them(seed, nodes, size):
+    rng = np.random.default_rng(seed)
+    xyz = np.round(rng.uniform(0, size, (nodes, 3)), 3)
+    again = rng.integers(nodes, size=nodes // 4)
+    xyz = np.concatenate([xyz, xyz[again]])
+    parent = rng.integers(-1, len(xyz) + 2, len(xyz))  # roots, cycles, itself, and no such node
+    rows = [
+        f"{i} 0 {x} {y} {z} 1 {p}" for i, ((x, y, z), p) in enumerate(zip(xyz, parent, strict=True))
+    ]
+    tree, joined = repair_trace("\n".join(rows).encode(), 100, 0.5)
+
+    graph, moved = nx.Graph(), {}
+    for i, (x, y, z) in enumerate(xyz):
+        moved[i] = tuple(np.round([x, 99 - y, z + 0.5], 2))
+        graph.add_node(moved[i], at=np.array([x, 99 - y, z + 0.5]))
+    at = nx.get_node_attributes(graph, "at")
+
+    def apart(a, b):
+        return float(np.linalg.norm(at[a] - at[b]))
+
+    for i, p in enumerate(parent):
+        if p in moved and moved[i] != moved[p]:
+            graph.add_edge(moved[i], moved[p], weight=apart(moved[i], moved[p]))
+    forest = nx.minimum_spanning_tree(graph)
+    gaps = [(apart(a, b), a, b) for a in forest for b in forest if a < b]
+    expected = 0
+    for gap, a, b in sorted(gaps):
+        if gap <= 6 and not nx.has_path(forest, a, b):
+            forest.add_edge(a, b, weight=gap)
+            expected += 1
+    assert joined == expected
+    assert len(tree.xyz) == len(forest)
+    assert {tuple(row) for row in np.round(tree.xyz, 2)} == set(forest)
+    assert length(tree) == pytest.approx(forest.size("weight"))
+    parts = {frozenset(part) for part in nx.connected_components(forest)}
+    labels = components(tree)
+    found = {
+        frozenset(tuple(row) for row in np.round(tree.xyz[labels == label], 2))
+        for label in np.unique(labels)
+    }
+    assert found == parts
+
+
+@pytest.fixture
+def published(monkeypatch):
+    monkeypatch.setattr(fly_larva, "MANIFEST", PUBLISHED)
+    return json.loads(PUBLISHED.read_text())
+
+
+@needs_data
+@pytest.mark.parametrize("way", ["good", "drops_once"])
+def test_real_raw_files_become_the_reference_pairs(published, tmp_path, monkeypatch, raw, way):
+    """The three pairs whose raw files are at hand, from the server to the cache."""
+    root = DATA / "fly_larva" / "raw"
+    files = {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*.*")}
+    published["pairs"] = [e for e in published["pairs"] if next(iter(e["swc"])) in files]
+    assert len(published["pairs"]) == 3
+    small = tmp_path / "three.json"
+    small.write_text(json.dumps(published))
+    monkeypatch.setattr(fly_larva, "MANIFEST", small)
+    with servers.serve(files) as server:
+        behave(monkeypatch, server, way)
+        pairs = load_fly_larva()
+    for pair in pairs:
+        volume = read_volume(pair.image).data
+        assert np.array_equal(volume, read_volume(DATA / "real3d" / f"{pair.name}.tif").data)
+        ours, theirs = read_swc(pair.swc), read_swc(DATA / "real3d" / f"{pair.name}.swc")
+        assert length(ours) == pytest.approx(length(theirs), abs=0.01)
+        masks = [make_target(tree, volume.shape)[1] for tree in (ours, theirs)]
+        assert np.array_equal(*masks)
+
+
+@needs_data
+def test_the_reference_pairs_stand_in(published, monkeypatch):
+    monkeypatch.setenv("NEUROLIB_DATA", str(DATA / "real3d"))
+    pairs = load_fly_larva()
+    assert len(pairs) == 10
+    neurons = {pair.name: pair.neuron for pair in pairs}
+    assert len(set(neurons.values())) == 8
+    assert neurons["in40_body"] == neurons["in40_tail"]
+    assert neurons["in44_body"] == neurons["in44_tail"]
+    assert "4 of 4 pairs" in refused("fly-larva-final")
+
+
+@needs_data
+def test_the_manifest_holds_the_published_facts(published):
+    facts = json.loads((DATA / "fly_larva" / "manifest.json").read_text())
+    assert published["commit"] == facts["commit"]
+    for ours, theirs in zip(published["pairs"], facts["pairs"], strict=True):
+        assert (ours["name"], ours["neuron"]) == (theirs["name"], theirs["neuron"])
+        paths = {ours["stem"] + key: value for key, value in ours["slices"].items()}
+        folder = theirs["slice_folder"]
+        assert paths == {f"{folder}/{s['name']}": s["sha256"] for s in theirs["slices"]}
+        assert ours["swc"] == {theirs["swc"]: theirs["swc_sha256"]}
+        assert ours["voxels"] == theirs["voxels_sha256"]
+        assert ours["z_shift"] == theirs["z_shift"]
+
+
+def test_the_manifest_comes_with_the_package(published):
+    assert len(published["pairs"]) == 14
+    assert {entry["name"] for entry in published["pairs"]} > set(FINAL)
+    assert sum(len(entry["slices"]) + 1 for entry in published["pairs"]) == 1429
+    hashes = [h for e in published["pairs"] for h in (*e["slices"].values(), *e["trees"])]
+    assert all(len(h) == 64 for h in hashes)
+    project = Path(cli.__file__).parents[1] / "pyproject.toml"
+    assert 'neurolib = ["*.json"]' in project.read_text()
+
+
+def test_importing_a_data_set_loads_no_torch():
+    code = "import sys; from neurolib import bigneuron, datasets, fly_larva; "
+    code += "sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
