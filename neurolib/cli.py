@@ -4,13 +4,14 @@ import importlib.metadata
 import os
 import platform
 import sys
+import warnings
 from math import prod
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from neurolib.errors import NeurolibError, SettingsError
+from neurolib.errors import NeurolibError, NeurolibWarning, SettingsError
 
 app = typer.Typer(
     help="3D neuron segmentation with 2D vision transformers: the course as commands.",
@@ -464,6 +465,13 @@ def _assignment(text: str) -> tuple[str, object]:
 
 def main() -> None:
     """Entry point: an error of the user's is one line on stderr and exit status 2."""
+    plain = warnings.formatwarning
+
+    def one_line(message, category, *rest, **more):
+        is_ours = issubclass(category, NeurolibWarning)
+        return f"neurolib: {message}\n" if is_ours else plain(message, category, *rest, **more)
+
+    warnings.formatwarning = one_line
     try:
         app(standalone_mode=True)
     except NeurolibError as error:

@@ -10,6 +10,9 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,8 +21,8 @@ from tqdm import tqdm
 
 from neurolib import synthesis
 from neurolib.blocking import make_target
-from neurolib.errors import DataError, NeurolibError, SwcError
-from neurolib.files import atomic_path, cache_folder, named_folder, sha256, write_text
+from neurolib.errors import DataError, NeurolibError, NeurolibWarning, SwcError
+from neurolib.files import atomic_path, cache_folder, decode, named_folder, sha256, write_text
 from neurolib.swc import Tree, check_pair, read_swc, write_swc
 from neurolib.volume import SUFFIXES, normalise, read_volume, write_volume
 
@@ -30,6 +33,8 @@ PART = re.compile(
     re.IGNORECASE,
 )
 TREES = (".swc", ".eswc")
+# What programs put between a name and its suffix: OME's images, NeuroMorpho.org's trees.
+MARKS = (".ome", ".cng")
 NEURONS_FILE = "neurons.csv"
 # Data sets that their name and this version decide: nothing of theirs has to be hashed.
 GENERATED = ("synthetic", "bigneuron-janelia")
@@ -160,56 +165,186 @@ def data_key(data: str) -> str:
 
 
 def folder_pairs(folder: str | Path, style: str = "real") -> list[Pair]:
-    """Find the image/SWC pairs of a folder, sorted by name.
+    """Find the image/SWC pairs of a folder, sorted by name; see `pair_files` for the names.
 
     An optional ``neurons.csv`` with the columns ``name,neuron`` says which pairs show the same
     neuron. Without it, names that differ only in part words at their end (``_body``, ``_tail``,
-    ``_crop2``, ``_left_part1`` ...) are taken for one neuron.
+    ``_crop2``, ``_left_part1`` ...) are taken for one neuron. Neither cares about case.
+
+    Raises
+    ------
+    DataError
+        If the folder is missing or holds no pair, two files claim one name, or ``neurons.csv``
+        lacks its columns, names a pair that is not there, or gives one pair two neurons.
+
+    Warns
+    -----
+    NeurolibWarning
+        Which images and trees have no partner.
     """
     folder = Path(folder)
-    images, trees = _by_name(folder, SUFFIXES, "images"), _by_name(folder, TREES, "trees")
-    names = sorted(images.keys() & trees.keys())
-    if not names:
+    images, trees = _files(folder, SUFFIXES), _files(folder, TREES)
+    pairs = pair_files(images, trees)
+    if not pairs:
         raise DataError(
             f"{folder}: found {len(images)} images and {len(trees)} SWC files but no two of equal "
             "name; expected pairs such as cell1.tif and cell1.swc"
         )
-    neurons = _read_neurons(folder / NEURONS_FILE)
-    return [Pair(n, _neuron(n, neurons), images[n], trees[n], style) for n in names]
+    left = {file.name: why for file, why in alone(images, trees, pairs.values()).items()}
+    if left:
+        some = ", ".join(f"{name} ({why})" for name, why in list(left.items())[:10])
+        more = f" and {len(left) - 10} more" if len(left) > 10 else ""
+        warnings.warn(
+            f"{folder}: {len(pairs)} pairs; left out: {some}{more}", NeurolibWarning, stacklevel=2
+        )
+    neurons = _neurons(folder, pairs, left)
+    return [Pair(n, neurons[n], *files, style) for n, files in sorted(pairs.items())]
 
 
-def _by_name(folder: Path, suffixes: tuple[str, ...], kind: str) -> dict[str, Path]:
-    """Files of a folder that end in one of `suffixes`, by name without it, sorted."""
+def pair_files(images: Sequence[Path], trees: Sequence[Path]) -> dict[str, tuple[Path, Path]]:
+    """Images and trees of equal names, by that name.
+
+    Equal are names without their suffix; of what is left, also names without further suffixes
+    (``cell.ome.tif``, ``cell.tif.swc``, ``cell.CNG.swc``) and in any Unicode form; of what is
+    left then, also names in another case.
+
+    Raises
+    ------
+    DataError
+        If a tree has several images, or an image several trees.
+    """
+    pairs: dict[str, tuple[Path, Path]] = {}
+    for key in (lambda name: _without(name, (*SUFFIXES, *TREES)), stem, same_name):
+        groups: dict[str, tuple[list[Path], list[Path]]] = {}
+        used = {file for pair in pairs.values() for file in pair}
+        for kind, files in enumerate((images, trees)):
+            for file in files:
+                if file not in used:
+                    groups.setdefault(key(file.name), ([], []))[kind].append(file)
+        for name, (some_images, some_trees) in groups.items():
+            if not (some_images and some_trees):
+                continue
+            image, tree = some_images[0], some_trees[0]
+            # Of names in two cases, the image's.
+            name = stem(image.name) if key is same_name else name
+            for kind, files in (("images", some_images), ("trees", some_trees)):
+                if len(files) > 1 or name in pairs:
+                    names = ", ".join(file.name for file in [*files, *pairs.get(name, ())])
+                    raise DataError(
+                        f"{image.parent}: two {kind} named {name} ({names}); keep one of them"
+                    )
+            pairs[name] = image, tree
+    return pairs
+
+
+def alone(
+    images: Iterable[Path], trees: Iterable[Path], pairs: Iterable[tuple[Path, Path]]
+) -> dict[Path, str]:
+    """The files that are in no pair, and why."""
+    pairs = list(pairs)
+    used = {file for pair in pairs for file in pair}
+    # Each image or tree of a pair by the names of the files that it might have been paired with.
+    taken = [{same_name(pair[kind].name): pair[kind].name for pair in pairs} for kind in (1, 0)]
+    left = {}
+    for kind, files, others in (("tree", images, taken[0]), ("image", trees, taken[1])):
+        for file in files:
+            other = others.get(same_name(file.name))
+            why = f"{other} is in another pair" if other else f"no {kind} named {stem(file.name)}"
+            if file not in used:
+                left[file] = why
+    return left
+
+
+def stem(name: str) -> str:
+    """A file's name without suffixes and marks, in one Unicode form: cell of ``cell.ome.tif``."""
+    name = unicodedata.normalize("NFC", name.strip())
+    while (shorter := _without(name, (*SUFFIXES, *TREES, *MARKS))) != name:
+        name = shorter
+    return name
+
+
+def same_name(name: str) -> str:
+    """A file's name as far as it must agree with another's."""
+    return unicodedata.normalize("NFC", stem(name).casefold())
+
+
+def _without(name: str, suffixes: tuple[str, ...]) -> str:
+    """A name without the one of `suffixes` at its end, if there is one and something before it."""
+    lower = name.lower()
+    suffix = next((s for s in suffixes if lower.endswith(s) and len(name) > len(s)), "")
+    return name[: len(name) - len(suffix)]
+
+
+def find_name(asked: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that is meant by `asked`, which may have a suffix or another case."""
+    # A spreadsheet may list paths.
+    asked, names = asked.strip().replace("\\", "/").rpartition("/")[2], list(names)
+    for key in (str, stem, same_name):
+        hits = [name for name in names if key(name) == key(asked)]
+        if len(hits) == 1:
+            return hits[0]
+    return None
+
+
+def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files of a folder that end in one of `suffixes`, sorted."""
     if not folder.is_dir():
         raise DataError(
             f"{folder}: no such folder; expected {', '.join(NAMED)}, rendered:FOLDER or a folder "
             "of image/SWC pairs with equal names"
         )
-    found, doubles = {}, []
-    for path in sorted(folder.iterdir()):
-        suffix = next((s for s in suffixes if path.name.lower().endswith(s)), None)
-        if suffix and not path.name.startswith("."):
-            stem = path.name[: -len(suffix)]
-            if stem in found:
-                doubles.append(stem)
-            found[stem] = path
-    if doubles:
-        raise DataError(f"{folder}: two {kind} named {doubles[0]}; keep one of them")
-    return dict(sorted(found.items()))
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.name.lower().endswith(suffixes) and not path.name.startswith(".")
+    ]
 
 
-def _neuron(name: str, neurons: dict[str, str]) -> str:
-    return neurons.get(name) or PART.sub("", name) or name
+def _trees_by_name(folder: Path) -> dict[str, Path]:
+    """The SWC files of a folder by their name, sorted."""
+    files = {}
+    for path in _files(folder, TREES):
+        name = _without(path.name, TREES)
+        if name in files:
+            raise DataError(f"{folder}: two trees named {name}; keep one of them")
+        files[name] = path
+    return dict(sorted(files.items()))
 
 
-def _read_neurons(path: Path) -> dict[str, str]:
-    if not path.exists():
-        return {}
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"name", "neuron"} <= rows[0].keys():
+def _neurons(folder: Path, names: Iterable[str], others: Iterable[str] = ()) -> dict[str, str]:
+    """The neuron of each pair; rows of ``neurons.csv`` may also name one of the `others`."""
+    names, path = list(names), folder / NEURONS_FILE
+    given: dict[str, str] = {}
+    rows = _read_rows(path) if path.exists() else []
+    for number, row in enumerate(rows, start=2):
+        asked, neuron = (unicodedata.normalize("NFC", row[k].strip()) for k in ("name", "neuron"))
+        name = find_name(asked, names)
+        if name is None and (asked or neuron) and find_name(asked, others) is None:
+            raise DataError(
+                f"{path}: row {number}: no pair named {asked!r}; there are "
+                f"{', '.join(sorted(names)[:20])}"
+            )
+        if name and given.setdefault(name, neuron).casefold() != neuron.casefold():
+            raise DataError(
+                f"{path}: row {number}: {asked!r} shows {given[name]!r} in an earlier row and "
+                f"{neuron!r} here; keep one of them"
+            )
+    neurons = {name: given.get(name) or PART.sub("", name) or name for name in names}
+    # One spelling: two would be two neurons, and might get into two splits.
+    spelling: dict[str, str] = {}
+    return {n: spelling.setdefault(neuron.casefold(), neuron) for n, neuron in neurons.items()}
+
+
+def _read_rows(path: Path) -> list[Mapping[str, str]]:
+    try:
+        text = decode(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    header, *rows = [*csv.reader(text.split("\n")), []]
+    columns = [column.strip().casefold() for column in header]
+    if not {"name", "neuron"} <= set(columns):
         raise DataError(f"{path}: expected the columns name,neuron")
-    return {row["name"]: row["neuron"] for row in rows}
+    return [dict.fromkeys(columns, "") | dict(zip(columns, row, strict=False)) for row in rows]
 
 
 def split_by_neuron(
@@ -217,8 +352,8 @@ def split_by_neuron(
     test: int = 1,
     validation: int = 1,
     seed: int = 0,
-    held_out: str = "",
-    validate_on: str = "",
+    held_out: str | int | Sequence[str] = "",
+    validate_on: str | int | Sequence[str] = "",
     train: int = 0,
 ) -> Split:
     """Split pairs so that all crops of a neuron stay together.
@@ -230,9 +365,9 @@ def split_by_neuron(
         Numbers of neurons.
     seed : int
         Seeds the shuffle of the neurons.
-    held_out, validate_on : str
+    held_out, validate_on : str, int or sequence of str
         Names of test and of validation neurons (or of their pairs), separated by commas, instead
-        of a draw.
+        of a draw. A name may itself contain commas, or be a number.
     train : int
         Neurons to train on, drawn from those that are left; 0 takes all. With one seed, fewer
         neurons are among the more.
@@ -257,12 +392,8 @@ def split_by_neuron(
     order = [neurons[i] for i in np.random.default_rng(seed).permutation(len(neurons))]
     by_name = {pair.name: pair.neuron for pair in pairs} | {n: n for n in neurons}
 
-    def named(key: str, text: str) -> list[str]:
-        asked = [name.strip() for name in text.split(",") if name.strip()]
-        unknown = [name for name in asked if name not in by_name]
-        if unknown:
-            raise DataError(f"{key}: no neuron {unknown[0]!r}; there are {', '.join(neurons)}")
-        chosen = {by_name[name] for name in asked}
+    def named(key: str, asked: str | int | Sequence[str]) -> list[str]:
+        chosen = {by_name[name] for name in _asked(key, asked, by_name, neurons)}
         return [n for n in order if n in chosen]
 
     tests, checks = named("held_out", held_out), named("validate_on", validate_on)
@@ -287,6 +418,31 @@ def split_by_neuron(
         )
     groups = free[: train or len(free)], checks, tests
     return Split(*(tuple(pair for pair in pairs if pair.neuron in group) for group in groups))
+
+
+def _asked(
+    key: str, asked: str | int | Sequence[str], known: Iterable[str], neurons: list[str]
+) -> list[str]:
+    """The `known` names that a setting lists."""
+    if isinstance(asked, int):
+        # YAML makes a number of 007.
+        numbers = [name for name in known if name.isdecimal() and int(name) == asked]
+        asked = numbers if len(numbers) == 1 else str(asked)
+    words = [[name] for name in asked] if not isinstance(asked, str) else [asked.split(",")]
+    found = []
+    for parts in words:
+        while any(part.strip() for part in parts):
+            # The longest run of parts that is a name: names may contain commas.
+            ends = range(len(parts), 0, -1)
+            hits = ((end, find_name(",".join(parts[:end]), known)) for end in ends)
+            end, name = next((hit for hit in hits if hit[1] is not None), (1, None))
+            if name is None and parts[0].strip():
+                raise DataError(
+                    f"{key}: no neuron {parts[0].strip()!r}; there are {', '.join(neurons)}"
+                )
+            found += [name] if name is not None else []
+            parts = parts[end:]
+    return found
 
 
 def write_manifest(path: str | Path, split: Split, seed: int) -> Path:
@@ -350,7 +506,10 @@ def read_sample(pair: Pair, kind: str = "sironi", tau: float = 0.1) -> Sample:
         If a file is unusable, or most of the tree lies outside the image.
     """
     volume = read_volume(pair.image)
-    tree = read_swc(pair.swc)
+    tree = read_swc(pair.swc, volume.spacing)
+    if tree.repairs:
+        told = "; ".join(tree.repairs)
+        warnings.warn(f"{pair.swc.name}: {told}", NeurolibWarning, stacklevel=2)
     check_pair(tree, volume.data.shape, pair.name)
     response, mask = make_target(tree, volume.data.shape, volume.spacing, kind, tau=tau)
     return Sample(pair, normalise(volume.data), volume.spacing, tree, response, mask)
@@ -458,10 +617,10 @@ def rendered_pairs(folder: str | Path, style: str = "flylight") -> list[Pair]:
             "rendered:FOLDER for flylight"
         )
     folder = Path(folder)
-    files = _by_name(folder, TREES, "trees")
+    files = _trees_by_name(folder)
     if not files:
         raise DataError(f"{folder}: found no SWC file; expected trees to render, as cell1.swc")
-    neurons = _read_neurons(folder / NEURONS_FILE)
+    neurons = _neurons(folder, files)
     shelf = cache_folder() / f"rendered-{style}-{sha256(synthesis.__file__)[:12]}"
     places = {}
     for name, path in files.items():
@@ -482,7 +641,7 @@ def rendered_pairs(folder: str | Path, style: str = "flylight") -> list[Pair]:
         if not places[name].is_dir():  # another process may have made it meanwhile
             _render_pair(files[name], places[name], style)
     return [
-        Pair(n, _neuron(n, neurons), place / f"{n}.tif", place / f"{n}.swc", "rendered from gold")
+        Pair(n, neurons[n], place / f"{n}.tif", place / f"{n}.swc", "rendered from gold")
         for n, place in places.items()
     ]
 
@@ -533,10 +692,10 @@ def measure(data: list[Pair] | str | Path) -> list[dict[str, float]]:
         If a file is unusable, a tree does not lie in its image, or an image is not uint8.
     """
     if not isinstance(data, list):
-        trees = _by_name(Path(data), TREES, "trees")
+        trees = _trees_by_name(Path(data))
         if not trees:
             raise DataError(f"{data}: found no SWC file; expected trees to measure")
-        if not trees.keys() & _by_name(Path(data), SUFFIXES, "images").keys():
+        if not pair_files(_files(Path(data), SUFFIXES), list(trees.values())):
             return [_measured(path) for path in trees.values()]
         data = folder_pairs(data)
     return [_measured(pair.swc, pair.image) for pair in data]

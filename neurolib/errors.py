@@ -9,6 +9,10 @@ class NeurolibError(ValueError):
     """Base of all errors caused by what the user gave, not by a fault of ours."""
 
 
+class NeurolibWarning(UserWarning):
+    """What was left out, guessed or converted of what the user gave; Python says each once."""
+
+
 class VolumeError(NeurolibError):
     """An image volume is missing, unreadable, of the wrong shape, or has unusable values."""
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from neurolib import swc
+from neurolib.datasets import TREES, alone, same_name, stem
 from neurolib.errors import NeurolibError
 from neurolib.volume import LEVELS, SUFFIXES, Volume, read_volume
 
-TREES = (".swc", ".eswc")
 # Voxels of which all are looked at; of larger volumes evenly spread slices stand for the rest.
 WHOLE = 1 << 27
 
@@ -21,14 +21,15 @@ def inspect_files(paths: Sequence[str | Path], channel: int | None = None) -> It
     ----------
     paths : sequence of path
         Images and SWC files; a folder stands for the images and SWC files in it. An image and a
-        tree of equal names belong together, and so do the only image and the only tree.
+        tree of equal names (`neurolib.datasets.pair_files`) belong together, and so do the only
+        image and the only tree.
     channel : int, optional
         Of multi-channel images.
 
     Yields
     ------
     str
-        One block of lines per file or pair.
+        One block of lines per file or pair, and one of the files that are in no pair.
 
     Raises
     ------
@@ -49,10 +50,14 @@ def inspect_files(paths: Sequence[str | Path], channel: int | None = None) -> It
             problems += 1
             facts = {"unusable": str(error)}
         yield block(str(file), facts)
-    for image, tree in _pairs(images, trees):
+    pairs = _pairs(images, trees)
+    for image, tree in pairs:
         # Read once more: all images of a folder at once need not fit into memory.
         volume = read_volume(image, channel, check=False)
-        yield block(f"{image.name} with {tree.name}", fit_facts(trees[tree], volume))
+        facts = fit_facts(swc.read_swc(tree, volume.spacing), volume)
+        yield block(f"{image.name} with {tree.name}", facts)
+    if images and trees and (left := alone(images, trees, pairs)):
+        yield block("in no pair", {file.name: why for file, why in left.items()})
     if problems:
         raise NeurolibError(
             f"{problems} of {len(files)} files cannot be used, expected images "
@@ -76,10 +81,17 @@ def _expand(path: Path) -> list[Path]:
 def _pairs(images: list[Path], trees: dict[Path, swc.Tree]) -> list[tuple[Path, Path]]:
     if len(images) == len(trees) == 1:
         return [(images[0], next(iter(trees)))]
-    pairs = [(image, tree) for image in images for tree in trees if image.stem == tree.stem]
-    # Of several trees of that name, such as two reconstructions, those beside the image.
-    beside = {image for image, tree in pairs if image.parent == tree.parent}
-    return [(i, t) for i, t in pairs if i not in beside or i.parent == t.parent]
+    pairs = [(i, t) for i in images for t in trees if same_name(i.name) == same_name(t.name)]
+    # Of several trees of that name, such as two reconstructions, those beside the image, and of
+    # names that differ in case or further suffixes the one that agrees.
+    for agree in (
+        lambda image, tree: image.parent == tree.parent,
+        lambda image, tree: stem(image.name) == stem(tree.name),
+        lambda image, tree: image.stem == tree.stem,
+    ):
+        settled = {file for pair in pairs if agree(*pair) for file in pair}
+        pairs = [pair for pair in pairs if agree(*pair) or not settled.intersection(pair)]
+    return pairs
 
 
 def block(title: str, facts: dict[str, str]) -> str:

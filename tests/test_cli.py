@@ -77,7 +77,6 @@ BAD_IMAGES = {
 }
 BAD_TREES = {
     "columns": "1 3 10 10\n",
-    "unknown parent": "1 3 10 10 4 1 -1\n2 3 20 12 4 1 7\n",
     "cycle": "1 3 10 10 4 1 2\n2 3 20 12 4 1 1\n",
     "no root": "1 3 10 10 4 1 2\n2 3 20 12 4 1 3\n3 3 30 14 5 1 1\n",
     "empty": "# nothing\n",

@@ -3,8 +3,10 @@
 import json
 import re
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -75,6 +77,7 @@ def refused(error, call, *args, **kwargs):
 # ------------------------------------------------------------------------------- pairing
 
 
+@pytest.mark.filterwarnings("ignore:.*left out")
 def test_pairs_have_equal_names_and_everything_else_is_left_alone(tmp_path):
     empty_pairs(tmp_path, "b", "a")
     for name in ("c.tif", "d.swc", ".hidden.tif", ".hidden.swc", "notes.txt", "a.png"):
@@ -123,6 +126,142 @@ def test_neurons_file_goes_before_names(tmp_path, mark):
     assert found == {"x1": "X", "x2": "X", "y_body": "Y2", "z_body": "z"}
 
 
+IMAGE_ENDS = [".tif", ".TIF", ".ome.tif", ".ome.tiff", ".v3draw", ".npy"]
+TREE_ENDS = [".swc", ".SWC", ".eswc", ".tif.swc", ".CNG.swc", ".v3dpbd.swc", ".ome.tif.swc"]
+# Letters whose composed and decomposed forms differ, and what may stand in a name.
+LETTERS = "äÖéñçabXYZ019_- .,"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    names=st.lists(st.text(LETTERS, min_size=1, max_size=8), min_size=1, max_size=5),
+    data=st.data(),
+)
+def test_names_pair_whatever_their_suffixes_case_and_unicode_form(tmp_path_factory, names, data):
+    # Unlike in any case, and with no dot or blank that would be lost at an end.
+    names = list({name.strip(" .").casefold(): name.strip(" .") for name in names}.values())
+    folder = tmp_path_factory.mktemp("pairs")
+    twin, lonely = {}, set()
+    for name in filter(None, names):
+        form = (
+            data.draw(st.sampled_from(["NFC", "NFD"])),
+            data.draw(st.sampled_from(["NFC", "NFD"])),
+        )
+        case = data.draw(st.sampled_from([str, str.upper, str.lower]))
+        image = normalize(form[0], case(name)) + data.draw(st.sampled_from(IMAGE_ENDS))
+        tree = normalize(form[1], name) + data.draw(st.sampled_from(TREE_ENDS))
+        kinds = data.draw(st.sampled_from(["both", "both", "image", "tree"]))
+        for kind, file in (("image", image), ("tree", tree)):
+            if kinds in ("both", kind):
+                (folder / file).touch()
+        if kinds == "both":
+            twin[image] = tree
+        else:
+            lonely.add(image if kinds == "image" else tree)
+    if not twin:
+        assert "no two of equal" in refused(DataError, folder_pairs, folder)
+        return
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        pairs = folder_pairs(folder)
+    assert {pair.image.name: pair.swc.name for pair in pairs} == twin
+    text = " ".join(str(warning.message) for warning in said)
+    assert all(f"{name} (no " in text for name in lonely)
+    assert bool(lonely) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("files", "pairs"),
+    [
+        # The nearest name goes first, and only what is left is read tolerantly.
+        ("cell.tif Cell.tif cell.swc Cell.swc", {"cell": "cell.swc", "Cell": "Cell.swc"}),
+        ("cell.tif cell.ome.tif cell.swc", {"cell": "cell.swc"}),
+        ("a.tif a.swc A.tif a.tif.swc", {"a": "a.swc", "A": "a.tif.swc"}),
+        ("cell_mask.tif cell.tif cell.swc", {"cell": "cell.swc"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*left out")
+def test_of_several_names_the_nearest_is_taken(tmp_path, files, pairs):
+    for name in files.split():
+        (tmp_path / name).touch()
+    assert {pair.name: pair.swc.name for pair in folder_pairs(tmp_path)} == pairs
+
+
+@pytest.mark.parametrize("files", ["CELL.tif cell.npy Cell.swc", "a.tif a.swc a.ome.tif a.tif.swc"])
+def test_names_that_could_be_either_are_refused(tmp_path, files):
+    for name in files.split():
+        (tmp_path / name).touch()
+    assert "keep one of them" in refused(DataError, folder_pairs, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "x1.tif,X\nx2.tif,X",
+        "x1 , X\n x2,X ",
+        "X1,X\nX2,x",
+        "x1.swc,X\npairs/x2.ome.tif,X",
+        "x1,X\nx2,X\n,\n",
+        "x1,X\nx2,X\nx1,X",
+        "x1,X\nx2,X\nz_body.tif,",
+    ],
+)
+@pytest.mark.parametrize("code", ["utf-8-sig", "utf-16", "cp1252"])
+def test_neurons_file_is_matched_tolerantly(tmp_path, rows, code):
+    empty_pairs(tmp_path, "x1", "x2", "z_body", "Zähler_tail")
+    rows = f"Name, Neuron\n{rows}\nZÄHLER_tail.TIF,Zähler’s\n"
+    (tmp_path / "neurons.csv").write_bytes(rows.replace("\n", "\r\n").encode(code))
+    found = {pair.name: pair.neuron for pair in folder_pairs(tmp_path)}
+    assert found == {"x1": "X", "x2": "X", "z_body": "z", "Zähler_tail": "Zähler’s"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("x1,X\nx3,X\n", "row 3: no pair named 'x3'; there are x1, x2"),
+        (",X\n", "row 2: no pair named ''"),
+        ("x1,X\nX1.tif,Y\n", "row 3: 'X1.tif' shows 'X' in an earlier row and 'Y' here"),
+    ],
+)
+def test_rows_that_cannot_hold_are_refused(tmp_path, rows, words):
+    empty_pairs(tmp_path, "x1", "x2")
+    (tmp_path / "neurons.csv").write_text(f"name,neuron\n{rows}")
+    assert words in refused(DataError, folder_pairs, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*left out")
+def test_rows_of_files_without_a_partner_are_no_error(tmp_path):
+    empty_pairs(tmp_path, "x1")
+    (tmp_path / "x2.tif").touch()
+    (tmp_path / "neurons.csv").write_text("name,neuron\nx1,X\nx2,X\n")
+    assert [pair.neuron for pair in folder_pairs(tmp_path)] == ["X"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ("a, left", ["a, left"]),
+        ("b,a, left", ["a, left", "b"]),
+        ("a, left,b", ["a, left", "b"]),
+        (["b", "a, left"], ["a, left", "b"]),
+        (7, ["007"]),
+        ("007", ["007"]),
+        ("12,b", ["12", "b"]),
+        (12, ["12"]),
+        ("B.tif", ["b"]),
+    ],
+)
+def test_names_may_be_numbers_and_hold_commas(tmp_path, asked, found):
+    pairs = [
+        Pair(name, name, tmp_path, tmp_path, "")
+        for name in ("a, left", "b", "left", "007", "12", "d", "e")
+    ]
+    split = split_by_neuron(pairs, held_out=asked)
+    assert sorted(pair.name for pair in split.test) == sorted(found)
+    assert "no neuron '8'" in refused(DataError, split_by_neuron, pairs, held_out=8)
+    assert "no neuron 'c'" in refused(DataError, split_by_neuron, pairs, held_out="b,c")
+
+
 @pytest.mark.parametrize("table", ["", "name;neuron\nx1;X\n", "a,b\n1,2\n"])
 def test_neurons_file_without_its_columns_is_refused(tmp_path, table):
     empty_pairs(tmp_path, "x1")
@@ -143,7 +282,9 @@ def test_folders_without_pairs_are_refused(tmp_path):
 def test_two_images_of_one_name_are_refused(tmp_path):
     empty_pairs(tmp_path, "cell")
     (tmp_path / "cell.v3draw").touch()
-    assert "two images named cell" in refused(DataError, folder_pairs, tmp_path)
+    assert "two images named cell (cell.tif, cell.v3draw)" in refused(
+        DataError, folder_pairs, tmp_path
+    )
 
 
 def test_two_trees_of_one_name_are_refused(tmp_path):
@@ -621,6 +762,7 @@ def test_a_rendered_gold_tree_looks_like_its_real_projection(tmp_path, cache):
 # ------------------------------------------------------------------------------- measure
 
 
+@pytest.mark.filterwarnings("ignore:.*left out")
 def test_measure_takes_pairs_or_their_folder(tmp_path):
     for seed, name in enumerate(("a", "b")):
         data = np.random.default_rng(seed).integers(0, 200, (30, 50, 60), np.uint8)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from neurolib import swc, synthesis
-from neurolib.errors import NeurolibError
+from neurolib.datasets import folder_pairs
+from neurolib.errors import NeurolibError, NeurolibWarning
 from neurolib.inspection import inspect_files
 from neurolib.volume import write_volume
 
@@ -74,8 +75,7 @@ def test_a_pair_is_compared_whatever_its_names(folder):
     assert "another fits better: flip y?" in last
     # Several files: by name only.
     titles = [text.splitlines()[0] for text in inspect_files([folder])]
-    assert titles[-1] == "cell.tif with cell.swc"
-    assert len(titles) == 4
+    assert titles[3:] == ["cell.tif with cell.swc", "in no pair"]
 
 
 def test_trees_in_a_folder_of_their_own_find_their_images(folder, tmp_path):
@@ -94,7 +94,24 @@ def test_trees_in_a_folder_of_their_own_find_their_images(folder, tmp_path):
 
     assert titles()[4:] == ["one.tif with one.swc", "two.tif with two.swc"]
     shutil.copy(tree, stacks / "two.swc")  # nearer than the other of that name
-    assert titles()[5:] == ["one.tif with one.swc", "two.tif with two.swc"]
+    assert titles()[5:] == ["one.tif with one.swc", "two.tif with two.swc", "in no pair"]
+
+
+def test_names_are_read_as_for_training_and_what_is_left_is_said(folder):
+    image, tree = next(folder.glob("*.tif")), next(folder.glob("*.swc"))
+    for name in ("Two.ome.tif", "three.tif", "four.tif"):
+        shutil.copy(image, folder / name)
+    for name in ("two.swc", "three.tif.swc", "five.swc"):
+        shutil.copy(tree, folder / name)
+    *_, last = said = list(inspect_files([folder]))
+    titles = [text.splitlines()[0] for text in said if " with " in text.splitlines()[0]]
+    with pytest.warns(NeurolibWarning, match="four.tif .no tree named four"):
+        pairs = folder_pairs(folder)
+    assert sorted(titles) == sorted(f"{p.image.name} with {p.swc.name}" for p in pairs)
+    assert len(pairs) == 3
+    assert facts(last) == {"four.tif": "no tree named four", "five.swc": "no image named five"}
+    # An image alone is not missing its tree.
+    assert len(list(inspect_files([image]))) == 1
 
 
 def test_bad_files_are_named_and_the_others_read(folder):
