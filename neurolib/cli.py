@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 import warnings
 from math import prod
@@ -453,14 +454,12 @@ def _three(name: str, text: str) -> tuple[float, float, float] | None:
     return first, second, third
 
 
-def _assignment(text: str) -> tuple[str, object]:
-    """``key=value`` with the value as YAML reads it."""
-    import yaml
-
+def _assignment(text: str) -> tuple[str, str]:
+    """``key=value``: the notebook that declares the parameter says what the value is."""
     key, sign, value = text.partition("=")
     if not sign:
-        raise SettingsError(f"{text!r}: expected key=value, as in steps=300")
-    return key, yaml.safe_load(value) if value else ""
+        raise SettingsError(f"-p {text}: expected key=value, as in steps=300")
+    return key, value[1:-1] if re.fullmatch(r"'.*'|\".*\"", value) else value
 
 
 def main() -> None:

@@ -21,12 +21,13 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import yaml
 
 from neurolib.datasets import (
     GENERATED,
+    RENDERED,
     Pair,
     Split,
     data_key,
@@ -40,12 +41,16 @@ from neurolib.datasets import (
 )
 from neurolib.errors import DataError, NeurolibError, SettingsError, WeightsError
 from neurolib.files import atomic_path, claim, sha256, write_text
+from neurolib.parameters import check_range, read_as
 from neurolib.swc import check_pair, read_swc
 from neurolib.volume import read_volume
 
 # Imported where it is used: it takes two seconds, in every notebook.
 if TYPE_CHECKING:
     from nbformat import NotebookNode
+
+    from neurolib.network import NetworkSettings
+    from neurolib.training import TrainingSettings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -63,6 +68,10 @@ CHECKPOINT = "checkpoint.safetensors"
 # A kernel that hangs is ended: seconds to start, and per cell (GPU profiles train for hours).
 START_TIMEOUT, CELL_TIMEOUT = 120, 24 * 3600
 MEMORY_LIMIT_MB = 1500
+# Parameters that name files, relative to where the user stands.
+PATHS = ("weights_file", "start_from", "gold", "stacks", "real", "results", "baselines")
+# Parameters that an option of the command gives.
+OPTIONS = {"data": "--data", "run_dir": "--folder and --name"}
 # The output format of a live widget.
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PROGRESS = re.compile(r"\d+%\s*\|.*\d+/\d+|\d+it \[|\bit/s\b|\bs/it\b")
@@ -190,9 +199,16 @@ def read_profile(name: str | Path) -> dict:
     return values
 
 
+class _Text(yaml.SafeLoader):
+    """YAML whose plain values all stay text: what they are, the parameter's declaration says."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+
 def read_yaml(path: Path) -> object:
+    """Read a YAML file, all numbers as text (SettingsError if it is none)."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _Text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
@@ -218,35 +234,77 @@ def notebook_parameters(path: Path) -> dict:
 
 
 def choose_parameters(values: dict, defaults: dict[str, dict]) -> dict[str, dict]:
-    """Give each notebook the parameters that it declares.
+    """Give each notebook the parameters that it declares, as the types that it declares.
 
     Parameters
     ----------
     values : dict
-        Of a profile and the command line.
+        Of a profile and the command line; text is read as the type of the notebook's default.
     defaults : mapping of notebook name to its parameters and their default values
 
     Raises
     ------
     SettingsError
-        If no notebook declares a parameter, or its value is of another type.
+        If no notebook declares a parameter, or its value is of another type or out of range.
     """
+    values = dict(values)
     known = {name: value for part in defaults.values() for name, value in part.items()}
     for name, value in values.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
             raise SettingsError(f"parameter {name!r}: no notebook declares it; {hint}")
-        kind = type(known[name])
-        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        if not fits and not (kind is float and type(value) is int):
-            raise SettingsError(
-                f"parameter {name!r}: expected {kind.__name__} as in {known[name]!r}, got {value!r}"
-            )
+        values[name] = read_as(known[name], value, f"parameter {name!r}")
+        check_range(name, values[name])
     return {
         notebook: {name: values[name] for name in part if name in values}
         for notebook, part in defaults.items()
     }
+
+
+def check_settings(values: dict) -> "tuple[NetworkSettings, TrainingSettings]":
+    """Refuse what a stage would refuse after hours (SettingsError); give the settings of training.
+
+    Parameters
+    ----------
+    values : dict
+        Parameters of the notebooks, all of them.
+    """
+    from neurolib import blocking, inflation, network, training
+
+    def those_of(settings):
+        return settings(**{f.name: values[f.name] for f in fields(settings) if f.name in values})
+
+    shape, training_settings = map(those_of, (network.NetworkSettings, training.TrainingSettings))
+    network.make(shape)
+    for name, choices in (
+        ("initialisation", (*inflation.STRATEGIES, "scratch")),
+        ("target", blocking.KINDS),
+    ):
+        if values[name] not in choices:
+            raise SettingsError(
+                f"{name}={values[name]!r}: expected one of {', '.join(choices)}"
+            )
+    if values.get("every", 1) > 1 and shape.predict == "all":
+        raise SettingsError(
+            f"every={values['every']}: expected 1 for a network that predicts all slices"
+        )
+    return shape, training_settings
+
+
+def localise(values: dict, start: str | Path = NOTEBOOKS) -> dict:
+    """Parameters with paths, as found from here, written relative to the folder `start`.
+
+    Raises
+    ------
+    SettingsError
+        If there is no such file.
+    """
+    found = {name: values[name] for name in PATHS if values.get(name)}
+    for name, path in found.items():
+        if not os.path.exists(path):
+            raise SettingsError(f"{name}={path}: no such file or folder in {Path.cwd()}")
+    return values | {name: os.path.relpath(path, start) for name, path in found.items()}
 
 
 # -------------------------------------------------------------------------------- execution
@@ -287,18 +345,23 @@ def run_course(
         Also if another process is at work in the folder of this run.
     """
     defaults = {n: notebook_parameters(notebook_path(n)) for n in (DATA_NOTEBOOK, *notebooks)}
-    values = read_profile(profile) | (parameters or {})
-    name = name or f"{data_label(data)}-{Path(profile).stem}"
+    given = _given(profile, parameters)
+    path = Path(folder) / (name or f"{data_label(data)}-{Path(profile).stem}")
     # Notebooks run in their own folder: what they get is relative to it.
-    values |= {
-        "run_dir": os.path.relpath(Path(folder) / name, NOTEBOOKS),
+    values = localise(given) | {
+        "run_dir": os.path.relpath(path, NOTEBOOKS),
         "data": name_from(data, NOTEBOOKS),
     }
     chosen = choose_parameters(values, defaults)
-    check_data(data, [defaults[DATA_NOTEBOOK] | values])
-    run = open_run(Path(folder) / name)
+    merged = {k: v for both in (defaults, chosen) for own in both.values() for k, v in own.items()}
+    if "encoder" in merged:
+        check_settings(merged)
+    check_data(data, [defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK]])
+    check_run(path, data)
+    run = open_run(path)
     with claim(run.path(".lock")):
         before = data_key(data)
+        _sign(run, data, before, given)
         if DATA_NOTEBOOK not in notebooks:
             before += _prepare(run, data, defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK])
         for number, notebook in enumerate(notebooks, 1):
@@ -328,33 +391,76 @@ def train_run(
     from neurolib import network, training
 
     defaults = {n: notebook_parameters(notebook_path(n)) for n in COURSE}
-    values = read_profile(profile) | (parameters or {})
-    choose_parameters(values, defaults)
-    split = defaults[DATA_NOTEBOOK] | values
-    values = defaults["03_training"] | values
+    given = _given(profile, parameters)
+    chosen = choose_parameters(localise(given, "."), defaults)
+    split = defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK]
+    values = defaults["03_training"] | chosen["03_training"]
+    shape, settings = check_settings(split | values)
     fabric = training.start(values["device"], values["precision"])
-    run = open_run(Path(folder) / (name or f"{data_label(data)}-{Path(profile).stem}"))
+    path = Path(folder) / (name or f"{data_label(data)}-{Path(profile).stem}")
     first = fabric.is_global_zero
+    if first:
+        check_data(data, [split])
+        check_run(path, data)
+    run = open_run(path)
     with claim(run.path(".lock")) if first else contextlib.nullcontext():
         if first:
-            check_data(data, [split])
+            _sign(run, data, data_key(data), given)
             _prepare(run, data, split)
         fabric.barrier()
         pairs, target = read_manifest(run.path("split.json")), target_of(run)
         samples = [read_sample(pair, **target) for pair in pairs.train]
         held_out = [read_sample(pair, **target) for pair in pairs.validation]
-        shape = ("encoder", "depth", "size", "predict", "stem")
-        shape = network.NetworkSettings(**{key: values[key] for key in shape})
         how = (values["initialisation"], values["weights_file"], values["seed"])
         net, _ = network.build(shape, *how)
         if values["start_from"]:
             training.restore(net, values["start_from"])
-        settings = {
-            f.name: values[f.name] for f in fields(training.TrainingSettings) if f.name in values
-        }
-        settings = training.TrainingSettings(**settings)
         training.train(net, samples, held_out, run.folder, settings, target["tau"], fabric)
     return run
+
+
+def _given(profile: str | Path, parameters: dict | None) -> dict:
+    """Parameters of a profile and of the caller; not those for which there are options."""
+    values = read_profile(profile) | (parameters or {})
+    for name in OPTIONS.keys() & values.keys():
+        raise SettingsError(f"parameter {name!r}: give it by {OPTIONS[name]}")
+    return values
+
+
+def check_run(folder: Path, data: str) -> None:
+    """Refuse a folder that is in use for something else (SettingsError)."""
+    if not folder.is_dir():
+        return
+    if not (folder / "metrics.json").is_file():
+        if any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise SettingsError(
+                f"{folder}: holds other things than a run; choose another --name or --folder"
+            )
+        return
+    made = Run(folder).metrics().get("made_from", {})
+    if made and made["folder"] != _absolute(data) and made["key"] != _short(data_key(data)):
+        raise SettingsError(
+            f"{folder}: a run on {made['folder']}, not on {_absolute(data)}; choose another --name"
+        )
+
+
+def _sign(run: Run, data: str, key: str, given: dict) -> None:
+    """Record what a run is made from: its data, as given and where they lie, and parameters."""
+    told = {"data": data, "folder": _absolute(data), "key": _short(key)}
+    run.record("made_from", told | {"parameters": given})
+
+
+def _absolute(data: str) -> str:
+    """A data set's name with its folder, if it has one, as an absolute path."""
+    if data in GENERATED:
+        return data
+    rendered = RENDERED.fullmatch(data)
+    folder = rendered["folder"] if rendered else data
+    return data[: len(data) - len(folder)] + os.path.realpath(folder)
+
+
+def _short(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def notebook_path(name: str) -> Path:
@@ -583,6 +689,10 @@ def summary(run: Run) -> str:
     """What a run found, as Markdown: a line per test neuron, then a line per notebook."""
     metrics = run.metrics()
     parts = []
+    made = metrics.get("made_from", {})
+    if made:
+        given = [f"{key} {value}" for key, value in made["parameters"].items()]
+        parts.append(f"Data: {made['data']}. Parameters: {', '.join(given) or 'all by default'}.")
     neurons = metrics.get("neurons", {})
     if neurons:
         parts.append(table([{"neuron": name, **values} for name, values in neurons.items()]))

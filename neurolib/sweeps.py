@@ -27,14 +27,17 @@ from neurolib.datasets import data_label, read_manifest
 from neurolib.errors import NeurolibError, SettingsError
 from neurolib.evaluation import volume_diagonal
 from neurolib.files import atomic_path, claim, write_text
+from neurolib.parameters import read_as
 from neurolib.runs import (
     DATA_NOTEBOOK,
     PROFILES,
-    REPOSITORY,
     NotebookError,
     Run,
     check_data,
+    check_run,
+    check_settings,
     choose_parameters,
+    localise,
     notebook_parameters,
     notebook_path,
     read_yaml,
@@ -69,6 +72,8 @@ COLUMNS = {
     "validation": ("network", "seed", "fold", "neuron", "step", "training_loss", "dice", *SHARED),
 }  # fmt: skip
 NUMBERS = ("dice", "hd95", "diagonal", "cldice", *TREE, "seconds", "step", "training_loss")
+# Parameters that a cell has from elsewhere.
+RESERVED = {"seed": "seeds", "held_out": "folds", "data": "data", "run_dir": "--folder"}
 KEYS = {"data", "networks", "seeds", "folds", "common", "results"}
 
 
@@ -115,7 +120,7 @@ def read_grid(path: str | Path) -> dict:
         raise SettingsError(
             f"{path}: measure {grid['measure']!r}, expected one of {', '.join(MEASURES)}"
         )
-    if not (isinstance(grid["common"], dict) and all(isinstance(k, str) for k in grid["common"])):
+    if not isinstance(grid["common"], dict):
         raise SettingsError(f"{path}: common is {grid['common']!r}, expected parameters: values")
     networks = grid["networks"]
     if not (isinstance(networks, dict) and networks):
@@ -123,16 +128,16 @@ def read_grid(path: str | Path) -> dict:
             f"{path}: networks is {networks!r}, expected rows, as 'a: {{depth: 1}}'"
         )
     for name, changes in networks.items():
-        if not (isinstance(name, str) and isinstance(changes, dict)):
+        if not isinstance(changes, dict):
             raise SettingsError(
-                f"{path}: network {name!r}: {changes!r}, expected a name in letters and its "
-                "parameters, as 'a: {depth: 1}'"
+                f"{path}: network {name!r}: {changes!r}, expected parameters, as 'a: {{depth: 1}}'"
             )
-    for key, kind, example in (("seeds", int, "[0, 1]"), ("folds", str, "[cell1, cell2]")):
+        for key in RESERVED.keys() & (grid["common"].keys() | changes.keys()):
+            raise SettingsError(f"{path}: network {name!r} has {key!r}; give it by {RESERVED[key]}")
+    for key, example in (("seeds", [0, 1]), ("folds", ["cell1", "cell2"])):
         if not isinstance(grid[key], list) or not grid[key]:
             raise SettingsError(f"{path}: {key} is {grid[key]!r}, expected a list, as {example}")
-        if not all(type(item) is kind for item in grid[key]):
-            raise SettingsError(f"{path}: {key} is {grid[key]!r}, expected {example}")
+        grid[key] = [read_as(example[0], item, f"{path}: {key}") for item in grid[key]]
     for key in ("data", "results"):
         if not isinstance(grid[key], str) or not grid[key]:
             raise SettingsError(f"{path}: {key} is {grid[key]!r}, expected a name")
@@ -194,16 +199,22 @@ def run_sweep(
         raise SettingsError(f"workers={workers}: expected at least one")
     grid = read_grid(path)
     chain = MEASURES[grid["measure"]]
-    results, stem = REPOSITORY / grid["results"], Path(path).stem
+    results, stem = Path(grid["results"]).absolute(), Path(path).stem
     if data and data_label(data) != data_label(grid["data"]):
         results = results.with_stem(f"{results.stem}-{data_label(data)}")
         stem += f"-{data_label(data)}"
     data = data or grid["data"]
+    defaults = {n: notebook_parameters(notebook_path(n)) for n in (DATA_NOTEBOOK, *chain)}
+    for some in (grid["common"], *grid["networks"].values()):
+        for own in choose_parameters(some, defaults).values():
+            some.update(own)
     whole = list(_cells(grid, stem, seeds))
     cells = _part(path, grid, whole, rows, folds)
-    defaults = {n: notebook_parameters(notebook_path(n)) for n in (DATA_NOTEBOOK, *chain)}
-    for cell in whole:
-        choose_parameters(cell.parameters, defaults)
+    known = {name: value for own in defaults.values() for name, value in own.items()}
+    for cell in {cell.network: cell for cell in whole}.values():
+        localise(cell.parameters)
+        if "encoder" in known:
+            check_settings(known | cell.parameters)
         if grid["measure"] == "tree" and cell.parameters.get("every", 1) != 1:
             raise SettingsError(f"{path}: measure tree needs all slices; remove 'every'")
     order = list(grid["networks"])
@@ -211,11 +222,21 @@ def run_sweep(
     def place(row: dict) -> tuple[int, int, int]:
         return int(row["fold"]), int(row["seed"]), order.index(row["network"])
 
+    if results.exists():
+        try:
+            read_results(results, grid["measure"])
+        except SettingsError:
+            raise SettingsError(
+                f"{results}: not a file of results on measure {grid['measure']}, and is not "
+                "replaced; name another one, or move it away"
+            ) from None
     names = [cell.name for cell in whole]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise SettingsError(f"{path}: two runs would share the folder {twice}; rename a network")
     check_data(data, [defaults[DATA_NOTEBOOK] | cell.parameters for cell in cells])
+    for cell in cells:
+        check_run(Path(folder) / cell.name, data)
     with (
         claim(Path(folder) / stem / ".lock"),
         claim(results.with_name(f".{results.name}.lock"), results),

@@ -133,10 +133,37 @@ def test_run_refuses_bad_trees(kind, pairs, tmp_path, capsys):
         (["-p", "stepz=3"], "did you mean 'steps'"),
         (["-p", "steps=many"], "expected int"),
         (["-p", "steps"], "key=value"),
-        (["-p", "encoder=5"], "expected str"),
+        (["-p", "encoder=5"], "encoder='5': timm has no such model"),
+        (["-p", "steps=1.5"], "expected int"),
+        (["-p", "stem=2"], "expected bool"),
+        (["-p", "steps=0"], "steps=0: expected at least 1"),
+        (["-p", "overlap=2"], "overlap=2.0: expected at least 0 and at most 0.9"),
+        (["-p", "overlap=nan"], "overlap=nan"),
+        (["-p", "every=0"], "every=0: expected at least 1"),
+        (["-p", "every=2", "-p", "predict=all"], "every=2"),
+        (["-p", "depth=4"], "depth=4: expected an odd number"),
+        (["-p", "size=3"], "size=3"),
+        (["-p", "encoder_rate=-1e-4"], "encoder_rate=-0.0001: expected more than 0"),
+        (["-p", "layer_decay=inf"], "layer_decay=inf"),
+        (["-p", "bridge=inf"], "bridge=inf"),
+        (["-p", "tau=0"], "tau=0.0"),
+        (["-p", "min_size=0"], "min_size=0"),
+        (["-p", "seed=-1"], "seed=-1"),
+        (["-p", "loss=luck"], "loss='luck'"),
+        (["-p", "predict=none"], "predict='none'"),
+        (["-p", "initialisation=centre"], "initialisation='centre'"),
+        (["-p", "target=tube"], "target='tube'"),
+        (["-p", "device=gpu9"], "device='gpu9'"),
+        (["-p", "precision=64-false"], "precision='64-false'"),
+        (["-p", "weights_file=no.pth"], "weights_file=no.pth: no such file"),
+        (["-p", "held_out=*x"], "no neuron '*x'"),
+        (["-p", "data=x"], "--data"),
+        (["-p", "run_dir=x"], "--folder"),
     ],
 )
-def test_run_refuses_bad_settings(arguments, word, tmp_path, capsys):
+def test_run_refuses_bad_settings(arguments, word, pairs, tmp_path, capsys):
+    if "held_out" in str(arguments):
+        arguments = [*arguments, "--data", pairs]
     assert call("run", "--folder", tmp_path / "runs", *arguments) == 2
     one_line(capsys, word)
     assert not (tmp_path / "runs").exists()

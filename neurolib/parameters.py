@@ -1,0 +1,97 @@
+"""Parameters and options: one table of the values that they may have, and how their text is read.
+
+Command line, profiles, grids and notebooks give the same parameters; all are checked here, before
+any work is done.
+"""
+
+import math
+import re
+
+from neurolib.errors import SettingsError
+
+# The interval of each number, whichever option or parameter has that name.
+RANGES = {
+    "accumulate": "[1, inf)",
+    "batch": "[1, inf)",
+    "bridge": "[0, inf)",
+    "channel": "[0, inf)",
+    "decoder_rate": "(0, inf)",
+    "depth": "[1, inf)",
+    "encoder_rate": "(0, inf)",
+    "every": "[1, inf)",
+    "label": "[0, inf)",
+    "layer_decay": "(0, 1]",
+    "min_size": "[1, inf)",
+    "negatives": "[0, inf)",
+    "overlap": "[0, 0.9]",
+    "patience": "[0, inf)",
+    "seed": "[0, 4294967295]",  # what NumPy and PyTorch both take
+    "size": "[1, inf)",
+    "skip_empty": "[0, 100]",
+    "steps": "[1, inf)",
+    "tau": "(0, 1]",
+    "test_neurons": "[0, inf)",
+    "threshold": "(0, 1]",
+    "train_neurons": "[0, inf)",
+    "validate_every": "[1, inf)",
+    "validation_blocks": "[1, inf)",
+    "validation_neurons": "[0, inf)",
+    "workers": "[0, inf)",
+}
+# As YAML 1.1 writes truth.
+TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def check_range(name: str, value: object, shown: str = "") -> None:
+    """Refuse a number outside the interval of its name; what has no interval must be finite.
+
+    Parameters
+    ----------
+    name : str
+        As in `RANGES`.
+    value : object
+        Numbers are checked, None and everything else passes.
+    shown : str
+        How the user wrote it, up to the value, as ``--min-size`` and a space; ``min_size=`` else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    left, low, high, right = re.fullmatch(
+        r"([\[(])(.+), (.+)([\])])", RANGES.get(name, "(-inf, inf)")
+    ).groups()
+    above = value >= float(low) if left == "[" else value > float(low)
+    below = value <= float(high) if right == "]" else value < float(high)
+    if above and below:
+        return
+    words = "at least" if left == "[" else "more than"
+    wanted = {
+        (False, False): f"{words} {low} and at most {high}",
+        (False, True): f"{words} {low}",
+        (True, True): "a finite number",
+    }[math.isinf(float(low)), math.isinf(float(high))]
+    raise SettingsError(f"{shown or name + '='}{value}: expected {wanted}")
+
+
+def read_as(default: object, value: object, shown: str) -> object:
+    """A value, or its text, as the type of a parameter's default.
+
+    Text stays as it is where the default is text: ``007`` is a name. ``1e-4`` is a number, which
+    YAML would take for text.
+
+    Raises
+    ------
+    SettingsError
+        If the value is of another type.
+    """
+    kind = type(default)
+    if isinstance(value, str) and kind is not str:
+        text = value.strip()
+        try:
+            return TRUTH[text.lower()] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            pass
+    elif isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
+        return value
+    elif kind is float and type(value) is int:
+        return float(value)
+    raise SettingsError(f"{shown}: expected {kind.__name__} as in {default!r}, got {value!r}")
