@@ -1,6 +1,8 @@
 """Which device computes, and with which numbers."""
 
 import contextlib
+import functools
+import sys
 from pathlib import Path
 
 import torch
@@ -11,10 +13,17 @@ PRECISIONS = ("auto", "32-true", "bf16-mixed")
 CPU_FACTS = Path("/proc/cpuinfo")
 
 
+@functools.cache
+def _say_once(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+
+
 def pick_device(name: str) -> torch.device:
     """The device of that name; ``auto``: a GPU if there is one, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and torch.backends.mps.is_available():
+            _say_once("Apple GPU found, not tested: 'auto' takes the CPU; device 'mps' tries it")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -270,21 +270,22 @@ def check_settings(values: dict) -> "tuple[NetworkSettings, TrainingSettings]":
     values : dict
         Parameters of the notebooks, all of them.
     """
-    from neurolib import blocking, inflation, network, training
+    from neurolib import blocking, devices, inflation, network, training
 
     def those_of(settings):
         return settings(**{f.name: values[f.name] for f in fields(settings) if f.name in values})
 
     shape, training_settings = map(those_of, (network.NetworkSettings, training.TrainingSettings))
-    network.make(shape)
+    patch = getattr(network.make(shape), "patch", 1)
+    if shape.size < patch:
+        raise SettingsError(f"size={shape.size}: expected at least a patch, {patch} pixels")
+    devices.pick_precision(values["precision"], devices.pick_device(values["device"]).type)
     for name, choices in (
         ("initialisation", (*inflation.STRATEGIES, "scratch")),
         ("target", blocking.KINDS),
     ):
         if values[name] not in choices:
-            raise SettingsError(
-                f"{name}={values[name]!r}: expected one of {', '.join(choices)}"
-            )
+            raise SettingsError(f"{name}={values[name]!r}: expected one of {', '.join(choices)}")
     if values.get("every", 1) > 1 and shape.predict == "all":
         raise SettingsError(
             f"every={values['every']}: expected 1 for a network that predicts all slices"

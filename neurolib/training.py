@@ -360,7 +360,7 @@ def start(device: str = "auto", precision: str = "auto", devices: int = 0) -> Fa
     Parameters
     ----------
     device : str
-        ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
+        ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1`` ... or ``mps``.
     precision : str
         ``auto``, ``32-true`` or ``bf16-mixed``, see `neurolib.devices.pick_precision`.
     devices : int
@@ -377,11 +377,12 @@ def start(device: str = "auto", precision: str = "auto", devices: int = 0) -> Fa
         here = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // here
     try:
-        where = pick_device(device).type
-        precision = pick_precision(precision, where)
-        fabric = Fabric(
-            accelerator=where, devices=devices or here, num_nodes=nodes, precision=precision
-        )
+        where = pick_device(device)
+        precision = pick_precision(precision, where.type)
+        # A GPU that is named by its number is that one; on a CPU there is no choice.
+        chosen = [where.index] if where.index is not None and where.type == "cuda" else here
+        options = {"devices": devices or chosen, "num_nodes": nodes, "precision": precision}
+        fabric = Fabric(accelerator=where.type, **options)
     except Exception as error:  # Fabric raises its own classes, and plain ones
         reason = str(error).splitlines()[0][:120]
         raise SettingsError(
@@ -885,7 +886,7 @@ def check_unseen(facts: dict, samples: Sequence[Sample], checkpoint: str | Path)
 
 def encoder_sum(network: Segmenter) -> str:
     """A number that tells one encoder's weights from another's, as text."""
-    total = sum(p.detach().double().abs().sum().item() for p in network.encoder.parameters())
+    total = sum(p.detach().cpu().double().abs().sum().item() for p in network.encoder.parameters())
     return f"{total:.9e}"
 
 
@@ -954,7 +955,7 @@ def _identity(
     }
     given = json.dumps(facts, sort_keys=True)
     if network.training_begun is None or network.training_begun[0] != given:
-        first = float(sum(p.detach().double().abs().sum() for p in network.parameters()))
+        first = float(sum(p.detach().cpu().double().abs().sum() for p in network.parameters()))
         network.training_begun = given, f"{first:.9e}"
     return json.dumps(network.training_begun)
 

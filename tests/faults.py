@@ -150,7 +150,7 @@ def content(folder: Path) -> dict[str, object]:
         elif path.suffix in (".html", ".ipynb"):
             found[name] = "times"
         elif path.name == "metrics.json":
-            metrics = json.loads(path.read_text())
+            metrics = json.loads(path.read_text().replace(str(folder), ""))
             metrics["notebooks"] = sorted(metrics["notebooks"])
             found[name] = metrics
         elif path.name == "results.csv":

@@ -416,3 +416,59 @@ def test_a_cluster_that_is_not_there_is_one_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(SettingsError, match=r"need Dask, .* pip install -e .\[cluster\]"):
         list(sweeps._execute([], dies, scheduler="tcp://127.0.0.1:1"))
+
+
+def test_a_run_folder_is_of_one_data_set(data, tmp_path):
+    """Two folders of one last name, two neurons' worth of results: never in one run."""
+    other = tmp_path / "other" / "data"
+    other.mkdir(parents=True)
+    for path in data.iterdir():
+        (other / path.name.replace("cell", "nerve")).write_bytes(path.read_bytes())
+    folder = tmp_path / "runs"
+    run = runs.run_course(str(data), "empty", "", folder, {"held_out": "cell0"}, ())
+    before = run.path("split.json").read_bytes()
+    with pytest.raises(SettingsError, match=rf"a run on {data}, not on {other}; .*--name"):
+        runs.run_course(str(other), "empty", "", folder, {}, ())
+    assert run.path("split.json").read_bytes() == before
+    assert "Data: " in (text := runs.summary(run))
+    assert f"{data}. Parameters: held_out cell0." in text
+    # The same files elsewhere, or more of them in place, are the same data.
+    moved = data.rename(tmp_path / "moved")
+    runs.run_course(str(moved), "empty", run.folder.name, folder, {}, ())
+    (moved / "cell0.swc").write_bytes((moved / "cell1.swc").read_bytes())
+    runs.run_course(str(moved), "empty", run.folder.name, folder, {}, ())
+
+
+def test_a_folder_of_other_things_does_not_become_a_run(data, tmp_path):
+    before = {path: path.read_bytes() for path in data.iterdir()}
+    with pytest.raises(SettingsError, match=r"holds other things than a run; .*--name"):
+        runs.run_course(str(data), "empty", data.name, data.parent, {}, ())
+    assert {path: path.read_bytes() for path in data.iterdir()} == before
+
+
+def test_a_file_that_is_no_results_is_not_replaced(data, tmp_path):
+    grid, results = tmp_path / "grid.yaml", tmp_path / "mine.csv"
+    grid.write_text(PAIR.format(results=results, data=data))
+    results.write_text("name,neuron\n")
+    with pytest.raises(SettingsError, match=r"mine\.csv: not a file of results"):
+        sweeps.run_sweep(grid, tmp_path / "runs")
+    assert results.read_text() == "name,neuron\n"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_paths_are_where_the_user_stands(data, tmp_path, monkeypatch):
+    (tmp_path / "w.pth").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    found = runs.localise({"weights_file": "w.pth", "steps": 3, "gold": ""})
+    assert (runs.NOTEBOOKS / found["weights_file"]).resolve() == tmp_path / "w.pth"
+    assert found["steps"] == 3
+    assert found["gold"] == ""
+    grid = tmp_path / "grid.yaml"
+    text = PAIR.format(results="mine.csv", data="data")
+    grid.write_text(text.replace("steps: 1", "steps: 0"))
+    with pytest.raises(SettingsError, match="steps=0: expected at least 1"):
+        sweeps.run_sweep(grid, tmp_path / "runs")
+    (tmp_path / "mine.csv").write_text("mine\n")
+    grid.write_text(text)
+    with pytest.raises(SettingsError, match=rf"{tmp_path}/mine\.csv: not a file of results"):
+        sweeps.run_sweep(grid, tmp_path / "runs")
