@@ -27,6 +27,7 @@ import yaml
 
 from neurolib.datasets import (
     GENERATED,
+    NAMED,
     RENDERED,
     Pair,
     Split,
@@ -208,7 +209,7 @@ class _Text(yaml.SafeLoader):
 def read_yaml(path: Path) -> object:
     """Read a YAML file, all numbers as text (SettingsError if it is none)."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Text)
+        return _Text(path.read_text(encoding="utf-8")).get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
@@ -453,7 +454,7 @@ def _sign(run: Run, data: str, key: str, given: dict) -> None:
 
 def _absolute(data: str) -> str:
     """A data set's name with its folder, if it has one, as an absolute path."""
-    if data in GENERATED:
+    if data in NAMED:
         return data
     rendered = RENDERED.fullmatch(data)
     folder = rendered["folder"] if rendered else data
