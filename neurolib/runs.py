@@ -65,6 +65,8 @@ COURSE = (
     "04_evaluation",
     "05_swc_tracing",
 )
+# What a finished checkpoint is evaluated by, with the parameter `checkpoint` of `run_course`.
+EVALUATION = ("04_evaluation", "05_swc_tracing")
 CHECKPOINT = "checkpoint.safetensors"
 # A kernel that hangs is ended: seconds to start, and per cell (GPU profiles train for hours).
 START_TIMEOUT, CELL_TIMEOUT = 120, 24 * 3600
@@ -325,7 +327,7 @@ def run_course(
     Parameters
     ----------
     data : str
-        ``synthetic``, ``bigneuron-janelia``, or a folder of image/SWC pairs.
+        See `neurolib.datasets.load_dataset`.
     profile : str
         See `read_profile`.
     name : str
@@ -333,7 +335,8 @@ def run_course(
     folder : path
         In which runs lie.
     parameters : dict, optional
-        Override the profile.
+        Override the profile. With ``checkpoint``, the path of a trained network, nothing is
+        trained: notebooks 04 and 05 evaluate it on all pairs.
     notebooks : tuple of str
         Without notebook 01, its split and target are made here, from the same parameters.
 
@@ -346,11 +349,13 @@ def run_course(
     SettingsError
         Also if another process is at work in the folder of this run.
     """
-    defaults = {n: notebook_parameters(notebook_path(n)) for n in (DATA_NOTEBOOK, *notebooks)}
     given = _given(profile, parameters)
+    checkpoint = str(given.get("checkpoint", ""))
+    notebooks = EVALUATION if checkpoint else notebooks
+    defaults = {n: notebook_parameters(notebook_path(n)) for n in (DATA_NOTEBOOK, *notebooks)}
     path = Path(folder) / (name or f"{data_label(data)}-{Path(profile).stem}")
     # Notebooks run in their own folder: what they get is relative to it.
-    values = localise(given) | {
+    values = localise({key: given[key] for key in given if key != "checkpoint"}) | {
         "run_dir": os.path.relpath(path, NOTEBOOKS),
         "data": name_from(data, NOTEBOOKS),
     }
@@ -358,14 +363,18 @@ def run_course(
     merged = {k: v for both in (defaults, chosen) for own in both.values() for k, v in own.items()}
     if "encoder" in merged:
         check_settings(merged)
-    check_data(data, [defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK]])
+    if checkpoint:
+        defaults[DATA_NOTEBOOK]["tau"] = _tau_of(checkpoint, path)
+    check_data(data, [] if checkpoint else [defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK]])
     check_run(path, data)
     run = open_run(path)
     with claim(run.path(".lock")):
         before = data_key(data)
         _sign(run, data, before, given)
         if DATA_NOTEBOOK not in notebooks:
-            before += _prepare(run, data, defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK])
+            before += _prepare(
+                run, data, defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK], checkpoint
+            )
         for number, notebook in enumerate(notebooks, 1):
             before = _key(notebook, chosen[notebook], before)
             label = f"[{number}/{len(notebooks)}] {notebook}"
@@ -446,6 +455,17 @@ def check_run(folder: Path, data: str) -> None:
         )
 
 
+def _tau_of(checkpoint: str, folder: Path) -> float:
+    """The target's threshold of a finished network; refuse `folder` if one was trained there."""
+    from neurolib.training import load_checkpoint
+
+    if "validation" in Run(folder).metrics():
+        raise SettingsError(
+            f"{folder}: a network was trained here; choose another --name to evaluate {checkpoint}"
+        )
+    return load_checkpoint(checkpoint)[1]["tau"]
+
+
 def _sign(run: Run, data: str, key: str, given: dict) -> None:
     """Record what a run is made from: its data, as given and where they lie, and parameters."""
     told = {"data": data, "folder": _absolute(data), "key": _short(key)}
@@ -503,16 +523,26 @@ def _split(pairs: list[Pair], values: dict) -> Split:
     return split_by_neuron(pairs, *(values[n] for n in names), train=values["train_neurons"])
 
 
-def _prepare(run: Run, data: str, values: dict) -> str:
-    """Leave what notebook 01 would: split and target; return what they were made from."""
+def _prepare(run: Run, data: str, values: dict, checkpoint: str = "") -> str:
+    """Leave what notebook 01 would: split and target; return what they were made from.
+
+    A finished `checkpoint` is left as notebook 03 would leave it, and all pairs are for the test.
+    """
     # Notebooks look for the files from another folder than this process does.
     pairs = [
         replace(pair, image=pair.image.resolve(), swc=pair.swc.resolve())
         for pair in load_dataset(data)
     ]
-    split = _split(pairs, values)
+    split = Split((), (), tuple(pairs)) if checkpoint else _split(pairs, values)
     write_manifest(run.path("split.json"), split, values["seed"])
     run.record("target", {"kind": values["target"], "tau": values["tau"]})
+    if checkpoint:
+        with atomic_path(run.path(CHECKPOINT)) as temporary:
+            shutil.copyfile(checkpoint, temporary)
+        run.record("about", {"data": data, "network": run.hand_over(CHECKPOINT)})
+        values = values | run.metrics()["about"]
+        told = "" if data == "fly-larva-final" else "; it must not have been trained on any of them"
+        print(f"{checkpoint}: evaluated on all {len(pairs)} pairs of {data}{told}", flush=True)
     return json.dumps(values, sort_keys=True)
 
 

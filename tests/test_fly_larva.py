@@ -10,15 +10,19 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import faults
+import jupytext
+import nbformat
 import networkx as nx
 import numpy as np
+import papermill
 import pytest
 import servers
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neurolib import cli, datasets, fly_larva
+from neurolib import cli, datasets, evaluation, fly_larva, inference, runs, sweeps, training
 from neurolib.blocking import make_target
 from neurolib.errors import DataError, NeurolibError, SettingsError
 from neurolib.fly_larva import FINAL, load_fly_larva, repair_trace
@@ -343,6 +347,50 @@ def test_nothing_trains_on_the_final_neurons(own, monkeypatch, tmp_path, capsys)
             cli.app([*command, "--data", "fly-larva-final", *runs], standalone_mode=False)
 
 
+def execute_in_this_process(source, target, parameters, cwd, **_):
+    """The text of a notebook until it has measured: a kernel would know no generated data."""
+    notebook, names = jupytext.read(source.with_suffix(".py")), {}
+    os.chdir(cwd)
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        if cell.cell_type == "code" and "bootstrap" not in tags:
+            exec(cell.source, names)
+        if "parameters" in tags:
+            names |= parameters
+        if "scores" in names:
+            break
+    nbformat.write(nbformat.v4.new_notebook(), target)
+
+
+def test_a_finished_checkpoint_is_evaluated_on_the_final_neurons(own, monkeypatch, tmp_path):
+    """Notebook 04 itself, in this process, which knows the generated data set."""
+    monkeypatch.setenv("NEUROLIB_DATA", str(own))
+    monkeypatch.setattr(papermill, "execute_notebook", execute_in_this_process)
+    monkeypatch.setattr(runs, "EVALUATION", ("04_evaluation",))
+    monkeypatch.chdir(tmp_path)
+    checkpoint = faults.checkpoint(tmp_path / "trained.safetensors")
+    call = {"data": "fly-larva-final", "profile": "final", "folder": tmp_path / "runs"}
+    run = runs.run_course(**call, parameters={"checkpoint": checkpoint})
+    split = datasets.read_manifest(run.path("split.json"))
+    assert [len(part) for part in split] == [0, 0, 1]
+    assert split.test[0].name == FINAL[0]
+    (name,) = run.metrics()["neurons"]
+    assert name == FINAL[0]
+    network, facts = training.load_checkpoint(checkpoint)
+    sample = datasets.read_sample(split.test[0])
+    mask = inference.predict_volume(network, sample.image, 0.25) >= facts["threshold"]
+    score = run.metrics()["neurons"][name]["Dice"]
+    assert score == pytest.approx(evaluation.dice(mask, sample.mask))
+    # A run that was trained keeps its network, and a file that is none is refused.
+    run.record("validation", {})
+    (tmp_path / "other.safetensors").write_bytes(b"none")
+    for path, words in ((checkpoint, "trained here"), (tmp_path / "other.safetensors", "other")):
+        with pytest.raises(NeurolibError, match=words):
+            runs.run_course(**call, parameters={"checkpoint": path})
+    with pytest.raises(DataError, match="final test set"):
+        runs.run_course(**call)
+
+
 # ------------------------------------------------------------------------------------- repairs
 
 
@@ -460,3 +508,19 @@ def test_importing_a_data_set_loads_no_torch():
     code = "import sys; from neurolib import bigneuron, datasets, fly_larva; "
     code += "sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
+
+
+def test_profiles_name_data_that_anybody_can_get_and_never_a_final_neuron():
+    root = Path(cli.__file__).parents[1]
+    grids = [sweeps.read_grid(path) for path in root.glob("profiles/*-cpu.yaml")]
+    assert len(grids) >= 4
+    for grid in grids:
+        assert grid["data"] in ("synthetic", "fly-larva")
+        rows = (grid["common"], *grid["networks"].values())
+        named = [*grid["folds"], *(row.get("validate_on", "") for row in rows)]
+        assert not set(",".join(named).split(",")) & set(FINAL)
+    texts = [
+        p for kind in ("profiles/*", "notebooks/*.py", "docs/*.md", "*.md") for p in root.glob(kind)
+    ]
+    for path in [*texts, root / "data" / "README.md"]:
+        assert "../shared" not in path.read_text(encoding="utf-8"), path
