@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from neurolib import files
 from neurolib.download import download
-from neurolib.errors import DataError, SettingsError
+from neurolib.errors import DataError, NeurolibWarning, SettingsError
 
 URL = "https://github.com/BigNeuron/Data/releases/download/Gold166_v1/gold166.zip"
 GROUP = "janelia_flylight"
@@ -100,6 +100,7 @@ def _fetch(url: str, archive: Path, folder: Path, expected: str, known: str, rec
         warnings.warn(
             f"{url}: no hash of this archive is known; sha256 {found} of this first download is "
             f"recorded in {record} and enforced from now on",
+            NeurolibWarning,
             stacklevel=3,
         )
     facts = {"url": url, "sha256": found, "bytes": archive.stat().st_size}
@@ -158,6 +159,7 @@ def _unpack(archive: Path, folder: Path) -> None:
             warnings.warn(
                 f"{archive.name}: {len(unpaired)} images have no SWC, or several that may be "
                 f"the gold standard, and are left out: {', '.join(unpaired[:3])}",
+                NeurolibWarning,
                 stacklevel=4,
             )
         for name, (image, tree) in tqdm(sorted(pairs.items()), desc="unpacking"):

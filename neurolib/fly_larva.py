@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from neurolib.datasets import FINAL_STYLE, Pair, folder_pairs, stand_in
 from neurolib.download import download
-from neurolib.errors import DataError
+from neurolib.errors import DataError, NeurolibWarning
 from neurolib.files import cache_folder, claim, sha256, write_text
 from neurolib.swc import Tree, write_swc
 from neurolib.volume import read_volume, write_volume
@@ -71,7 +71,7 @@ def load_fly_larva(name: str = NAME) -> list[Pair]:
         told += f" ({', '.join(missing)})"
         if len(missing) == len(wanted):
             raise DataError(f"{told}; unset NEUROLIB_DATA to download them")
-        warnings.warn(f"{told}; going on without them", stacklevel=3)
+        warnings.warn(f"{told}; going on without them", NeurolibWarning, stacklevel=3)
     style = "real" if name == NAME else FINAL_STYLE
     made = _recorded(folder)
     pairs = []

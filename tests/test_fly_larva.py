@@ -370,7 +370,7 @@ def test_a_finished_checkpoint_is_evaluated_on_the_final_neurons(own, monkeypatc
     monkeypatch.chdir(tmp_path)
     checkpoint = faults.checkpoint(tmp_path / "trained.safetensors")
     call = {"data": "fly-larva-final", "profile": "final", "folder": tmp_path / "runs"}
-    run = runs.run_course(**call, parameters={"checkpoint": checkpoint})
+    run = runs.run_course(**call, parameters={"checkpoint": str(checkpoint)})
     split = datasets.read_manifest(run.path("split.json"))
     assert [len(part) for part in split] == [0, 0, 1]
     assert split.test[0].name == FINAL[0]
@@ -386,7 +386,7 @@ def test_a_finished_checkpoint_is_evaluated_on_the_final_neurons(own, monkeypatc
     (tmp_path / "other.safetensors").write_bytes(b"none")
     for path, words in ((checkpoint, "trained here"), (tmp_path / "other.safetensors", "other")):
         with pytest.raises(NeurolibError, match=words):
-            runs.run_course(**call, parameters={"checkpoint": path})
+            runs.run_course(**call, parameters={"checkpoint": str(path)})
     with pytest.raises(DataError, match="final test set"):
         runs.run_course(**call)
 
