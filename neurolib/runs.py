@@ -41,6 +41,7 @@ from neurolib.datasets import (
     write_manifest,
 )
 from neurolib.errors import DataError, NeurolibError, SettingsError, WeightsError
+from neurolib.evaluation import name_unit
 from neurolib.files import atomic_path, claim, sha256, write_text
 from neurolib.parameters import check_range, read_as
 from neurolib.swc import check_pair, read_swc
@@ -727,7 +728,9 @@ def summary(run: Run) -> str:
         parts.append(f"Data: {made['data']}. Parameters: {', '.join(given) or 'all by default'}.")
     neurons = metrics.get("neurons", {})
     if neurons:
-        parts.append(table([{"neuron": name, **values} for name, values in neurons.items()]))
+        parts.append(
+            table([name_unit({"neuron": name, **values}) for name, values in neurons.items()])
+        )
     about = metrics.get("about", {})
     if about:
         parts.append("\n".join(f"- {key}: {value}" for key, value in about.items()))

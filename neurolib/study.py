@@ -10,7 +10,7 @@ from scipy.spatial import KDTree
 
 from neurolib.adapters import trace_kimimaro, trace_skeleton
 from neurolib.errors import SettingsError, VolumeError
-from neurolib.evaluation import compare, distance_to_tree
+from neurolib.evaluation import compare, distance_to_tree, in_unit
 from neurolib.swc import Tree, densify
 from neurolib.tracing import trace
 
@@ -131,8 +131,8 @@ def robustness(
     -------
     list of dict
         ``damage``, ``amount``, ``tracer``, and what `neurolib.evaluation.compare` gives: ESA, DSA,
-        PDS, precision, recall (of length, within 2 voxels) and trees. Where nothing is left to
-        trace, recall is 0, distances are infinite and the rest is NaN.
+        PDS, precision, recall (of length, within 2 voxels) and trees, in voxels of the finest axis.
+        Where nothing is left to trace, recall is 0, distances are infinite and the rest is NaN.
     """
     rows = []
     for kind, amounts in (damage or {k: amounts for k, (_, amounts) in DAMAGE.items()}).items():
@@ -140,7 +140,8 @@ def robustness(
             probability, threshold = degrade(mask, tree, kind, amount, seed)
             for name, tracer in tracers.items():
                 try:
-                    found = compare(tracer(probability, spacing, threshold=threshold), tree)
+                    traced = tracer(probability, spacing, threshold=threshold)
+                    found = compare(traced, tree, in_unit(spacing, "voxels"))
                 except VolumeError:
                     found = {"ESA": np.inf, "DSA": np.inf, "PDS": np.nan, "precision": np.nan}
                     found |= {"recall": 0.0, "trees": 0}
@@ -148,15 +149,22 @@ def robustness(
     return rows
 
 
-def agreement(tree: Tree, reference: Tree, threshold: float = 2.0) -> dict[str, Tree]:
+def agreement(
+    tree: Tree,
+    reference: Tree,
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    threshold: float = 2.0,
+) -> dict[str, Tree]:
     """What of two trees is near the other: the edges that are correct, false and missed.
 
     Parameters
     ----------
     tree, reference : Tree
         In the same voxels; edges of a voxel or two, as tracers make them.
+    spacing : (dz, dy, dx)
     threshold : float
-        Distance in voxels up to which the middle of an edge is near the other tree.
+        Distance, in voxels of the finest axis, up to which the middle of an edge is near the other
+        tree.
 
     Returns
     -------
@@ -164,15 +172,16 @@ def agreement(tree: Tree, reference: Tree, threshold: float = 2.0) -> dict[str, 
         ``correct`` and ``false``, parts of `tree`, and ``missed``, a part of `reference`. All nodes
         are kept; those whose edge belongs elsewhere are roots.
     """
-    near, far = _parts(tree, reference, threshold)
-    return {"correct": near, "false": far, "missed": _parts(reference, tree, threshold)[1]}
+    scale = np.array(in_unit(spacing, "voxels"))[::-1]
+    near, far = _parts(tree, reference, scale, threshold)
+    return {"correct": near, "false": far, "missed": _parts(reference, tree, scale, threshold)[1]}
 
 
-def _parts(tree: Tree, other: Tree, threshold: float) -> tuple[Tree, Tree]:
+def _parts(tree: Tree, other: Tree, scale: np.ndarray, threshold: float) -> tuple[Tree, Tree]:
     child = np.flatnonzero(tree.parent >= 0)
-    middle = (tree.xyz[child] + tree.xyz[tree.parent[child]]) / 2
+    middle = (tree.xyz[child] + tree.xyz[tree.parent[child]]) / 2 * scale
     near = np.zeros(len(tree.parent), bool)
-    near[child] = distance_to_tree(middle, other) <= threshold
+    near[child] = distance_to_tree(middle, replace(other, xyz=other.xyz * scale)) <= threshold
     return tuple(
         replace(tree, parent=np.where(chosen, tree.parent, -1)) for chosen in (near, ~near)
     )

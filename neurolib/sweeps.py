@@ -25,7 +25,7 @@ from urllib.parse import quote
 from neurolib import cluster
 from neurolib.datasets import data_label, read_manifest
 from neurolib.errors import NeurolibError, SettingsError
-from neurolib.evaluation import volume_diagonal
+from neurolib.evaluation import in_unit, volume_diagonal
 from neurolib.files import atomic_path, claim, write_text
 from neurolib.parameters import read_as
 from neurolib.runs import (
@@ -385,7 +385,9 @@ def _rows(run: Run, cell: Cell, data: str, measure: str) -> list[dict]:
     rows = []
     for pair in read_manifest(run.path("split.json")).test:
         volume, scores = read_volume(pair.image), metrics["neurons"][pair.name]
-        diagonal = volume_diagonal(volume.data.shape, volume.spacing)
+        # In the unit of the distances.
+        scale = in_unit(volume.spacing, scores.get("unit", "µm"))
+        diagonal = volume_diagonal(volume.data.shape, scale)
         # A notebook records words beside the numbers (the style, which stands in `names`), and
         # no clDice on a sample of the slices.
         numbers = {k: v for k, v in scores.items() if isinstance(v, (int, float))}

@@ -319,7 +319,8 @@ plotting.show(figure, "robustness", alt, run.figures)
 #
 # Both trees are sampled at about one point a voxel; for each point, the distance to the nearest
 # segment of the other tree. **ESA** is the mean distance, averaged over the two directions. Points
-# two or more voxels away are "different": **PDS** is their share, **DSA** their mean distance. DSA says
+# two or more voxels (of the finest axis) away are "different": **PDS** is their share, **DSA** their mean
+# distance. ESA and DSA are in µm where the voxel size of every stack is known, else in voxels. DSA says
 # nothing about how many points differ, ESA nothing about where.
 #
 # Two trees are traced: from the prediction, and from the target itself. The second shows what the
@@ -337,12 +338,19 @@ for s in tests:
     swc.write_swc(run.path("swc") / f"{s.pair.name}.swc", tree, "traced from a prediction")
 
 # %% tags=["nbval-ignore-output"]
+unit = evaluation.length_unit(s.spacing for s in tests)
+
+
+def compared(tree, s):
+    return {"unit": unit} | evaluation.compare(tree, s.tree, evaluation.in_unit(s.spacing, unit))
+
+
 scores = [
-    {"neuron": s.pair.name, "traced from": origin, **evaluation.compare(of[s.pair.name], s.tree)}
+    {"neuron": s.pair.name, "traced from": origin} | compared(of[s.pair.name], s)
     for s in tests
     for origin, of in found.items()
 ]
-print(runs.table(scores))
+print(runs.table([evaluation.name_unit(row) for row in scores]))
 
 # %% [markdown]
 # The numbers, as a picture. Blue is right, orange is traced where nothing is, purple is missed.
@@ -350,7 +358,7 @@ print(runs.table(scores))
 # %%
 name = sample.pair.name
 groups = {
-    f"traced from the {origin}": study.agreement(of[name], sample.tree)
+    f"traced from the {origin}": study.agreement(of[name], sample.tree, sample.spacing)
     for origin, of in found.items()
 }
 alt = "Two trees over three projections each: correct parts blue, false orange, missed purple."
@@ -383,9 +391,10 @@ if scene is not None:
 def retrace(threshold, smallest):
     options = {"spacing": sample.spacing, "min_size": smallest, "bridge": bridge}
     tree = tracing.trace(probability[name], threshold=threshold, **options)
-    score = evaluation.compare(tree, sample.tree)
+    score = compared(tree, sample)
     words = ", ".join(f"{key} {score[key]:.2f}" for key in ("recall", "precision", "ESA"))
-    return plotting.judged(sample.image, {words: study.agreement(tree, sample.tree)})
+    parts = study.agreement(tree, sample.tree, sample.spacing)
+    return plotting.judged(sample.image, {f"{words} {unit}": parts})
 
 
 alt = "The tree traced at a threshold, judged against the reference; sliders move both settings."
@@ -438,7 +447,7 @@ plotting.show(plotting.dots(recall, "recall of the tree"), "real-recall", alt, r
 # %% tags=["nbval-ignore-output"]
 neurons = run.metrics().get("neurons", {})
 for s in tests:
-    score = evaluation.compare(found["prediction"][s.pair.name], s.tree)
+    score = compared(found["prediction"][s.pair.name], s)
     neurons[s.pair.name] = neurons.get(s.pair.name, {}) | score
     print(run.hand_over(f"swc/{s.pair.name}.swc"))
 run.record("neurons", neurons)

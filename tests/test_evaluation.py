@@ -16,11 +16,16 @@ from neurolib.errors import NeurolibError, SettingsError, SwcError, VolumeError
 from neurolib.evaluation import (
     betti0_error,
     cl_dice,
+    compare,
     dice,
     distance_to_tree,
     hd95,
+    in_unit,
+    length_unit,
+    name_unit,
     sample_edges,
     skeleton,
+    surface_dice,
     surface_shares,
     surface_voxels,
     tree_distance,
@@ -28,7 +33,7 @@ from neurolib.evaluation import (
     volume_diagonal,
     volume_scores,
 )
-from neurolib.swc import Tree, read_swc
+from neurolib.swc import Tree, densify, length, read_swc
 
 JANELIA = Path(__file__).parents[1].parent / "shared" / "data" / "janelia_gold"
 SPACING = (2.0, 0.5, 0.7)
@@ -132,6 +137,64 @@ def test_hd95_agrees_with_medpy():
         a, b = random_masks(seed)
         assert hd95(a, b, SPACING, "medpy") == pytest.approx(peer.hd95(a, b, SPACING))
         assert dice(a, b) == pytest.approx(peer.dc(a, b))
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), SPACING])
+def test_surface_dice_agrees_with_the_published_code(spacing):
+    import torch
+    from monai.metrics import compute_surface_dice
+
+    for seed, tolerance in itertools.product(range(8), (0.0, 0.5, 1.0, 1.5)):
+        a, b = random_masks(seed)
+        peer = compute_surface_dice(
+            torch.tensor(a)[None, None],
+            torch.tensor(b)[None, None],
+            [tolerance],
+            include_background=True,
+            spacing=list(spacing),
+            use_subvoxels=True,
+        )
+        # Of 256 kinds of corners a few are ambiguous and have other triangles there.
+        assert surface_dice(a, b, tolerance, spacing) == pytest.approx(peer.item(), abs=0.005)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 10_000),
+    st.integers(0, 2),
+    st.permutations([0, 1, 2]),
+    st.sampled_from([0.3, 0.1, 1.7]),
+)
+def test_surface_dice_does_not_depend_on_frame_or_unit(seed, axis, order, unit):
+    a, b = random_masks(seed, (6, 7, 8))
+    found = surface_dice(a, b, 1.0, SPACING)
+    assert found == pytest.approx(surface_dice(b, a, 1.0, SPACING))
+    assert found == pytest.approx(surface_dice(np.pad(a, 2), np.pad(b, 2), 1.0, SPACING))
+    turned = surface_dice(a.transpose(order), b.transpose(order), 1.0, np.take(SPACING, order))
+    assert found == pytest.approx(turned, abs=0.01)
+    flipped = surface_dice(np.flip(a, axis), np.flip(b, axis), 1.0, SPACING)
+    assert found == pytest.approx(flipped, abs=0.01)
+    # Steps of one and two voxels are no further away in another unit.
+    for steps in (1, 2):
+        whole = surface_dice(a, b, steps)
+        assert surface_dice(a, b, steps * unit, (unit,) * 3) == pytest.approx(whole)
+    assert surface_dice(a, b, spacing=SPACING) == surface_dice(a, b, 1.0, SPACING)
+    assert surface_dice(a, b, 0.4, SPACING) <= found <= surface_dice(a, b, 9.0, SPACING)
+    assert surface_dice(a, a, 0) == 1
+
+
+def test_known_surface_dice():
+    plate = np.zeros((20, 30, 30), bool)
+    plate[5:7] = True
+    # Its two faces lie 2 apart: shifted by 3 or 4, one of them is still near the other's opposite.
+    for shift, expected in {1: 1.0, 2: 1.0, 3: 0.5, 4: 0.5, 5: 0.0}.items():
+        assert surface_dice(plate, np.roll(plate, shift, 0)) == pytest.approx(expected, abs=0.1)
+    # In µm: a step in z is five steps in x.
+    assert surface_dice(plate, np.roll(plate, 1, 0), 1.0, (5, 1, 1)) < 0.4  # its rims
+    assert surface_dice(plate, np.roll(plate, 1, 0), 5.0, (5, 1, 1)) == 1
+    empty = np.zeros_like(plate)
+    assert surface_dice(empty, empty) == 1
+    assert surface_dice(empty, plate) == surface_dice(plate, empty) == 0
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -294,6 +357,8 @@ MASK = np.ones((3, 3, 3), bool)
         (lambda: hd95(MASK, MASK, (1, 0, 1)), VolumeError, "positive"),
         (lambda: hd95(MASK, MASK, (1, 1)), VolumeError, "three"),
         (lambda: hd95(MASK, MASK, method="median"), SettingsError, "median"),
+        (lambda: surface_dice(MASK, MASK, -1), SettingsError, "tolerance=-1"),
+        (lambda: surface_dice(MASK, MASK, 1, (1, 1)), VolumeError, "three"),
         (lambda: cl_dice(MASK[0], MASK[0]), VolumeError, "3D"),
         (lambda: betti0_error(MASK, MASK[:, :2]), VolumeError, "one shape"),
         (lambda: volume_scores(MASK, MASK, protocol="other"), SettingsError, "other"),
@@ -384,6 +449,52 @@ def test_tree_scores_properties(seed):
     )
     same = tree_scores(tree, tree, 1e-6)
     assert (same.precision, same.recall, same.f1, same.length_ratio) == (1, 1, 1, 1)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(0, 10_000),
+    st.tuples(*[st.sampled_from([0.2, 0.25, 0.3, 1.0, 3.0])] * 3),
+    st.sampled_from([None, 0.7, 3.0]),
+)
+def test_distances_of_trees_respect_the_spacing(seed, spacing, threshold):
+    tree, reference = random_tree(seed, n=15), random_tree(seed + 1, n=15)
+    voxel = min(spacing)
+    reach = 2 * voxel if threshold is None else threshold
+    # The same trees, stretched by hand into voxels of the finest axis.
+    stretched = [
+        Tree(t.xyz * np.array(spacing)[::-1] / voxel, t.radius, t.type, t.parent)
+        for t in (tree, reference)
+    ]
+    unit = np.array([voxel] * 4 + [1] * 3)
+    expected = np.array(slow_tree_distance(*stretched, reach / voxel)) * unit
+    assert astuple(tree_distance(tree, reference, threshold, spacing)) == pytest.approx(expected)
+    scores = tree_scores(tree, reference, threshold, spacing)
+    assert scores.length == pytest.approx(length(tree, spacing))
+    points, _ = densify(reference, voxel / 20, spacing)
+    near = [slow_distance(point, stretched[0]) <= reach / voxel for point in points[::40] / voxel]
+    assert scores.recall == pytest.approx(np.mean(near), abs=0.12)
+    row = compare(tree, reference, spacing)
+    assert row["ESA"] == pytest.approx(expected[2])
+
+
+def test_thresholds_are_the_same_in_every_unit():
+    tree, reference = line((0, 0, 0), (9, 0, 0)), line((0, 2, 0), (9, 2, 0))
+    for unit in (0.1, 0.3, 0.7, 1.0, 1.1):
+        for reach in (None, 2 * unit):
+            assert tree_scores(tree, reference, reach, (unit,) * 3).recall == 1
+            assert tree_distance(tree, reference, reach, (unit,) * 3).pds == 1
+
+
+def test_a_table_has_one_unit():
+    known, unknown = (2.0, 0.5, 0.5), (1.0, 1.0, 1.0)
+    assert length_unit([known, known]) == "µm"
+    assert length_unit([known, unknown]) == "voxels"
+    assert in_unit(known, "µm") == known
+    assert in_unit(known, "voxels") == (4, 1, 1)
+    row = {"neuron": "a", "unit": "µm", "Dice": 0.5, "Hd95": 3.0, "ESA": 1.0}
+    assert name_unit(row) == {"neuron": "a", "Dice": 0.5, "Hd95 (µm)": 3.0, "ESA (µm)": 1.0}
+    assert name_unit({"Hd95": 3.0}) == {"Hd95": 3.0}
 
 
 def test_tree_scores_count_length_not_nodes():
