@@ -308,7 +308,11 @@ CHUNKS = (16, 128, 128)
 
 
 def write_volume(
-    path: str | Path, data: np.ndarray, spacing: Sequence[float] = (1.0, 1.0, 1.0)
+    path: str | Path,
+    data: np.ndarray,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    *,
+    about: str = "",
 ) -> Path:
     """Write a stack as TIFF, .npy or OME-Zarr, whole or not at all.
 
@@ -325,6 +329,9 @@ def write_volume(
         memory: a memory map, a Zarr array, or the data of a `Volume` that was read from one.
     spacing : sequence of float
         (dz, dy, dx) in µm.
+    about : str
+        What the stack was made with (`neurolib.files.provenance`), for its metadata: ImageJ shows
+        it as the image's info; ``.npy`` has no place for it.
 
     Returns
     -------
@@ -354,7 +361,7 @@ def write_volume(
         check_type(name, data.dtype)
     if suffix == ".zarr":
         with _atomic_folder(path) as temporary:
-            _write_zarr(temporary, data, (dz, dy, dx))
+            _write_zarr(temporary, data, (dz, dy, dx), about)
         return path
     if suffix == ".npy":
         with atomic_path(path) as temporary:
@@ -366,6 +373,7 @@ def write_volume(
     imagej = data.dtype.name in IMAGEJ_TYPES and data.nbytes < IMAGEJ_BYTES and data.shape[2] > 1
     if not imagej and data.dtype.name not in (*IMAGEJ_TYPES, *OME_TYPES):
         raise VolumeError(f"{name}: TIFF cannot hold {data.dtype}; convert it or write .npy")
+    software = {"software": about.splitlines()[0]} if about else {}
     with atomic_path(path) as temporary:
         if imagej:
             tifffile.imwrite(
@@ -375,7 +383,9 @@ def write_volume(
                 photometric="minisblack",
                 compression="zlib",
                 resolution=(1 / dx, 1 / dy),
-                metadata={"axes": "ZYX", "spacing": dz, "unit": "micron"},
+                metadata={"axes": "ZYX", "spacing": dz, "unit": "micron"}
+                | ({"Info": about} if about else {}),
+                **software,
             )
         else:
             sizes = {f"PhysicalSize{a}": d for a, d in zip("ZYX", (dz, dy, dx), strict=True)}
@@ -386,7 +396,8 @@ def write_volume(
                 bigtiff=True,
                 photometric="minisblack",
                 compression="zlib",
-                metadata={"axes": "ZYX", **sizes},
+                metadata={"axes": "ZYX", **sizes} | ({"Description": about} if about else {}),
+                **software,
             )
     return path
 
@@ -404,6 +415,7 @@ def create_zarr(
     shape: tuple[int, int, int],
     dtype: np.dtype,
     spacing: tuple[float, float, float],
+    about: str = "",
 ) -> Any:
     """Make an OME-Zarr image (https://ngff.openmicroscopy.org/0.5) of one level, without chunks.
 
@@ -417,6 +429,8 @@ def create_zarr(
         Of the image (z, y, x).
     spacing : (dz, dy, dx)
         In µm.
+    about : str
+        What the image is made with, for its metadata.
 
     Returns
     -------
@@ -430,6 +444,8 @@ def create_zarr(
     level = {"path": "0", "coordinateTransformations": [scale]}
     image = {"name": name, "axes": axes, "datasets": [level]}
     metadata = {"ome": {"version": "0.5", "multiscales": [image]}}
+    if about:
+        metadata["neurolib"] = about.splitlines()
     group = zarr.create_group(path, zarr_format=3, attributes=metadata)
     return group.create_array(
         "0",
@@ -442,9 +458,11 @@ def create_zarr(
     )
 
 
-def _write_zarr(path: Path, data: Any, spacing: tuple[float, float, float]) -> None:
+def _write_zarr(
+    path: Path, data: Any, spacing: tuple[float, float, float], about: str = ""
+) -> None:
     """Write an OME-Zarr image, piece by piece."""
-    array = create_zarr(path, path.stem, data.shape, data.dtype, spacing)
+    array = create_zarr(path, path.stem, data.shape, data.dtype, spacing, about)
     # Boxes of whole chunks here and, as far as the two agree, where the data come from.
     source = getattr(data, "chunks", None) or array.chunks
     step = [-(-n // own) * own for own, n in zip(array.chunks, source, strict=True)]
