@@ -145,6 +145,9 @@ def fit_facts(tree: swc.Tree, volume: Volume) -> dict[str, str]:
     found = swc.fit(tree, volume)
     return {
         "inside": f"{found.inside:.1%} of the nodes lie in the image",
-        "contrast": f"{found.contrast:.2f} standard deviations brighter on the tree",
-        "frame": f"another fits better: {found.hint}" if found.hint else "no other fits better",
+        "contrast": f"{found.contrast:.2f} standard deviations brighter on the tree; "
+        f"{found.follows:.0%} of it brighter than {swc.AROUND:g} voxels around",
+        "frame": str(found),
+        # Of a tree in another frame it would be another number.
+        **({"length": swc.length_text(tree, volume.spacing)} if found.fits else {}),
     }
