@@ -507,7 +507,8 @@ def read_sample(pair: Pair, kind: str = "sironi", tau: float = 0.1) -> Sample:
     """
     volume = read_volume(pair.image)
     tree = read_swc(pair.swc, volume.spacing)
-    if told := "; ".join(repair for repair in tree.repairs if "reordered" not in repair):
+    if tree.repairs:
+        told = "; ".join(tree.repairs)
         warnings.warn(f"{pair.swc.name}: {told}", NeurolibWarning, stacklevel=2)
     check_pair(tree, volume.data.shape, pair.name)
     response, mask = make_target(tree, volume.data.shape, volume.spacing, kind, tau=tau)
