@@ -330,6 +330,46 @@ def trace(
 
 
 @app.command()
+def evaluate(
+    prediction: Annotated[
+        Path, typer.Argument(help="A mask, labels, a probability or an SWC, or a folder of them.")
+    ],
+    reference: Annotated[
+        Path, typer.Argument(help="What it is measured against; a folder is matched by name.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="The table to write, .csv.")] = None,
+    spacing: Annotated[
+        str, typer.Option(help="Z,Y,X: edge lengths of a voxel in µm; default: those of the files.")
+    ] = "",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Distance up to which two surfaces or trees agree, in the unit of the table; "
+            "default: 2 voxels of the finest axis."
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="On predicted probabilities, 0 to 1; default 0.5.")
+    ] = None,
+) -> None:
+    """Measure predictions against references: Dice, Hd95, clDice, ESA, splits and more.
+
+    Masks are traced and trees drawn as tubes where the other side is a mask, so that a mask can be
+    measured against an SWC. Distances are in µm where every voxel size is known, else in voxels.
+
+    Example: neurolib evaluate predictions/ references/ --out scores.csv
+    """
+    from neurolib.scores import evaluate_files
+
+    _check_output(out, ".csv")
+    lines = evaluate_files(
+        prediction, reference, out, _three("spacing", spacing), tolerance, threshold
+    )
+    for line in lines:
+        print(line, flush=True)
+
+
+@app.command()
 def fetch(
     what: Annotated[
         str,

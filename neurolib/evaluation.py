@@ -506,7 +506,7 @@ def tree_distance(
         If the spacing is not positive.
     """
     _check_trees(tree, reference)
-    tree, reference, voxel = _finest_voxels(spacing, tree, reference)
+    tree, reference, voxel = finest_voxels(spacing, tree, reference)
     # Equal distances are equal, whatever the unit.
     threshold = (2.0 if threshold is None else threshold / voxel) * (1 - 1e-9)
     there = distance_to_tree(sample_edges(tree), reference)
@@ -525,7 +525,7 @@ def tree_distance(
     )
 
 
-def _finest_voxels(spacing: tuple[float, float, float], *trees: Tree) -> tuple:
+def finest_voxels(spacing: tuple[float, float, float], *trees: Tree) -> tuple:
     """Trees in voxels of the finest axis, as all sampling takes them, and the edge of one."""
     scale = _check_spacing(spacing)
     scaled = (replace(tree, xyz=tree.xyz * (scale / scale.min())[::-1]) for tree in trees)
@@ -658,7 +658,7 @@ def tree_scores(
         If the spacing is not positive.
     """
     _check_trees(tree, reference)
-    tree, reference, voxel = _finest_voxels(spacing, tree, reference)
+    tree, reference, voxel = finest_voxels(spacing, tree, reference)
     threshold = (2.0 if threshold is None else threshold / voxel) * (1 + 1e-9)
     precision, length = _length_within(tree, reference, threshold)
     recall, reference_length = _length_within(reference, tree, threshold)
@@ -681,21 +681,30 @@ def tree_scores(
 
 def _length_within(tree: Tree, other: Tree, threshold: float) -> tuple[float, float]:
     """Share of the length of `tree` within `threshold` of `other`, and that length."""
-    child, parent = _edges(tree)
-    if len(child) == 0:
+    points, lengths, _ = short_pieces(tree)
+    total = float(lengths.sum())
+    if total == 0:
         return float((distance_to_tree(tree.xyz, other) <= threshold).mean()), 0.0
+    within = distance_to_tree(points, other) <= threshold
+    return float(np.average(within, weights=lengths)), total
+
+
+def short_pieces(tree: Tree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Edges cut into equal pieces of at most half a voxel.
+
+    Returns
+    -------
+    (middles, lengths, rows)
+        (m, 3) x, y, z, (m,), and the row (m,) of the node at whose edge to its parent each lies.
+    """
+    child, parent = _edges(tree)
     start, step = tree.xyz[child], tree.xyz[parent] - tree.xyz[child]
     length = np.linalg.norm(step, axis=1)
-    # The middles of pieces of at most half a voxel, each weighted by the length of its piece.
     count = np.maximum(np.ceil(2 * length), 1).astype(int)
     edge = np.repeat(np.arange(len(child)), count)
     number = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count)
-    points = start[edge] + step[edge] * ((number + 0.5) / count[edge])[:, None]
-    within = distance_to_tree(points, other) <= threshold
-    total = length.sum()
-    if total == 0:
-        return float(within.mean()), 0.0
-    return float(np.average(within, weights=length[edge] / count[edge])), float(total)
+    middles = start[edge] + step[edge] * ((number + 0.5) / count[edge])[:, None]
+    return middles, length[edge] / count[edge], child[edge]
 
 
 def _check_trees(*trees: Tree) -> None:

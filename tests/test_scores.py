@@ -1,0 +1,253 @@
+"""Predictions against references, from arrays and from files, by brute force and by identities."""
+
+import csv
+import itertools
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+from typer.testing import CliRunner
+
+from neurolib.blocking import make_target
+from neurolib.cli import app, main
+from neurolib.errors import NeurolibError
+from neurolib.evaluation import dice, hd95, surface_dice, tree_distance, tree_scores
+from neurolib.scores import MISSES, NO_TREE, SCORES, evaluate, evaluate_files
+from neurolib.swc import Tree, length, write_swc
+from neurolib.synthesis import grow
+from neurolib.tracing import trace
+from neurolib.volume import write_volume
+
+SHAPE = (24, 64, 64)
+TREE = grow(3, SHAPE)
+MASK = make_target(TREE, SHAPE)[1]
+SPACING = (1.5, 0.5, 0.5)
+
+
+def tubes(*rows: tuple[int, int, int]) -> np.ndarray:
+    """Tubes along x: at which y each lies, where it begins and ends."""
+    mask = np.zeros((9, 40, 60), bool)
+    for y, first, last in rows:
+        mask[3:6, y : y + 3, first:last] = True
+    return mask
+
+
+def lines(*rows: tuple[int, int, int]) -> Tree:
+    """The trees of `tubes`."""
+    trees = [[(x, y + 1, 4) for x in range(first, last)] for y, first, last in rows]
+    xyz = np.array(list(itertools.chain(*trees)), float)
+    parent = np.arange(len(xyz)) - 1
+    parent[np.cumsum([0, *map(len, trees)])[:-1]] = -1
+    return Tree(xyz, np.ones(len(xyz)), np.zeros(len(xyz), int), parent)
+
+
+@pytest.mark.parametrize("made", [tubes, lines])
+@pytest.mark.parametrize(
+    ("prediction", "reference", "splits", "merges"),
+    [
+        ([(5, 3, 57)], [(5, 3, 57)], 0, 0),
+        ([(5, 3, 20), (5, 25, 40), (5, 45, 57)], [(5, 3, 57)], 2, 0),
+        ([(5, 3, 57)], [(5, 3, 20), (5, 25, 40), (5, 45, 57)], 0, 2),
+        ([(5, 3, 57), (20, 3, 30), (20, 33, 57)], [(5, 3, 25), (5, 30, 57), (20, 3, 57)], 1, 1),
+        ([(5, 3, 57), (30, 3, 57)], [(5, 3, 57)], 0, 0),  # a false piece splits nothing
+        ([(30, 3, 57)], [(5, 3, 57)], 0, 0),
+    ],
+)
+def test_splits_and_merges(made, prediction, reference, splits, merges):
+    found = evaluate(made(*prediction), made(*reference))
+    assert (found["splits"], found["merges"]) == (splits, merges)
+    assert (found["pieces"], found["reference_pieces"]) == (len(prediction), len(reference))
+    # A mask against a tree counts the same.
+    if made is tubes:
+        mixed = evaluate(tubes(*prediction), lines(*reference))
+        assert (mixed["splits"], mixed["merges"]) == (splits, merges)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.3, 0.7))
+def test_splits_are_counted_by_their_definition(seed, share):
+    rng = np.random.default_rng(seed)
+    a, b = (ndimage.gaussian_filter(rng.random((8, 9, 10)), 0.9) > 0.5 for _ in range(2))
+    labels = [ndimage.label(mask, np.ones((3, 3, 3)))[0] for mask in (a, b)]
+    expected = []
+    for one, other in (labels, labels[::-1]):
+        matched = []
+        for number in range(1, one.max() + 1):
+            shared = other[(one == number) & (other > 0)]
+            if len(shared):
+                matched.append(np.bincount(shared).argmax())
+        expected.append(len(matched) - len(set(matched)))
+    found = evaluate(a, b)
+    assert [found["splits"], found["merges"]] == expected
+
+
+def test_masks_and_trees_have_the_scores_of_their_functions():
+    moved = np.roll(MASK, 1, 1)
+    found = evaluate(moved, TREE, SPACING)
+    assert found["dice"] == dice(moved, make_target(TREE, SHAPE, SPACING)[1])
+    assert found["tolerance"] == 1.0
+    tree = trace(moved, SPACING)
+    same = evaluate(tree, TREE, SPACING)
+    scores = tree_scores(tree, TREE, 1.0, SPACING)
+    for some in (found, same):
+        assert (some["precision"], some["recall"]) == (scores.precision, scores.recall)
+        assert some["esa"] == tree_distance(tree, TREE, 1.0, SPACING).esa
+        assert some["length"] == length(tree, SPACING)
+    assert np.isnan(same["dice"])
+    masks = evaluate(moved, MASK, SPACING, tolerance=0.7)
+    assert masks["hd95_medpy"] == hd95(moved, MASK, SPACING, "medpy")
+    assert masks["surface_dice"] == surface_dice(moved, MASK, 0.7, SPACING)
+    perfect = evaluate(MASK, MASK)
+    assert (perfect["dice"], perfect["hd95_monai"], perfect["recall"]) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("unit", [0.1, 0.3, 2.0])
+def test_only_distances_depend_on_the_unit(unit):
+    noisy = MASK ^ (np.random.default_rng(0).random(SHAPE) < 0.01)
+    for one, two in ((noisy, MASK), (noisy, TREE), (trace(noisy), TREE)):
+        voxels, scaled = evaluate(one, two), evaluate(one, two, (unit,) * 3)
+        for key, value in voxels.items():
+            known = key in SCORES and key not in (*MISSES, "length", "reference_length")
+            factor = 1 if known else unit
+            assert scaled[key] == pytest.approx(value * factor, nan_ok=True), key
+
+
+@pytest.mark.parametrize("kinds", list(itertools.product(["mask", "tree"], repeat=2)))
+def test_empty_predictions_and_references(kinds):
+    full = {"mask": MASK, "tree": TREE}
+    none = {"mask": np.zeros_like(MASK), "tree": NO_TREE}
+    one, two = kinds
+    both = evaluate(none[one], none[two])
+    for found in (evaluate(none[one], full[two]), evaluate(full[one], none[two])):
+        assert all(found[key] == np.inf for key in ("esa", "dsa"))
+        assert (found["precision"], found["recall"], found["pds"]) == (0, 0, 1)
+        if "mask" in kinds:
+            assert (found["dice"], found["surface_dice"], found["cldice"]) == (0, 0, 0)
+            assert found["hd95_monai"] == np.inf
+        assert found["diagonal"] > 0
+    assert (both["precision"], both["recall"], both["pds"], both["esa"]) == (1, 1, 0, 0)
+    assert (both["splits"], both["pieces"], both["length"]) == (0, 0, 0)
+    if "mask" in kinds:
+        assert (both["dice"], both["hd95_medpy"], both["surface_dice"]) == (1, 0, 1)
+
+
+# --- Files ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Predictions and references of three neurons, in the formats that people have."""
+    predictions, references = tmp_path / "predictions", tmp_path / "references"
+    for folder in (predictions, references):
+        folder.mkdir()
+    write_volume(predictions / "a.tif", np.roll(MASK, 1, 2), SPACING)
+    write_swc(references / "A.swc", TREE)
+    write_volume(references / "a.tif", MASK.astype(np.uint8), SPACING)  # the stack beside it
+    write_volume(predictions / "b.zarr", MASK.astype(np.float32) * 0.8, SPACING)
+    np.save(references / "b.npy", MASK)
+    write_volume(predictions / "c.tif", np.zeros_like(MASK), SPACING)
+    write_swc(references / "c.swc", TREE)
+    return predictions, references
+
+
+def read(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_folders_are_matched_by_name(folders, tmp_path):
+    out = tmp_path / "scores.csv"
+    write_swc(folders[1] / "d.swc", TREE)
+    found = list(evaluate_files(*folders, out))
+    text = "\n".join(found)
+    rows = {row["name"]: row for row in read(out)}
+    assert set(rows) == {"a", "b", "c"}
+    assert "whose SWC is taken: a.tif" in text
+    assert "no prediction of their name: d.swc" in text
+    assert "c.tif: no foreground, an empty mask" in text
+    assert "b.zarr: a probability, foreground from 0.5 on" in text
+    expected = evaluate(np.roll(MASK, 1, 2), TREE, SPACING)
+    for key in SCORES:
+        head = key if key in rows["a"] else f"{key}_um"
+        assert float(rows["a"][head]) == pytest.approx(expected[key], rel=1e-5)
+    assert rows["c"]["esa_um"] == "inf"
+    assert float(rows["b"]["dice"]) == 1
+    mean = next(line for line in found if line.startswith("mean of 3"))
+    assert "1 empty, with the diagonal" in mean
+    esa = [float(rows[name]["esa_um"]) for name in "ab"] + [float(rows["c"]["diagonal_um"])]
+    assert f"ESA {np.mean(esa):.4g} µm" in mean
+
+
+def test_one_unit_for_all_pairs(folders, tmp_path):
+    out = tmp_path / "scores.csv"
+    np.save(folders[0] / "d.npy", MASK)
+    np.save(folders[1] / "d.npy", MASK)
+    found = list(evaluate_files(*folders, out))
+    assert any("voxel size unknown (d)" in line for line in found)
+    row = read(out)[0]
+    assert {"hd95_monai_voxels", "esa_voxels", "tolerance_voxels"} <= set(row)
+    # Voxels of the finest axis, not indices.
+    expected = evaluate(np.roll(MASK, 1, 2), TREE, (3, 1, 1))
+    assert float(row["esa_voxels"]) == pytest.approx(expected["esa"], rel=1e-5)
+    assert float(row["length_voxels"]) == pytest.approx(expected["length"], rel=1e-5)
+    list(evaluate_files(*folders, out, spacing=SPACING))
+    assert "esa_um" in read(out)[0]
+
+
+def test_the_command_measures_a_pair(folders, tmp_path, capsys):
+    out = tmp_path / "scores.csv"
+    pair = [str(folders[0] / "a.tif"), str(folders[1] / "A.swc")]
+    done = CliRunner().invoke(app, ["evaluate", *pair, "--out", str(out), "--tolerance", "0.75"])
+    assert done.exit_code == 0, done.output
+    line = next(line for line in done.output.splitlines() if line.startswith("a: "))
+    for words in ("Dice", "Hd95 (monai)", "Hd95 (medpy)", "clDice", "ESA", "splits", " µm"):
+        assert words in line
+    assert float(read(out)[0]["tolerance_um"]) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "options", "words"),
+    [
+        ("none.tif", "references/A.swc", [], "none.tif: no such file"),
+        ("predictions", "references/A.swc", [], "two files or two folders"),
+        ("predictions", "empty", [], "no two of equal name"),
+        ("predictions/a.tif", "small.npy", [], "a.tif with small.npy: .*one shape"),
+        ("predictions/a.tif", "far.swc", [], "a.tif with far.swc: .*0% of the SWC"),
+        ("predictions/a.tif", "other.tif", [], "voxel sizes differ"),
+        ("predictions/a.tif", "references/A.swc", ["--spacing", "1,0,1"], "positive"),
+        ("predictions/a.tif", "references/A.swc", ["--tolerance", "-1"], "tolerance=-1"),
+        ("predictions/a.tif", "references/A.swc", ["--threshold", "2"], "--threshold 2"),
+        ("predictions/a.tif", "references/A.swc", ["--out", "s.txt"], "ends in .csv"),
+        ("predictions/a.tif", "full.npy", [], "full.npy: every voxel is foreground"),
+        ("predictions/a.tif", "broken.swc", [], "broken.swc: line 1"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    folders, tmp_path, monkeypatch, capsys, prediction, reference, options, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    np.save("small.npy", MASK[:-1])
+    np.save("full.npy", np.ones(SHAPE, bool))
+    write_swc("far.swc", Tree(TREE.xyz + 1000, TREE.radius, TREE.type, TREE.parent))
+    write_volume("other.tif", MASK, (1.5, 0.6, 0.6))
+    (tmp_path / "broken.swc").write_text("1 2 3\n")
+    arguments = ["neurolib", "evaluate", prediction, reference, "--out", "scores.csv", *options]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(words, error), error
+    assert not (tmp_path / "scores.csv").exists()
+
+
+def test_errors_are_of_ours():
+    with pytest.raises(NeurolibError, match="one shape"):
+        evaluate(MASK, MASK[:-1])
+    with pytest.raises(NeurolibError, match="boolean"):
+        evaluate(MASK.astype(float), MASK)
