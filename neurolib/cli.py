@@ -1,19 +1,27 @@
 """The command ``neurolib``: run the course, segment a stack, fetch data and weights, check."""
 
+import functools
 import importlib.metadata
+import math
 import os
 import platform
 import re
 import sys
 import warnings
-from collections.abc import Iterable
-from math import prod
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from neurolib import __version__
 from neurolib.errors import NeurolibError, NeurolibWarning, SettingsError
+
+if TYPE_CHECKING:
+    from neurolib.swc import Tree
+
+# Of the command-line library that typer has inside, or beside it.
+UsageError = typer.BadParameter.__base__
+INTERRUPTED = 130  # exit status
 
 app = typer.Typer(
     help="3D neuron segmentation with 2D vision transformers: the course as commands.",
@@ -21,6 +29,22 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"neurolib {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Say the version."),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -115,9 +139,6 @@ def inspect(
         list[Path], typer.Argument(help="Images and SWC files, or folders of them.", metavar="FILE")
     ],
     channel: Annotated[int | None, typer.Option(help="Channel of multi-channel images.")] = None,
-    spacing: Annotated[
-        str, typer.Option(help="Z,Y,X in µm: edge lengths of a voxel; default: those of the file.")
-    ] = "",
 ) -> None:
     """Say what is in images and SWC files, and whether an image and its tree fit together.
 
@@ -125,39 +146,48 @@ def inspect(
     """
     from neurolib.inspection import inspect_files
 
-    for text in inspect_files(files, channel, _three("spacing", spacing)):
+    for text in inspect_files(files, channel):
         print(text, flush=True)
 
 
 @app.command()
 def segment(
-    image: Annotated[
-        Path, typer.Argument(help="A stack: .tif, .npy, .v3draw, .v3dpbd, .nrrd, .zarr.")
+    images: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Stacks (.tif, .npy, .v3draw, .v3dpbd, .nrrd, .zarr), folders of them, or "
+            "patterns as 'day1/*.tif'.",
+            metavar="IMAGE",
+        ),
     ],
-    checkpoint: Annotated[Path, typer.Option(help="checkpoint.safetensors of a run.")],
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint, or the folder of a run.")],
     out: Annotated[
-        Path | None, typer.Option(help="The SWC to write; a .zarr is a --probability.")
+        Path | None,
+        typer.Option(
+            help="The SWC to write; for several images a folder, in which each gets its own. A "
+            ".zarr is a --probability."
+        ),
     ] = None,
     swc: Annotated[
         Path | None, typer.Option(help="The SWC to write, where --out is a .zarr.")
     ] = None,
     mask: Annotated[
-        Path | None, typer.Option(help="Also write the mask: .tif, or .zarr (OME-Zarr).")
+        Path | None, typer.Option(help="Also write the mask: .tif, or .zarr (OME-Zarr), or folder.")
     ] = None,
     probability: Annotated[
-        Path | None, typer.Option(help="Also write the probability (float32): .tif or .zarr.")
+        Path | None,
+        typer.Option(help="Also write the probability (float32): .tif or .zarr, or folder."),
     ] = None,
     threshold: Annotated[
         float | None,
-        typer.Option(help="On the probability; default: the one chosen on validation neurons."),
+        typer.Option(
+            help="On the probability, 0 to 1; default: the one chosen on validation neurons."
+        ),
     ] = None,
     min_size: Annotated[
         int, typer.Option(help="Smaller pieces are dropped, in voxels; 200 is a tube 18 long.")
     ] = 200,
     channel: Annotated[int | None, typer.Option(help="Channel of a multi-channel image.")] = None,
-    spacing: Annotated[
-        str, typer.Option(help="Z,Y,X in µm: edge lengths of a voxel; default: those of the file.")
-    ] = "",
     overlap: Annotated[float, typer.Option(help="Overlap of tiles in y and x, 0 to 0.9.")] = 0.25,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     flips: Annotated[
@@ -173,20 +203,22 @@ def segment(
     scheduler: Annotated[
         str, typer.Option(help="Address of a Dask cluster, instead of --workers.")
     ] = "",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that neurolib did not write.")
+    ] = False,
 ) -> None:
-    """Segment a stack and trace it: image in, SWC (and mask, and probability) out.
+    """Segment stacks and trace them: image in, SWC (and mask, and probability) out.
 
-    From .zarr to a --probability NAME.zarr the image need not fit in memory, and an interrupted
-    call goes on; to trace it takes memory for the foreground only.
+    From .zarr to a --probability NAME.zarr the image need not fit in memory; run an interrupted
+    call again to resume it. Tracing takes memory for the foreground only.
 
-    Example: neurolib segment cell.tif --checkpoint runs/x/checkpoint.safetensors --out cell.swc
+    Example: neurolib segment cell.tif --checkpoint runs/x --out cell.swc
     """
-    from neurolib.inference import empty_level, predict_volume
-    from neurolib.large import predict_large, stored_boxes, thresholded
-    from neurolib.swc import length, tips, write_swc
-    from neurolib.tracing import trace
+    from tqdm import tqdm
+
+    from neurolib.devices import pick_device
+    from neurolib.files import check_outputs, checkpoint_file
     from neurolib.training import load_checkpoint
-    from neurolib.volume import normalise, read_volume, remarks, write_volume
 
     if out is not None and out.suffix.lower() == ".zarr":
         if probability:
@@ -194,49 +226,156 @@ def segment(
         out, probability = None, out
     if out and swc:
         raise SettingsError(f"--out {out} and --swc {swc}: give one of them")
-    out = out or swc
-    _check_output(out, ".swc")
-    _check_output(mask, ".tif", ".zarr")
-    _check_output(probability, ".tif", ".zarr")
-    if not (out or mask or probability):
+    if not (out or swc or mask or probability):
         raise SettingsError("nothing to write; give --out NAME.swc, --mask or --probability")
-    in_parts = probability is not None and probability.suffix.lower() == ".zarr"
+    _check_ranges(
+        threshold=threshold, min_size=min_size, channel=channel, overlap=overlap,
+        skip_empty=skip_empty, workers=workers,
+    )  # fmt: skip
+    pick_device(device)
+    checkpoint = checkpoint_file(checkpoint)
+    places = _places(images, {"--out": out or swc, "--mask": mask, "--probability": probability})
+    written = [path for wanted in places.values() for path in wanted if path]
+    check_outputs(written, [*places, checkpoint], overwrite)
+    in_parts = all(wanted[2] and wanted[2].suffix.lower() == ".zarr" for wanted in places.values())
     if (workers or scheduler) and not in_parts:
         raise SettingsError("--workers and --scheduler write parts; give --probability NAME.zarr")
-    steps = _three("spacing", spacing)
-    network, facts = load_checkpoint(checkpoint)
+    loaded = load_checkpoint(checkpoint)
+    predicting = {"overlap": overlap, "device": device, "flips": flips, "skip_empty": skip_empty}
+    predicting |= {"channel": channel}
+    sharing = {"workers": workers, "scheduler": scheduler}
+    job = functools.partial(
+        _segment_one, checkpoint, loaded, threshold, min_size, predicting, sharing
+    )
+    if len(places) == 1:
+        job(*next(iter(places.items())))
+        return
+    failed = {}
+    for image, wanted in tqdm(places.items(), "images"):
+        try:
+            job(image, wanted)
+        except NeurolibError as error:
+            failed[image] = error
+    for image, error in failed.items():
+        print(f"neurolib: {image}: {error}", file=sys.stderr)
+    print(f"{len(places) - len(failed)} of {len(places)} images segmented")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _places(
+    images: list[Path], options: dict[str, Path | None]
+) -> dict[Path, tuple[Path | None, ...]]:
+    """The outputs of each image, in the order of `options`; found before any work is done."""
+    from neurolib.volume import SUFFIXES
+
+    found, several = _expand(images)
+    several = several or len(found) > 1
+    places: dict[Path, tuple[Path | None, ...]] = {}
+    for image in found:
+        suffix = next((s for s in SUFFIXES if image.name.lower().endswith(s)), image.suffix)
+        name, wanted = image.name.removesuffix(image.name[-len(suffix) :] or " "), []
+        for option, path in options.items():
+            ends = (".swc",) if option == "--out" else (".tif", ".zarr")
+            in_folder = path is not None and (several or (not path.suffix and path.is_dir()))
+            if in_folder and path.suffix.lower() in ends:
+                raise SettingsError(
+                    f"{option} {path}: expected a folder, since there are {len(found)} images"
+                )
+            own = path / f"{name}{ends[0]}" if in_folder else path
+            _check_output(own, *ends)
+            wanted.append(own)
+        places[image] = tuple(wanted)
+    return places
+
+
+def _expand(paths: list[Path]) -> tuple[list[Path], bool]:
+    """Images that are named, lie in a folder, or fit a pattern; whether there may be several."""
+    import glob
+
+    from neurolib.files import is_result
+    from neurolib.volume import SUFFIXES
+
+    found: list[Path] = []
+    several = len(paths) > 1
+    for path in paths:
+        if path.is_dir() and path.suffix.lower() not in SUFFIXES:
+            inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+            pattern = path
+        elif not path.exists() and glob.has_magic(str(path)):
+            inside, pattern = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))], path
+        else:
+            found.append(path)
+            continue
+        several = True
+        some = [p for p in inside if p.name.lower().endswith(SUFFIXES)]
+        some, results = [p for p in some if not is_result(p)], [p for p in some if is_result(p)]
+        if results:
+            print(f"{pattern}: {len(results)} results of earlier calls left out")
+        if not some:
+            raise SettingsError(f"{pattern}: no image; expected files in {', '.join(SUFFIXES)}")
+        found += some
+    unique = {path.resolve(): path for path in reversed(found)}
+    return [path for path in found if unique[path.resolve()] is path], several
+
+
+def _segment_one(
+    checkpoint: Path,
+    loaded: tuple,
+    threshold: float | None,
+    min_size: int,
+    predicting: dict,
+    sharing: dict,
+    image: Path,
+    wanted: tuple[Path | None, ...],
+) -> None:
+    import numpy as np
+
+    from neurolib.files import provenance, sha256
+    from neurolib.large import predict_large, stored_boxes, thresholded
+    from neurolib.segmentation import predict_image
+    from neurolib.tracing import trace
+    from neurolib.volume import read_volume, write_volume
+
+    network, facts = loaded
+    out, mask, probability = wanted
     cut = facts["threshold"] if threshold is None else threshold
-    if in_parts and (workers or scheduler or image.suffix.lower() == ".zarr"):
-        options = {"device": device, "flips": flips, "skip_empty": skip_empty, "channel": channel}
-        options |= {"workers": workers, "scheduler": scheduler}
-        probability = predict_large(image, checkpoint, probability, overlap, **options)
-        volume = read_volume(probability, check=False, spacing=steps)
-        _say(remarks(volume, image.name))
-        found = volume.data
+    in_parts = probability is not None and probability.suffix.lower() == ".zarr"
+    if in_parts and (any(sharing.values()) or image.suffix.lower() == ".zarr"):
+        predict_large(image, checkpoint, probability, **predicting, **sharing)
+        volume = read_volume(probability, check=False)
     else:
-        volume = read_volume(image, channel=channel, spacing=steps)
-        _say(remarks(volume, image.name))
-        _check_fits(image.name, volume.data.shape)
-        scaled = normalise(volume.data)
-        level = empty_level(scaled, skip_empty) if skip_empty else 0.0
-        options = {"device": device, "flips": flips, "skip_below": min(level, 1 - 1e-6)}
-        found = predict_volume(network, scaled, overlap, **options)
-        if probability:
-            write_volume(probability, found, volume.spacing, not volume.unknown)
+        volume = predict_image(image, network, **predicting)
+    made = {"image": image, "checkpoint": f"{checkpoint}, sha256 {sha256(checkpoint)}"}
+    made |= {"spacing (z, y, x)": volume.spacing, **predicting}
     if probability:
+        if not in_parts or isinstance(volume.data, np.ndarray):
+            about = provenance("probability", **made)
+            write_volume(probability, volume.data, volume.spacing, about=about)
         print(f"{probability}: written")
+    made |= {"threshold": cut}
     if mask:
-        binary = thresholded(found, cut)
+        binary = thresholded(volume.data, cut)
         lazy = mask.suffix.lower() == ".zarr"
-        write_volume(mask, binary if lazy else binary[:], volume.spacing, not volume.unknown)
+        about = provenance("mask", **made)
+        write_volume(mask, binary if lazy else binary[:], volume.spacing, about=about)
         print(f"{mask}: voxels of at least {cut:g}")
     if out:
-        options = {"threshold": cut, "min_size": min_size, "regions": stored_boxes(found)}
-        tree = trace(found, volume.spacing, **options)
-        write_swc(out, tree, f"traced from {image.name} at threshold {cut:g}")
-        print(
-            f"{out}: {len(tree.xyz)} nodes, {length(tree):.0f} voxels long, {len(tips(tree))} tips"
-        )
+        options = {"threshold": cut, "min_size": min_size, "regions": stored_boxes(volume.data)}
+        tree = trace(volume.data, volume.spacing, **options)
+        _write_tree(out, tree, provenance("segment", **made, min_size=min_size))
+
+
+def _write_tree(out: Path, tree: "Tree", about: str) -> None:
+    from neurolib.swc import length, tips, write_swc
+
+    write_swc(out, tree, about)
+    root = ", ".join(f"{value:.1f}" for value in tree.xyz[0])
+    trees = int((tree.parent < 0).sum())
+    print(
+        f"{out}: {len(tree.xyz)} nodes, {length(tree):.0f} voxels long, {len(tips(tree))} tips, "
+        f"{trees} {'tree' if trees == 1 else 'trees'}; root at {root} (x, y, z)"
+    )
 
 
 @app.command()
@@ -257,12 +396,17 @@ def trace(
         ),
     ] = None,
     spacing: Annotated[
-        str, typer.Option(help="Z,Y,X: edge lengths of a voxel; default: those of the file.")
+        str,
+        typer.Option(
+            help="Z,Y,X in µm: edge lengths of a voxel, slices first (--seed is X,Y,Z); default: "
+            "those of the file."
+        ),
     ] = "",
     seed: Annotated[
         str,
         typer.Option(
-            help="X,Y,Z in voxels: the root of the piece nearest to it, if that has no cell body."
+            help="X,Y,Z in voxels, as in the SWC (--spacing is Z,Y,X): the root of the piece "
+            "nearest to it, if that has no cell body."
         ),
     ] = "",
     min_size: Annotated[int, typer.Option(help="Smaller pieces are dropped, in voxels.")] = 20,
@@ -276,6 +420,9 @@ def trace(
         str, typer.Option(help="The program Vaa3D; default: $VAA3D, or the one on the PATH.")
     ] = "",
     channel: Annotated[int | None, typer.Option(help="Channel of a multi-channel image.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that neurolib did not write.")
+    ] = False,
 ) -> None:
     """Trace a segmentation of your own: mask, labels or probability in, SWC out.
 
@@ -285,18 +432,24 @@ def trace(
     Example: neurolib trace cell_mask.tif --out cell.swc --seed 120,88,14
     """
     from neurolib.adapters import TRACERS, as_probability
+    from neurolib.files import check_outputs, provenance
     from neurolib.formats import LazyStack
     from neurolib.large import segmentation, stored_boxes
-    from neurolib.swc import length, tips, write_swc
-    from neurolib.volume import read_volume, remarks
+    from neurolib.volume import read_volume
 
     _check_output(out, ".swc")
+    _check_ranges(
+        threshold=threshold, min_size=min_size, bridge=bridge, channel=channel, label=label
+    )
+    check_outputs([out], [volume], overwrite)
+    if label is not None and threshold is not None:
+        raise SettingsError("--label and --threshold: give one; labels have no threshold")
     if tracer not in TRACERS:
-        raise SettingsError(f"tracer={tracer!r}: expected one of {', '.join(TRACERS)}")
+        raise SettingsError(f"--tracer {tracer}: expected one of {', '.join(TRACERS)}")
     if vaa3d and tracer != "app2":
-        raise SettingsError(f"vaa3d: is for --tracer app2 only, got --tracer {tracer}")
+        raise SettingsError(f"--vaa3d: is for --tracer app2 only, got --tracer {tracer}")
     steps, point = _three("spacing", spacing), _three("seed", seed)
-    stack = read_volume(volume, channel=channel, check=False, spacing=steps)
+    stack = read_volume(volume, channel=channel, check=False)
     in_parts = tracer == "neurolib" and isinstance(stack.data, LazyStack)
     read = segmentation if in_parts else as_probability
     found, meaning = read(stack.data, label, threshold, volume.name)
@@ -304,7 +457,7 @@ def trace(
         -0.5 <= p < n - 0.5 for p, n in zip(point, found.shape[::-1], strict=True)
     ):
         raise SettingsError(
-            f"seed={seed}: lies outside of {volume.name}, which has {found.shape[::-1]} voxels "
+            f"--seed {seed}: lies outside of {volume.name}, which has {found.shape[::-1]} voxels "
             "(x, y, z); voxels count from 0"
         )
     options = {"vaa3d": vaa3d} if tracer == "app2" else {}
@@ -312,21 +465,18 @@ def trace(
         options["regions"] = stored_boxes(found)
     tree = TRACERS[tracer](
         found,
-        stack.spacing,
+        steps or stack.spacing,
         point and point[::-1],
         threshold=0.5 if threshold is None else threshold,
         min_size=min_size,
         bridge=bridge,
         **options,
     )
-    write_swc(out, tree, f"traced from {volume.name}, {meaning}, by {tracer}")
     print(f"{volume.name}: {meaning}")
-    _say(remarks(stack, volume.name))
-    root = ", ".join(f"{value:.1f}" for value in tree.xyz[0])
-    print(
-        f"{out}: {len(tree.xyz)} nodes, {length(tree):.0f} voxels long, {len(tips(tree))} tips, "
-        f"{(tree.parent < 0).sum()} trees; root at {root}"
-    )
+    made = {"image": f"{volume}, {meaning}", "spacing (z, y, x)": steps or stack.spacing}
+    made |= {"tracer": tracer, "threshold": threshold, "label": label, "channel": channel}
+    made |= {"seed (x, y, z)": point, "min_size": min_size, "bridge": bridge}
+    _write_tree(out, tree, provenance("trace", **made))
 
 
 @app.command()
@@ -481,22 +631,12 @@ def _check_output(path: Path | None, *suffixes: str) -> None:
         raise SettingsError(f"{path}: cannot write here; choose a folder you may write to")
 
 
-def _check_fits(name: str, shape: tuple[int, int, int]) -> None:
-    """Refuse what cannot be segmented in memory: image and probability, both float32."""
-    import psutil
+def _check_ranges(**values: object) -> None:
+    """Refuse options out of range (`neurolib.parameters.RANGES`), by the names they have here."""
+    from neurolib.parameters import check_range
 
-    needed, free = 8 * prod(shape), psutil.virtual_memory().available
-    if needed > free:
-        raise SettingsError(
-            f"{name}: {tuple(shape)} voxels take {needed / 2**30:.1f} GiB of memory, found "
-            f"{free / 2**30:.1f} GiB free; from OME-Zarr to --probability NAME.zarr it goes part "
-            "by part"
-        )
-
-
-def _say(lines: Iterable[str]) -> None:
-    for line in lines:
-        print(line, flush=True)
+    for name, value in values.items():
+        check_range(name, value, f"--{name.replace('_', '-')} ")
 
 
 def _three(name: str, text: str) -> tuple[float, float, float] | None:
@@ -506,8 +646,11 @@ def _three(name: str, text: str) -> tuple[float, float, float] | None:
     try:
         first, second, third = map(float, text.split(","))
     except ValueError:
-        raise SettingsError(f"{name}={text!r}: expected three numbers, as in 3,1,1") from None
-    return first, second, third
+        raise SettingsError(f"--{name} {text}: expected three numbers, as in 3,1,1") from None
+    numbers = first, second, third
+    if name == "spacing" and not all(0 < number < math.inf for number in numbers):
+        raise SettingsError(f"--{name} {text}: expected three positive numbers, as in 3,1,1")
+    return numbers
 
 
 def _assignment(text: str) -> tuple[str, str]:
@@ -527,14 +670,25 @@ def main() -> None:
         return f"neurolib: {message}\n" if is_ours else plain(message, category, *rest, **more)
 
     warnings.formatwarning = one_line
+    for stream in (sys.stdout, sys.stderr):  # a file's name may be no UTF-8
+        stream.reconfigure(errors="backslashreplace")
     try:
-        app(standalone_mode=True)
-    except NeurolibError as error:
-        print(f"neurolib: {error}", file=sys.stderr)
+        status = app(standalone_mode=False)
+        if status == INTERRUPTED:  # which typer says instead of raising it
+            raise KeyboardInterrupt
+        sys.exit(status)
+    except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+        else:
+            print(f"neurolib: {' '.join(error.format_message().split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nneurolib: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    except NeurolibError as error:
+        print(f"neurolib: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        print("\nneurolib: interrupted; run the same command again to resume", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -507,8 +507,7 @@ def read_sample(pair: Pair, kind: str = "sironi", tau: float = 0.1) -> Sample:
     """
     volume = read_volume(pair.image)
     tree = read_swc(pair.swc, volume.spacing)
-    if tree.repairs:
-        told = "; ".join(tree.repairs)
+    if told := "; ".join(repair for repair in tree.repairs if "reordered" not in repair):
         warnings.warn(f"{pair.swc.name}: {told}", NeurolibWarning, stacklevel=2)
     check_pair(tree, volume.data.shape, pair.name)
     response, mask = make_target(tree, volume.data.shape, volume.spacing, kind, tau=tau)

@@ -7,15 +7,17 @@ import os
 import platform
 import re
 import shutil
+import stat
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from neurolib import __version__
 from neurolib.errors import SettingsError
 
 try:
@@ -27,6 +29,10 @@ except ImportError:  # Windows: what killed processes leave stays, and nobody is
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # NumPy's own words for it, without a number.
 CUT_SHORT = re.compile(r"^\d+ requested and \d+ written$")
+CHECKPOINT = "checkpoint.safetensors"  # in the folder of a run
+# How the provenance of our results begins, and what seals the nodes of an SWC.
+WRITTEN = "written by neurolib"
+SEAL = re.compile(r"^# nodes: sha256 (\w+)$", re.MULTILINE)
 # Seconds in which a folder must come free: what a killed process has started ends soon after it.
 PATIENCE = 5.0
 
@@ -66,6 +72,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary = folder / path.name
         with explain_full_disk(path):
             yield temporary
+        if temporary.is_file():
+            # Some writers let nobody else read; a file of ours is like any other of this user.
+            (folder / ".mode").touch()
+            os.chmod(temporary, stat.S_IMODE((folder / ".mode").stat().st_mode))
         try:
             if temporary.is_dir() and path.is_dir():
                 shutil.rmtree(path)
@@ -223,10 +233,18 @@ def _hold(path: Path) -> int | None:
     return None
 
 
+def checkpoint_file(path: str | Path) -> Path:
+    """The checkpoint of a run, where `path` is a run's folder; else `path`."""
+    return Path(path) / CHECKPOINT if Path(path).is_dir() else Path(path)
+
+
 def write_text(path: str | Path, text: str) -> Path:
-    """Write `text` as UTF-8 to `path`, atomically; return the path."""
+    """Write `text` as UTF-8 to `path`, atomically; return the path.
+
+    Bytes of file names that are no UTF-8 are written as ``\\udce4``.
+    """
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return Path(path)
 
 
@@ -265,3 +283,90 @@ def content_key(*arrays: np.ndarray) -> str:
         digest.update(f"{array.dtype}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()[:16]
+
+
+# ----------------------------------------------------------------------------------- results
+
+
+def provenance(command: str, **facts: object) -> str:
+    """What a result was made with, one fact a line: version, inputs, parameters."""
+    lines = [f"{WRITTEN} {__version__}: {command}", *(f"{k}: {v}" for k, v in facts.items())]
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
+
+
+def is_result(path: Path) -> bool:
+    """Whether a file (or OME-Zarr) is a result of a command of ours, as it was written.
+
+    An SWC that was corrected by hand since, and all that another program saved, is none.
+    """
+    import tifffile
+
+    try:
+        if path.is_dir():
+            return WRITTEN in (path / "zarr.json").read_text(encoding="utf-8")
+        if path.suffix.lower() == ".swc":
+            text = path.read_text(encoding="utf-8")
+            seal = SEAL.search(text)
+            nodes = "".join(li for li in text.splitlines(keepends=True) if not li.startswith("#"))
+            return WRITTEN in text and seal is not None and seal[1] == seal_of(nodes)
+        with tifffile.TiffFile(path) as file:
+            return file.pages.first.software.startswith(WRITTEN)
+    except (OSError, ValueError, tifffile.TiffFileError):
+        return False
+
+
+def seal_of(nodes: str) -> str:
+    """The hash of the lines of an SWC that are not its head."""
+    return hashlib.sha256(nodes.encode()).hexdigest()[:16]
+
+
+def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], overwrite: bool = False) -> None:
+    """Refuse outputs that would replace something of the user's, before any work is done.
+
+    Links are followed. A tree beside an image of the same name is taken for the image's own, and
+    never replaced.
+
+    Raises
+    ------
+    SettingsError
+        If an output is an input or another output, lies inside one, or holds one; or exists, is
+        no result of ours, and `overwrite` is not set.
+    """
+    for number, path in enumerate(outputs):
+        for other in (*inputs, *outputs[:number]):
+            if _overlap(path, other):
+                kind = "input" if other in inputs else "output"
+                raise SettingsError(
+                    f"{path}: is, or lies inside, the {kind} {other}; choose another name"
+                )
+        if not path.exists() or is_result(path):
+            continue
+        if any(_is_tree_of(path, image) for image in inputs):
+            raise SettingsError(
+                f"{path}: the tree of the image beside it, and no result of neurolib; choose "
+                "another name"
+            )
+        if not overwrite:
+            raise SettingsError(
+                f"{path}: exists, and is not as neurolib wrote it; choose another name, or give "
+                "--overwrite to replace it"
+            )
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    """Whether two paths are the same file, or one lies in the other."""
+
+    def same(a: Path, b: Path) -> bool:
+        try:
+            return os.path.samefile(a, b)
+        except OSError:
+            return a.resolve() == b.resolve()
+
+    pairs = ((one, other), (other, one))
+    return any(same(a, b) for inner, b in pairs for a in (inner, *inner.resolve().parents))
+
+
+def _is_tree_of(path: Path, image: Path) -> bool:
+    first = [name.split(".")[0].casefold() for name in (path.name, image.name)]
+    is_tree = path.suffix.lower() in (".swc", ".eswc")
+    return is_tree and first[0] == first[1] and path.resolve().parent == image.resolve().parent

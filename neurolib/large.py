@@ -27,7 +27,15 @@ from tqdm import tqdm
 from neurolib import cluster
 from neurolib.adapters import FULL_SCALE, as_probability
 from neurolib.errors import NeurolibError, SettingsError
-from neurolib.files import atomic_path, claim, explain_full_disk, sha256, workplace, write_text
+from neurolib.files import (
+    atomic_path,
+    claim,
+    explain_full_disk,
+    provenance,
+    sha256,
+    workplace,
+    write_text,
+)
 from neurolib.formats import LazyStack, boxes
 from neurolib.inference import Box, box_of_tiles, check_options, empty_level, predict_box
 from neurolib.network import NetworkSettings, Segmenter
@@ -336,8 +344,8 @@ def _begin(part: Path, name: str, volume: Volume, wanted: dict) -> None:
     level = empty_level(normalised(volume.data, low, high), skip) if skip else 0.0
     with atomic_path(part) as temporary:
         shape = tuple(volume.data.shape)
-        known = not volume.unknown
-        create_zarr(temporary, name, shape, np.dtype(np.float32), volume.spacing, known)
+        about = provenance("probability", checkpoint=wanted["checkpoint"], **wanted["options"])
+        create_zarr(temporary, name, shape, np.dtype(np.float32), volume.spacing, about)
         facts = wanted | {"low": low, "high": high, "skip_below": min(level, 1 - 1e-6)}
         write_text(temporary / MANIFEST, json.dumps(facts, indent=1))
 

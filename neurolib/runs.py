@@ -42,7 +42,7 @@ from neurolib.datasets import (
 )
 from neurolib.errors import DataError, NeurolibError, SettingsError, WeightsError
 from neurolib.evaluation import name_unit
-from neurolib.files import atomic_path, claim, sha256, write_text
+from neurolib.files import CHECKPOINT, atomic_path, checkpoint_file, claim, sha256, write_text
 from neurolib.parameters import check_range, read_as
 from neurolib.swc import check_pair, read_swc
 from neurolib.volume import read_volume
@@ -68,7 +68,6 @@ COURSE = (
 )
 # What a finished checkpoint is evaluated by, with the parameter `checkpoint` of `run_course`.
 EVALUATION = ("04_evaluation", "05_swc_tracing")
-CHECKPOINT = "checkpoint.safetensors"
 # A kernel that hangs is ended: seconds to start, and per cell (GPU profiles train for hours).
 START_TIMEOUT, CELL_TIMEOUT = 120, 24 * 3600
 MEMORY_LIMIT_MB = 1500
@@ -351,7 +350,8 @@ def run_course(
         Also if another process is at work in the folder of this run.
     """
     given = _given(profile, parameters)
-    checkpoint = str(given.get("checkpoint", ""))
+    checkpoint = given.get("checkpoint", "")
+    checkpoint = str(checkpoint_file(checkpoint)) if checkpoint else ""
     notebooks = EVALUATION if checkpoint else notebooks
     defaults = {n: notebook_parameters(notebook_path(n)) for n in (DATA_NOTEBOOK, *notebooks)}
     path = Path(folder) / (name or f"{data_label(data)}-{Path(profile).stem}")

@@ -492,7 +492,8 @@ def _tubes(tree: Tree, stain: np.ndarray, shape, scale) -> np.ndarray:
     points, radius = densify(tree, 0.25, scale)
     _, stained = densify(replace(tree, radius=stain), 0.25, scale)
     largest = radius.max()
-    lift = np.sqrt(largest**2 - radius**2)
+    # NumPy's square of a number and of an array may differ in the last digit.
+    lift = np.sqrt(np.maximum(largest**2 - radius**2, 0))
     index = cKDTree(np.column_stack([points, lift]))
     volume = np.zeros(shape, dtype=np.float32)
     near = np.zeros(shape, dtype=bool)

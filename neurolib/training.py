@@ -7,6 +7,7 @@ carries (weights, moments of the optimiser, running average) is in the resume fi
 
 import contextlib
 import csv
+import hashlib
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from neurolib.blocking import block_grid, choose_blocks, read_block, salient
 from neurolib.datasets import Sample
 from neurolib.devices import pick_device, pick_precision
 from neurolib.errors import DataError, SettingsError, WeightsError
-from neurolib.files import atomic_path, claim, content_key, sha256
+from neurolib.files import atomic_path, checkpoint_file, claim, content_key, sha256
 from neurolib.network import NetworkSettings, Segmenter, build, make, settings_of
 
 # Steepness and range (voxels) of the target's response, as in `neurolib.blocking.make_target`.
@@ -817,8 +818,19 @@ def save_checkpoint(
         }
         weights = {k: v for k, v in weights.items() if not k.startswith("encoder.")}
     header = {"network": json.dumps(settings_of(network)), "facts": json.dumps(facts)}
+    weights = {k: v.contiguous().cpu() for k, v in weights.items()}
+    header["sha256"] = _seal(weights, header)
     with atomic_path(path) as temporary:
-        save_file({k: v.contiguous().cpu() for k, v in weights.items()}, temporary, header)
+        save_file(weights, temporary, header)
+
+
+def _seal(weights: dict[str, torch.Tensor], header: dict[str, str]) -> str:
+    """SHA-256 over all that a checkpoint says; a disk may change a byte of it."""
+    digest = hashlib.sha256((header.get("network", "") + header.get("facts", "")).encode())
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_checkpoint(path: str | Path) -> tuple[Segmenter, dict]:
@@ -836,6 +848,7 @@ def load_checkpoint(path: str | Path) -> tuple[Segmenter, dict]:
     WeightsError
         If the file is missing, truncated, or not a checkpoint of this package.
     """
+    path = checkpoint_file(path)
     header = _read_header(path)
     try:
         settings = NetworkSettings(**json.loads(header["network"]))
@@ -898,11 +911,17 @@ def restore(network: Segmenter, path: str | Path) -> None:
     WeightsError
         If the file is no checkpoint, or one of another network.
     """
-    facts = json.loads(_read_header(path).get("facts", "{}"))
+    path = checkpoint_file(path)
+    header = _read_header(path)
     try:
+        facts = json.loads(header.get("facts", "{}"))
         weights = load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(f"{path}: not a readable checkpoint ({error})") from None
+    if "sha256" in header and header["sha256"] != _seal(weights, header):
+        raise WeightsError(
+            f"{path}: damaged, its content is not what was saved; copy it again, or train again"
+        )
     without_encoder = "encoder_sum" in facts
     if without_encoder:
         if encoder_sum(network) != facts["encoder_sum"]:

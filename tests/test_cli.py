@@ -1,6 +1,9 @@
 """The command line on bad input: one line, exit status 2, and nothing left over."""
 
+import hashlib
+import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,7 +11,9 @@ import psutil
 import pytest
 import tifffile
 
-from neurolib import cli
+import neurolib
+from neurolib import __version__, cli
+from neurolib.errors import SettingsError
 from neurolib.network import NetworkSettings, Segmenter
 from neurolib.swc import Tree, read_swc, write_swc
 from neurolib.training import save_checkpoint
@@ -315,14 +320,14 @@ def test_trace_of_one_slice_and_of_one_voxel(tmp_path, capsys):
         (BAR, ["--label", "3"], "no voxel has the label 3"),
         (BAR, ["--label", "1", "--threshold", "0.5"], "give one"),
         (BAR, ["--threshold", "0.5"], "0 voxels reach the threshold"),
-        (BAR * 255, ["--threshold", "128"], "threshold must lie in (0, 1]"),
+        (BAR * 255, ["--threshold", "128"], "--threshold 128.0: expected more than 0"),
         (BAR, ["--seed", "48,3,3"], "(x, y, z)"),
-        (BAR, ["--seed", "nan,3,3"], "seed=nan,3,3"),
+        (BAR, ["--seed", "nan,3,3"], "--seed nan,3,3"),
         (BAR, ["--seed", "3,3"], "three numbers"),
         (BAR, ["--spacing", "0,1,1"], "three positive numbers"),
         (BAR, ["--spacing", "wide"], "three numbers"),
         (BAR, ["--min-size", "500"], "lower the threshold or min_size"),
-        (BAR, ["--bridge", "-1"], "bridge"),
+        (BAR, ["--bridge", "-1"], "--bridge -1.0: expected at least 0"),
         (BAR, ["--tracer", "best"], "kimimaro"),
         (BAR, ["--vaa3d", "vaa3d"], "--tracer app2"),
         (BAR, ["--tracer", "app2", "--vaa3d", "no/such"], "no/such"),
@@ -413,16 +418,244 @@ def test_write_swc_of_a_cycle_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("given", [(), ("--spacing", "0.3,0.1,0.1")])
-def test_a_spacing_that_is_not_known_is_said_and_not_made_up(tmp_path, capsys, given):
-    """By `inspect` and `trace`, unless it is given; the tree is that of the spacing."""
-    data = np.zeros((12, 40, 50), np.uint8)
-    data[4:7, 15:18, 4:46] = 255
-    metadata = {"axes": "ZYX", "PhysicalSizeX": 0.1, "PhysicalSizeY": 0.1}
-    tifffile.imwrite(tmp_path / "a.ome.tif", data, ome=True, metadata=metadata)
-    assert call("inspect", tmp_path / "a.ome.tif", *given) == 0
-    assert ("not known" in capsys.readouterr().out) == (not given)
-    assert call("trace", tmp_path / "a.ome.tif", "--out", tmp_path / "a.swc", *given) == 0
+def content(folder) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def link_of(kind, path):
+    """Another name of a file or folder, in a folder of its own."""
+    other = path.parent / "elsewhere" / path.name
+    other.parent.mkdir(exist_ok=True)
+    if kind == "symbolic":
+        other.symlink_to(path)
+    elif kind == "folder":
+        (path.parent / "linked").symlink_to(path.parent)
+        return path.parent / "linked" / path.name
+    elif kind == "dotted":
+        return path.parent / "elsewhere" / ".." / path.name
+    elif kind == "hard":
+        other.hardlink_to(path)
+    return other if kind != "same" else path
+
+
+@pytest.mark.parametrize("kind", ["same", "symbolic", "folder", "dotted", "hard"])
+@pytest.mark.parametrize("option", ["--mask", "--probability", "--out"])
+@pytest.mark.parametrize("suffix", [".tif", ".zarr"])
+def test_an_output_that_is_an_input_is_refused(kind, option, suffix, checkpoint, tmp_path, capsys):
+    if (kind, suffix) == ("hard", ".zarr") or (option, suffix) == ("--out", ".tif"):
+        pytest.skip("no such case")
+    path = write_volume(tmp_path / f"cell{suffix}", image())
+    out, before = link_of(kind, path), content(tmp_path)
+    for more in ([], ["--overwrite"]):
+        assert call("segment", path, "--checkpoint", checkpoint, option, out, *more) == 2
+        one_line(capsys, "is, or lies inside, the input")
+    assert content(tmp_path) == before
+
+
+def test_an_output_inside_an_input_or_an_output_is_refused(checkpoint, tmp_path, capsys):
+    path = write_volume(tmp_path / "cell.zarr", image())
+    before = content(tmp_path)
+    arguments = ["segment", path, "--checkpoint", checkpoint]
+    inside = ["--mask", path / "mask.tif"], ["--out", path / "0" / "a.swc"]
+    both = ["--mask", tmp_path / "p.tif", "--probability", tmp_path / "p.tif"]
+    nested = ["--probability", tmp_path / "p.zarr", "--mask", tmp_path / "p.zarr" / "m.tif"]
+    for options in (*inside, both, nested):
+        assert call(*arguments, *options) == 2
+        one_line(capsys, "is, or lies inside")
+    # The other way round: the image lies in what would be replaced.
+    (path / "in.zarr").mkdir()
+    inner = write_volume(path / "in.zarr" / "x.zarr", image())
+    before = content(tmp_path)
+    assert call("trace", inner, "--out", path / "x.swc") in (0, 2)
+    assert call("segment", inner, "--checkpoint", checkpoint, "--mask", path) == 2
+    assert content(tmp_path).items() >= before.items()
+
+
+@pytest.mark.parametrize("tree", ["cell.swc", "Cell.SWC", "cell.CNG.swc", "cell.ome.swc"])
+def test_the_tree_of_an_image_is_never_replaced(tree, checkpoint, tmp_path, capsys):
+    path = put(tmp_path / "cell.ome.tif", image())
+    (tmp_path / tree).write_text(SWC)
+    arguments = ["--checkpoint", checkpoint, "--out", tmp_path / tree, "--threshold", "0.0001"]
+    for more in ([], ["--overwrite"]):
+        assert call("segment", path, *arguments, *more) == 2
+        one_line(capsys, "the tree of the image beside it")
+    assert (tmp_path / tree).read_text() == SWC
+
+
+def test_what_neurolib_did_not_write_is_replaced_only_if_asked(checkpoint, tmp_path, capsys):
+    path = put(tmp_path / "cell.tif", image())
+    names = ("a.swc", "mask.tif", "p.tif", "mask.zarr")
+    out, mask, prob, lazy = (tmp_path / name for name in names)
+    arguments = ["segment", path, "--checkpoint", checkpoint, "--threshold", "0.0001"]
+    outputs = [["--out", out], ["--mask", mask], ["--probability", prob], ["--mask", lazy]]
+    foreign = [
+        lambda: out.write_text(SWC),
+        lambda: put(mask, image()),
+        lambda: write_volume(prob, image().astype(np.float32)),
+        lambda: write_volume(lazy, image()),
+    ]
+    for option, make in zip(outputs, foreign, strict=True):
+        make()
+        before = content(tmp_path)
+        assert call(*arguments, *option) == 2
+        one_line(capsys, str(option[1]), "--overwrite")
+        assert content(tmp_path) == before
+        assert call(*arguments, *option, "--overwrite") == 0
+        # What it wrote itself, it replaces.
+        assert call(*arguments, *option) == 0
+        capsys.readouterr()
+    # A tree that was corrected by hand since is the user's.
+    text = out.read_text()
+    out.write_text(text[: text.rindex("\n", 0, -1)] + "\n")
+    assert call("trace", mask, "--out", out) == 2
+    one_line(capsys, "a.swc", "--overwrite")
+
+
+def test_results_say_what_they_were_made_with(checkpoint, tmp_path):
+    path = put(tmp_path / "cell.tif", image())
+    out, mask, lazy, prob = (tmp_path / n for n in ("a.swc", "m.tif", "m.zarr", "p.zarr"))
+    arguments = ["segment", path, "--checkpoint", checkpoint, "--threshold", "0.0001"]
+    assert call(*arguments, "--out", out, "--mask", mask, "--probability", prob) == 0
+    assert call(*arguments, "--mask", lazy) == 0
+    with tifffile.TiffFile(mask) as file:
+        info = file.imagej_metadata["Info"]
+    digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    texts = [out.read_text(), info, (lazy / "zarr.json").read_text()]
+    texts.append((prob / "zarr.json").read_text())
+    for text in texts:
+        for words in (f"neurolib {__version__}", "cell.tif", digest, "(1.0, 1.0, 1.0)", "0.25"):
+            assert words in text
+    assert "threshold: 0.0001" in texts[0]
+    assert "min_size: 200" in texts[0]
+    traced = tmp_path / "t.swc"
+    assert call("trace", put(tmp_path / "bar.tif", BAR), "--out", traced, "--min-size", 7) == 0
+    assert "# min_size: 7" in traced.read_text()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("threshold", "50"), ("threshold", "-1"), ("threshold", "nan"), ("threshold", "0"),
+        ("min-size", "-1"), ("min-size", "0"), ("overlap", "1"), ("overlap", "nan"),
+        ("skip-empty", "101"), ("skip-empty", "-inf"), ("channel", "-1"), ("workers", "-2"),
+        ("device", "abacus"), ("min-size", "2.5"), ("overlap", "half"),
+    ],
+)  # fmt: skip
+def test_segment_checks_options_before_the_work(
+    option, value, checkpoint, tmp_path, capsys, monkeypatch
+):
+    path = put(tmp_path / "cell.tif", image())
+    monkeypatch.setattr("neurolib.volume.read_volume", lambda *_, **__: pytest.fail("work"))
+    arguments = ["--checkpoint", checkpoint, "--mask", tmp_path / "m.tif"]
+    assert call("segment", path, *arguments, f"--{option}", value) == 2
+    one_line(capsys, option)
+    assert [p.name for p in tmp_path.iterdir()] == ["cell.tif"]
+
+
+def test_a_name_that_is_no_utf8(checkpoint, tmp_path, capsys):
+    strange = os.fsdecode(os.fsencode(tmp_path) + b"/zelle_\xe4")
+    image_path, mask, out = (f"{strange}{end}" for end in (".tif", "_mask.tif", ".swc"))
+    put(tmp_path / "a.tif", BAR * 255).rename(image_path)
+    assert call("trace", image_path, "--out", out) == 0
+    assert r"zelle_\udce4.tif" in Path(out).read_text()
+    arguments = ["--checkpoint", checkpoint, "--threshold", "0.0001"]
+    assert call("segment", image_path, *arguments, "--out", out, "--mask", mask) == 0
+    assert Path(mask).is_file()
+    assert len(read_swc(out).xyz)
+
+
+def test_folders_and_patterns_give_a_tree_each(checkpoint, tmp_path, capsys):
+    folder, out, masks = (tmp_path / name for name in ("in", "trees", "masks"))
+    folder.mkdir()
+    for name in ("a.tif", "b.x.tif", "c.npy"):
+        put(folder / name, image()) if "tif" in name else np.save(folder / name, image())
+    (folder / "bad.tif").write_text("no image")
+    (folder / "notes.txt").write_text("mine")
+    arguments = ["--checkpoint", checkpoint, "--threshold", "0.0001", "--out", out]
+    assert call("segment", folder, *arguments, "--mask", masks) == 1
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1].startswith(f"neurolib: {folder / 'bad.tif'}: ")
+    assert "3 of 4 images segmented" in said.out
+    assert sorted(p.name for p in masks.iterdir()) == ["a.tif", "b.x.tif", "c.tif"]
+    trees = content(out)
+    assert sorted(p.name for p in trees) == ["a.swc", "b.x.swc", "c.swc"]
+    # One by one it is the same, but for the names; by a pattern, too.
+    single = tmp_path / "single.swc"
+    assert call("segment", folder / "a.tif", *arguments[:-1], single) == 0
+    assert single.read_bytes() == trees[out / "a.swc"]
+    assert call("segment", folder / "?.*", *arguments) == 0
+    assert {path: trees[path] for path in (out / "a.swc", out / "c.swc")}.items() <= trees.items()
+    assert content(out) == trees
+    (folder / "bad.tif").unlink()
+    assert call("segment", folder, folder / "a.tif", *arguments) == 0
+    assert "3 of 3 images" in capsys.readouterr().out
+    # Results that lie among the images are no images.
+    assert call("segment", folder / "a.tif", *arguments[:-2], "--mask", folder / "m.tif") == 0
+    assert call("segment", folder, *arguments) == 0
     said = capsys.readouterr().out
-    assert said.count("spacing not known") == (not given)
-    assert given or "PhysicalSizeZ missing" in said
+    assert "1 results of earlier calls left out" in said
+    assert "3 of 3 images" in said
+
+
+@pytest.mark.parametrize(
+    ("images", "out", "words"),
+    [
+        (["in"], "a.swc", "--out a.swc: expected a folder"),
+        (["empty"], "trees", "no image"),
+        (["none*.tif"], "trees", "no image"),
+        (["in", "more"], "trees", "two outputs"),
+    ],
+)
+def test_several_images_are_refused_before_the_work(
+    images, out, words, checkpoint, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("in", "more", "empty"):
+        (tmp_path / folder).mkdir()
+        for name in ("a.tif", "b.tif") if folder != "empty" else ():
+            put(tmp_path / folder / name, image())
+    assert call("segment", *images, "--checkpoint", checkpoint, "--out", out) == 2
+    one_line(capsys, words.replace("two outputs", "the output"))
+    assert not (tmp_path / "trees").exists()
+
+
+def test_from_an_image_to_a_tree_in_one_call(checkpoint, tmp_path):
+    path, out = put(tmp_path / "cell.tif", image()), tmp_path / "a.swc"
+    arguments = ["--checkpoint", checkpoint, "--threshold", "0.0001"]
+    assert call("segment", path, *arguments, "--out", out) == 0
+    told = read_swc(out)
+    for given, where in ((path, checkpoint), (image(), checkpoint.parent), (str(path), checkpoint)):
+        tree = neurolib.segment(given, where, threshold=0.0001, progress=False)
+        np.testing.assert_allclose(tree.xyz, told.xyz, atol=1e-4)
+        np.testing.assert_array_equal(tree.parent, told.parent)
+    with pytest.raises(SettingsError, match=r"threshold=50: expected more than 0"):
+        neurolib.segment(path, checkpoint, threshold=50)
+
+
+def test_a_run_folder_is_a_checkpoint(checkpoint, tmp_path):
+    path, out = put(tmp_path / "cell.tif", image()), tmp_path / "a.swc"
+    arguments = ["--checkpoint", checkpoint.parent, "--threshold", "0.0001", "--out", out]
+    assert call("segment", path, *arguments) == 0
+    assert call("segment", path, "--checkpoint", tmp_path, "--out", out) == 2
+
+
+def test_the_version_is_said(capsys):
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"neurolib {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["segmnt"], ["segment"], ["trace", "--ou", "x"], ["run", "x"]]
+)
+def test_what_cannot_be_parsed_is_one_line(arguments, capsys):
+    assert call(*arguments) == 2
+    one_line(capsys)
+
+
+def test_interrupts_say_how_to_resume(tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("neurolib.runs.run_course", interrupted)
+    assert call("run") == 130
+    assert "run the same command again to resume" in capsys.readouterr().err

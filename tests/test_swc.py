@@ -3,6 +3,7 @@
 import os
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from neurolib.errors import DataError, SettingsError, SwcError
 from neurolib.swc import (
     Tree,
     branch_points,
+    check_frame,
     check_pair,
     components,
     crop,
@@ -28,6 +30,7 @@ from neurolib.swc import (
     transform,
     write_swc,
 )
+from neurolib.synthesis import grow, render
 from neurolib.volume import Volume, read_volume
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
@@ -832,6 +835,72 @@ def test_fit_sees_coordinates_in_micrometres(pair):
     assert fit(tree, Volume(volume.data, spacing)).hint == ""
 
 
+@pytest.fixture(scope="module")
+def stacks():
+    """Rendered stacks with their trees; z is coarser in the second."""
+    made = []
+    for seed, spacing in ((3, (1, 1, 1)), (108, (1, 0.25, 0.25))):
+        tree = grow(seed, (32, 96, 96))
+        stack = render(tree, (32, 96, 96), style="confocal", seed=seed)
+        made.append((tree, Volume(stack.data, spacing)))
+    return made
+
+
+def moved(tree, factor=(1, 1, 1), by=(0, 0, 0)):
+    return replace(tree, xyz=tree.xyz * factor + by)
+
+
+def test_right_trees_fit_and_are_not_refused(stacks):
+    for tree, volume in stacks:
+        found = fit(tree, volume)
+        assert found.fits
+        assert found.follows > 0.9
+        assert str(found) == "no other fits better"
+        assert check_frame(tree, volume, "a") is None
+        noise = np.random.default_rng(0).normal(0, 2 * volume.data.std(), volume.data.shape)
+        assert fit(tree, Volume(volume.data + noise, volume.spacing)).fits
+    with pytest.raises(DataError, match=r"a: the SWC does not lie .*: flip y\?"):
+        check_frame(transform(tree, flip_y=96), volume, "a")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda tree: grow(200, (32, 96, 96)),
+        lambda tree: grow(207, (32, 96, 96)),
+        lambda tree: moved(tree, (0.5, 0.5, 0.5)),
+        lambda tree: moved(tree, (2, 2, 2)),
+        lambda tree: moved(tree, (0.7, 0.7, 1)),
+        lambda tree: moved(tree, by=(30, -20, 0)),
+        lambda tree: moved(tree, by=(500, 0, 0)),
+        lambda tree: moved(tree, (1000, 1000, 1000)),
+    ],
+    ids=["other", "another", "half", "double", "in y and x", "far", "outside", "nm, no spacing"],
+)
+def test_no_frame_is_recommended_where_none_fits(stacks, wrong):
+    tree, volume = stacks[0]
+    found = fit(wrong(tree), volume)
+    assert found.hint == ""
+    assert not found.fits
+    assert "no frame that was tried fits" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("factor", "hint"),
+    [
+        ((0.25, 0.25, 1), "divide by the spacing?"),
+        ((250, 250, 1000), "divide by the spacing in nm?"),
+        ((4, 4, 1), "multiply by the spacing?"),
+        ((1, 1, 4), "divide z by its spacing over that of x?"),
+    ],
+)
+def test_fit_names_the_scale(stacks, factor, hint):
+    tree, volume = stacks[1]
+    found = fit(moved(tree, factor), volume)
+    assert found.hint == hint
+    assert f"another fits better: {hint} (contrast {found.hint_contrast:.2f}, " in str(found)
+
+
 def test_check_pair(pair):
     tree, volume = pair
     assert check_pair(tree, volume.data.shape, "a") is None
@@ -846,7 +915,8 @@ def test_check_pair(pair):
 
 @needs_data
 def test_all_real_trees_read_and_round_trip(tmp_path):
-    paths = sorted(DATA.rglob("*.swc"))
+    # Raw files are as they were found, one with an id twice.
+    paths = sorted(path for path in DATA.rglob("*.swc") if "raw" not in path.parts)
     assert len(paths) > 60
     for path in paths:
         tree = read_swc(path)
@@ -861,15 +931,20 @@ def test_all_real_trees_read_and_round_trip(tmp_path):
 
 
 @needs_data
-@pytest.mark.parametrize("name", ["class1_sn23", "sensory_I4-2", "sensory_M4-4"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in (DATA / "real3d").glob("*.tif")))
 def test_fit_on_real_pairs(name):
     tree = read_swc(DATA / "real3d" / f"{name}.swc")
     volume = read_volume(DATA / "real3d" / f"{name}.tif")
     check_pair(tree, volume.data.shape, name)
-    report = fit(tree, volume)
-    assert report.hint == ""
-    assert report.contrast > 2
-    assert fit(transform(tree, flip_y=volume.data.shape[1]), volume).hint == "flip y?"
+    assert fit(tree, volume).fits
+    _, y, x = volume.data.shape
+    assert fit(transform(tree, flip_y=y), volume).hint == "flip y?"
+    assert "flip x" in fit(moved(tree, (-1, 1, 1), (x - 1, 0, 0)), volume).hint
+    assert "offset by" in fit(moved(tree, by=(0, 6, -5)), volume).hint
+    assert not fit(moved(tree, (0.5, 0.5, 0.5)), volume).fits
+    others = sorted((DATA / "real3d").glob("*.swc"))
+    other = others[(others.index(DATA / "real3d" / f"{name}.swc") + 3) % len(others)]
+    assert "no frame that was tried fits" in str(fit(read_swc(other), volume))
 
 
 # Fuzz ---------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from scipy.ndimage import map_coordinates
 
 from neurolib import datasets
 from neurolib.errors import NeurolibError, SettingsError, SwcError
-from neurolib.swc import Tree, components, length, read_swc
+from neurolib.swc import Tree, components, crop, length, read_swc
 from neurolib.synthesis import (
     GOLD_RANGES,
     MARGIN,
@@ -284,6 +284,30 @@ def test_slimmer_tubes_are_those_of_smaller_radii():
     smaller = np.where(tree.radius == 3, 2.4, np.where(tree.radius == 0.1, 0.1, 0.25))
     expected = render(replace(tree, radius=smaller), (20, 45, 60), seed=1).data
     np.testing.assert_array_equal(render(tree, (20, 45, 60), seed=1, slimmer=0.6).data, expected)
+
+
+# 2.759² of a number and of an array differ in the last digit, on some machines.
+@pytest.mark.parametrize("radius", [0.1, 1.0, 2.759, 5.3])
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_trees_of_one_node_and_of_one_radius_are_rendered(radius, nodes):
+    xyz = np.array([[3.0, -8.0, 500.0], [9.0, -8.0, 500.0]])[:nodes]
+    tree = Tree(xyz, np.full(nodes, radius), np.zeros(nodes, int), np.arange(nodes) - 1)
+    for style in STYLES:
+        volume, moved = render_extract(tree, style, 1)
+        assert volume.data.shape == extract_box(tree)[1]
+        x, y, z = moved.xyz[0].astype(int)
+        assert volume.data[z, y, x] > np.median(volume.data)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")
+def test_the_thickest_part_of_every_gold_tree_is_rendered():
+    paths = sorted((DATA / "janelia_gold").glob("*.swc"))
+    assert len(paths) == 32
+    for path in paths:
+        tree = read_swc(path)
+        middle = np.rint(tree.xyz[np.argmax(tree.radius)])[::-1]
+        volume, _ = render_extract(crop(tree, middle - 8, middle + 9), "flylight", 2)
+        assert volume.data.max() > 0
 
 
 def test_extracts_are_not_built_of_trees_in_other_units():

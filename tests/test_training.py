@@ -1024,6 +1024,27 @@ def test_foreign_file_is_refused(tmp_path, metadata):
         load_checkpoint(path)
 
 
+@pytest.mark.parametrize("part", ["weights", "facts"])
+def test_a_checkpoint_with_a_changed_byte_is_refused(checkpoint, part):
+    """Flip one bit at each of many places: what still loads is what was saved."""
+    whole = checkpoint.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    threshold = whole.index(b"threshold")
+    places = range(start, len(whole), (len(whole) - start) // 7)
+    for place in places if part == "weights" else range(threshold + 13, threshold + 15):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        checkpoint.write_bytes(damaged)
+        with pytest.raises(WeightsError):
+            load_checkpoint(checkpoint)
+
+
+def test_a_checkpoint_can_be_read_by_whom_other_files_can(checkpoint):
+    other = checkpoint.with_name("other")
+    other.touch()
+    assert checkpoint.stat().st_mode == other.stat().st_mode
+
+
 def test_missing_checkpoint_and_text_are_refused(tmp_path):
     with pytest.raises(WeightsError, match="no such checkpoint"):
         load_checkpoint(tmp_path / "missing.safetensors")

@@ -1,0 +1,116 @@
+"""From an image to a tree, in one call: read, normalise, predict, trace."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from neurolib.errors import SettingsError
+from neurolib.inference import empty_level, predict_volume
+from neurolib.network import Segmenter
+from neurolib.parameters import check_range
+from neurolib.swc import Tree
+from neurolib.tracing import trace
+from neurolib.training import load_checkpoint
+from neurolib.volume import Volume, normalise, read_volume
+
+
+def segment(
+    image: str | Path | Volume | np.ndarray,
+    checkpoint: str | Path,
+    threshold: float | None = None,
+    min_size: int = 200,
+    bridge: float = 15.0,
+    seed: Sequence[float] | None = None,
+    **options: object,
+) -> Tree:
+    """Segment an image and trace it.
+
+    Parameters
+    ----------
+    image : path, Volume, or (z, y, x) array
+        An array has cubic voxels; give a `neurolib.volume.Volume` for others.
+    checkpoint : path
+        Of a trained network, or the folder of a run.
+    threshold : float, optional
+        On the probability; by default the one chosen on the validation neurons.
+    min_size, bridge, seed
+        As in `neurolib.tracing.trace`; the seed is (z, y, x).
+    **options
+        Of `predict_image`.
+
+    Returns
+    -------
+    Tree
+        In voxels of the image, see `neurolib.tracing.trace`.
+
+    Raises
+    ------
+    NeurolibError
+        If a file is unusable or a parameter is out of range, and if nothing is found.
+
+    Examples
+    --------
+    >>> tree = neurolib.segment("cell.tif", "runs/mine")  # doctest: +SKIP
+    """
+    given = {"threshold": threshold, "min_size": min_size, "bridge": bridge, **options}
+    for name, value in given.items():
+        check_range(name, value)
+    network, facts = load_checkpoint(checkpoint)
+    found = predict_image(image, network, **options)
+    cut = facts["threshold"] if threshold is None else threshold
+    return trace(found.data, found.spacing, seed, cut, min_size, bridge)
+
+
+def predict_image(
+    image: str | Path | Volume | np.ndarray,
+    network: Segmenter,
+    overlap: float = 0.25,
+    device: str = "auto",
+    flips: bool = False,
+    skip_empty: float = 0.0,
+    progress: bool = True,
+    **reading: object,
+) -> Volume:
+    """The probability of neurite in an image, with the image's spacing.
+
+    Parameters
+    ----------
+    image : path, Volume, or (z, y, x) array
+    network : Segmenter
+    overlap, device, flips, progress
+        As in `neurolib.inference.predict_volume`.
+    skip_empty : float
+        Percentile of the image; tiles with no voxel above it are not run. 0 runs all of them.
+    **reading
+        Of `neurolib.volume.read_volume`, as ``channel``.
+
+    Raises
+    ------
+    VolumeError, SettingsError
+        If the image is unusable, or image and probability do not fit in memory.
+    """
+    if isinstance(image, np.ndarray):
+        image = Volume(image)
+    name = "image" if isinstance(image, Volume) else Path(image).name
+    volume = image if isinstance(image, Volume) else read_volume(image, **reading)
+    _check_fits(name, volume.data.shape)
+    scaled = normalise(volume.data)
+    level = empty_level(scaled, skip_empty) if skip_empty else 0.0
+    options = {"device": device, "flips": flips, "progress": progress}
+    found = predict_volume(network, scaled, overlap, skip_below=min(level, 1 - 1e-6), **options)
+    return replace(volume, data=found)
+
+
+def _check_fits(name: str, shape: tuple[int, int, int]) -> None:
+    """Refuse what cannot be segmented in memory: image and probability, both float32."""
+    needed, free = 8 * prod(shape), psutil.virtual_memory().available
+    if needed > free:
+        raise SettingsError(
+            f"{name}: {tuple(shape)} voxels take {needed / 2**30:.1f} GiB of memory, found "
+            f"{free / 2**30:.1f} GiB free; from OME-Zarr to --probability NAME.zarr it goes part "
+            "by part"
+        )
