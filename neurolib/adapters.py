@@ -169,7 +169,7 @@ def trace_kimimaro(
     Returns
     -------
     Tree
-        Radii in voxels of the finest axis.
+        As of `neurolib.tracing.trace`.
 
     Raises
     ------
@@ -225,7 +225,8 @@ def _forest(
         nearest = int(KDTree(points).query(np.asarray(seed) * scale)[1])
         roots = np.append(nearest, roots[group[roots] != group[nearest]])
     xyz = (points / scale)[:, ::-1].astype(float)
-    tree = Tree(xyz, np.asarray(radius, float), np.full(n, UNDEFINED), np.full(n, -1))
+    radius = np.asarray(radius, float) / np.sqrt(scale[1] * scale[2])
+    tree = Tree(xyz, radius, np.full(n, UNDEFINED), np.full(n, -1))
     return rooted(tree, np.stack(graph.nonzero()), roots)
 
 

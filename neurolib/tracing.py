@@ -15,7 +15,8 @@ foreground is held, of which stages 2 to 5 see one connected component at a time
 
 Lengths, radii and distances are in voxels of the finest axis: with spacing (2, 0.5, 0.5) a step
 of one slice has length 4. With isotropic spacing they are plain voxels. `Tree.xyz` stays in voxel
-indices along each axis, whatever the spacing.
+indices along each axis, whatever the spacing, and the radii of the result of `trace` are in voxels
+of the plane, as in every `Tree`.
 
 Sato et al., "TEASAR: tree-structure extraction algorithm for accurate and robust skeletons",
 Pacific Graphics 2000. The constants are ours, where no source is named.
@@ -32,10 +33,11 @@ from scipy.sparse import csgraph
 from scipy.spatial import KDTree
 
 from neurolib.errors import SettingsError, VolumeError
-from neurolib.swc import SOMA, Tree, components, resample, take, tips
+from neurolib.swc import SOMA, Tree, components, length, resample, take, tips
 from neurolib.volume import pieces
 
 SOMA_RATIO = 2.5  # a soma is this many times thicker than the median foreground voxel
+SOMA_NEURITES = 4.0  # and its tree this many times longer than its radius, unlike a thick fragment
 HALF_VOXEL = 0.5
 DENSE = 0.05  # share of its bounding box from which a foreground is better transformed densely
 CENTRING = 10.0  # weight of the radius in the cost of a path
@@ -111,8 +113,8 @@ def trace(
     probability : (z, y, x), floats in [0, 1] or booleans
         Need not be in memory: it is sliced, once per region and once per gap that may be closed.
     spacing : (dz, dy, dx), physical edge lengths of a voxel in any one unit
-    seed : (z, y, x) in voxels; the root of the component nearest to it, unless that component
-        has a soma. Without a soma or seed the root is an end of the longest path
+    seed : (z, y, x) in voxels; the root of the component nearest to it is there, or at the centre
+        of the soma that it lies in. Without a soma or seed the root is an end of the longest path
     threshold : voxels of at least this probability are foreground
     min_size : components of fewer voxels are dropped
     bridge : longest gap to be closed, in voxels of the finest axis; 0 keeps the forest
@@ -126,7 +128,10 @@ def trace(
     -------
     Tree
         Parents before children, no cycle, one root per tree. The tree with the seed comes first,
-        then by size. `radius` in voxels of the finest axis; type 1 for a soma, else 0.
+        then by size. `radius` in voxels of the plane, the geometric mean of dy and dx being 1;
+        type 1 for the soma, else 0. There is one soma at most: the thickest candidate (see
+        `find_soma`) whose tree is not a mere fragment, or with a seed only one that the seed
+        lies in.
 
     Raises
     ------
@@ -148,6 +153,7 @@ def trace(
         cost = path_cost(part, radius)
         paths = find_paths(part, radius, cost, seed if number == first else None)
         trees.append(paths_to_tree(prune_paths(paths, part, radius), part, radius))
+    trees = _one_soma(trees, voxels.scale, seed is not None)
     tree, shell = _side_by_side(trees), np.concatenate(shells)
     if bridge > 0:
         tree, bridges = bridge_gaps(tree, probability, spacing, bridge, seed)
@@ -520,8 +526,9 @@ def _block(neighbours: sparse.csr_array, part: slice) -> sparse.csr_array:
 def find_root(lengths: sparse.csr_array, radius: np.ndarray, seed: int | None = None) -> int:
     """Number of the root voxel of one component.
 
-    The soma, if there is one (the largest radius, where it is at least 2.5 times the median);
-    else the seed, if given; else an end of the longest path.
+    The seed, if given, or the centre of the soma that it lies in; else the soma, if there is one
+    (the largest radius, where it is at least 2.5 times the median); else an end of the longest
+    path.
 
     Parameters
     ----------
@@ -530,10 +537,14 @@ def find_root(lengths: sparse.csr_array, radius: np.ndarray, seed: int | None = 
     seed : number of a voxel, or None
     """
     soma = find_soma(lengths, radius)
-    if soma is not None:
-        return soma
+    if seed is not None and soma is not None:
+        reach = radius[soma] + HALF_VOXEL
+        away = csgraph.dijkstra(lengths, indices=soma, limit=reach, min_only=True)
+        return soma if away[seed] <= reach else int(seed)
     if seed is not None:
         return int(seed)
+    if soma is not None:
+        return soma
     # What is farthest from any place in a tree is an end of its longest path.
     start = int(np.argmax(radius))
     return int(csgraph.breadth_first_order(lengths, start, return_predecessors=False)[-1])
@@ -699,10 +710,43 @@ def paths_to_tree(paths: list[np.ndarray], foreground: Foreground, radius: np.nd
     for root in np.flatnonzero(parent < 0):
         first, last = bounds[foreground.component[voxels[root]] + np.arange(2)]
         part = slice(first, last)
-        if find_soma(_block(foreground.neighbours, part), radius[part]) is not None:
+        soma = find_soma(_block(foreground.neighbours, part), radius[part])
+        if soma is not None and voxels[root] == first + soma:
             types[root] = SOMA
     xyz = foreground.voxels[voxels][:, ::-1].astype(float)
     return Tree(xyz, radius[voxels] + HALF_VOXEL, types, parent)
+
+
+def _one_soma(trees: list[Tree], scale: np.ndarray, seeded: bool) -> list[Tree]:
+    """Trees of which one at most has a soma; the others are rooted at an end, as if without.
+
+    Programs that read SWC files take a second soma for an error.
+    """
+    middle = np.median(np.concatenate([tree.radius for tree in trees]))
+    somas = [number for number, tree in enumerate(trees) if tree.type[0] == SOMA]
+    likely = [
+        number
+        for number in somas
+        if trees[number].radius[0] >= SOMA_RATIO * middle
+        and length(trees[number], scale) >= SOMA_NEURITES * trees[number].radius[0]
+        and not (seeded and number)
+    ]
+    best = max(likely, key=lambda number: trees[number].radius[0], default=None)
+    trees = trees.copy()
+    for number in set(somas) - {best}:
+        plain = replace(trees[number], type=np.full_like(trees[number].type, UNDEFINED))
+        # The seed stays the root, in a soma or not.
+        trees[number] = plain if seeded and number == 0 else _rooted_at_an_end(plain, scale)
+    return trees
+
+
+def _rooted_at_an_end(tree: Tree, scale: np.ndarray) -> Tree:
+    edges = np.stack(_edges(tree))
+    points = tree.xyz[:, ::-1] * scale
+    lengths = np.linalg.norm(points[edges[0]] - points[edges[1]], axis=1)
+    graph = sparse.csr_array((lengths, tuple(edges)), shape=(len(points), len(points)))
+    end = np.argmax(csgraph.dijkstra(graph, directed=False, indices=0))
+    return rooted(tree, edges, [int(end)])
 
 
 def _side_by_side(trees: Sequence[Tree]) -> Tree:
@@ -732,8 +776,8 @@ def bridge_gaps(
     to within 60 degrees, both together to within 80. Of these, a minimum spanning tree over the
     trees is taken, in which a bridge costs its length times the mean of exp(2 (1 - p)) along it:
     trees never become a loop.
-    The root of a joined tree follows the rule of `find_root`: the soma, the thickest if there are
-    several, else the root at the seed, else an end of the longest path.
+    The root of a joined tree is the soma, the thickest if there are several, else the root at the
+    seed, else an end of the longest path.
 
     Parameters
     ----------
@@ -942,7 +986,7 @@ def _smooth(tree: Tree, shell: np.ndarray, scale: np.ndarray, step: float) -> Tr
     # only one on a bridge.
     radius = np.maximum(radius, _edge_distance(shell, xyz[:, ::-1]) + HALF_VOXEL)
     tree = resample(_draw_back(replace(tree, xyz=xyz, radius=radius), around), step)
-    return replace(tree, xyz=tree.xyz / scale)
+    return replace(tree, xyz=tree.xyz / scale, radius=tree.radius / np.sqrt(scale[0] * scale[1]))
 
 
 def _draw_back(tree: Tree, around: sparse.csr_array) -> Tree:

@@ -207,8 +207,13 @@ def test_root_at_the_soma_then_the_seed_then_an_end():
     assert np.allclose(tree.xyz[0], [60, 14, 14], atol=1.5)
     assert tree.radius[0] == pytest.approx(7, abs=0.6)
     assert np.all(tree.type[1:] == 0)
+    for inside in ((14, 14, 60), (17, 14, 57)):
+        with_seed = trace(bar(soma=True), seed=inside)
+        assert np.allclose(with_seed.xyz, tree.xyz)
+    # The user's seed goes before the soma.
     with_seed = trace(bar(soma=True), seed=(14, 14, 10))
-    assert np.allclose(with_seed.xyz, tree.xyz)
+    assert np.allclose(with_seed.xyz[0], [10, 14, 14], atol=1.5)
+    assert (with_seed.type == 0).all()
 
     tree = trace(bar(soma=False), seed=(14, 14, 40))
     assert np.allclose(tree.xyz[0], [40, 14, 14], atol=1.5)
@@ -218,6 +223,60 @@ def test_root_at_the_soma_then_the_seed_then_an_end():
     assert min(abs(tree.xyz[0, 0] - 5), abs(tree.xyz[0, 0] - 84)) < 3
     assert len(tips(tree)) == 2
     assert 0 in tips(tree)
+
+
+def add_ball(mask, centre, radius):
+    places = np.moveaxis(np.indices(mask.shape), 0, -1)
+    mask |= np.linalg.norm(places - centre, axis=-1) <= radius
+
+
+def two_neurons(thick=(7, 6)):
+    """Two bars with a ball each, and two balls with nothing around."""
+    mask = np.zeros((30, 90, 120), bool)
+    for y, x, radius in zip((20, 60), (40, 70), thick, strict=True):
+        mask[13:16, y : y + 3, 5:115] = True
+        if radius:
+            add_ball(mask, (14, y + 1, x), radius)
+    add_ball(mask, (14, 40, 90), 9)
+    add_ball(mask, (14, 80, 20), 3)
+    return mask
+
+
+def opened_by_morphio(tree, tmp_path):
+    morphio = pytest.importorskip("morphio")
+    return morphio.Morphology(str(write_swc(tmp_path / "tree.swc", tree)))
+
+
+def test_one_soma_at_most_and_no_fragment(tmp_path):
+    tree = trace(two_neurons(), bridge=0)
+    (soma,) = np.flatnonzero(tree.type == 1)
+    assert np.allclose(tree.xyz[soma], [40, 21, 14], atol=1.5)
+    assert len(opened_by_morphio(tree, tmp_path).soma.points) == 1
+    assert (tree.parent < 0).sum() == 4
+    # The other neuron begins at an end, as without a soma.
+    roots = tree.xyz[tree.parent < 0]
+    other = roots[np.abs(roots[:, 1] - 61) < 3]
+    assert min(abs(other[0, 0] - 5), abs(other[0, 0] - 114)) < 3
+    # Thick fragments beside neurites without a soma are none.
+    assert (trace(two_neurons((0, 0)), bridge=0).type == 0).all()
+
+
+@pytest.mark.parametrize("seed", [(14, 61, 70), (14, 61, 8), (14, 80, 20), (14, 40, 90)])
+def test_the_seed_goes_before_any_soma(tmp_path, seed):
+    tree = trace(two_neurons(), seed=seed, bridge=0)
+    assert np.linalg.norm(tree.xyz[0] - seed[::-1]) < 3
+    assert tree.type[0] == (seed == (14, 61, 70))
+    assert (tree.type[1:] == 0).all()
+    opened_by_morphio(tree, tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_morphio_opens_traces_of_noise_and_fragments(tmp_path, seed):
+    noise = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(30, 60, 60)), 2)
+    tree = trace(noise > 1.2 * noise.std(), bridge=8 * (seed % 2))
+    assert (tree.parent < 0).sum() > 3
+    assert (tree.type == 1).sum() <= 1
+    opened_by_morphio(tree, tmp_path)
 
 
 def test_the_tree_with_the_seed_comes_first():
@@ -323,7 +382,10 @@ def test_transposes_with_their_spacing(order):
     turned = trace(mask.transpose(order), tuple(np.array(spacing)[list(order)]))
     xyz = np.empty_like(turned.xyz)
     xyz[:, ::-1][:, list(order)] = turned.xyz[:, ::-1]
+    # Radii are in voxels of the plane, of which one side may be the coarse one.
+    plane = np.prod(np.array(spacing)[list(order)][1:]) ** 0.5
     assert same(moved(turned, xyz), straight)
+    assert np.median(turned.radius) * plane == pytest.approx(np.median(straight.radius), abs=0.1)
 
 
 def test_crops_and_margins_change_nothing():
