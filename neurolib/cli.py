@@ -8,6 +8,7 @@ import platform
 import re
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -139,6 +140,9 @@ def inspect(
         list[Path], typer.Argument(help="Images and SWC files, or folders of them.", metavar="FILE")
     ],
     channel: Annotated[int | None, typer.Option(help="Channel of multi-channel images.")] = None,
+    spacing: Annotated[
+        str, typer.Option(help="Z,Y,X in µm: edge lengths of a voxel; default: those of the file.")
+    ] = "",
 ) -> None:
     """Say what is in images and SWC files, and whether an image and its tree fit together.
 
@@ -146,7 +150,7 @@ def inspect(
     """
     from neurolib.inspection import inspect_files
 
-    for text in inspect_files(files, channel):
+    for text in inspect_files(files, channel, _three("spacing", spacing)):
         print(text, flush=True)
 
 
@@ -188,6 +192,9 @@ def segment(
         int, typer.Option(help="Smaller pieces are dropped, in voxels; 200 is a tube 18 long.")
     ] = 200,
     channel: Annotated[int | None, typer.Option(help="Channel of a multi-channel image.")] = None,
+    spacing: Annotated[
+        str, typer.Option(help="Z,Y,X in µm: edge lengths of a voxel; default: those of the file.")
+    ] = "",
     overlap: Annotated[float, typer.Option(help="Overlap of tiles in y and x, 0 to 0.9.")] = 0.25,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     flips: Annotated[
@@ -243,9 +250,10 @@ def segment(
     loaded = load_checkpoint(checkpoint)
     predicting = {"overlap": overlap, "device": device, "flips": flips, "skip_empty": skip_empty}
     predicting |= {"channel": channel}
+    steps = _three("spacing", spacing)
     sharing = {"workers": workers, "scheduler": scheduler}
     job = functools.partial(
-        _segment_one, checkpoint, loaded, threshold, min_size, predicting, sharing
+        _segment_one, checkpoint, loaded, threshold, min_size, steps, predicting, sharing
     )
     if len(places) == 1:
         job(*next(iter(places.items())))
@@ -324,6 +332,7 @@ def _segment_one(
     loaded: tuple,
     threshold: float | None,
     min_size: int,
+    spacing: tuple[float, float, float] | None,
     predicting: dict,
     sharing: dict,
     image: Path,
@@ -335,7 +344,7 @@ def _segment_one(
     from neurolib.large import predict_large, stored_boxes, thresholded
     from neurolib.segmentation import predict_image
     from neurolib.tracing import trace
-    from neurolib.volume import read_volume, write_volume
+    from neurolib.volume import read_volume, remarks, write_volume
 
     network, facts = loaded
     out, mask, probability = wanted
@@ -343,22 +352,25 @@ def _segment_one(
     in_parts = probability is not None and probability.suffix.lower() == ".zarr"
     if in_parts and (any(sharing.values()) or image.suffix.lower() == ".zarr"):
         predict_large(image, checkpoint, probability, **predicting, **sharing)
-        volume = read_volume(probability, check=False)
+        volume = read_volume(probability, check=False, spacing=spacing)
     else:
-        volume = predict_image(image, network, **predicting)
+        volume = predict_image(image, network, **predicting, spacing=spacing)
+    _say(remarks(volume, image.name))
     made = {"image": image, "checkpoint": f"{checkpoint}, sha256 {sha256(checkpoint)}"}
     made |= {"spacing (z, y, x)": volume.spacing, **predicting}
     if probability:
         if not in_parts or isinstance(volume.data, np.ndarray):
             about = provenance("probability", **made)
-            write_volume(probability, volume.data, volume.spacing, about=about)
+            known = not volume.unknown
+            write_volume(probability, volume.data, volume.spacing, known=known, about=about)
         print(f"{probability}: written")
     made |= {"threshold": cut}
     if mask:
         binary = thresholded(volume.data, cut)
         lazy = mask.suffix.lower() == ".zarr"
         about = provenance("mask", **made)
-        write_volume(mask, binary if lazy else binary[:], volume.spacing, about=about)
+        binary, known = binary if lazy else binary[:], not volume.unknown
+        write_volume(mask, binary, volume.spacing, known=known, about=about)
         print(f"{mask}: voxels of at least {cut:g}")
     if out:
         options = {"threshold": cut, "min_size": min_size, "regions": stored_boxes(volume.data)}
@@ -435,7 +447,7 @@ def trace(
     from neurolib.files import check_outputs, provenance
     from neurolib.formats import LazyStack
     from neurolib.large import segmentation, stored_boxes
-    from neurolib.volume import read_volume
+    from neurolib.volume import read_volume, remarks
 
     _check_output(out, ".swc")
     _check_ranges(
@@ -449,7 +461,7 @@ def trace(
     if vaa3d and tracer != "app2":
         raise SettingsError(f"--vaa3d: is for --tracer app2 only, got --tracer {tracer}")
     steps, point = _three("spacing", spacing), _three("seed", seed)
-    stack = read_volume(volume, channel=channel, check=False)
+    stack = read_volume(volume, channel=channel, check=False, spacing=steps)
     in_parts = tracer == "neurolib" and isinstance(stack.data, LazyStack)
     read = segmentation if in_parts else as_probability
     found, meaning = read(stack.data, label, threshold, volume.name)
@@ -465,7 +477,7 @@ def trace(
         options["regions"] = stored_boxes(found)
     tree = TRACERS[tracer](
         found,
-        steps or stack.spacing,
+        stack.spacing,
         point and point[::-1],
         threshold=0.5 if threshold is None else threshold,
         min_size=min_size,
@@ -473,7 +485,8 @@ def trace(
         **options,
     )
     print(f"{volume.name}: {meaning}")
-    made = {"image": f"{volume}, {meaning}", "spacing (z, y, x)": steps or stack.spacing}
+    _say(remarks(stack, volume.name))
+    made = {"image": f"{volume}, {meaning}", "spacing (z, y, x)": stack.spacing}
     made |= {"tracer": tracer, "threshold": threshold, "label": label, "channel": channel}
     made |= {"seed (x, y, z)": point, "min_size": min_size, "bridge": bridge}
     _write_tree(out, tree, provenance("trace", **made))
@@ -637,6 +650,11 @@ def _check_ranges(**values: object) -> None:
 
     for name, value in values.items():
         check_range(name, value, f"--{name.replace('_', '-')} ")
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line, flush=True)
 
 
 def _three(name: str, text: str) -> tuple[float, float, float] | None:

@@ -6,8 +6,11 @@ anything, and maps the file into memory, or reads it piece by piece, where its f
 """
 
 import functools
+import gzip
 import importlib
+import logging
 import os
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -24,33 +27,103 @@ import tifffile
 
 from neurolib.errors import VolumeError
 
-# What a reader gives: voxels (z, y, x) of any byte order, and (dz, dy, dx) in µm.
-Stack = tuple[Any, Sequence[float]]
-UNKNOWN = (1.0, 1.0, 1.0)
+# What tifffile logs beside raising comes in our own errors, on one line.
+logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
-# Micrometres per unit, by the names that ImageJ, OME, OME-Zarr and NRRD files use.
+
+@dataclass(frozen=True)
+class Spacing:
+    """Lengths (dz, dy, dx) of a voxel, in µm unless `unknown` says why not; `source`: the fields.
+
+    Where they are not known in µm, their ratio may still be; else they are 1.
+    """
+
+    lengths: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    unknown: str = "the file records none"
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What a reader gives: voxels (z, y, x) of any byte order, their spacing, and notes.
+
+    A note is a sentence on what was chosen or converted.
+    """
+
+    data: Any
+    spacing: Spacing = Spacing()
+    notes: tuple[str, ...] = ()
+
+
+# Units of length ------------------------------------------------------------------------------
+
+_PREFIXES = {"Y": "yotta", "Z": "zetta", "E": "exa", "P": "peta", "T": "tera", "G": "giga"}
+_PREFIXES |= {"M": "mega", "k": "kilo", "h": "hecto", "da": "deca", "": "", "d": "deci"}
+_PREFIXES |= {"c": "centi", "m": "milli", "µ": "micro", "n": "nano", "p": "pico", "f": "femto"}
+_PREFIXES |= {"a": "atto", "z": "zepto", "y": "yocto"}
+_POWERS = [24, 21, 18, 15, 12, 9, 6, 3, 2, 1, 0, -1, -2, -3, -6, -9, -12, -15, -18, -21, -24]
+
+# Micrometres per unit, by the names that OME, OME-Zarr, ImageJ and NRRD files use: all lengths of
+# OME's list (UnitsLength of the schema 2016-06) in symbols and words.
 MICRONS = {
-    "um": 1.0,
-    "µm": 1.0,
-    "μm": 1.0,
-    "\\u00b5m": 1.0,
-    "micron": 1.0,
-    "microns": 1.0,
-    "micrometer": 1.0,
-    "micrometers": 1.0,
-    "micrometre": 1.0,
-    "picometer": 1e-6,
-    "angstrom": 1e-4,
-    "nm": 1e-3,
-    "nanometer": 1e-3,
-    "mm": 1e3,
-    "millimeter": 1e3,
-    "cm": 1e4,
-    "centimeter": 1e4,
-    "m": 1e6,
-    "meter": 1e6,
-    "inch": 25400.0,
+    name: 10.0 ** (power + 6)
+    for (sign, word), power in zip(_PREFIXES.items(), _POWERS, strict=True)
+    for name in (f"{sign}m", f"{word}meter")
 }
+MICRONS |= {"um": 1.0, "micron": 1.0, "å": 1e-4, "angstrom": 1e-4, "Å": 1e-4}
+MICRONS |= {"inch": 25400.0, "in": 25400.0, "inches": 25400.0, "thou": 25.4, "li": 25400 / 12}
+MICRONS |= {"ft": 304800.0, "foot": 304800.0, "feet": 304800.0, "yd": 914400.0, "yard": 914400.0}
+MICRONS |= {"mi": 1609344e3, "mile": 1609344e3, "pt": 25400 / 72, "ua": 1.495978707e17}
+MICRONS |= {"ly": 9.4607304725808e21, "pc": 3.0856775814913673e22, "parsec": 3.0856775814913673e22}
+
+# What stands where no length is meant: numbers with it still tell the ratio of the axes.
+NO_LENGTH = ("", "pixel", "px", "voxel", "reference frame", "none", "???", "unknown")
+
+
+def microns(unit: str) -> float | None:
+    """Micrometres per `unit`; 0 of what is no length (`NO_LENGTH`), None of a name not known."""
+    # "Mm" is not "mm": as it is written first. Both signs of µ, and ImageJ's way to escape it.
+    unit = unit.strip().replace("\\u00b5", "µ").replace("\\u00B5", "µ").replace("μ", "µ")
+    for name in (unit, unit.lower(), unit.lower().replace("metre", "meter")):
+        for form in (name, name.removesuffix("s") if len(name) > 4 else name):
+            if form in NO_LENGTH:
+                return 0.0
+            if form in MICRONS:
+                return MICRONS[form]
+    return None
+
+
+def calibrate(values: Sequence[float], units: Sequence[str], fields: Sequence[str]) -> Spacing:
+    """Turn what a file records of each axis into one spacing.
+
+    Parameters
+    ----------
+    values, units, fields : three of each, in the order z, y, x
+        Lengths of a voxel, their units, and the names of the file's fields that hold them.
+
+    Returns
+    -------
+    Spacing
+        In µm. Where no axis has a unit, the numbers of the file, as their ratio still counts.
+        (1, 1, 1) where an axis has no usable value, or a unit that is no known length.
+    """
+    factors = [microns(unit) for unit in units]
+    source = ", ".join(
+        f"{field} {'missing' if np.isnan(value) else f'{value:g} {unit}'.strip()}"
+        for field, value, unit in zip(fields, values, units, strict=True)
+    )
+    odd = {repr(unit): None for unit, f in zip(units, factors, strict=True) if f is None}
+    if odd:
+        return Spacing(unknown=f"{', '.join(odd)} is no known length ({source})")
+    scale = factors if any(factors) else [1.0] * 3
+    lengths = tuple(float(v) * f for v, f in zip(values, scale, strict=True))
+    if not all(np.isfinite(d) and d > 0 for d in lengths):
+        return Spacing(unknown=f"not every axis has a length ({source})")
+    if not any(factors):
+        return Spacing(
+            lengths, f"no unit of length ({source}), so that only the ratio counts", source
+        )
+    return Spacing(lengths, "", source)
 
 
 # What all formats share -----------------------------------------------------------------------
@@ -107,11 +180,6 @@ def choose_channel(name: str, channels: int, channel: int | None) -> int:
     return channel
 
 
-def clean_spacing(spacing: Sequence[float]) -> tuple[float, float, float]:
-    """Replace what cannot be a distance (zero, negative, NaN) by 1, for "unknown"."""
-    return tuple(float(d) if np.isfinite(d) and d > 0 else 1.0 for d in spacing)
-
-
 def boxes(
     lower: Sequence[int], upper: Sequence[int], step: Sequence[int]
 ) -> Iterator[tuple[slice, slice, slice]]:
@@ -161,44 +229,106 @@ def read_tiff(path: Path, head: bytes, size: int, channel: int | None) -> Stack:
 
 def _read_tiff_series(path: Path, tif: tifffile.TiffFile, size: int, channel: int | None) -> Stack:
     name = path.name
-    parts = list(tif.series)
+    described = re.search(r'<BinaryOnly [^>]*MetadataFile="([^"]*)"', tif.ome_metadata or "")
+    if described:
+        raise VolumeError(
+            f"{name}: only a part of the OME set that {described[1]} describes; read that file, or "
+            "save the set as one file"
+        )
+    parts, notes = _choose_images(name, tif)
     first = parts[0]
-    same = all((s.shape, s.dtype) == (first.shape, first.dtype) for s in parts)
-    if first.dtype is None:
-        raise VolumeError(f"{name}: its voxel type is none that TIFF defines; convert it")
-    if len(parts) > 1 and len(first.shape) == 2 and same:
+    if len(parts) > 1:
         # Slices written one by one come as one series each.
         axes, shape = "ZYX", (len(parts), *first.shape)
     else:
-        # Thumbnails, labels and smaller copies have other rows and columns than the image.
-        images = sum(s.shape[-2:] == first.shape[-2:] for s in parts)
-        if images > 1:
-            raise VolumeError(
-                f"{name}: {images} separate images, the first of shape {first.shape}, expected one "
-                "3D stack; save it as one, or each as a file"
-            )
-        parts = parts[:1]
         axes, shape = _tiff_axes(name, first.axes, first.shape)
     check_type(name, first.dtype)
     slices = prod(shape) // prod(shape[axes.index(axis)] for axis in "YX")
-    claimed = _number((tif.imagej_metadata or {}).get("images", 1)) if tif.is_imagej else 1
-    if claimed > slices:
-        raise VolumeError(
-            f"{name}: ImageJ's header claims {claimed:.0f} slices, found {slices}; "
-            "the file is truncated or damaged"
-        )
+    _check_imagej(name, tif, slices)
     index = choose_channel(name, shape[axes.index("C")] if "C" in axes else 1, channel)
-    spacing = _tiff_spacing(tif)
+    spacing = _tiff_spacing(tif, first)
     if len(parts) == 1 and first.dataoffset is not None:
         check_size(name, shape, first.dtype, size - first.dataoffset)
         dtype = first.dtype.newbyteorder(tif.byteorder)
         data = _map(path, dtype, first.dataoffset, shape)
     else:
-        _check_tiff_pages(name, parts, shape, size)
+        _check_tiff_pages(path, tif, parts, shape)
         loaded = [s.asarray() for s in parts]
         data = (np.stack(loaded) if len(loaded) > 1 else loaded[0]).reshape(shape)
     data = data.transpose([axes.index(axis) for axis in "CZYX" if axis in axes])
-    return (data[index] if "C" in axes else data), spacing
+    data = data[index] if "C" in axes else data
+    page = first.keyframe
+    # ImageJ stores pixels as they are and inverts what it shows.
+    if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and not tif.is_imagej:
+        if data.dtype == bool and page.software.startswith("tifffile"):
+            # It gives boolean arrays that mark, and stores them as they are.
+            notes += ("a mask marked MinIsWhite by tifffile, kept as it is",)
+        else:
+            data = _negative(name, data, page.bitspersample)
+            notes += ("stored with 0 as white (MinIsWhite), inverted",)
+    return Stack(data, spacing, notes)
+
+
+def _choose_images(
+    name: str, tif: tifffile.TiffFile
+) -> tuple[list[tifffile.TiffPageSeries], tuple[str, ...]]:
+    """The series of the largest stack, or of its slices; with a note if there are others."""
+    groups: dict[tuple, list] = {}
+    for series in tif.series:
+        groups.setdefault((series.shape, series.dtype), []).append(series)
+
+    def weight(group: list) -> tuple[bool, bool, int]:
+        voxels = len(group) * prod(group[0].shape)
+        # Colour overviews and single slices are no rival of a stack, however large.
+        return "S" not in group[0].axes, voxels > prod(group[0].shape[-2:]), voxels
+
+    main = max(groups.values(), key=weight)
+    first = main[0]
+    if first.dtype is None:
+        raise VolumeError(f"{name}: its voxel type is none that TIFF defines; convert it")
+    # Thumbnails, labels and smaller copies have other rows and columns than the image.
+    alike = [s for s in tif.series if s.shape[-2:] == first.shape[-2:]]
+    if len(alike) > 1 and (len(first.shape) != 2 or len(alike) > len(main)):
+        raise VolumeError(
+            f"{name}: {len(alike)} separate images, the first of shape {alike[0].shape}, expected "
+            "one 3D stack; save it as one, or each as a file"
+        )
+    if len(main) == len(tif.series):
+        return main, ()
+    return main, (
+        f"{len(tif.series)} images, of shapes "
+        f"{', '.join(dict.fromkeys(str(s.shape) for s in tif.series))}; the largest stack is used",
+    )
+
+
+def _negative(name: str, data: np.ndarray, bits: Any) -> np.ndarray:
+    """Pixels of which 0 is white, turned into intensities."""
+    if data.dtype.kind == "f":
+        raise VolumeError(
+            f"{name}: 0 is white (MinIsWhite) in voxels of {data.dtype}, which have no black; "
+            "invert and save it as MinIsBlack"
+        )
+    if data.dtype.kind != "u":
+        return ~data
+    return data.dtype.type((1 << int(np.max(bits))) - 1) - data
+
+
+def _check_imagej(name: str, tif: tifffile.TiffFile, slices: int) -> None:
+    """Compare the images that ImageJ's header claims with those that are there."""
+    if not tif.is_imagej:
+        return
+    claimed = _number((tif.imagej_metadata or {}).get("images", 1))
+    if claimed > slices:
+        raise VolumeError(
+            f"{name}: ImageJ's header claims {claimed:.0f} slices, found {slices}; the file is "
+            "truncated or damaged"
+        )
+    # Beyond 4 GiB, ImageJ writes one page for all.
+    if 1 < claimed < len(tif.pages):
+        raise VolumeError(
+            f"{name}: ImageJ's header claims {claimed:.0f} slices, found {len(tif.pages)} pages; "
+            "it is not of this stack, save the file again with ImageJ"
+        )
 
 
 def _first_line(error: Exception) -> str:
@@ -270,42 +400,55 @@ def _check_tiff_chain(path: Path, head: bytes, size: int) -> None:
 
 
 def _check_tiff_pages(
-    name: str, parts: Sequence[tifffile.TiffPageSeries], shape: Sequence[int], size: int
+    path: Path,
+    tif: tifffile.TiffFile,
+    parts: Sequence[tifffile.TiffPageSeries],
+    shape: Sequence[int],
 ) -> None:
-    """Refuse pages whose data are missing, leave the file, or are too few for `shape`."""
-    available = 0
+    """Refuse pages whose data are missing, leave their file, or are too few for `shape`."""
+    available, name = 0, path.name
     for number, page in enumerate(page for part in parts for page in part.pages):
+        if page is None and tif.is_ome:
+            names = re.findall(r'FileName="([^"]*)"', tif.ome_metadata)
+            lost = [file for file in dict.fromkeys(names) if not (path.parent / file).exists()]
+            raise VolumeError(
+                f"{name}: slice {number} of its set of files is missing"
+                f"{': ' + ', '.join(lost) + ' not found' if lost else ''}; put all files of the "
+                "set into one folder"
+            )
+        # In a set of OME files, most pages are in another file.
+        file = page.parent.filehandle if page is not None else tif.filehandle
         counts = page.databytecounts if page is not None else ()
         offsets = page.dataoffsets if page is not None else ()
         ends = [o + n for o, n in zip(offsets, counts, strict=False)]
-        if not ends or min(counts) <= 0 or max(ends) > size:
+        if not ends or min(counts) <= 0 or max(ends) > file.size:
             raise VolumeError(
-                f"{name}: the data of page {number} are not within the file of {size} bytes; "
-                "the file is truncated or damaged"
+                f"{name}: the data of page {number} are not within the file of {file.size} bytes"
+                f"{'' if file.name == name else f' ({file.name})'}; it is truncated or damaged"
             )
         compression = int(page.keyframe.compression)
         available += sum(counts) * EXPANSION.get(compression, EXPANSION_OTHER)
     check_size(name, shape, parts[0].dtype, available)
 
 
-def _tiff_spacing(tif: tifffile.TiffFile) -> tuple[float, float, float]:
-    """(dz, dy, dx) from OME or ImageJ metadata; a plain TIFF records none."""
+def _tiff_spacing(tif: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Spacing:
+    """Spacing (`calibrate`) from OME or ImageJ metadata; a plain TIFF records none."""
     if tif.is_ome:
-        return _ome_spacing(tif.ome_metadata)
-    if not tif.is_imagej:
-        return UNKNOWN
-    metadata = tif.imagej_metadata or {}
-    tags = tif.pages[0].tags
-    unit = MICRONS.get(str(metadata.get("unit", "")).strip().lower())
-    if unit is None and tags.valueof(296, default=1) != 1:
+        return _ome_spacing(tif, series)
+    metadata, tags = tif.imagej_metadata or {}, tif.pages[0].tags
+    unit = str(metadata.get("unit", ""))
+    if not tif.is_imagej or (not microns(unit) and tags.valueof(296, default=1) != 1):
         # Per inch or centimetre but without ImageJ's unit: a resolution for printing.
-        return UNKNOWN
+        return Spacing()
     # XResolution and YResolution are pixels per unit, as fractions.
-    per_unit = [tags.valueof(code, default=(1, 1)) for code in (283, 282)]
-    dy, dx = (d / n if n else 1.0 for n, d in per_unit)
-    # ImageJ writes a negative spacing for a stack that was taken from top to bottom.
-    dz = abs(_number(metadata.get("spacing", 1.0)))
-    return tuple((unit or 1.0) * d for d in (dz, dy, dx))
+    per_unit = [tags.valueof(code, default=(0, 1)) for code in (283, 282)]
+    dy, dx = (d / n if n else float("nan") for n, d in per_unit)
+    # ImageJ leaves out a spacing of 1 (other writers without a unit leave out what they do not
+    # know), and writes a negative one for a stack that was taken from top to bottom; it has
+    # `yunit` and `zunit` where they differ from `unit`.
+    dz = abs(_number(metadata.get("spacing", 1.0 if microns(unit) else None)))
+    units = [str(metadata.get(key, unit)) for key in ("zunit", "yunit")]
+    return calibrate((dz, dy, dx), (*units, unit), ("spacing", "YResolution", "XResolution"))
 
 
 def _number(value: Any) -> float:
@@ -316,16 +459,20 @@ def _number(value: Any) -> float:
         return float("nan")
 
 
-def _ome_spacing(xml: str) -> tuple[float, float, float]:
-    root = ElementTree.fromstring(xml)
-    pixels = next((e for e in root.iter() if e.tag.endswith("}Pixels")), None)
-    get = pixels.attrib.get if pixels is not None else {}.get
+def _ome_spacing(tif: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Spacing:
+    root = ElementTree.fromstring(tif.ome_metadata)
+    pixels = [e.attrib for e in root.iter() if e.tag.endswith("}Pixels")]
+    if not pixels:
+        return Spacing()
+    # One series an image, in their order.
+    whole = len(pixels) == len(tif.series)
+    get = pixels[list(tif.series).index(series) if whole else 0].get
+    fields = [f"PhysicalSize{axis}" for axis in "ZYX"]
+    if not any(map(get, fields)):
+        return Spacing()
     # The OME schema's default unit is the micrometre.
-    return tuple(
-        _number(get(f"PhysicalSize{a}", 1))
-        * MICRONS.get(get(f"PhysicalSize{a}Unit", "µm").lower(), 1)
-        for a in "ZYX"
-    )
+    units = [get(f"{field}Unit", "µm") for field in fields]
+    return calibrate([_number(get(field)) for field in fields], units, fields)
 
 
 # NumPy --------------------------------------------------------------------------------------
@@ -361,7 +508,7 @@ def read_npy(path: Path, head: bytes, size: int, channel: int | None) -> Stack:
     data = _map(path, dtype, offset, shape[::-1] if fortran else shape)
     data = data.transpose() if fortran else data
     index = choose_channel(name, shape[0] if len(shape) == 4 else 1, channel)
-    return (data[index] if data.ndim == 4 else data), UNKNOWN
+    return Stack(data[index] if data.ndim == 4 else data)
 
 
 # Vaa3D --------------------------------------------------------------------------------------
@@ -421,7 +568,7 @@ def _v3d_volume(name: str, sizes: Sequence[int], channel: int | None, load: Call
     shape = sizes[3::-1]
     check_shape(name, shape[1:])
     index = choose_channel(name, shape[0], channel)
-    return load(shape)[index], UNKNOWN
+    return Stack(load(shape)[index])
 
 
 def read_v3dpbd(path: Path, head: bytes, size: int, channel: int | None) -> Stack:
@@ -538,18 +685,18 @@ def read_nrrd(path: Path, head: bytes, size: int, channel: int | None) -> Stack:
     if not all(n > 0 for n in shape):
         raise VolumeError(f"{name}: sizes {shape[::-1]}, expected positive numbers")
 
-    spacing = _nrrd_spacing(fields, len(shape))
+    key, values, units = _nrrd_spacing(fields, len(shape))
     axis = None
     if len(shape) == 4:
         # The channel axis has no spacing or is of a kind not of space; by habit the slowest.
         kinds = fields.get("kinds", "").lower().split()[::-1]
         if len(kinds) == 4:
-            spacing = [
-                d if kind in ("domain", "space") else float("nan")
-                for d, kind in zip(spacing, kinds, strict=True)
-            ]
-        axis = next((k for k, d in enumerate(spacing) if not np.isfinite(d)), 0)
-        spacing = [d for k, d in enumerate(spacing) if k != axis]
+            axis = next((k for k, n in enumerate(kinds) if n not in ("domain", "space")), None)
+        if axis is None:
+            axis = next((k for k, d in enumerate(values) if not np.isfinite(d)), 0)
+        del values[axis], units[axis]
+    names = [f"{key} of {a}" for a in "zyx"]
+    spacing = calibrate(values, units, names) if key else Spacing()
     index = choose_channel(name, shape[axis] if axis is not None else 1, channel)
 
     if encoding == "raw":
@@ -560,9 +707,9 @@ def read_nrrd(path: Path, head: bytes, size: int, channel: int | None) -> Stack:
         try:
             with open(path, "rb") as file:
                 file.seek(offset)
-                # 31: a gzip header. One byte more than claimed is enough to see an excess.
-                unpacked = zlib.decompressobj(31).decompress(file.read(), claimed)
-        except zlib.error as error:
+                # Of any number of members, one after the other (RFC 1952).
+                unpacked = gzip.GzipFile(fileobj=file).read(claimed)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise VolumeError(f"{name}: gzip data are damaged ({error}); export again") from error
         check_size(name, shape, dtype, len(unpacked))
         data = np.frombuffer(unpacked, dtype).reshape(shape)
@@ -570,7 +717,7 @@ def read_nrrd(path: Path, head: bytes, size: int, channel: int | None) -> Stack:
         raise VolumeError(f"{name}: encoding {encoding!r}, expected raw or gzip; save it as raw")
     if axis is not None:
         data = np.moveaxis(data, axis, 0)[index]
-    return data, spacing
+    return Stack(data, spacing)
 
 
 def _nrrd_fields(path: Path, size: int) -> tuple[dict[str, str], int]:
@@ -587,7 +734,10 @@ def _nrrd_fields(path: Path, size: int) -> tuple[dict[str, str], int]:
                     f"{name}: no empty line after the header; its data are in another file or "
                     "cut off, expected both in one .nrrd file"
                 )
-            text = line.decode("latin-1").strip()
+            try:
+                text = line.decode().strip()
+            except UnicodeDecodeError:
+                text = line.decode("latin-1").strip()
             if not text:
                 break
             key, colon, value = text.partition(":")
@@ -603,24 +753,35 @@ def _nrrd_fields(path: Path, size: int) -> tuple[dict[str, str], int]:
     return fields, offset
 
 
-def _nrrd_spacing(fields: dict[str, str], dims: int) -> list[float]:
-    """Spacing of each axis, slowest first, in µm; NaN for an axis that is not of space."""
+def _nrrd_spacing(fields: dict[str, str], dims: int) -> tuple[str, list[float], list[str]]:
+    """Field, length and unit of each axis, slowest first; NaN for an axis that is not of space."""
     try:
         if "space directions" in fields:
-            text = fields["space directions"].replace("none", "(nan)").replace(" ", "")
-            vectors = [v.strip("()") for v in text.split(")(")]
-            spacing = [
-                float(np.linalg.norm([float(x) for x in vector.split(",")])) for vector in vectors
-            ]
+            key, text = "space directions", fields["space directions"].replace("none", "(nan)")
+            vectors = [v.strip("()") for v in text.replace(" ", "").split(")(")]
+            steps = [[float(x) for x in vector.split(",")] for vector in vectors]
+            units = _nrrd_units(fields.get("space units", ""))
+            # Each direction has a unit: along one axis it is its own, across some only if equal.
+            own = [{u for u, x in zip(units, s, strict=False) if x} for s in steps]
+            units = [" and ".join(sorted(o)) for o in own]
+            values = [float(np.linalg.norm(s)) for s in steps]
         else:
-            spacing = [float(x) for x in fields.get("spacings", "").split()]
+            key, values = "spacings", [float(x) for x in fields.get("spacings", "").split()]
+            units = []
     except ValueError:
-        spacing = []
-    if len(spacing) != dims:
-        return [1.0] * dims
-    units = fields.get("space units", fields.get("units", "")).replace('"', " ").split()
-    scale = MICRONS.get(units[0].lower(), 1.0) if units else 1.0
-    return [d * scale for d in spacing[::-1]]
+        key, values, units = "spacings", [], []
+    if key not in fields:
+        return "", [float("nan")] * dims, [""] * dims
+    if not any(units):
+        units = _nrrd_units(fields.get("units", fields.get("space units", "")))
+    if len(values) != dims:
+        values = [float("nan")] * dims
+    units = [*units, *[""] * dims][:dims]
+    return key, values[::-1], units[::-1]
+
+
+def _nrrd_units(text: str) -> list[str]:
+    return re.findall(r'"([^"]*)"', text) if '"' in text else text.split()
 
 
 # OME-Zarr -----------------------------------------------------------------------------------
@@ -733,26 +894,33 @@ def read_zarr(path: Path, channel: int | None) -> Stack:
         if "bioformats2raw.layout" in attributes.get("ome", attributes):
             # That converter's folder of images, most often of one.
             if "1" in group:
-                raise VolumeError(f"{name}: several images, expected one; convert them one by one")
+                raise VolumeError(f"{name}: several images, expected one; name it, as {name}/0")
             group = group["0"]
             attributes = dict(group.attrs)
-        image = attributes.get("ome", attributes)["multiscales"][0]
-        axes = [axis["name"].lower() for axis in image["axes"]]
-        units = [MICRONS.get(axis.get("unit", ""), 1.0) for axis in image["axes"]]
+        images = attributes.get("ome", attributes)["multiscales"]
+        image = images[0]
+        # Axes are objects from version 0.4 on, names in 0.3, and always these five before.
+        described = [a if isinstance(a, dict) else {"name": a} for a in image.get("axes", "tczyx")]
+        axes = [axis["name"].lower() for axis in described]
         level = image["datasets"][0]
         array = group[level["path"]]
         shape, chunks, dtype = tuple(array.shape), tuple(array.chunks), np.dtype(array.dtype)
-        scale = _zarr_scale(level["coordinateTransformations"])
-        # A scale of all levels comes on top.
-        common = _zarr_scale(image.get("coordinateTransformations") or [{}]) or [1.0] * len(axes)
-        spacing = [float(a * b * c) for a, b, c in zip(scale, common, units, strict=True)][-3:]
+        # A scale of all levels comes on top of that of the level; up to 0.3 there is none.
+        scales = [
+            _zarr_scale(where.get("coordinateTransformations") or []) for where in (level, image)
+        ]
+        scale, common = (s or [1.0] * len(axes) for s in scales)
+        values = [float(a * b) for a, b in zip(scale, common, strict=True)]
+        units = [str(axis.get("unit") or "") for axis in described]
+        fields = [f"scale of {axis}" for axis in axes[-3:]]
+        spacing = calibrate(values[-3:], units[-3:], fields) if scales[0] else Spacing()
     except VolumeError:
         raise
     except Exception as error:
         # Metadata are free JSON and zarr has its own errors for each kind of damage.
         raise VolumeError(
             f"{name}: not an OME-Zarr image ({type(error).__name__}: {_first_line(error)}); "
-            "expected multiscales with axes and a scale"
+            "expected multiscales with axes and datasets"
         ) from error
     if axes[-3:] != ["z", "y", "x"] or len(axes) != len(shape) or axes.count("c") > 1:
         raise VolumeError(
@@ -773,7 +941,8 @@ def read_zarr(path: Path, channel: int | None) -> Stack:
         )
     index = choose_channel(name, shape[axes.index("c")] if "c" in axes else 1, channel)
     fixed = tuple(index if axis == "c" else 0 for axis in axes[:-3])
-    return LazyStack(name, array, fixed, path / array.path), spacing
+    notes = () if len(images) == 1 else (f"{len(images)} images; the first is used",)
+    return Stack(LazyStack(name, array, fixed, path / array.path), spacing, notes)
 
 
 def _zarr_scale(steps: Sequence[dict]) -> Sequence[float] | None:

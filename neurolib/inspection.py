@@ -1,6 +1,7 @@
 """What is in a file: facts about images and trees, and whether the two belong together."""
 
 from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,29 @@ import numpy as np
 from neurolib import swc
 from neurolib.datasets import TREES, alone, same_name, stem
 from neurolib.errors import NeurolibError
-from neurolib.volume import LEVELS, SUFFIXES, Volume, read_volume
+from neurolib.formats import LazyStack
+from neurolib.volume import (
+    LEVELS,
+    POLARITY,
+    SUFFIXES,
+    Volume,
+    check_values,
+    inverted,
+    is_image,
+    normalise,
+    read_volume,
+)
 
-# Voxels of which all are looked at; of larger volumes evenly spread slices stand for the rest.
-WHOLE = 1 << 27
+# Voxels of which all are looked at; of larger volumes evenly spread slices stand for the rest, and
+# of OME-Zarr, where a slice is in many chunks, evenly spread chunks.
+WHOLE, WHOLE_ZARR = 1 << 27, 1 << 25
 
 
-def inspect_files(paths: Sequence[str | Path], channel: int | None = None) -> Iterator[str]:
+def inspect_files(
+    paths: Sequence[str | Path],
+    channel: int | None = None,
+    spacing: Sequence[float] | None = None,
+) -> Iterator[str]:
     """Facts of each file, then of each image with its tree, as blocks of text.
 
     Parameters
@@ -25,6 +42,8 @@ def inspect_files(paths: Sequence[str | Path], channel: int | None = None) -> It
         image and the only tree.
     channel : int, optional
         Of multi-channel images.
+    spacing : (dz, dy, dx), optional
+        In µm, in place of what the images record.
 
     Yields
     ------
@@ -44,7 +63,8 @@ def inspect_files(paths: Sequence[str | Path], channel: int | None = None) -> It
                 trees[file] = swc.read_swc(file)
                 facts = tree_facts(trees[file])
             else:
-                facts = volume_facts(read_volume(file, channel))
+                volume = read_volume(file, channel, check=False, spacing=spacing)
+                facts = volume_facts(volume, file.name)
                 images.append(file)
         except NeurolibError as error:
             problems += 1
@@ -53,7 +73,7 @@ def inspect_files(paths: Sequence[str | Path], channel: int | None = None) -> It
     pairs = _pairs(images, trees)
     for image, tree in pairs:
         # Read once more: all images of a folder at once need not fit into memory.
-        volume = read_volume(image, channel, check=False)
+        volume = read_volume(image, channel, check=False, spacing=spacing)
         facts = fit_facts(swc.read_swc(tree, volume.spacing), volume)
         yield block(f"{image.name} with {tree.name}", facts)
     if images and trees and (left := alone(images, trees, pairs)):
@@ -66,7 +86,7 @@ def inspect_files(paths: Sequence[str | Path], channel: int | None = None) -> It
 
 
 def _expand(path: Path) -> list[Path]:
-    if not path.is_dir() or path.suffix.lower() in SUFFIXES:
+    if not path.is_dir() or is_image(path):
         return [path]
     # Some systems leave "._cell.tif" beside "cell.tif".
     files = [p for p in sorted(path.iterdir()) if not p.name.startswith(".")]
@@ -99,27 +119,54 @@ def block(title: str, facts: dict[str, str]) -> str:
     return "\n".join([title, *(f"  {key:<10} {value}" for key, value in facts.items())])
 
 
-def volume_facts(volume: Volume) -> dict[str, str]:
-    """Shape, type, spacing and intensities of a volume, in words."""
+def _looked_at(volume: Volume, name: str) -> tuple[np.ndarray, str]:
+    """What stands for a volume (n, y, x), and in words what it is if it is not all of it.
+
+    Raises `VolumeError` for values that are no image (`check_values`).
+    """
+    data = volume.data
+    if not isinstance(data, LazyStack) or prod(data.shape) <= WHOLE_ZARR:
+        check_values(volume, name)
+        step = max(1, -(-prod(data.shape) // WHOLE))
+        return np.asarray(data[::step]), f"; every {step}th slice" if step > 1 else ""
+    # Whole chunks only, which lie side by side.
+    chunk = np.minimum(data.chunks, data.shape)
+    grid = np.array(data.shape) // chunk
+    count = min(prod(grid.tolist()), max(1, WHOLE_ZARR // prod(chunk.tolist())))
+    places = np.linspace(0, prod(grid.tolist()) - 1, count).astype(np.int64)
+    corners = np.stack(np.unravel_index(places, grid), axis=1) * chunk
+    parts = [data[tuple(map(slice, corner, corner + chunk))] for corner in corners]
+    values = np.concatenate(parts)
+    check_values(Volume(values), name)
+    return values, f"; {count} of {prod(grid.tolist())} chunks"
+
+
+def volume_facts(volume: Volume, name: str) -> dict[str, str]:
+    """Shape, type, spacing and intensities of a volume, and what is odd about it, in words."""
     shape, spacing = volume.data.shape, volume.spacing
-    step = max(1, -(-int(np.prod(shape)) // WHOLE))
-    values = np.asarray(volume.data[::step])
+    values, part = _looked_at(volume, name)
     # As for scaling: of masked stacks the percentiles of what is not masked.
     masked = (values == 0).mean() > 0.5 and values.any()
     kept = values[values != 0] if masked else values
     low, middle, high = np.percentile(kept, (LEVELS[0], 50, LEVELS[1]))
-    size = np.prod(shape) * volume.data.dtype.itemsize / 2**20
+    size = prod(shape) * volume.data.dtype.itemsize / 2**20
     levels = "/".join(f"{q:g}" for q in (LEVELS[0], 50, LEVELS[1]))
-    return {
+    lengths = " × ".join(f"{d:g}" for d in spacing)
+    remedy = "give --spacing Z,Y,X in µm"
+    facts = {
         "shape": f"{' × '.join(map(str, shape))} (z, y, x), {volume.data.dtype}, {size:.1f} MiB",
-        "spacing": " × ".join(f"{d:g}" for d in spacing)
-        + (" (1 µm, or none recorded)" if spacing == (1, 1, 1) else " µm (z, y, x)"),
+        "spacing": f"{lengths} (z, y, x), not known in µm: {volume.unknown}; {remedy}"
+        if volume.unknown
+        else f"{lengths} µm (z, y, x)",
         "intensity": f"{values.min():g} to {values.max():g}; percentiles {levels}: {low:g}, "
-        f"{middle:g}, {high:g}"
-        + (" of the voxels that are not zero" if masked else "")
-        + (f"; every {step}th slice" if step > 1 else ""),
+        f"{middle:g}, {high:g}" + (" of the voxels that are not zero" if masked else "") + part,
         "zeros": f"{(values == 0).mean():.1%} of the voxels",
     }
+    if volume.notes:
+        facts["read"] = "; ".join(volume.notes)
+    if inverted(normalise(values[:: max(1, values.size // POLARITY)])):
+        facts["warning"] = "dark structures on a bright ground; neurites must be bright: invert it"
+    return facts
 
 
 def tree_facts(tree: swc.Tree) -> dict[str, str]:
@@ -142,6 +189,8 @@ def tree_facts(tree: swc.Tree) -> dict[str, str]:
 
 def fit_facts(tree: swc.Tree, volume: Volume) -> dict[str, str]:
     """Whether a tree lies on the bright structures of a volume, in words."""
+    if isinstance(volume.data, LazyStack) and prod(volume.data.shape) > WHOLE:
+        return {"frame": "not compared, as all of the image would be read; cut out a part"}
     found = swc.fit(tree, volume)
     return {
         "inside": f"{found.inside:.1%} of the nodes lie in the image",

@@ -345,7 +345,8 @@ def _begin(part: Path, name: str, volume: Volume, wanted: dict) -> None:
     with atomic_path(part) as temporary:
         shape = tuple(volume.data.shape)
         about = provenance("probability", checkpoint=wanted["checkpoint"], **wanted["options"])
-        create_zarr(temporary, name, shape, np.dtype(np.float32), volume.spacing, about)
+        options = {"known": not volume.unknown, "about": about}
+        create_zarr(temporary, name, shape, np.dtype(np.float32), volume.spacing, **options)
         facts = wanted | {"low": low, "high": high, "skip_below": min(level, 1 - 1e-6)}
         write_text(temporary / MANIFEST, json.dumps(facts, indent=1))
 

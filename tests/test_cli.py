@@ -659,3 +659,18 @@ def test_interrupts_say_how_to_resume(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("neurolib.runs.run_course", interrupted)
     assert call("run") == 130
     assert "run the same command again to resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [(), ("--spacing", "0.3,0.1,0.1")])
+def test_a_spacing_that_is_not_known_is_said_and_not_made_up(tmp_path, capsys, given):
+    """By `inspect` and `trace`, unless it is given; the tree is that of the spacing."""
+    data = np.zeros((12, 40, 50), np.uint8)
+    data[4:7, 15:18, 4:46] = 255
+    metadata = {"axes": "ZYX", "PhysicalSizeX": 0.1, "PhysicalSizeY": 0.1}
+    tifffile.imwrite(tmp_path / "a.ome.tif", data, ome=True, metadata=metadata)
+    assert call("inspect", tmp_path / "a.ome.tif", *given) == 0
+    assert ("not known" in capsys.readouterr().out) == (not given)
+    assert call("trace", tmp_path / "a.ome.tif", "--out", tmp_path / "a.swc", *given) == 0
+    said = capsys.readouterr().out
+    assert said.count("spacing not known") == (not given)
+    assert given or "PhysicalSizeZ missing" in said

@@ -1,5 +1,6 @@
 """`neurolib inspect`: the facts are right, a bad file is one line, the others are still read."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -7,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
+from tifffile import imread, imwrite
 
-from neurolib import swc, synthesis
+from neurolib import inspection, swc, synthesis
 from neurolib.datasets import folder_pairs
 from neurolib.errors import NeurolibError, NeurolibWarning
+from neurolib.formats import LazyStack
 from neurolib.inspection import inspect_files
 from neurolib.volume import write_volume
 
@@ -34,8 +38,6 @@ def facts(text):
 
 
 def test_facts_of_an_image_are_numpys(folder):
-    from tifffile import imread
-
     values = imread(folder / "cell.tif")
     (text,) = inspect_files([folder / "cell.tif"])
     found = facts(text)
@@ -44,6 +46,55 @@ def test_facts_of_an_image_are_numpys(folder):
     low, middle, high = np.percentile(values, (0.5, 50, 99.8))
     assert f"{low:g}, {middle:g}, {high:g}" in found["intensity"]
     assert found["intensity"].startswith(f"{values.min()} to {values.max()};")
+
+
+def test_what_reading_chose_and_what_is_not_known_is_said(tmp_path, folder):
+    data = imread(folder / "cell.tif")
+    metadata = {"axes": "ZYX", "PhysicalSizeX": 0.1, "PhysicalSizeY": 0.1}
+    options = {"photometric": "miniswhite", "metadata": metadata}
+    imwrite(tmp_path / "a.ome.tif", 255 - data, ome=True, **options)
+    (text,) = inspect_files([tmp_path / "a.ome.tif"])
+    found = facts(text)
+    assert found["spacing"].startswith("1 × 1 × 1 (z, y, x), not known in µm: not every axis")
+    assert "PhysicalSizeZ missing" in found["spacing"]
+    assert "--spacing" in found["spacing"]
+    assert found["read"] == "stored with 0 as white (MinIsWhite), inverted"
+    assert "warning" not in found
+    (text,) = inspect_files([tmp_path / "a.ome.tif"], spacing=(0.3, 0.1, 0.1))
+    assert facts(text)["spacing"] == "0.3 × 0.1 × 0.1 µm (z, y, x)"
+    np.save(tmp_path / "dark.npy", 255 - data)
+    (text,) = inspect_files([tmp_path / "dark.npy"])
+    assert facts(text)["warning"].startswith("dark structures on a bright ground")
+
+
+def test_a_large_zarr_is_not_read_whole(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(inspection, "WHOLE_ZARR", 30_000)
+    monkeypatch.setattr(inspection, "WHOLE", 100_000)
+    data = np.tile(imread(folder / "cell.tif"), (2, 3, 3)).astype(np.float32)
+    group = zarr.create_group(tmp_path / "cell.zarr", zarr_format=2)
+    group.create_array("0", data=data, chunks=(8, 16, 16))
+    axes = [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "zyx"]
+    scale = {"type": "scale", "scale": [2, 0.5, 0.5]}
+    level = {"path": "0", "coordinateTransformations": [scale]}
+    group.attrs["multiscales"] = [{"version": "0.4", "axes": axes, "datasets": [level]}]
+    read = []
+    get = LazyStack.__getitem__
+
+    def counted(self, key):
+        read.append(get(self, key).size)
+        return get(self, key)
+
+    monkeypatch.setattr(LazyStack, "__getitem__", counted)
+    image, *_ = inspect_files([tmp_path / "cell.zarr", folder / "cell.swc"])
+    found = facts(image)
+    assert 0 < sum(read) <= 30_000
+    assert re.search(r"14 of \d+ chunks", found["intensity"])
+    assert found["spacing"] == "2 × 0.5 × 0.5 µm (z, y, x)"
+    median = float(found["intensity"].split(": ")[1].split(", ")[1])
+    assert abs(np.sum(data < median) / data.size - 0.5) < 0.1
+    *_, last = inspect_files([tmp_path / "cell.zarr", folder / "cell.swc"])
+    assert "not compared" in facts(last)["frame"]
+    assert sum(read) <= 60_000
 
 
 def test_masked_stacks_are_described_by_what_is_not_masked(tmp_path):

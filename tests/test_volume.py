@@ -13,11 +13,19 @@ import tifffile
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import gaussian_filter
 from test_formats import DATA, needs_data, needs_proc, peak_memory, refused, stack
 
 from neurolib import volume as volume_module
 from neurolib.errors import SettingsError, VolumeError
-from neurolib.volume import Volume, check_values, normalise, read_volume, write_volume
+from neurolib.volume import (
+    Volume,
+    check_values,
+    inverted,
+    normalise,
+    read_volume,
+    write_volume,
+)
 
 # Checking -----------------------------------------------------------------------------------
 
@@ -133,6 +141,29 @@ def test_real_masked_volume(tmp_path):
     assert np.allclose(normalise(part), scaled_by_numpy(part), atol=1e-6)
 
 
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 99),
+    gain=st.sampled_from([1, 20]),
+    tilt=st.sampled_from([0, 60]),
+    slices=st.sampled_from([2, 12]),
+)
+def test_dark_structures_on_a_bright_ground_are_noticed(seed, gain, tilt, slices):
+    """Whatever the brightness and its gradient; noise alone is neither."""
+    rng, shape = np.random.default_rng(seed), (slices, 80, 90)
+    line = np.zeros(shape)
+    line[slices // 2, rng.integers(20, 60), 5:85] = 1
+    line[slices // 2, 5:75, rng.integers(20, 70)] = 1
+    blurred = gaussian_filter(line, (0, 1.2, 1.2))
+    ground = 30 + tilt * np.linspace(0, 1, 90) + rng.normal(0, 3, shape)
+    image = gain * (ground + 60 * blurred / blurred.max())
+    assert not inverted(normalise(image))
+    assert inverted(normalise(image.max() - image))
+    assert not inverted(normalise(ground))
+    assert not inverted(normalise(-ground))
+    assert not inverted(np.zeros(shape, np.float32))
+
+
 # Writing ------------------------------------------------------------------------------------
 
 
@@ -144,12 +175,16 @@ def test_real_masked_volume(tmp_path):
     shape=st.tuples(st.integers(2, 6), st.integers(1, 9), st.integers(1, 9)),
     spacing=st.tuples(*[st.floats(1e-3, 1e3)] * 3),
     suffix=st.sampled_from([".tif", ".tiff", ".ome.tif", ".zarr", ".ome.zarr"]),
+    known=st.booleans(),
 )
-def test_written_volumes_come_back(tmp_path_factory, dtype, shape, spacing, suffix):
+@pytest.mark.filterwarnings("ignore:.*times longer")
+def test_written_volumes_come_back(tmp_path_factory, dtype, shape, spacing, suffix, known):
+    """With their spacing, and no unit where none was known."""
     data = stack(dtype, shape)
     path = tmp_path_factory.mktemp("volume") / f"a{suffix}"
-    assert write_volume(path, data, spacing) == path
+    assert write_volume(path, data, spacing, known=known) == path
     volume = read_volume(path, check=False)
+    assert known == (not volume.unknown)
     assert np.array_equal(volume.data, data)
     assert volume.data.dtype == np.dtype(dtype)
     assert volume.spacing == pytest.approx(spacing, rel=1e-5)
