@@ -87,24 +87,23 @@ def fetch_janelia(
     # Two that append to one part would spoil it.
     with files.claim(lock):
         if not folder.is_dir():
-            _fetch(url, archive, folder, expected, known, record)
+            _fetch(url, archive, folder, expected or known, record)
         archive.unlink(missing_ok=True)
     return folder
 
 
-def _fetch(url: str, archive: Path, folder: Path, expected: str, known: str, record: Path) -> None:
+def _fetch(url: str, archive: Path, folder: Path, expected: str, record: Path) -> None:
     """Download, check and unpack the archive."""
-    download(url, archive, expected or known, MAX_ARCHIVE, "NEUROLIB_BIGNEURON_URL")
-    found = expected or known or files.sha256(archive)
-    if not (expected or known):
+    download(url, archive, expected, MAX_ARCHIVE, "NEUROLIB_BIGNEURON_URL")
+    found = expected or files.sha256(archive)
+    if not expected:
         warnings.warn(
             f"{url}: no hash of this archive is known; sha256 {found} of this first download is "
             f"recorded in {record} and enforced from now on",
             NeurolibWarning,
             stacklevel=3,
         )
-    facts = {"url": url, "sha256": found, "bytes": archive.stat().st_size}
-    files.write_text(record, json.dumps(facts, indent=1))
+    files.write_text(record, json.dumps({"url": url, "sha256": found}, indent=1))
     try:
         with files.atomic_path(folder) as temporary:
             temporary.mkdir()
@@ -115,7 +114,7 @@ def _fetch(url: str, archive: Path, folder: Path, expected: str, known: str, rec
     except (DataError, *DAMAGED) as error:
         # What is not the release must not be remembered as its first download.
         archive.unlink()
-        if not expected and not known:
+        if not expected:
             record.unlink()
         if isinstance(error, DataError):
             raise
@@ -204,4 +203,4 @@ def _pairs(members: list[zipfile.ZipInfo]) -> tuple[dict[str, tuple], list[str]]
 
 def _belongs(tree: str, stem: str) -> bool:
     """Whether an SWC is named after an image: "cell_1" is not the image of "cell_10.swc"."""
-    return tree.startswith(stem) and tree[len(stem) : len(stem) + 1] in (".", "_")
+    return tree.startswith((f"{stem}.", f"{stem}_"))

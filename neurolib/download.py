@@ -22,6 +22,8 @@ TRIES = 5
 # Connections in all, so that one that drops after every few bytes comes to an end, too.
 MAX_CONNECTIONS = 100
 PAUSE = 1.0
+# Seconds that a server may ask for between two connections.
+MAX_WAIT = 60.0
 # Smaller files come and go too fast for a progress bar of their own.
 SMALL = 16 << 20
 # Keeps the connection open from file to file.
@@ -29,7 +31,11 @@ SESSION = requests.Session()
 
 
 class _Interrupted(Exception):
-    """The connection broke or was refused for now: worth another one."""
+    """The connection broke or was refused for now: worth another one, after `wait` seconds."""
+
+    def __init__(self, reason: str, wait: str = ""):
+        super().__init__(reason)
+        self.wait = min(float(wait), MAX_WAIT) if wait.isdigit() else 0.0
 
 
 class _Stalled(_Interrupted):
@@ -44,8 +50,6 @@ def download(url: str, path: Path, sha256: str, limit: int, variable: str) -> No
 
     Parameters
     ----------
-    url : str
-    path : Path
     sha256 : str
         Hash that the file must have; empty where none is known.
     limit : int
@@ -72,9 +76,9 @@ def download(url: str, path: Path, sha256: str, limit: int, variable: str) -> No
 
 def _bring(url: str, path: Path, limit: int, variable: str) -> None:
     part = path.with_suffix(".part")
-    fruitless = connections = 0
+    fruitless, connections, wait = 0, 0, 0.0
     while fruitless < TRIES and connections < MAX_CONNECTIONS:
-        time.sleep(PAUSE * fruitless)
+        time.sleep(max(PAUSE * fruitless, wait))
         connections += 1
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
@@ -86,14 +90,15 @@ def _bring(url: str, path: Path, limit: int, variable: str) -> None:
             # A connection that only trickles is fruitless, too, or it would never end.
             gained = _size(part) > before and not isinstance(error, _Stalled)
             fruitless = 0 if gained else fruitless + 1
-            reason = _reason(error)
+            reason, wait = _reason(error), getattr(error, "wait", 0.0)
         except requests.RequestException as error:
             raise DataError(f"{url}: {_reason(error)}; check the address") from None
         except OSError as error:
             raise SettingsError(f"{part.parent}: cannot be written ({error.strerror})") from None
     raise DataError(
         f"{url}: the download stopped at {_size(part)} bytes after {connections} connections "
-        f"({reason}); run it again to resume, or set ${variable} to another address"
+        f"({reason}); run it again to resume, set ${variable} to another address, or "
+        "$NEUROLIB_DATA to a folder of finished pairs"
     )
 
 
@@ -121,7 +126,8 @@ def _transfer(url: str, part: Path, limit: int, variable: str) -> None:
             part.unlink()
             raise _Interrupted("the server has fewer bytes than were already here")
         if response.status_code in (429, 500, 502, 503, 504):
-            raise _Interrupted(f"the server answered {response.status_code}")
+            told = response.headers.get("Retry-After", "")
+            raise _Interrupted(f"the server answered {response.status_code}", told)
         if response.status_code not in (200, 206):
             raise DataError(
                 f"{url}: the server answered {response.status_code}; set ${variable} to an "

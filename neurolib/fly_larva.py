@@ -143,15 +143,20 @@ def _hash_of_voxels(path: Path, _changed: int) -> str:
 def _fetch(entries: list[dict]) -> Path:
     """Make the pairs that the cache lacks; return their folder."""
     folder = cache_folder() / NAME
-    if not _lacking(entries, folder):
+    left = [folder / f".{entry['name']}" for entry in entries]
+    # Killed after a pair was whole, a call leaves its raw files.
+    if not _lacking(entries, folder) and not any(raw.exists() for raw in left):
         return folder
     commit = json.loads(MANIFEST.read_text(encoding="utf-8"))["commit"]
     address = (os.environ.get(VARIABLE) or URL.format(commit=commit)).rstrip("/")
     with claim(folder / ".lock"):
         missing = _lacking(entries, folder)
-        with tqdm(total=sum(1 + len(e["slices"]) for e in missing), desc=NAME, unit="file") as bar:
+        total = sum(1 + len(entry["slices"]) for entry in missing)
+        with tqdm(total=total, desc=NAME, unit="file", delay=1) as bar:
             for entry in missing:
                 _make_pair(entry, folder, address, bar)
+        for raw in left:
+            shutil.rmtree(raw, ignore_errors=True)
     return folder
 
 

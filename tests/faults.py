@@ -339,6 +339,17 @@ def download(folder: Path, hub: str, archive: str, wait: float = 0.0, limit: int
         bigneuron.fetch_janelia(url, digest)
 
 
+def download_pairs(folder: Path, manifest: Path, address: str) -> None:
+    """The raw files of a data set from a server, and the pairs made of them, into a cache."""
+    from neurolib import download as downloading
+    from neurolib import fly_larva
+
+    os.environ |= {"NEUROLIB_CACHE": str(folder), "NEUROLIB_DATA": "", "NO_PROXY": "127.0.0.1"}
+    os.environ[fly_larva.VARIABLE] = address
+    downloading.PAUSE, fly_larva.MANIFEST = 0.0, manifest
+    fly_larva.load_fly_larva()
+
+
 def ask(cache: Path, address: str) -> str:
     """What asking a hub for weights ends in."""
     from huggingface_hub import constants

@@ -149,6 +149,14 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.ranged(data, start)
 
+    def asks_to_wait(self, data, start):
+        """Too many requests: come back in a second."""
+        first = sum(way == "asks_to_wait" for way, _ in self.server.requests) == 1
+        if first:
+            self.head(429, 0, Retry_After="1")
+        else:
+            self.ranged(data, start)
+
     def down(self, *_):
         self.head(503, 0)
 

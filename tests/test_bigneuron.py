@@ -162,6 +162,17 @@ def test_transfer_that_was_whole_but_not_yet_renamed_is_recognised(server, relea
     assert len(list(fetch_janelia(server.url("good"), cache=tmp_path).iterdir())) == 90
 
 
+def test_a_server_that_asks_to_wait_gets_its_time(server, release, tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(download.time, "sleep", waits.append)
+    fetch_janelia(server.url("asks_to_wait"), hash_of(release), tmp_path)
+    assert [wait for wait in waits if wait] == [1.0]
+    monkeypatch.setattr(download, "MAX_WAIT", 0.5)
+    server.requests.clear()
+    fetch_janelia(server.url("asks_to_wait"), hash_of(release), tmp_path / "other")
+    assert [wait for wait in waits if wait] == [1.0, 0.5]
+
+
 @pytest.mark.parametrize("way", ["drops_once", "busy", "unannounced"])
 def test_servers_without_ranges_lengths_or_time_are_borne_with(server, release, tmp_path, way):
     folder = fetch_janelia(server.url(way), hash_of(release), tmp_path)

@@ -225,6 +225,16 @@ def test_an_interrupted_download_goes_on_wherever_it_was(server, tmp_path, monke
     check_pairs(load_fly_larva())
 
 
+def test_a_killed_download_ends_in_the_same_files(server, tmp_path):
+    kills = 20 if os.environ.get("NEUROLIB_FAULTS") else 2
+    args = fly_larva.MANIFEST, os.environ[fly_larva.VARIABLE]
+    whole = None
+    for here in faults.killed(faults.download_pairs, tmp_path / "killed", kills, 7, *args):
+        whole = whole or faults.content(tmp_path / "killed" / "whole")
+        assert len(whole) == 7
+        assert faults.content(here) == whole
+
+
 @pytest.mark.parametrize("lost", ["alpha.tif", "beta_body.swc"])
 def test_of_a_partial_cache_only_the_rest_is_fetched(server, tmp_path, lost):
     load_fly_larva()
