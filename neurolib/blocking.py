@@ -74,7 +74,7 @@ def make_target(
     Parameters
     ----------
     tree : Tree
-        Nodes in voxel coordinates, radii in voxels of the finest spacing. Parts of the tree
+        Nodes in voxel coordinates, radii in voxels of the plane (see `Tree`). Parts of the tree
         outside the volume mark what they reach inside; a tree without nodes marks nothing.
     shape : (int, int, int)
         Volume shape (z, y, x).
@@ -135,8 +135,8 @@ def make_target(
         start, end, reach = start[which, :3], end[which, :3], np.maximum(radius, radius + growth)
         if reach.max(initial=0) > (shape * scale).max():
             raise DataError(
-                f"tree: radius {reach.max() / min(*scale, 1):.4g} is larger than the volume of "
-                f"shape {shape}; radii are in voxels of the finest spacing, convert them first"
+                f"tree: radius {reach.max() / _plane(scale):.4g} is larger than the volume of "
+                f"shape {shape}; radii are in voxels of the plane, convert them first"
             )
         mask = np.zeros(shape, bool)
         for voxel, piece, along, distance in _near(start, end, reach, scale, shape, growth):
@@ -170,7 +170,7 @@ def scale_space(
     tree, shape, spacing, a, d_max
         As in `make_target`.
     radii : (k,) array, optional
-        Radii to sample, in voxels of the finest spacing; by default every half pixel from the
+        Radii to sample, in voxels of the plane; by default every half pixel from the
         smallest to the largest of the tree.
 
     Returns
@@ -195,10 +195,9 @@ def scale_space(
     if not len(start):
         return response, radius
     low, high = np.minimum(start[:, 3], end[:, 3]), np.maximum(start[:, 3], end[:, 3])
-    # Pixels per voxel of the finest spacing.
-    finest = scale.min()
+    plane = _plane(scale)
     if radii is None:
-        radii = np.arange(np.floor(2 * low.min()), np.ceil(2 * high.max()) + 1) / 2 / finest
+        radii = np.arange(np.floor(2 * low.min()), np.ceil(2 * high.max()) + 1) / 2 / plane
     radii = np.unique(np.asarray(radii, float))
     if not (radii.size and np.isfinite(radii).all() and radii[0] >= 0):
         raise SettingsError(f"radii: expected numbers of at least 0, got {radii.tolist()}")
@@ -206,12 +205,12 @@ def scale_space(
     # Strategy: the nearest sampled radius is best at every point of a piece, so a piece is
     # compared only with the radii whose neighbourhood its own radii touch: one or two of them.
     # The difference of radii is then a fourth coordinate of the distance.
-    between = (radii[1:] + radii[:-1]) / 2 * finest
+    between = (radii[1:] + radii[:-1]) / 2 * plane
     first = np.searchsorted(between, low, side="left")
     count = np.searchsorted(between, high, side="right") - first + 1
     piece = np.repeat(np.arange(len(start)), count)
     level = radii[first[piece] + _counters(count)]
-    height = np.outer(level * finest, (0, 0, 0, 1))
+    height = np.outer(level * plane, (0, 0, 0, 1))
     start, end, reach = start[piece] - height, end[piece] - height, np.full(len(piece), d_max)
     flat, flat_radius = response.reshape(-1), radius.reshape(-1)
     for voxel, pair, _, distance in _near(start, end, reach, scale, shape):
@@ -613,7 +612,7 @@ def _pieces(tree: Tree, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Lengths are in pixels; along a coarser axis, a piece may be as much longer as its voxels are. A
     root gives a piece of length 0, so that a node without any edge counts too.
     """
-    nodes = np.column_stack([tree.xyz[:, ::-1] * scale, np.maximum(tree.radius, 0) * scale.min()])
+    nodes = np.column_stack([tree.xyz[:, ::-1] * scale, np.maximum(tree.radius, 0) * _plane(scale)])
     if not np.isfinite(nodes).all():
         bad = int(np.flatnonzero(~np.isfinite(nodes).all(axis=1))[0])
         raise DataError(f"tree: node {bad} has a coordinate or radius that is not finite")
@@ -821,6 +820,11 @@ def _check_frame(shape: tuple, spacing: tuple) -> tuple[tuple[int, int, int], np
             f"spacing: expected three positive numbers (dz, dy, dx), got {tuple(spacing)}"
         )
     return shape, scale / scale[1:].min()
+
+
+def _plane(scale: np.ndarray) -> float:
+    """Pixels per voxel of the plane, the unit of a tree's radii: the geometric mean of dy, dx."""
+    return float(np.sqrt(scale[1] * scale[2]))
 
 
 def _check_response(tau: float, a: float, d_max: float) -> None:

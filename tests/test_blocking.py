@@ -50,7 +50,7 @@ def random_tree(rng, shape, n=7):
 
 def dense_samples(tree, scale, step=0.01):
     """Points (z, y, x) and radii in pixels, so close that they are the edges."""
-    nodes = np.column_stack([tree.xyz[:, ::-1] * scale, tree.radius * scale.min()])
+    nodes = np.column_stack([tree.xyz[:, ::-1] * scale, tree.radius * np.sqrt(scale[1] * scale[2])])
     samples = [nodes]
     for child, parent in enumerate(tree.parent):
         if parent >= 0:
@@ -75,7 +75,7 @@ def brute_force(tree, shape, spacing, kind, radii=None, a=6.0, d_max=5.0):
         return (distance <= np.maximum(samples[:, 3], 1)).any(1).reshape(shape), None
     best, radius = distance.min(1), None
     if kind == "scale_space":
-        levels = radii * scale.min()
+        levels = radii * np.sqrt(scale[1] * scale[2])
         each = [np.sqrt(distance**2 + (r - samples[:, 3]) ** 2).min(1) for r in levels]
         best, radius = np.min(each, axis=0), radii[np.argmin(each, axis=0)].reshape(shape)
     y = np.where(best < d_max, (np.exp(a * (1 - best / d_max)) - 1) / (np.exp(a) - 1), 0)
