@@ -11,6 +11,7 @@ from math import prod
 import numpy as np
 
 from neurolib.errors import DataError, SettingsError, VolumeError
+from neurolib.formats import check_spacing
 from neurolib.swc import Tree
 
 BLOCK = (5, 100, 100)
@@ -814,11 +815,7 @@ def _check_positions(positions: np.ndarray, shape: tuple[int, int, int]) -> np.n
 
 def _check_frame(shape: tuple, spacing: tuple) -> tuple[tuple[int, int, int], np.ndarray]:
     """Volume shape, and voxel size in pixels (the finer of dy and dx)."""
-    shape, scale = _triple("shape", shape, VolumeError), np.asarray(spacing, float)
-    if scale.shape != (3,) or not (np.isfinite(scale).all() and (scale > 0).all()):
-        raise VolumeError(
-            f"spacing: expected three positive numbers (dz, dy, dx), got {tuple(spacing)}"
-        )
+    shape, scale = _triple("shape", shape, VolumeError), check_spacing(spacing)
     return shape, scale / scale[1:].min()
 
 

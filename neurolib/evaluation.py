@@ -16,7 +16,8 @@ from scipy.spatial import KDTree
 
 from neurolib import statistics
 from neurolib.errors import SettingsError, SwcError, VolumeError
-from neurolib.swc import Tree, branch_points, tips
+from neurolib.formats import check_spacing
+from neurolib.swc import Tree, branch_points, edges, tips
 
 DISTANCES = ("Hd95", "ESA", "DSA")
 FULL_CONNECTIVITY = np.ones((3, 3, 3), dtype=bool)  # 26 neighbours: a neurite may run diagonally
@@ -32,7 +33,7 @@ def length_unit(spacings: Iterable[tuple[float, float, float]]) -> str:
 
 def in_unit(spacing: tuple[float, float, float], unit: str) -> tuple[float, float, float]:
     """The spacing in µm, or in voxels of the finest axis: what the scores of a table are given."""
-    scale = _check_spacing(spacing)
+    scale = check_spacing(spacing)
     return tuple((scale if unit == "µm" else scale / scale.min()).tolist())
 
 
@@ -96,7 +97,7 @@ def hd95(
         If the method has another name.
     """
     a, b = _check_masks(a, b, dimensions=3)
-    spacing = _check_spacing(spacing)
+    spacing = check_spacing(spacing)
     if method not in ("monai", "medpy"):
         raise SettingsError(f'hd95: method is "monai" or "medpy", got {method!r}')
     surface_a, surface_b = surface_voxels(a), surface_voxels(b)
@@ -147,7 +148,7 @@ def surface_dice(
         If the tolerance is negative or not finite.
     """
     a, b = _check_masks(a, b, dimensions=3)
-    spacing = _check_spacing(spacing)
+    spacing = check_spacing(spacing)
     reach = _tolerance(tolerance, spacing)
     if not a.any() or not b.any():
         return 1.0 if a.any() == b.any() else 0.0
@@ -372,57 +373,7 @@ def volume_diagonal(
     shape : (z, y, x) in voxels
     spacing : (dz, dy, dx); the result is in its unit
     """
-    return float(np.linalg.norm(np.multiply(shape, _check_spacing(spacing))))
-
-
-@dataclass(frozen=True)
-class VolumeScores:
-    """Scores of one predicted mask: hd95 in the unit of the spacing, the others without unit."""
-
-    dice: float
-    hd95: float
-    cl_dice: float
-    betti0_error: int
-
-
-def volume_scores(
-    prediction: np.ndarray,
-    truth: np.ndarray,
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    protocol: str = "standard",
-) -> VolumeScores:
-    """All scores of one predicted mask against the truth.
-
-    Parameters
-    ----------
-    prediction, truth : boolean arrays (z, y, x) of one shape
-    spacing : (dz, dy, dx), the unit of hd95
-    protocol : "standard", or "transunet": the habits of that code base (Chen et al. 2021), only
-        to compare with tables made by it. hd95 is then the pooled percentile in voxels, whatever
-        the spacing; an empty truth counts as Dice 1 and hd95 0 for any prediction that is not
-        empty, and an empty prediction as Dice 0 and hd95 0, the best distance there is.
-
-    Raises
-    ------
-    VolumeError
-        If the masks are not boolean, not 3D, or differ in shape.
-    SettingsError
-        If the protocol has another name.
-    """
-    if protocol not in ("standard", "transunet"):
-        raise SettingsError(f'protocol is "standard" or "transunet", got {protocol!r}')
-    overlap, distance = dice(prediction, truth), None
-    if protocol == "standard":
-        distance = hd95(prediction, truth, spacing)
-    elif not np.any(prediction):
-        overlap, distance = 0.0, 0.0
-    elif not np.any(truth):
-        overlap, distance = 1.0, 0.0
-    else:
-        distance = hd95(prediction, truth, method="medpy")
-    return VolumeScores(
-        overlap, distance, cl_dice(prediction, truth), betti0_error(prediction, truth)
-    )
+    return float(np.linalg.norm(np.multiply(shape, check_spacing(spacing))))
 
 
 def _check_mask(mask: np.ndarray, dimensions: int | None = None) -> np.ndarray:
@@ -445,13 +396,6 @@ def _check_masks(
             f"two masks of one volume must have one shape, got {a.shape} and {b.shape}"
         )
     return a, b
-
-
-def _check_spacing(spacing: tuple[float, float, float]) -> np.ndarray:
-    values = np.asarray(spacing, dtype=float)
-    if values.shape != (3,) or not np.all(np.isfinite(values) & (values > 0)):
-        raise VolumeError(f"spacing must be three positive numbers (dz, dy, dx), got {spacing}")
-    return values
 
 
 # --- Trees -------------------------------------------------------------------------------------
@@ -527,7 +471,7 @@ def tree_distance(
 
 def finest_voxels(spacing: tuple[float, float, float], *trees: Tree) -> tuple:
     """Trees in voxels of the finest axis, as all sampling takes them, and the edge of one."""
-    scale = _check_spacing(spacing)
+    scale = check_spacing(spacing)
     scaled = (replace(tree, xyz=tree.xyz * (scale / scale.min())[::-1]) for tree in trees)
     return *scaled, float(scale.min())
 
@@ -537,7 +481,7 @@ def sample_edges(tree: Tree) -> np.ndarray:
 
     A tree without any edge gives its nodes.
     """
-    child, parent = _edges(tree)
+    child, parent = edges(tree)
     if len(child) == 0:
         return tree.xyz
     start, step = tree.xyz[child], tree.xyz[parent] - tree.xyz[child]
@@ -545,12 +489,6 @@ def sample_edges(tree: Tree) -> np.ndarray:
     edge = np.repeat(np.arange(len(child)), count)
     number = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count)
     return start[edge] + step[edge] * (number / np.maximum(count[edge] - 1, 1))[:, None]
-
-
-def _edges(tree: Tree) -> tuple[np.ndarray, np.ndarray]:
-    """Row indices (child, parent) of the edges of a tree, each (m,)."""
-    child = np.flatnonzero(tree.parent >= 0)
-    return child, tree.parent[child]
 
 
 def distance_to_tree(points: np.ndarray, tree: Tree) -> np.ndarray:
@@ -592,7 +530,7 @@ def distance_to_tree(points: np.ndarray, tree: Tree) -> np.ndarray:
 
 def _edge_pieces(tree: Tree) -> tuple[np.ndarray, np.ndarray]:
     """Start and step (p, 3) of the edges, those longer than the mean cut into equal pieces."""
-    child, parent = _edges(tree)
+    child, parent = edges(tree)
     if len(child) == 0:
         return tree.xyz, np.zeros_like(tree.xyz)
     start, step = tree.xyz[child], tree.xyz[parent] - tree.xyz[child]
@@ -697,7 +635,7 @@ def short_pieces(tree: Tree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     (middles, lengths, rows)
         (m, 3) x, y, z, (m,), and the row (m,) of the node at whose edge to its parent each lies.
     """
-    child, parent = _edges(tree)
+    child, parent = edges(tree)
     start, step = tree.xyz[child], tree.xyz[parent] - tree.xyz[child]
     length = np.linalg.norm(step, axis=1)
     count = np.maximum(np.ceil(2 * length), 1).astype(int)

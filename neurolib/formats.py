@@ -180,6 +180,17 @@ def choose_channel(name: str, channels: int, channel: int | None) -> int:
     return channel
 
 
+def check_spacing(spacing: Sequence[float], name: str = "") -> np.ndarray:
+    """A spacing as (3,) float64; VolumeError, with the name of a file, if it is none."""
+    values = np.asarray(spacing, dtype=float)
+    if values.shape != (3,) or not np.all(np.isfinite(values) & (values > 0)):
+        raise VolumeError(
+            f"{name}: " * bool(name)
+            + f"spacing is {tuple(spacing)}, expected three positive numbers (dz, dy, dx)"
+        )
+    return values
+
+
 def boxes(
     lower: Sequence[int], upper: Sequence[int], step: Sequence[int]
 ) -> Iterator[tuple[slice, slice, slice]]:

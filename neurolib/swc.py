@@ -602,6 +602,12 @@ def components(tree: Tree) -> np.ndarray:
     return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
+def edges(tree: Tree) -> tuple[np.ndarray, np.ndarray]:
+    """Row indices (child, parent) of the edges of a tree, each (m,)."""
+    child = np.flatnonzero(tree.parent >= 0)
+    return child, tree.parent[child]
+
+
 def length(tree: Tree, spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> float:
     """Summed length of all edges, in voxels, or in µm with `spacing` (dz, dy, dx)."""
     child = np.flatnonzero(tree.parent >= 0)

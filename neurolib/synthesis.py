@@ -21,6 +21,7 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter
 from scipy.spatial import cKDTree
 
 from neurolib.errors import SettingsError, SwcError
+from neurolib.formats import check_spacing
 from neurolib.swc import Tree, branch_points, densify, length, tips, topological_order
 from neurolib.volume import Volume
 
@@ -318,7 +319,9 @@ def render(
     Raises
     ------
     SettingsError
-        If the style is unknown, seed or slimmer negative, or the shape or spacing not positive.
+        If the style is unknown, seed or slimmer negative, or the shape not positive.
+    VolumeError
+        If the spacing is not three positive numbers.
     SwcError
         If the tree has no node inside the volume, coordinates that are not finite,
         radii that are not positive, or a cycle.
@@ -326,9 +329,7 @@ def render(
     rng = _generator(seed, "render")
     shape = _checked_shape(shape, (1, 1, 1))
     look = _look(style)
-    spacing = tuple(float(d) for d in spacing)
-    if len(spacing) != 3 or not all(0 < d < np.inf for d in spacing):
-        raise SettingsError(f"spacing {spacing}: expected three positive numbers (dz, dy, dx)")
+    spacing = tuple(check_spacing(spacing).tolist())
     scale = np.array(spacing) / np.sqrt(spacing[1] * spacing[2])
     _check_tree(tree)
     nodes = np.rint(tree.xyz[:, ::-1]).astype(int)

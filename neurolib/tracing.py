@@ -33,7 +33,9 @@ from scipy.sparse import csgraph
 from scipy.spatial import KDTree
 
 from neurolib.errors import SettingsError, VolumeError
+from neurolib.formats import check_spacing
 from neurolib.swc import SOMA, Tree, components, length, resample, take, tips
+from neurolib.swc import edges as tree_edges
 from neurolib.volume import pieces
 
 SOMA_RATIO = 2.5  # a soma is this many times thicker than the median foreground voxel
@@ -741,7 +743,7 @@ def _one_soma(trees: list[Tree], scale: np.ndarray, seeded: bool) -> list[Tree]:
 
 
 def _rooted_at_an_end(tree: Tree, scale: np.ndarray) -> Tree:
-    edges = np.stack(_edges(tree))
+    edges = np.stack(tree_edges(tree))
     points = tree.xyz[:, ::-1] * scale
     lengths = np.linalg.norm(points[edges[0]] - points[edges[1]], axis=1)
     graph = sparse.csr_array((lengths, tuple(edges)), shape=(len(points), len(points)))
@@ -815,7 +817,7 @@ def bridge_gaps(
 
     # Kruskal's algorithm: the cheapest bridge first, unless both ends are joined already.
     group = np.arange(label.max() + 1)
-    bridges, xyz, radius, edges = [], [tree.xyz], [tree.radius], [np.stack(_edges(tree))]
+    bridges, xyz, radius, edges = [], [tree.xyz], [tree.radius], [np.stack(tree_edges(tree))]
     count = len(points)
     for _, a, b, certainty in sorted(candidates):
         start, end = ends[a], ends[b]
@@ -918,15 +920,9 @@ def _angle(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.degrees(np.arccos(np.clip(a @ b / lengths, -1, 1)))) if lengths else 0.0
 
 
-def _edges(tree: Tree) -> tuple[np.ndarray, np.ndarray]:
-    """Row indices (child, parent) of the edges of a tree, each (m,)."""
-    child = np.flatnonzero(tree.parent >= 0)
-    return child, tree.parent[child]
-
-
 def _adjacency(tree: Tree) -> sparse.csr_array:
     """Symmetric sparse (n, n) matrix with a 1 for every edge."""
-    child, parent = _edges(tree)
+    child, parent = tree_edges(tree)
     n = len(tree.parent)
     half = sparse.csr_array((np.ones(len(child)), (child, parent)), shape=(n, n))
     return half + half.T
@@ -1037,9 +1033,7 @@ def _check_range(part: np.ndarray) -> np.ndarray:
 
 def _scale(spacing: tuple[float, float, float]) -> np.ndarray:
     """Edge lengths of a voxel in units of the shortest."""
-    values = np.asarray(spacing, dtype=float)
-    if values.shape != (3,) or not np.all(np.isfinite(values) & (values > 0)):
-        raise VolumeError(f"spacing must be three positive numbers (dz, dy, dx), got {spacing}")
+    values = check_spacing(spacing)
     return values / values.min()
 
 

@@ -134,7 +134,7 @@ def read_volume(
         ) from None
     found = stack.spacing
     if spacing is not None:
-        found = formats.Spacing(_checked_spacing(name, spacing), "")
+        found = formats.Spacing(tuple(formats.check_spacing(spacing, name).tolist()), "")
     elif max(found.lengths) > ANISOTROPY * min(found.lengths):
         warnings.warn(
             f"{name}: voxels are more than {ANISOTROPY} times longer along one axis than along "
@@ -441,7 +441,7 @@ def write_volume(
         data = np.asarray(data)
     if len(data.shape) != 3 or not prod(data.shape):
         raise VolumeError(f"{name}: expected an array (z, y, x), got shape {data.shape}")
-    dz, dy, dx = _checked_spacing(name, spacing or (1, 1, 1))
+    dz, dy, dx = formats.check_spacing(spacing or (1, 1, 1), name).tolist()
     known = known and spacing is not None
     if suffix in (".npy", ".zarr"):
         check_type(name, data.dtype)
@@ -489,13 +489,6 @@ def write_volume(
                 **software,
             )
     return path
-
-
-def _checked_spacing(name: str, spacing: Sequence[float]) -> tuple[float, float, float]:
-    values = tuple(float(d) for d in spacing)
-    if len(values) != 3 or not all(0 < d < np.inf for d in values):
-        raise VolumeError(f"{name}: spacing {values}, expected three positive numbers (dz, dy, dx)")
-    return values
 
 
 def create_zarr(

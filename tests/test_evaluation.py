@@ -31,7 +31,6 @@ from neurolib.evaluation import (
     tree_distance,
     tree_scores,
     volume_diagonal,
-    volume_scores,
 )
 from neurolib.swc import Tree, densify, length, read_swc
 
@@ -331,19 +330,6 @@ def test_cl_dice_weighs_branches_not_voxels():
     assert cl_dice(doubled, tube) < 0.7 < 0.97 < dice(doubled, tube)
 
 
-def test_transunet_protocol_has_its_habits():
-    empty, full = np.zeros((4, 5, 6), bool), np.ones((4, 5, 6), bool)
-    score = volume_scores(full, empty, protocol="transunet")
-    assert (score.dice, score.hd95) == (1, 0)
-    score = volume_scores(empty, full, protocol="transunet")
-    assert (score.dice, score.hd95) == (0, 0)
-    a, b = random_masks(3)
-    score = volume_scores(a, b, SPACING, protocol="transunet")
-    assert (score.dice, score.hd95) == (dice(a, b), hd95(a, b, method="medpy"))
-    score = volume_scores(a, b, SPACING)
-    assert astuple(score) == (dice(a, b), hd95(a, b, SPACING), cl_dice(a, b), betti0_error(a, b))
-
-
 MASK = np.ones((3, 3, 3), bool)
 
 
@@ -361,7 +347,6 @@ MASK = np.ones((3, 3, 3), bool)
         (lambda: surface_dice(MASK, MASK, 1, (1, 1)), VolumeError, "three"),
         (lambda: cl_dice(MASK[0], MASK[0]), VolumeError, "3D"),
         (lambda: betti0_error(MASK, MASK[:, :2]), VolumeError, "one shape"),
-        (lambda: volume_scores(MASK, MASK, protocol="other"), SettingsError, "other"),
         (lambda: tree_distance(line(), line((0, 0, 0))), SwcError, "without nodes"),
     ],
 )

@@ -13,7 +13,7 @@ import tifffile
 from scipy.ndimage import map_coordinates
 
 from neurolib import datasets
-from neurolib.errors import NeurolibError, SettingsError, SwcError
+from neurolib.errors import NeurolibError, SettingsError, SwcError, VolumeError
 from neurolib.swc import Tree, components, crop, length, read_swc
 from neurolib.synthesis import (
     GOLD_RANGES,
@@ -372,9 +372,9 @@ def test_recorded_ranges_are_what_calibration_measures():
         (lambda t: render(t, SMALL, "cartoon"), SettingsError),
         (lambda t: render(t, SMALL, seed=-2), SettingsError),
         (lambda t: render(t, (0, 80, 80)), SettingsError),
-        (lambda t: render(t, SMALL, spacing=(0, 1, 1)), SettingsError),
-        (lambda t: render(t, SMALL, spacing=(1, 1)), SettingsError),
-        (lambda t: render(t, SMALL, spacing=(1, 1, float("nan"))), SettingsError),
+        (lambda t: render(t, SMALL, spacing=(0, 1, 1)), VolumeError),
+        (lambda t: render(t, SMALL, spacing=(1, 1)), VolumeError),
+        (lambda t: render(t, SMALL, spacing=(1, 1, float("nan"))), VolumeError),
         (lambda t: render(replace(t, xyz=t.xyz + 1000), SMALL), SwcError),
         (lambda t: render(replace(t, xyz=t.xyz * np.nan), SMALL), SwcError),
         (lambda t: render(replace(t, radius=0 * t.radius), SMALL), SwcError),
