@@ -20,7 +20,6 @@ from neurolib.evaluation import (
     finest_voxels,
     hd95,
     in_unit,
-    length_unit,
     short_pieces,
     surface_dice,
     tree_distance,
@@ -222,22 +221,22 @@ def evaluate_files(
     """
     pairs, said = _pairs(Path(prediction), Path(reference))
     yield from said
-    spacings = {name: spacing or _pair_spacing(pair) for name, pair in pairs.items()}
-    unit = "µm" if spacing else length_unit(spacings.values())
-    unknown = [name for name, one in spacings.items() if tuple(one) == (1, 1, 1)]
-    if unknown and unit == "voxels":
+    sizes = {n: (spacing, True) if spacing else _pair_spacing(pair) for n, pair in pairs.items()}
+    unknown = [name for name, (_, known) in sizes.items() if not known]
+    unit = "voxels" if unknown else "µm"
+    if unknown:
         yield (
             f"voxel size unknown ({', '.join(unknown[:3])}{' ...' * (len(unknown) > 3)}): "
             "distances are in voxels of the finest axis; --spacing Z,Y,X sets it"
         )
     rows = []
     for name, pair in pairs.items():
-        known = spacings[name] if tuple(spacings[name]) != (1, 1, 1) else None
-        one, notes_one = _read(pair[0], known, threshold)
-        two, notes_two = _read(pair[1], known)
+        size, known = sizes[name]
+        one, notes_one = _read(pair[0], size if known else None, threshold)
+        two, notes_two = _read(pair[1], size if known else None)
         yield from (*notes_one, *notes_two)
         try:
-            row = evaluate(one, two, in_unit(spacings[name], unit), tolerance)
+            row = evaluate(one, two, in_unit(size, unit), tolerance)
         except NeurolibError as error:
             raise type(error)(f"{pair[0].name} with {pair[1].name}: {error}") from None
         rows.append({"name": name} | row)
@@ -287,16 +286,20 @@ def _left_out(files: list[Path], why: str) -> list[str]:
     return [f"{files[0].parent}: {len(files)} files left out {why}: {some}"] if files else []
 
 
-def _pair_spacing(pair: tuple[Path, Path]) -> tuple[float, float, float]:
-    """The voxel size (dz, dy, dx) that the masks of a pair tell; 1, 1, 1 if it is unknown."""
-    images = [path for path in pair if path.suffix.lower() not in TREES]
-    told = {path: read_volume(path, check=False).spacing for path in images}
-    known = {path: one for path, one in told.items() if tuple(one) != (1, 1, 1)}
-    values = list(known.values())
-    if len(values) == 2 and not np.allclose(*values, rtol=0.01):
-        both = " and ".join(f"{path.name} {one}" for path, one in known.items())
+def _pair_spacing(pair: tuple[Path, Path]) -> tuple[tuple[float, float, float], bool]:
+    """The voxel size (dz, dy, dx) that the masks of a pair tell, and whether its unit is known."""
+    volumes = [
+        (path.name, read_volume(path, check=False))
+        for path in pair
+        if path.suffix.lower() not in TREES
+    ]
+    known = [(name, volume) for name, volume in volumes if not volume.unknown]
+    if len(known) == 2 and not np.allclose(*(volume.spacing for _, volume in known), rtol=0.01):
+        both = " and ".join(f"{name} {volume.spacing}" for name, volume in known)
         raise DataError(f"voxel sizes differ: {both} (z, y, x) µm; give --spacing Z,Y,X")
-    return values[0] if values else (1.0, 1.0, 1.0)
+    for _, volume in (*known, *volumes):
+        return volume.spacing, bool(known)
+    return (1.0, 1.0, 1.0), False
 
 
 def _read(

@@ -251,3 +251,13 @@ def test_errors_are_of_ours():
         evaluate(MASK, MASK[:-1])
     with pytest.raises(NeurolibError, match="boolean"):
         evaluate(MASK.astype(float), MASK)
+
+
+def test_a_voxel_of_one_micrometre_is_known_and_one_without_a_unit_is_not(tmp_path):
+    write_volume(tmp_path / "a.tif", MASK, (1.0, 1.0, 1.0))
+    np.save(tmp_path / "b.npy", MASK)
+    found = list(evaluate_files(tmp_path / "a.tif", tmp_path / "b.npy"))
+    assert " µm" in found[-1]
+    found = list(evaluate_files(tmp_path / "b.npy", tmp_path / "b.npy"))
+    assert "voxel size unknown (b)" in found[0]
+    assert " voxels" in found[-1]
