@@ -7,7 +7,6 @@ anything, and maps the file into memory, or reads it piece by piece, where its f
 
 import functools
 import gzip
-import importlib
 import logging
 import os
 import re
@@ -586,81 +585,85 @@ def read_v3dpbd(path: Path, head: bytes, size: int, channel: int | None) -> Stac
     name = path.name
     if head[:24] != V3DPBD_KEY:
         raise VolumeError(f"{name}: does not begin like a .v3dpbd file; it is damaged")
-    _, kind, sizes, offset = _v3d_header(name, head, V3DPBD_KEY, 4, "i")
+    order, kind, sizes, offset = _v3d_header(name, head, V3DPBD_KEY, 4, "i")
     if kind not in (1, 2):
         raise VolumeError(
             f"{name}: packing {kind}, expected 1 or 2 bytes per voxel; "
             "save it as .v3draw with Vaa3D"
         )
-    try:
-        loaders = importlib.import_module("v3dpy.loaders")
-    except ImportError as error:
-        raise VolumeError(
-            f"{name}: reading .v3dpbd needs v3d-py-helper; "
-            "pip install v3d-py-helper, or save it as .v3draw with Vaa3D"
-        ) from error
 
     def load(shape: tuple[int, ...]) -> np.ndarray:
-        unpacked = _pbd_voxels(name, path.read_bytes()[offset:], kind)
-        if unpacked != prod(shape):
-            raise VolumeError(
-                f"{name}: header claims {shape} (c, z, y, x) = {prod(shape)} voxels, its data "
-                f"unpack to {unpacked}; the file is truncated or damaged"
-            )
-        stack = loaders.PBD().load(str(path))
-        # The library unpacks to native order, but labels 2-byte voxels with the file's.
-        return stack.view(stack.dtype.newbyteorder("="))
+        packed = path.read_bytes()[offset:]
+        return _pbd_unpack(name, packed, kind, order, prod(shape), shape)
 
     return _v3d_volume(name, sizes, channel, load)
 
 
-def _pbd_voxels(name: str, packed: bytes, kind: int) -> int:
-    """Number of voxels that a packed stream holds, from its codes alone.
+# The first codes of each class of runs, for voxels of 1 and 2 bytes, and the bits of a difference
+# in it: literals have none, and the last class repeats one value.
+_PBD = {1: ((0, 33, 128), (0, 2, 0)), 2: ((0, 32, 80, 183, 223), (0, 3, 4, 5, 0))}
+# Runs of voxels that are unpacked together.
+_PBD_RUNS = 1 << 16
 
-    The library trusts the file: a damaged one makes it write beyond its memory. So all codes
-    are followed here first. A code byte stands for a run of literals, of differences to the
-    previous voxel, or of one repeated value; `step` is its length in bytes, `run` in voxels.
+
+def _pbd_unpack(
+    name: str, packed: bytes, kind: int, order: str, total: int, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Voxels of a packed stream of `kind` bytes a voxel.
+
+    A code byte stands for a run of literals, of differences to the previous voxel, or of one
+    repeated value. All codes are followed before anything is allocated.
     """
-    step, run, difference = _PBD_CODES[kind]
-    if packed and difference[packed[0]]:
-        raise VolumeError(f"{name}: begins with a difference to no voxel; the file is damaged")
-    position = voxels = 0
-    end = len(packed)
+    begins, widths = (np.array(part) for part in _PBD[kind])
+    group = np.searchsorted(begins, np.arange(256), side="right") - 1
+    lengths, bits = np.arange(1, 257) - begins[group], widths[group]
+    literal, difference = group == 0, bits > 0
+    stored = np.where(literal, lengths * kind, np.where(difference, -(-lengths * bits // 8), kind))
+    sizes = (1 + stored).tolist()
+    starts, position, end = [], 0, len(packed)
     while position < end:
-        code = packed[position]
-        voxels += run[code]
-        position += step[code]
+        starts.append(position)
+        position += sizes[packed[position]]
     if position > end:
         raise VolumeError(f"{name}: ends within a run of voxels; the file is truncated")
-    return voxels
-
-
-def _pbd_codes(kind: int) -> tuple[list[int], list[int], list[bool]]:
-    """Bytes and voxels behind each of the 256 codes, and whether it is one of differences."""
-    if kind == 1:
-        # Below 33 literals, below 128 differences of 2 bits, above repeats.
-        literal, widths, repeat = 33, [(128, 32, 2)], 127
-    else:
-        # Below 32 literals, then differences of 3, 4 and 5 bits, above repeats.
-        literal, widths, repeat = 32, [(80, 31, 3), (183, 79, 4), (223, 182, 5)], 222
-    step, run, difference = [], [], []
-    for code in range(256):
-        width = next((w for w in widths if literal <= code < w[0]), None)
-        if code < literal:
-            run.append(code + 1)
-            step.append(1 + (code + 1) * kind)
-        elif width:
-            _, gap, bits = width
-            run.append(code - gap)
-            step.append(1 + -(-run[-1] * bits // 8))
-        else:
-            run.append(code - repeat)
-            step.append(1 + kind)
-        difference.append(width is not None)
-    return step, run, difference
-
-
-_PBD_CODES = {kind: _pbd_codes(kind) for kind in (1, 2)}
+    data = np.frombuffer(packed + bytes(2), np.uint8)
+    at = np.array(starts, np.int64)
+    codes = data[at]
+    if len(codes) and difference[codes[0]]:
+        raise VolumeError(f"{name}: begins with a difference to no voxel; the file is damaged")
+    unpacked = int(lengths[codes].sum())
+    if unpacked != total:
+        raise VolumeError(
+            f"{name}: header claims {shape} (c, z, y, x) = {total} voxels, its data unpack to "
+            f"{unpacked}; the file is truncated or damaged"
+        )
+    voxels, done = np.empty(total, f"u{kind}"), 0
+    for k in range(0, len(at), _PBD_RUNS):
+        code = codes[k : k + _PBD_RUNS]
+        count = lengths[code]
+        run = np.repeat(np.arange(len(code)), count)
+        place = np.arange(len(run)) - np.repeat(np.cumsum(count) - count, count)
+        begin, code = at[k : k + _PBD_RUNS][run] + 1, code[run]
+        step = difference[code]
+        where = begin + np.where(literal[code], place * kind, 0)
+        value = data[where].astype(np.int64)
+        if kind == 2:
+            low, high = (where, where + 1) if order == "<" else (where + 1, where)
+            value = data[low] | data[high].astype(np.int64) << 8
+        # Differences of one byte fill it from the lowest bits, those of two from the highest; the
+        # upper half of the codes, but for the first of them, are negative.
+        width, change = bits[code[step]], np.zeros(len(run), np.int64)
+        byte, bit = np.divmod(place[step] * width, 8)
+        byte += begin[step]
+        window = data[byte].astype(np.int64) << 8 | data[byte + 1]
+        found = window >> (8 + bit if kind == 1 else 16 - width - bit) & ((1 << width) - 1)
+        change[step] = np.where(found > 1 << width >> 1, (1 << width >> 1) - found, found)
+        change = np.cumsum(change)
+        last = np.maximum.accumulate(np.where(step, -1, np.arange(len(run))))
+        base = np.where(last < 0, int(voxels[done - 1]), value[last] - change[last])
+        voxels[done : done + len(run)] = np.where(step, base + change, value)
+        done += len(run)
+    return voxels.reshape(shape)
 
 
 # NRRD ---------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def read_volume(
     .npy                (none)                                mapped; axes (z, y, x) or
                                                               (channel, z, y, x)
     .v3draw             (none)                                mapped
-    .v3dpbd             (none)                                loaded, by v3d-py-helper
+    .v3dpbd             (none)                                loaded
     .nrrd               spacings or space directions          mapped if raw
     .zarr (OME-Zarr;    coordinate transformations of level   read where it is indexed
     or a group in one)  0

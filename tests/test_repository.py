@@ -96,7 +96,6 @@ MODULES = {
     "mpl_toolkits": "matplotlib",
     "numcodecs": "zarr",
     "skimage": "scikit-image",
-    "v3dpy": "v3d-py-helper",
     "yaml": "pyyaml",
 }
 
