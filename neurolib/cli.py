@@ -66,16 +66,22 @@ def run(
         list[str] | None,
         typer.Option("--set", "-p", help="One parameter, key=value; may be repeated."),
     ] = None,
+    ignore_frames: Annotated[
+        bool,
+        typer.Option("--ignore-frames", help="Go on with trees that lie beside their neurites."),
+    ] = False,
 ) -> None:
     """Execute notebooks 00 to 05 on a data set and leave runs/NAME with report.html.
 
-    What a former call has finished is skipped; an interrupted call goes on.
+    What an earlier call has finished is skipped: run an interrupted call again to resume it.
 
     Example: neurolib run --data my_pairs -p held_out=cell3 -p steps=300
     """
     from neurolib.runs import run_course, summary
 
-    done = run_course(data, profile, name, folder, dict(map(_assignment, set_ or [])))
+    done = run_course(
+        data, profile, name, folder, dict(map(_assignment, set_ or [])), ignore_frames=ignore_frames
+    )
     print(f"\n{summary(done)}\n\nreport: {done.path('report.html')}")
 
 
@@ -91,6 +97,10 @@ def train(
         list[str] | None,
         typer.Option("--set", "-p", help="One parameter, key=value; may be repeated."),
     ] = None,
+    ignore_frames: Annotated[
+        bool,
+        typer.Option("--ignore-frames", help="Go on with trees that lie beside their neurites."),
+    ] = False,
 ) -> None:
     """Train only, on several GPUs or machines; `neurolib run` with the same options goes on.
 
@@ -98,7 +108,7 @@ def train(
     """
     from neurolib.runs import train_run
 
-    done = train_run(data, profile, name, folder, dict(map(_assignment, set_ or [])))
+    done = train_run(data, profile, name, folder, dict(map(_assignment, set_ or [])), ignore_frames)
     print(f"checkpoint: {done.path('checkpoint.safetensors')}")
 
 
@@ -120,6 +130,10 @@ def sweep(
     folds: Annotated[
         list[int] | None, typer.Option(help="Run this fold only, from 0; may be repeated.")
     ] = None,
+    ignore_frames: Annotated[
+        bool,
+        typer.Option("--ignore-frames", help="Go on with trees that lie beside their neurites."),
+    ] = False,
 ) -> None:
     """Run notebooks 03 and 04, or 05 too, for every network, seed and fold of a grid.
 
@@ -130,7 +144,7 @@ def sweep(
     """
     from neurolib.sweeps import run_sweep
 
-    part = {"rows": rows or (), "folds": folds or ()}
+    part = {"rows": rows or (), "folds": folds or (), "ignore_frames": ignore_frames}
     print(f"results: {run_sweep(grid, folder, data, workers, seed or (), scheduler, **part)}")
 
 

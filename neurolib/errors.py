@@ -17,6 +17,10 @@ class VolumeError(NeurolibError):
     """An image volume is missing, unreadable, of the wrong shape, or has unusable values."""
 
 
+class NothingFoundError(VolumeError):
+    """No voxel of a volume is foreground, so that there is nothing to trace."""
+
+
 class SwcError(NeurolibError):
     """An SWC file is missing, malformed, or not a forest of trees."""
 

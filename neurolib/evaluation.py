@@ -502,7 +502,7 @@ def distance_to_tree(points: np.ndarray, tree: Tree) -> np.ndarray:
     Returns
     -------
     ndarray
-        (m,) distances.
+        (m,) distances, infinite to a tree without nodes.
     """
     # Strategy: cut the edges into pieces no longer than `longest` and put the middles into a
     # KD-tree. No point of a piece is farther than longest / 2 from its middle, so a piece whose
@@ -510,6 +510,8 @@ def distance_to_tree(points: np.ndarray, tree: Tree) -> np.ndarray:
     # nearest middles and take the best exact distance; if the k-th middle is at least
     # best + longest / 2 away, no piece left out can be better and the result is proved. The few
     # points for which it is not are asked again with more pieces.
+    if not len(tree.parent):
+        return np.full(len(points), np.inf)
     start, step = _edge_pieces(tree)
     longest = np.sqrt((step**2).sum(axis=1).max())
     middles = KDTree(start + step / 2)
@@ -656,8 +658,12 @@ def compare(
     """The scores of a tree that a table of neurons shows: ESA, DSA, PDS, precision, recall, trees.
 
     See `tree_distance` and `tree_scores`; distances in the unit of `spacing`, within 2 voxels of
-    the finest axis.
+    the finest axis. Of a tree without nodes, where nothing was found, recall is 0, distances are
+    infinite and the rest is NaN.
     """
+    if not len(tree.parent):
+        nothing = {"ESA": np.inf, "DSA": np.inf, "PDS": np.nan, "precision": np.nan}
+        return nothing | {"recall": 0.0, "trees": 0}
     distance = tree_distance(tree, reference, spacing=spacing)
     scores = tree_scores(tree, reference, spacing=spacing)
     return {

@@ -305,14 +305,19 @@ def is_result(path: Path) -> bool:
         if path.is_dir():
             return WRITTEN in (path / "zarr.json").read_text(encoding="utf-8")
         if path.suffix.lower() == ".swc":
-            text = path.read_text(encoding="utf-8")
-            seal = SEAL.search(text)
-            nodes = "".join(li for li in text.splitlines(keepends=True) if not li.startswith("#"))
-            return WRITTEN in text and seal is not None and seal[1] == seal_of(nodes)
+            return WRITTEN in path.read_text(encoding="utf-8") and is_sealed(path)
         with tifffile.TiffFile(path) as file:
             return file.pages.first.software.startswith(WRITTEN)
     except (OSError, ValueError, tifffile.TiffFileError):
         return False
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether the nodes of an SWC are those that `neurolib.swc.write_swc` wrote."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    seal = SEAL.search(text)
+    nodes = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
+    return seal is not None and seal[1] == seal_of(nodes)
 
 
 def seal_of(nodes: str) -> str:

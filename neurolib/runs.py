@@ -42,9 +42,17 @@ from neurolib.datasets import (
 )
 from neurolib.errors import DataError, NeurolibError, SettingsError, WeightsError
 from neurolib.evaluation import name_unit
-from neurolib.files import CHECKPOINT, atomic_path, checkpoint_file, claim, sha256, write_text
+from neurolib.files import (
+    CHECKPOINT,
+    atomic_path,
+    checkpoint_file,
+    claim,
+    is_sealed,
+    sha256,
+    write_text,
+)
 from neurolib.parameters import check_range, read_as
-from neurolib.swc import check_pair, read_swc
+from neurolib.swc import check_frame, check_pair, read_swc
 from neurolib.volume import read_volume
 
 # Imported where it is used: it takes two seconds, in every notebook.
@@ -321,6 +329,7 @@ def run_course(
     folder: str | Path = "runs",
     parameters: dict | None = None,
     notebooks: tuple[str, ...] = COURSE,
+    ignore_frames: bool = False,
 ) -> Run:
     """Execute the notebooks on a data set; skip what is done, go on where a run was interrupted.
 
@@ -339,6 +348,8 @@ def run_course(
         trained: notebooks 04 and 05 evaluate it on all pairs.
     notebooks : tuple of str
         Without notebook 01, its split and target are made here, from the same parameters.
+    ignore_frames : bool
+        Go on with trees that do not lie on the neurites of their images.
 
     Returns
     -------
@@ -366,7 +377,8 @@ def run_course(
         check_settings(merged)
     if checkpoint:
         defaults[DATA_NOTEBOOK]["tau"] = _tau_of(checkpoint, path)
-    check_data(data, [] if checkpoint else [defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK]])
+    splits = [] if checkpoint else [defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK]]
+    check_data(data, splits, ignore_frames)
     check_run(path, data)
     run = open_run(path)
     with claim(run.path(".lock")):
@@ -394,6 +406,7 @@ def train_run(
     name: str = "",
     folder: str | Path = "runs",
     parameters: dict | None = None,
+    ignore_frames: bool = False,
 ) -> Run:
     """Train as notebook 03 does, without its pictures, on all devices that torchrun gives.
 
@@ -412,7 +425,7 @@ def train_run(
     path = Path(folder) / (name or f"{data_label(data)}-{Path(profile).stem}")
     first = fabric.is_global_zero
     if first:
-        check_data(data, [split])
+        check_data(data, [split], ignore_frames)
         check_run(path, data)
     run = open_run(path)
     with claim(run.path(".lock")) if first else contextlib.nullcontext():
@@ -499,7 +512,7 @@ def notebook_path(name: str) -> Path:
     return path
 
 
-def check_data(data: str, choices: Iterable[dict]) -> None:
+def check_data(data: str, choices: Iterable[dict], ignore_frames: bool = False) -> None:
     """Unusable data must fail at once and in one line, not inside a notebook.
 
     Parameters
@@ -508,6 +521,8 @@ def check_data(data: str, choices: Iterable[dict]) -> None:
         A data set.
     choices : iterable of dict
         Parameters of notebook 01, each a way to split it.
+    ignore_frames : bool
+        Accept trees that do not lie on the neurites of their images.
     """
     if data in GENERATED:
         return
@@ -515,7 +530,14 @@ def check_data(data: str, choices: Iterable[dict]) -> None:
     for values in choices:
         _split(pairs, values)
     for pair in pairs:
-        check_pair(read_swc(pair.swc), read_volume(pair.image).data.shape, pair.name)
+        tree, volume = read_swc(pair.swc), read_volume(pair.image)
+        check_pair(tree, volume.data.shape, pair.name)
+        if ignore_frames:
+            continue
+        try:
+            check_frame(tree, volume, pair.name)
+        except DataError as error:
+            raise DataError(f"{error}, or go on with --ignore-frames") from None
 
 
 def _split(pairs: list[Pair], values: dict) -> Split:
@@ -574,6 +596,11 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
     from papermill.exceptions import PapermillExecutionError
 
     source, target = notebook_path(notebook), run.path(f"{notebook}.ipynb")
+    if notebook == "05_swc_tracing":
+        # Trees of neurons that are tested no more would look like results.
+        for path in run.path("swc").glob("*.swc"):
+            if is_sealed(path):
+                path.unlink()
     started = time.monotonic()
     # The bars of several workers would tear up each other.
     alone = multiprocessing.parent_process() is None
@@ -585,6 +612,7 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
                 parameters=parameters,
                 cwd=NOTEBOOKS,
                 kernel_name="python3",
+                kernel_manager_class="neurolib.kernel.ThisPython",
                 start_timeout=START_TIMEOUT,
                 execution_timeout=CELL_TIMEOUT,
                 stderr_file=sys.stderr if alone else None,

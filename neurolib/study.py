@@ -12,7 +12,7 @@ from neurolib.adapters import trace_kimimaro, trace_skeleton
 from neurolib.errors import SettingsError, VolumeError
 from neurolib.evaluation import compare, distance_to_tree, in_unit
 from neurolib.swc import Tree, densify
-from neurolib.tracing import trace
+from neurolib.tracing import NOTHING, trace
 
 GAP = 3.5  # voxels: radius of a ball cut out of a neurite, so that a cut is 7 long
 SPECK = (1.8, 3.2)  # voxels: radii of specks; balls of 27 to 123 voxels
@@ -141,10 +141,9 @@ def robustness(
             for name, tracer in tracers.items():
                 try:
                     traced = tracer(probability, spacing, threshold=threshold)
-                    found = compare(traced, tree, in_unit(spacing, "voxels"))
                 except VolumeError:
-                    found = {"ESA": np.inf, "DSA": np.inf, "PDS": np.nan, "precision": np.nan}
-                    found |= {"recall": 0.0, "trees": 0}
+                    traced = NOTHING
+                found = compare(traced, tree, in_unit(spacing, "voxels"))
                 rows.append({"damage": kind, "amount": amount, "tracer": name, **found})
     return rows
 

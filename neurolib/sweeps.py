@@ -155,6 +155,7 @@ def run_sweep(
     scheduler: str = "",
     rows: Sequence[str] = (),
     folds: Sequence[int] = (),
+    ignore_frames: bool = False,
 ) -> Path:
     """Run every network, seed and fold of a grid, skip what is done, write the tidy results.
 
@@ -181,6 +182,8 @@ def run_sweep(
     folds : sequence of int
         numbers of folds, the first being 0: run this part of the grid only. Results of the rest
         stay in the file if their parameters are those of the grid, so that parts add up to it.
+    ignore_frames : bool
+        Go on with trees that do not lie on the neurites of their images.
 
     Returns
     -------
@@ -234,7 +237,8 @@ def run_sweep(
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise SettingsError(f"{path}: two runs would share the folder {twice}; rename a network")
-    check_data(data, [defaults[DATA_NOTEBOOK] | cell.parameters for cell in cells])
+    splits = [defaults[DATA_NOTEBOOK] | cell.parameters for cell in cells]
+    check_data(data, splits, ignore_frames)
     for cell in cells:
         check_run(Path(folder) / cell.name, data)
     with (
@@ -294,7 +298,7 @@ def _run_cell(data: str, folder: Path, chain: tuple[str, ...], where: Path, cell
     """Run one cell; in `where`, since data may be named relative to it."""
     with contextlib.chdir(where):
         profile = PROFILES / "empty.yaml"
-        return run_course(data, profile, cell.name, folder, cell.parameters, chain)
+        return run_course(data, profile, cell.name, folder, cell.parameters, chain, True)
 
 
 def _execute(

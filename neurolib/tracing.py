@@ -32,7 +32,7 @@ from scipy import ndimage, sparse
 from scipy.sparse import csgraph
 from scipy.spatial import KDTree
 
-from neurolib.errors import SettingsError, VolumeError
+from neurolib.errors import NothingFoundError, SettingsError, VolumeError
 from neurolib.formats import check_spacing
 from neurolib.swc import SOMA, Tree, components, length, resample, take, tips
 from neurolib.swc import edges as tree_edges
@@ -164,6 +164,23 @@ def trace(
     return _smooth(tree, shell, voxels.scale, step)
 
 
+# Where nothing is found.
+NOTHING = Tree(np.zeros((0, 3)), np.zeros(0), np.zeros(0, int), np.zeros(0, int))
+
+
+def attempt(probability: np.ndarray, *arguments: object, **options: object) -> Tree:
+    """As `trace`; where nothing is found, say so and return a tree without nodes.
+
+    To find nothing is a result, of a weak network or of a volume that is empty: it is reported, and
+    the work goes on.
+    """
+    try:
+        return trace(probability, *arguments, **options)
+    except NothingFoundError as error:
+        print(error)
+        return NOTHING
+
+
 # --- 1. Foreground -----------------------------------------------------------------------------
 
 
@@ -276,7 +293,7 @@ def _collect(
     size = np.bincount(label) if held else np.zeros(0, dtype=int)
     large = size >= min_size
     if not large.any():
-        raise VolumeError(
+        raise NothingFoundError(
             f"nothing to trace: {total} voxels reach the threshold {threshold:g} and no "
             f"component has {min_size}; lower the threshold or min_size"
         )

@@ -35,9 +35,10 @@ data = "synthetic"  # "synthetic", "bigneuron-janelia", "rendered:FOLDER" of SWC
 
 # %% tags=["bootstrap"]
 import sys
+from pathlib import Path
 
-if "google.colab" in sys.modules:  # in JupyterLab and on Binder there is nothing to do
-    # !git clone -q --depth 1 https://github.com/neurite-vit-course/neurite-vit-course
+if "google.colab" in sys.modules and not Path("../neurolib").is_dir():  # on Colab, and once
+    # !test -d neurite-vit-course || git clone -q --depth 1 https://github.com/neurite-vit-course/neurite-vit-course
     # %cd neurite-vit-course/notebooks
     # %pip install -q -e ..
     import site
@@ -112,7 +113,7 @@ piece = blocking.read_block(sample.image, place, (17, size, size))
 
 # %% tags=["nbval-ignore-output"]
 probability = inference.predict_volume(network, piece, overlap=0.0, progress=False)
-tree = tracing.trace(probability, threshold=facts["threshold"], min_size=50)
+tree = tracing.attempt(probability, threshold=facts["threshold"], min_size=50)
 print(f"{len(tree.xyz)} nodes")
 
 # %%

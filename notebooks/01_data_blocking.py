@@ -47,9 +47,10 @@ stacks = ""  # folder of real image/SWC pairs, to compare the synthetic stacks w
 
 # %% tags=["bootstrap"]
 import sys
+from pathlib import Path
 
-if "google.colab" in sys.modules:  # in JupyterLab and on Binder there is nothing to do
-    # !git clone -q --depth 1 https://github.com/neurite-vit-course/neurite-vit-course
+if "google.colab" in sys.modules and not Path("../neurolib").is_dir():  # on Colab, and once
+    # !test -d neurite-vit-course || git clone -q --depth 1 https://github.com/neurite-vit-course/neurite-vit-course
     # %cd neurite-vit-course/notebooks
     # %pip install -q -e ..
     import site

@@ -40,9 +40,10 @@ seed = 0  # of the random initialisations
 
 # %% tags=["bootstrap"]
 import sys
+from pathlib import Path
 
-if "google.colab" in sys.modules:  # in JupyterLab and on Binder there is nothing to do
-    # !git clone -q --depth 1 https://github.com/neurite-vit-course/neurite-vit-course
+if "google.colab" in sys.modules and not Path("../neurolib").is_dir():  # on Colab, and once
+    # !test -d neurite-vit-course || git clone -q --depth 1 https://github.com/neurite-vit-course/neurite-vit-course
     # %cd neurite-vit-course/notebooks
     # %pip install -q -e ..
     import site

@@ -42,9 +42,10 @@ real = "../data/results/trees.csv"  # tidy file that a sweep over real neurons h
 
 # %% tags=["bootstrap"]
 import sys
+from pathlib import Path
 
-if "google.colab" in sys.modules:  # in JupyterLab and on Binder there is nothing to do
-    # !git clone -q --depth 1 https://github.com/neurite-vit-course/neurite-vit-course
+if "google.colab" in sys.modules and not Path("../neurolib").is_dir():  # on Colab, and once
+    # !test -d neurite-vit-course || git clone -q --depth 1 https://github.com/neurite-vit-course/neurite-vit-course
     # %cd neurite-vit-course/notebooks
     # %pip install -q -e ..
     import site
@@ -333,9 +334,10 @@ for s in tests:
     options = {"spacing": s.spacing, "bridge": bridge}
     found["target"][s.pair.name] = tracing.trace(s.mask, **options)
     options |= {"threshold": cut, "min_size": min_size}
-    tree = tracing.trace(probability[s.pair.name], **options)
+    tree = tracing.attempt(probability[s.pair.name], **options)
     found["prediction"][s.pair.name] = tree
-    swc.write_swc(run.path("swc") / f"{s.pair.name}.swc", tree, "traced from a prediction")
+    if len(tree.xyz):
+        swc.write_swc(run.path("swc") / f"{s.pair.name}.swc", tree, "traced from a prediction")
 
 # %% tags=["nbval-ignore-output"]
 unit = evaluation.length_unit(s.spacing for s in tests)
@@ -390,7 +392,7 @@ if scene is not None:
 # %% tags=["nbval-ignore-output"]
 def retrace(threshold, smallest):
     options = {"spacing": sample.spacing, "min_size": smallest, "bridge": bridge}
-    tree = tracing.trace(probability[name], threshold=threshold, **options)
+    tree = tracing.attempt(probability[name], threshold=threshold, **options)
     score = compared(tree, sample)
     words = ", ".join(f"{key} {score[key]:.2f}" for key in ("recall", "precision", "ESA"))
     parts = study.agreement(tree, sample.tree, sample.spacing)
@@ -449,7 +451,8 @@ neurons = run.metrics().get("neurons", {})
 for s in tests:
     score = compared(found["prediction"][s.pair.name], s)
     neurons[s.pair.name] = neurons.get(s.pair.name, {}) | score
-    print(run.hand_over(f"swc/{s.pair.name}.swc"))
+    if len(found["prediction"][s.pair.name].xyz):
+        print(run.hand_over(f"swc/{s.pair.name}.swc"))
 run.record("neurons", neurons)
 
 # %% [markdown]

@@ -1,11 +1,13 @@
 """Run folders, grids and results files: what is written is read back, the rest is refused."""
 
+import json
 import os
 import re
 import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -436,7 +438,7 @@ def test_a_run_folder_is_of_one_data_set(data, tmp_path):
     moved = data.rename(tmp_path / "moved")
     runs.run_course(str(moved), "empty", run.folder.name, folder, {}, ())
     (moved / "cell0.swc").write_bytes((moved / "cell1.swc").read_bytes())
-    runs.run_course(str(moved), "empty", run.folder.name, folder, {}, ())
+    runs.run_course(str(moved), "empty", run.folder.name, folder, {}, (), True)
 
 
 def test_a_folder_of_other_things_does_not_become_a_run(data, tmp_path):
@@ -472,3 +474,31 @@ def test_paths_are_where_the_user_stands(data, tmp_path, monkeypatch):
     grid.write_text(text)
     with pytest.raises(SettingsError, match=rf"{tmp_path}/mine\.csv: not a file of results"):
         sweeps.run_sweep(grid, tmp_path / "runs")
+
+
+def test_a_run_stops_on_misplaced_trees(data, tmp_path):
+    for path in data.glob("*.swc"):
+        tree = swc.read_swc(path)
+        swc.write_swc(path, replace(tree, xyz=tree.xyz * (1, -1, 1) + (0, 63, 0)))
+    parameters = {"held_out": "cell0"}
+    with pytest.raises(DataError, match=r"cell\d: .*--ignore-frames"):
+        runs.run_course(str(data), "empty", "x", tmp_path / "runs", parameters, ())
+    assert not (tmp_path / "runs").exists()
+    runs.run_course(str(data), "empty", "x", tmp_path / "runs", parameters, (), True)
+
+
+def test_a_run_in_which_nothing_is_found_goes_on_to_its_report(data, tmp_path, monkeypatch):
+    """A network that finds nothing, and a foreign kernel that answers to python3."""
+    spec = tmp_path / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    foreign = {"argv": ["false", "{connection_file}"], "display_name": "x", "language": "python"}
+    (spec / "kernel.json").write_text(json.dumps(foreign))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    parameters = {"held_out": "cell0", "validate_on": "cell1", "min_size": 999_999}
+    chain = ("05_swc_tracing",)
+    run = runs.run_course(str(data), "empty", "x", tmp_path / "runs", parameters, chain)
+    assert run.path("report.html").is_file()
+    assert not list(run.path("swc").glob("*.swc"))
+    found = run.metrics()["neurons"]["cell0"]
+    assert (found["recall"], found["trees"], found["ESA"]) == (0, 0, float("inf"))
+    assert "nothing to trace" in run.path("report.html").read_text()
