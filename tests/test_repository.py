@@ -470,3 +470,34 @@ def test_embedded_images_are_not_taken_for_paths():
     assert not build.absolute_path('<img src="data:image/png;base64,ab/tmp/cd+/home/x==">')
     assert not build.absolute_path("https://example.org/home/x ../tmp/x ~/.cache/x tip/root")
     assert build.absolute_path('"/Users/me/x y"') == "/Users/me/x"
+
+
+def test_colabs_cell_may_run_twice(tmp_path):
+    """The second time it changes nothing, nor after a restart in the folder above the clone."""
+    notebook = nbformat.read(ROOT / "notebooks" / "03_training.ipynb", as_version=4)
+    cell = next(c.source for c in notebook.cells if "bootstrap" in c.metadata.get("tags", []))
+    git = tmp_path / "bin" / "git"
+    git.parent.mkdir()
+    clone = "mkdir -p neurite-vit-course/notebooks neurite-vit-course/neurolib"
+    git.write_text(f"#!/bin/sh\necho cloned >> {tmp_path}/log\n{clone}\n")
+    git.chmod(0o755)
+    code = f"""
+import os, sys, types
+from IPython.core.interactiveshell import InteractiveShell
+sys.modules["google.colab"] = types.ModuleType("google.colab")
+shell = InteractiveShell.instance()
+shell.register_magic_function(lambda line: None, "line", "pip")
+for folder in (".", ".", {str(tmp_path)!r}):
+    os.chdir(folder)
+    assert shell.run_cell({cell!r}).success
+    print("at", os.getcwd())
+"""
+    path = f"{git.parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "IPYTHONDIR": str(tmp_path / "ipython")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    places = [line for line in done.stdout.splitlines() if line.startswith("at ")]
+    assert places == [f"at {tmp_path / 'neurite-vit-course' / 'notebooks'}"] * 3
+    assert (tmp_path / "log").read_text() == "cloned\n"
