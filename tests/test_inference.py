@@ -448,3 +448,15 @@ def test_prediction_of_a_checkpoint_is_made_once(tmp_path, monkeypatch):
     checkpoint.write_bytes(b"junk")
     with pytest.raises(WeightsError):
         predicted(tmp_path / "out", "cell", checkpoint, image, **options)
+
+
+def test_auto_declines_an_apple_gpu_in_one_line(monkeypatch, capsys):
+    """One rule for inference and training; nothing of either needs float64 on a device."""
+    from neurolib import devices, training
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    devices._say_once.cache_clear()
+    assert pick_device("auto") == torch.device("cpu")
+    assert training.start("auto").device == torch.device("cpu")
+    assert capsys.readouterr().err.count("Apple GPU") == 1
