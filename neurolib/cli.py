@@ -19,6 +19,7 @@ from neurolib.errors import NeurolibError, NeurolibWarning, SettingsError
 
 if TYPE_CHECKING:
     from neurolib.swc import Tree
+    from neurolib.volume import Volume
 
 # Of the command-line library that typer has inside, or beside it.
 UsageError = typer.BadParameter.__base__
@@ -224,6 +225,9 @@ def segment(
     scheduler: Annotated[
         str, typer.Option(help="Address of a Dask cluster, instead of --workers.")
     ] = "",
+    units: Annotated[
+        str, typer.Option(help="Of the SWC: voxels, or um, which other programs expect.")
+    ] = "voxels",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace files that neurolib did not write.")
     ] = False,
@@ -267,7 +271,7 @@ def segment(
     steps = _three("spacing", spacing)
     sharing = {"workers": workers, "scheduler": scheduler}
     job = functools.partial(
-        _segment_one, checkpoint, loaded, threshold, min_size, steps, predicting, sharing
+        _segment_one, checkpoint, loaded, threshold, min_size, units, steps, predicting, sharing
     )
     if len(places) == 1:
         job(*next(iter(places.items())))
@@ -346,6 +350,7 @@ def _segment_one(
     loaded: tuple,
     threshold: float | None,
     min_size: int,
+    units: str,
     spacing: tuple[float, float, float] | None,
     predicting: dict,
     sharing: dict,
@@ -362,6 +367,9 @@ def _segment_one(
 
     network, facts = loaded
     out, mask, probability = wanted
+    if units != "voxels":
+        reading = {"channel": predicting["channel"], "check": False, "spacing": spacing}
+        _known(read_volume(image, **reading), units, image.name)
     cut = facts["threshold"] if threshold is None else threshold
     in_parts = probability is not None and probability.suffix.lower() == ".zarr"
     if in_parts and (any(sharing.values()) or image.suffix.lower() == ".zarr"):
@@ -389,18 +397,35 @@ def _segment_one(
     if out:
         options = {"threshold": cut, "min_size": min_size, "regions": stored_boxes(volume.data)}
         tree = trace(volume.data, volume.spacing, **options)
-        _write_tree(out, tree, provenance("segment", **made, min_size=min_size))
+        about = provenance("segment", **made, min_size=min_size)
+        _write_tree(out, tree, about, units, _known(volume, units, image.name))
 
 
-def _write_tree(out: Path, tree: "Tree", about: str) -> None:
-    from neurolib.swc import length, tips, write_swc
+def _known(stack: "Volume", units: str, name: str) -> tuple[float, float, float] | None:
+    """The spacing of a stack, None if unknown; refused before the work if `units` need it."""
+    if units not in ("voxels", "um"):
+        raise SettingsError(f"--units {units}: expected voxels or um")
+    known = None if stack.unknown else stack.spacing
+    if units == "um" and known is None:
+        raise SettingsError(
+            f"--units um: the voxel size of {name} is not known; give --spacing Z,Y,X in µm, or "
+            "leave --units away"
+        )
+    return known
 
-    write_swc(out, tree, about)
+
+def _write_tree(
+    out: Path, tree: "Tree", about: str, units: str, known: tuple[float, float, float] | None
+) -> None:
+    from neurolib.swc import length_text, tips, write_swc
+
+    write_swc(out, tree, about, units, known)
+    long = length_text(tree, known or (1, 1, 1))
     root = ", ".join(f"{value:.1f}" for value in tree.xyz[0])
     trees = int((tree.parent < 0).sum())
     print(
-        f"{out}: {len(tree.xyz)} nodes, {length(tree):.0f} voxels long, {len(tips(tree))} tips, "
-        f"{trees} {'tree' if trees == 1 else 'trees'}; root at {root} (x, y, z)"
+        f"{out}: {len(tree.xyz)} nodes, {long} long, {len(tips(tree))} tips, "
+        f"{trees} {'tree' if trees == 1 else 'trees'}; root at {root} (x, y, z, in voxels)"
     )
 
 
@@ -431,8 +456,7 @@ def trace(
     seed: Annotated[
         str,
         typer.Option(
-            help="X,Y,Z in voxels, as in the SWC (--spacing is Z,Y,X): the root of the piece "
-            "nearest to it, if that has no cell body."
+            help="X,Y,Z in voxels (--spacing is Z,Y,X): the root of the piece nearest to it."
         ),
     ] = "",
     min_size: Annotated[int, typer.Option(help="Smaller pieces are dropped, in voxels.")] = 20,
@@ -446,14 +470,17 @@ def trace(
         str, typer.Option(help="The program Vaa3D; default: $VAA3D, or the one on the PATH.")
     ] = "",
     channel: Annotated[int | None, typer.Option(help="Channel of a multi-channel image.")] = None,
+    units: Annotated[
+        str, typer.Option(help="Of the SWC: voxels, or um, which other programs expect.")
+    ] = "voxels",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a file that neurolib did not write.")
     ] = False,
 ) -> None:
     """Trace a segmentation of your own: mask, labels or probability in, SWC out.
 
-    The SWC is in voxels, centres at whole numbers; its radii in voxels of the finest axis. A .zarr
-    need not fit in memory, only its foreground.
+    The SWC is in voxels, centres at whole numbers and radii in voxels of the plane, or in µm.
+    A .zarr need not fit in memory, only its foreground.
 
     Example: neurolib trace cell_mask.tif --out cell.swc --seed 120,88,14
     """
@@ -476,6 +503,7 @@ def trace(
         raise SettingsError(f"--vaa3d: is for --tracer app2 only, got --tracer {tracer}")
     steps, point = _three("spacing", spacing), _three("seed", seed)
     stack = read_volume(volume, channel=channel, check=False, spacing=steps)
+    known = _known(stack, units, volume.name)
     in_parts = tracer == "neurolib" and isinstance(stack.data, LazyStack)
     read = segmentation if in_parts else as_probability
     found, meaning = read(stack.data, label, threshold, volume.name)
@@ -503,7 +531,7 @@ def trace(
     made = {"image": f"{volume}, {meaning}", "spacing (z, y, x)": stack.spacing}
     made |= {"tracer": tracer, "threshold": threshold, "label": label, "channel": channel}
     made |= {"seed (x, y, z)": point, "min_size": min_size, "bridge": bridge}
-    _write_tree(out, tree, provenance("trace", **made))
+    _write_tree(out, tree, provenance("trace", **made), units, known)
 
 
 @app.command()

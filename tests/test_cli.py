@@ -16,6 +16,7 @@ from neurolib import __version__, cli
 from neurolib.errors import SettingsError
 from neurolib.network import NetworkSettings, Segmenter
 from neurolib.swc import Tree, read_swc, write_swc
+from neurolib.swc import length as swc_length
 from neurolib.training import save_checkpoint
 from neurolib.volume import read_volume, write_volume
 
@@ -676,3 +677,33 @@ def test_a_spacing_that_is_not_known_is_said_and_not_made_up(tmp_path, capsys, g
     said = capsys.readouterr().out
     assert said.count("spacing not known") == (not given)
     assert given or "PhysicalSizeZ missing" in said
+
+
+@pytest.mark.parametrize("options", [[], ["--spacing", "0.3,0.7,0.7"]])
+def test_an_swc_in_micrometres_is_the_tree_that_others_read(tmp_path, capsys, options):
+    mask = np.zeros((14, 24, 60), np.uint8)
+    for z in range(14):
+        mask[max(z - 1, 0) : z + 2, 8:12, 4 * z : 4 * z + 6] = 1
+    path = write_volume(tmp_path / "cell.tif", mask, (2.0, 0.5, 0.5))
+    plain, um = tmp_path / "plain.swc", tmp_path / "um.swc"
+    assert call("trace", path, "--out", plain, *options) == 0
+    assert call("trace", path, "--out", um, "--units", "um", *options) == 0
+    spacing = (0.3, 0.7, 0.7) if options else (2.0, 0.5, 0.5)
+    length = swc_length(read_swc(plain), spacing)
+    assert capsys.readouterr().out.count(f" nodes, {length:.1f} µm long") == 2
+    np.testing.assert_allclose(read_swc(um).xyz, read_swc(plain).xyz, atol=1e-3)
+    np.testing.assert_allclose(read_swc(um).radius, read_swc(plain).radius, rtol=1e-3)
+    sections = pytest.importorskip("morphio").Morphology(str(um)).iter()
+    found = sum(np.linalg.norm(np.diff(s.points, axis=0), axis=1).sum() for s in sections)
+    assert found == pytest.approx(length, rel=1e-3)
+
+
+def test_units_that_cannot_be_written_are_refused_before_tracing(tmp_path, capsys):
+    path, out = put(tmp_path / "cell.tif", BAR), tmp_path / "a.swc"
+    assert call("trace", path, "--out", out, "--units", "um") == 2
+    one_line(capsys, "cell.tif", "voxel size", "--spacing")
+    assert call("trace", path, "--out", out, "--units", "inch") == 2
+    one_line(capsys, "--units inch", "voxels or um")
+    assert not out.exists()
+    assert call("trace", path, "--out", out, "--units", "um", "--spacing", "1,1,1") == 0
+    assert "voxels long" in capsys.readouterr().out
