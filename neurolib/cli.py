@@ -16,6 +16,7 @@ import typer
 
 from neurolib import __version__
 from neurolib.errors import NeurolibError, NeurolibWarning, SettingsError
+from neurolib.files import SHIPPED
 
 if TYPE_CHECKING:
     from neurolib.swc import Tree
@@ -179,7 +180,13 @@ def segment(
             metavar="IMAGE",
         ),
     ],
-    checkpoint: Annotated[Path, typer.Option(help="A checkpoint, or the folder of a run.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Option(
+            help="A checkpoint, or the folder of a run; default: the one that comes along.",
+            show_default=False,
+        ),
+    ] = SHIPPED,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -237,7 +244,7 @@ def segment(
     From .zarr to a --probability NAME.zarr the image need not fit in memory; run an interrupted
     call again to resume it. Tracing takes memory for the foreground only.
 
-    Example: neurolib segment cell.tif --checkpoint runs/x --out cell.swc
+    Example: neurolib segment cell.tif --out cell.swc
     """
     from tqdm import tqdm
 

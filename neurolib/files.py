@@ -30,6 +30,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # NumPy's own words for it, without a number.
 CUT_SHORT = re.compile(r"^\d+ requested and \d+ written$")
 CHECKPOINT = "checkpoint.safetensors"  # in the folder of a run
+# The network that comes with the course; data/neurite.md is its card.
+SHIPPED = Path(__file__).resolve().parents[1] / "data" / "neurite.safetensors"
 # How the provenance of our results begins, and what seals the nodes of an SWC.
 WRITTEN = "written by neurolib"
 SEAL = re.compile(r"^# nodes: sha256 (\w+)$", re.MULTILINE)

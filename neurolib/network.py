@@ -7,8 +7,9 @@
       → pyramid of 4 scales, pooled and fused (UPerNet-style decoder, GroupNorm)
       → logits of the centre slice (B, 1, 100, 100), or of all five (B, 5, 100, 100)
 
-`stem=True` adds a convolutional path at full resolution. It is ours, not the paper's: a token
-of 14 pixels at this scale is 6 voxels wide, a neurite 2 to 4. Results with it are labelled so.
+Two additions are ours, not the paper's, and results with them are labelled so. `stem=True` adds a
+small U-Net at full resolution: a token of 14 pixels at this scale is 6 voxels wide, a neurite 2 to
+4. `contrast=True` shows the encoder local contrast instead of brightness, and the stem both.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,6 +65,7 @@ class NetworkSettings:
     predict: str = "center"
     stem: bool = False
     width: int = 64  # channels of the decoder
+    contrast: bool = False  # local contrast in place of brightness
 
     def __post_init__(self):
         if self.predict not in PREDICT:
@@ -75,8 +77,8 @@ class NetworkSettings:
         if self.width < 32 or self.width % 32:
             raise SettingsError(f"width={self.width}: expected a multiple of 32 channels")
         if self.encoder == UNET:
-            if self.stem:
-                raise SettingsError("stem=True: a U-Net has its own path at full resolution")
+            if self.stem or self.contrast:
+                raise SettingsError("stem, contrast: expected False for the peer's U-Net")
             return
         if not timm.is_model(self.encoder.split(".")[0]):
             raise SettingsError(f"encoder={self.encoder!r}: timm has no such model")
@@ -132,7 +134,8 @@ class Segmenter(nn.Module):
         self.patch = self.encoder.patch_embed.patch_size[0]
         outputs = 1 if settings.predict == "center" else settings.depth
         self.decoder = PyramidDecoder(self.encoder.embed_dim, settings.width)
-        self.stem = Stem(settings.depth, settings.width // 4) if settings.stem else None
+        views = 2 if settings.contrast else 1  # brightness beside local contrast
+        self.stem = Stem(views * settings.depth, settings.width // 4) if settings.stem else None
         features = settings.width // 2 + (settings.width // 4 if settings.stem else 0)
         self.head = nn.Sequential(
             convolution(features, settings.width // 2), nn.Conv2d(settings.width // 2, outputs, 1)
@@ -150,11 +153,14 @@ class Segmenter(nn.Module):
         features = F.interpolate(features, area, mode="bilinear", align_corners=False)
         features = features[..., :height, :width]
         if self.stem is not None:
-            features = torch.cat([features, self.stem(slices)], dim=1)
+            views = [slices, local_contrast(slices)] if self.settings.contrast else [slices]
+            features = torch.cat([features, self.stem(torch.cat(views, dim=1))], dim=1)
         return self.head(features)
 
     def encode(self, slices: torch.Tensor) -> list[torch.Tensor]:
         """Tokens (B, E, rows, columns) after four of the encoder's blocks, shallow to deep."""
+        if self.settings.contrast:
+            slices = local_contrast(slices)
         return self.encoder.forward_intermediates(
             self.resize(slices), indices=self.taps, intermediates_only=True, output_fmt="NCHW"
         )
@@ -234,14 +240,61 @@ class PyramidDecoder(nn.Module):
 
 
 class Stem(nn.Module):
-    """Two convolutions at full resolution, (B, D, h, w) to (B, width, h, w)."""
+    """A small U-Net (Ronneberger et al. 2015) in the plane, (B, D, h, w) to (B, width, h, w).
 
-    def __init__(self, depth: int, width: int):
+    Slices are channels; rows and columns are halved three times. It places at full resolution
+    what the tokens recognise.
+    """
+
+    def __init__(self, inputs: int, width: int):
         super().__init__()
-        self.layers = nn.Sequential(convolution(depth, width), convolution(width, width))
+        sizes = [width, 2 * width, 4 * width, 8 * width]
+        self.down = nn.ModuleList(
+            nn.Sequential(convolution(a, b), convolution(b, b))
+            for a, b in zip([inputs, *sizes], sizes, strict=False)
+        )
+        self.up = nn.ModuleList(
+            nn.Sequential(convolution(a + b, b), convolution(b, b))
+            for a, b in zip(sizes[1:], sizes, strict=False)
+        )
 
     def forward(self, slices: torch.Tensor) -> torch.Tensor:
-        return self.layers(slices)
+        maps = [self.down[0](slices)]
+        for down in self.down[1:]:
+            maps.append(down(F.max_pool2d(maps[-1], 2, ceil_mode=True)))
+        features = maps.pop()
+        for up, finer in zip(reversed(self.up), reversed(maps), strict=True):
+            features = up(torch.cat([resize_to(features, finer), finer], dim=1))
+        return features
+
+
+def local_contrast(slices: torch.Tensor) -> torch.Tensor:
+    """Brightness relative to its surroundings, whatever the exposure and the background.
+
+    Parameters
+    ----------
+    slices : torch.Tensor, (B, D, h, w)
+
+    Returns
+    -------
+    torch.Tensor, (B, D, h, w)
+        In [0, 1]: x minus its mean over about 12 pixels, divided by the deviation over about 25
+        pixels plus the median of these deviations; -1.5 to 8 become 0 to 1. Means and deviations
+        are those of all slices together.
+    """
+    slices = slices.float()
+    above = slices - _surroundings(slices, 12)
+    deviation = _surroundings(above**2, 25).clamp_min(0).sqrt()
+    usual = deviation.flatten(1).median(dim=1).values[:, None, None, None]
+    low, high = -1.5, 8.0
+    return ((above / (deviation + usual + 1e-4)).clamp(low, high) - low) / (high - low)
+
+
+def _surroundings(slices: torch.Tensor, pixels: int) -> torch.Tensor:
+    """Mean over slices and about `pixels` rows and columns around each, (B, 1, h, w)."""
+    cells = [max(1, round(side / pixels)) for side in slices.shape[-2:]]
+    coarse = F.adaptive_avg_pool2d(slices.mean(1, keepdim=True), cells)
+    return resize_to(coarse, slices)
 
 
 def convolution(inputs: int, outputs: int) -> nn.Sequential:

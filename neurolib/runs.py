@@ -2,8 +2,8 @@
 
 A run folder holds the executed notebooks, what they hand on (split, checkpoint, predicted
 volumes, SWC), ``figures/``, ``metrics.json`` and ``report.html``. A notebook is executed again
-only if its key has changed: the hash of its code, its parameters, the package's source, and the
-key of the notebook before it.
+only if its key has changed: the hash of its code, its parameters, the modules that it computes
+with, and the key of the notebook before it.
 """
 
 import ast
@@ -76,6 +76,8 @@ COURSE = (
 )
 # What a finished checkpoint is evaluated by, with the parameter `checkpoint` of `run_course`.
 EVALUATION = ("04_evaluation", "05_swc_tracing")
+# Modules whose changes change no number.
+SHOWING = {"plotting", "widgets", "runs", "parameters", "check", "errors"}
 # A kernel that hangs is ended: seconds to start, and per cell (GPU profiles train for hours).
 START_TIMEOUT, CELL_TIMEOUT = 120, 24 * 3600
 MEMORY_LIMIT_MB = 1500
@@ -154,8 +156,7 @@ def target_of(run: Run) -> dict:
 def checkpoint_of(run: Run) -> Path:
     """The checkpoint that notebook 03 left in a run; before it has run, the one that comes along.
 
-    ``data/example.safetensors`` holds a decoder trained for a few minutes on the synthetic data
-    behind a frozen, center-inflated encoder.
+    ``data/neurite.md`` says what that one was trained on and what it reaches.
 
     Raises
     ------
@@ -167,7 +168,7 @@ def checkpoint_of(run: Run) -> Path:
         return path
     if "validation" in run.metrics():
         raise WeightsError(f"{path}: missing, but the run was trained; run notebook 03 again")
-    return REPOSITORY / "data" / "example.safetensors"
+    return SHIPPED
 
 
 def open_run(folder: str | Path) -> Run:
@@ -573,14 +574,31 @@ def _key(notebook: str, parameters: dict, before: str) -> str:
     import nbformat
 
     content = nbformat.read(notebook_path(notebook), as_version=4)
-    package = Path(__file__).parent
-    parts = [
-        before,
-        json.dumps(parameters, sort_keys=True),
-        *(cell.source for cell in content.cells if cell.cell_type == "code"),
-        *(sha256(path) for path in sorted(package.rglob("*.py"))),
-    ]
+    code = [cell.source for cell in content.cells if cell.cell_type == "code"]
+    parts = [before, json.dumps(parameters, sort_keys=True), *code]
+    parts += map(sha256, modules_of("\n".join(code)))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def modules_of(code: str) -> list[Path]:
+    """The modules of the package that code computes with: those it imports, and theirs in turn.
+
+    Modules that only show or drive (`SHOWING`) are left out: another colour in a figure must not
+    train a network again.
+    """
+    package, found = Path(__file__).parent, set()
+    todo = [re.sub(r"(?m)^(\s*)[!%].*", r"\1pass", code)]  # the notebook's shell lines
+    while todo:
+        for node in ast.walk(ast.parse(todo.pop())):
+            if not isinstance(node, ast.ImportFrom) or not node.module:
+                continue
+            top, _, module = node.module.partition(".")
+            names = {module} if module else {alias.name for alias in node.names}
+            for path in (package / f"{name}.py" for name in names - SHOWING if top == "neurolib"):
+                if path not in found and path.is_file():
+                    found.add(path)
+                    todo.append(path.read_text(encoding="utf-8"))
+    return sorted(found)
 
 
 def _is_done(run: Run, notebook: str, key: str) -> bool:

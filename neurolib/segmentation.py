@@ -20,7 +20,7 @@ from neurolib.volume import Volume, normalise, read_volume
 
 def segment(
     image: str | Path | Volume | np.ndarray,
-    checkpoint: str | Path,
+    checkpoint: str | Path = SHIPPED,
     threshold: float | None = None,
     min_size: int = 200,
     bridge: float = 15.0,
@@ -34,7 +34,7 @@ def segment(
     image : path, Volume, or (z, y, x) array
         An array has cubic voxels; give a `neurolib.volume.Volume` for others.
     checkpoint : path
-        Of a trained network, or the folder of a run.
+        Of a trained network, or the folder of a run; by default the one that comes along.
     threshold : float, optional
         On the probability; by default the one chosen on the validation neurons.
     min_size, bridge, seed

@@ -23,6 +23,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from neurolib import cluster
+from neurolib.baselines import FILTERS
 from neurolib.datasets import data_label, read_manifest
 from neurolib.errors import NeurolibError, SettingsError
 from neurolib.evaluation import in_unit, volume_diagonal
@@ -55,8 +56,8 @@ MEASURES = {
 }
 # Parameters that grids vary, with one column each; empty where the notebook's default held.
 VARIED = (
-    "initialisation", "depth", "stem", "predict", "loss", "encoder_rate", "layer_decay",
-    "train_neurons",
+    "encoder", "initialisation", "frozen", "depth", "stem", "contrast", "predict", "loss",
+    "encoder_rate", "layer_decay", "train_neurons",
 )  # fmt: skip
 VARIED_AND_SHARED = ("steps", "batch", "size", *VARIED)
 SHARED = (
@@ -71,6 +72,8 @@ COLUMNS = {
     "tree": (*TESTED, *TREE, "every", *SHARED),
     "validation": ("network", "seed", "fold", "neuron", "step", "training_loss", "dice", *SHARED),
 }  # fmt: skip
+# Parameters on which the rows of filters depend, beside the data.
+FILTERED = ("held_out", "validate_on", "target", "tau", "every")
 NUMBERS = ("dice", "hd95", "diagonal", "cldice", *TREE, "seconds", "step", "training_loss")
 # Parameters that a cell has from elsewhere.
 RESERVED = {"seed": "seeds", "held_out": "folds", "data": "data", "run_dir": "--folder"}
@@ -91,8 +94,16 @@ class Cell:
     def settings(self) -> str:
         """Hash of all its parameters but the seed: equal, and two runs may be averaged."""
         shared = {key: value for key, value in self.parameters.items() if key != "seed"}
-        text = json.dumps(shared, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _hash(shared)
+
+    @property
+    def data_settings(self) -> str:
+        """Hash of those parameters on which a filter's result depends, too."""
+        return _hash({key: self.parameters[key] for key in FILTERED if key in self.parameters})
+
+
+def _hash(values: dict) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_grid(path: str | Path) -> dict:
@@ -220,10 +231,10 @@ def run_sweep(
             check_settings(known | cell.parameters)
         if grid["measure"] == "tree" and cell.parameters.get("every", 1) != 1:
             raise SettingsError(f"{path}: measure tree needs all slices; remove 'every'")
-    order = list(grid["networks"])
+    order = [*FILTERS, *grid["networks"]]
 
     def place(row: dict) -> tuple[int, int, int]:
-        return int(row["fold"]), int(row["seed"]), order.index(row["network"])
+        return int(row["fold"]), int(row["seed"] or -1), order.index(row["network"])
 
     if results.exists():
         try:
@@ -256,7 +267,10 @@ def run_sweep(
             else:
                 done[cell.name] = _rows(found, cell, data, grid["measure"])
                 together = [*kept, *(row for some in done.values() for row in some)]
-                write_results(results, sorted(together, key=place), grid["measure"])
+                # Every run of a fold gives its filters again.
+                keys = ("network", "seed", "fold", "volume", "step")
+                single = {tuple(str(row.get(k)) for k in keys): row for row in together}
+                write_results(results, sorted(single.values(), key=place), grid["measure"])
                 print(f"== {len(done)} of {len(cells)} done: {cell.name}", flush=True)
             _write_index(Path(folder) / stem / "index.html", cells, done, failed)
     if failed:
@@ -394,11 +408,19 @@ def _rows(run: Run, cell: Cell, data: str, measure: str) -> list[dict]:
         diagonal = volume_diagonal(volume.data.shape, scale)
         # A notebook records words beside the numbers (the style, which stands in `names`), and
         # no clDice on a sample of the slices.
-        numbers = {k: v for k, v in scores.items() if isinstance(v, (int, float))}
-        found = {k.lower(): round(value, 4) for k, value in numbers.items()}
         names = {"neuron": pair.neuron, "volume": pair.name, "style": pair.style}
-        rows.append(common | names | found | {"diagonal": round(diagonal, 1)})
+        names |= {"diagonal": round(diagonal, 1)}
+        rows.append(common | names | _numbers(scores))
+        for name, found in metrics.get("filters", {}).get(pair.name, {}).items():
+            trained = dict.fromkeys((*VARIED_AND_SHARED, "key", "weights", "device", "seconds"), "")
+            row = common | trained | names | _numbers(found)
+            rows.append(row | {"network": name, "seed": "", "settings": cell.data_settings})
     return rows
+
+
+def _numbers(scores: dict) -> dict:
+    numbers = {k: v for k, v in scores.items() if isinstance(v, (int, float))}
+    return {k.lower(): round(value, 4) for k, value in numbers.items()}
 
 
 def _write_index(
@@ -434,6 +456,7 @@ def _kept(path: Path, cells: list[Cell], grid: list[Cell], data: str, measure: s
         return []
     now = {(cell.network, str(cell.seed), str(cell.fold)) for cell in cells}
     settings = {(cell.network, str(cell.fold)): cell.settings for cell in grid}
+    settings |= {(name, str(c.fold)): c.data_settings for c in grid for name in FILTERS}
     return [
         row
         for row in rows
@@ -512,7 +535,7 @@ def by_network(rows: list[dict], column: str) -> dict[str, dict[str, float]]:
 def by_seed(rows: list[dict], column: str) -> dict[str, dict[str, float]]:
     """Mean of a column over neurons, as network → seed → value: what another seed changes."""
     found: dict[str, dict[str, float]] = {}
-    for seed in sorted({row["seed"] for row in rows}):
+    for seed in sorted({row["seed"] for row in rows} - {""}):
         values = by_network([row for row in rows if row["seed"] == seed], column)
         for network, neurons in values.items():
             mean = sum(neurons.values()) / len(neurons)
@@ -543,6 +566,7 @@ def describe_results(rows: list[dict]) -> list[str]:
     def values(column: str) -> str:
         return ", ".join(sorted({str(row[column]) for row in rows}))
 
+    rows = [row for row in rows if row["network"] not in FILTERS]
     runs = {(row["network"], row["seed"], row["fold"]): row["seconds"] for row in rows}
     tested = [f"slices tested: one in {values('every')}"] if "every" in rows[0] else []
     return [

@@ -518,13 +518,13 @@ def _train(
     shape = network.settings
     if not validation:
         raise DataError("no validation volume; hold out at least one neuron for validation")
+    seen = {content_key(s.image): s.pair.name for s in (*samples, *validation)}
     blocks = BlockSource(samples, shape.depth, shape.block, settings.negatives, seed=settings.seed)
     checks = [validation_blocks(s, shape, settings) for s in validation]
     _prepare_encoder(network, settings)
     optimizer = torch.optim.AdamW(parameter_groups(network, settings), fused=True)
     module, optimizer = fabric.setup(network, optimizer)
     average = {k: v.detach().clone() for k, v in network.state_dict().items()}
-    seen = {content_key(s.image): s.pair.name for s in (*samples, *validation)}
     identity = _identity(network, settings, tau, blocks, checks)
     state = _Resume(folder, network, optimizer, average, identity)
     step, history, best = state.load()

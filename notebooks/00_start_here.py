@@ -99,12 +99,11 @@ print("ready" if not problems else "\n".join(problems))
 #
 # The stages of the course, on a piece of the volume above: five slices of a *block*; one kernel of the
 # inflated patch embedding, which sees the middle slice alone (the paper's `center`); the probability
-# of neurite that the network gives whose decoder comes with the course, trained for minutes on synthetic
-# neurons, this one perhaps among them (what counts is measured on others, in notebook 04); and the tree
-# that is traced through it. Nothing is drawn by hand.
+# of neurite that the network gives whose decoder comes with the course, trained for minutes on images
+# rendered from real neurons' trees; and the tree that is traced through it. Nothing is drawn by hand.
 
 # %%
-network, facts = training.load_checkpoint(runs.REPOSITORY / "data/example.safetensors")
+network, facts = training.load_checkpoint(runs.REPOSITORY / "data/neurite.safetensors")
 depth, size = network.settings.depth, network.settings.block
 grid = blocking.block_grid(sample.image.shape, (depth, size, size))
 foreground = [blocking.read_block(sample.mask, at, (17, size, size)).sum() for at in grid]

@@ -41,23 +41,24 @@ start_from = ""  # a checkpoint to go on from, on other data, say; empty: the in
 depth = 5  # slices of a block; 1 is the 2D network
 size = 224  # rows and columns that the encoder sees
 predict = "center"  # slices that a block predicts: "center" or "all"
-stem = True  # convolutional path at full resolution: ours, not the paper's
-frozen = False  # train the decoder only
-steps = 40  # of the optimiser: a taste, the course profile takes more
-batch = 3  # blocks per pass; with 4, this notebook needs more than 1.5 GB
+stem = True  # small U-Net at full resolution: ours, not the paper's
+contrast = True  # local contrast in place of brightness: ours, not the paper's
+frozen = True  # train decoder and stem only; False trains the encoder, too, as the paper does
+steps = 200  # of the optimiser
+batch = 4  # blocks per pass
 encoder_rate = 1e-4  # peak learning rate of the encoder's last layer
 decoder_rate = 1e-3  # peak learning rate of decoder and stem
 layer_decay = 0.75  # rate of each encoder layer relative to the one above it; 1 for equal rates
-loss = "dice+ce+skeleton"  # or "dice+focal", "dice+ce+cldice"
+loss = "dice+focal"  # or "dice+ce", "dice+ce+skeleton", "dice+ce+cldice"
 negatives = 1.0  # blocks without foreground per salient block
 accumulate = 1  # passes per step: many blocks per step on a small device
 checkpointing = False  # less memory, a third slower
-validate_every = 20  # steps
+validate_every = 25  # steps
 validation_blocks = 32  # per validation volume
 patience = 0  # validations without a better one after which to stop; 0: never
 seed = 0  # of everything random
 device = "auto"  # "auto", "cpu" or "cuda"
-precision = "32-true"  # "bf16-mixed" on a GPU
+precision = "auto"  # bfloat16 where the hardware has it, else "32-true"
 
 # %% tags=["bootstrap"]
 import sys
@@ -72,11 +73,15 @@ if "google.colab" in sys.modules and not Path("../neurolib").is_dir():  # on Col
     site.main()  # lets this running Python see the package just installed
 
 # %%
+from dataclasses import replace
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from IPython.display import Markdown, display
+from safetensors.torch import load_file
 
-from neurolib import datasets, network, plotting, runs, training, weights, widgets
+from neurolib import datasets, inference, network, plotting, runs, training, weights, widgets
 from neurolib.check import training as check
 
 run = runs.open_run(run_dir)
@@ -94,10 +99,28 @@ target = runs.target_of(run)
 split = runs.split_of(run, data)
 train = [datasets.read_sample(pair, **target) for pair in split.train]
 validation = [datasets.read_sample(pair, **target) for pair in split.validation]
-source = training.BlockSource(train, depth, negatives=negatives, seed=seed)
-print(f"{len(train)} training volumes, {len(source)} blocks; {len(validation)} for validation")
+print(f"{len(train)} training volumes, {len(validation)} for validation")
+
+# %% [markdown]
+# ### Brightness or contrast
+#
+# A neurite is not bright, it is brighter than what lies around it. With `contrast`, the encoder is shown
+# how much: each voxel minus the mean around it, divided by the usual deviation there. Exposure and
+# uneven background are gone, and a faint branch looks like a strong one. The paper shows the network
+# brightness; contrast is our addition.
 
 # %%
+volume, half = train[0], depth // 2
+middle = len(volume.image) // 2
+slices = torch.from_numpy(volume.image[None, middle - half : middle + half + 1])
+panels = {"brightness": slices[0, half], "contrast": network.local_contrast(slices)[0, half]}
+panels["target"] = volume.mask[middle]
+alt = "A slice as the microscope saw it, its local contrast, and the target."
+plotting.show(plotting.images(panels, columns=3), "contrast", alt, run.figures)
+
+# %%
+source = training.BlockSource(train, depth, negatives=negatives, seed=seed)
+print(f"{len(source)} blocks")
 blocks, responses = source.batch(0, 4)
 changed, moved = training.augment(blocks, responses, torch.Generator().manual_seed(seed))
 panels = {f"block {i}": blocks[i, 0, depth // 2] for i in range(4)}
@@ -234,13 +257,26 @@ check.q2(soft_dice)
 # %% [markdown]
 # ## The network
 #
-# The inflated encoder, a light decoder on the tokens of four layers, and, if `stem` is on, two
-# convolutions at full resolution. A token is 6 voxels wide at this scale and a neurite 2 to 4: the
-# stem can place what the tokens have recognised. It is our addition and no part of the paper's
-# rows in [06 Table 1](06_table1.ipynb).
+# Five slices go in, one mask comes out. In between, the picture becomes *tokens*: a patch of 14 × 14
+# pixels is turned into 384 numbers, and twelve transformer blocks let the patches tell each other what
+# they see. (New to transformers? [Vaswani et al.](https://arxiv.org/abs/1706.03762) explain attention,
+# [Dosovitskiy et al.](https://arxiv.org/abs/2010.11929) how pictures are cut into patches.)
+#
+# ```
+# block (5, 100, 100)
+#   ├─ enlarged to (5, 224, 224)
+#   │    └─ inflated patch embedding: 16 × 16 tokens of 384 numbers
+#   │         └─ 12 transformer blocks; the tokens after blocks 3, 6, 9 and 12 are taken out
+#   │              └─ decoder: a pyramid of four scales, fused: (32, 128, 128) → (32, 100, 100)
+#   └─ stem, a small U-Net at full resolution: (16, 100, 100)
+#        both together → head: two convolutions → (1, 100, 100), the logits of the centre slice
+# ```
+#
+# A token is 6 voxels wide at this scale and a neurite 2 to 4: the stem places what the tokens have
+# recognised. It is our addition and no part of the paper's rows in [06 Table 1](06_table1.ipynb).
 
 # %%
-shape = network.NetworkSettings(encoder, depth, 100, size, predict, stem)
+shape = network.NetworkSettings(encoder, depth, 100, size, predict, stem, contrast=contrast)
 net, report = network.build(shape, initialisation, weights_file, seed)
 print(report or "scratch: random weights, asked for by name")
 if start_from:
@@ -253,6 +289,69 @@ for name in ("encoder", "decoder", "stem", "head"):
         print(f"{name}: {sum(p.numel() for p in part.parameters()):,} weights")
 
 # %% [markdown]
+# ### One block, stage by stage
+#
+# This is the whole forward pass, with nothing hidden but the layers themselves. It must give what the
+# library's network gives, to the last bit.
+
+
+# %% tags=["method"]
+def encode(net, slices):
+    """Tokens (B, 384, rows, columns) after four of the encoder's blocks."""
+    vit, taps = net.encoder, []
+    x = vit._pos_embed(vit.patch_embed(slices))  # (B, 1 + 256, 384): a class token, then patches
+    for number, block in enumerate(vit.blocks):
+        x = block(vit.norm_pre(x) if number == 0 else x)
+        if number in net.taps:
+            rows, columns = (side // net.patch for side in slices.shape[-2:])
+            patches = x[:, vit.num_prefix_tokens :].transpose(1, 2).contiguous()
+            taps.append(patches.reshape(len(x), -1, rows, columns))
+    return taps
+
+
+def forward(net, blocks, stages):
+    stages["slices"] = slices = blocks[:, 0]  # (B, D, 100, 100)
+    views = [slices]
+    if net.settings.contrast:
+        stages["contrast"] = network.local_contrast(slices)
+        views.append(stages["contrast"])
+    stages["enlarged"] = enlarged = net.resize(views[-1])
+    taps = encode(net, enlarged)
+    stages |= {f"tokens after block {n + 1}": t for n, t in zip(net.taps, taps, strict=True)}
+    features = net.decoder(taps)
+    area = [side + pad for side, pad in zip(slices.shape[-2:], net.padding(slices), strict=True)]
+    features = F.interpolate(features, area, mode="bilinear", align_corners=False)
+    stages["decoder"] = features = features[..., : slices.shape[-2], : slices.shape[-1]]
+    if net.stem is not None:
+        stages["stem"] = net.stem(torch.cat(views, dim=1))
+        features = torch.cat([features, stages["stem"]], dim=1)
+    stages["logits"] = net.head(features)
+    return stages["logits"]
+
+
+# %%
+stages = {}
+if net.encoder is not None:  # the peer's U-Net has none
+    with torch.inference_mode():
+        by_hand = forward(net.eval(), blocks[:1], stages)
+        assert torch.equal(by_hand, net(blocks[:1]))
+for name, value in stages.items():
+    print(f"{name}: {tuple(value.shape)}")
+
+# %%
+panels = {name: value[0, depth // 2] for name, value in stages.items() if value.shape[1] == depth}
+panels |= {name: v[0].std(dim=0) for name, v in stages.items() if v.shape[1] > depth}
+panels |= (
+    {"probability": stages["logits"][0, 0].sigmoid()} if stages else {"block": blocks[0, 0, 0]}
+)
+alt = "A block through the network: slice, enlarged slice, tokens, features, an untrained output."
+plotting.show(plotting.images(panels, columns=5), "stages", alt, run.figures)
+
+# %% [markdown]
+# Of tokens and features, the picture shows how much they differ from each other at each place. The
+# first tokens still resemble the image; the deeper ones describe more than brightness. Decoder, stem
+# and head have random weights so far, and the output knows nothing.
+#
 # ## A rate for every layer and every step
 #
 # AdamW with three habits of those who fine-tune transformers. The decoder starts from random weights and
@@ -328,6 +427,50 @@ check.q4(share)
 # </details>
 
 # %% [markdown]
+# ## The loop
+#
+# All there is to training: take blocks, compare the answer with the target, let the gradient flow back,
+# take a step. The library's loop does the same, and adds what long runs need: validation, a running
+# average of the weights, and a state on disk from which a stopped run resumes. Ten steps of both must
+# give the same weights, bit for bit.
+
+
+# %% tags=["method"]
+def train_by_hand(net, source, settings, tau):
+    for name, weight in net.encoder.named_parameters():
+        # Nothing reads the encoder's last norm.
+        weight.requires_grad_(not (settings.frozen or name.startswith("norm.")))
+    optimizer = torch.optim.AdamW(training.parameter_groups(net, settings), fused=True)
+    learning = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for step in range(settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * training.schedule(step, settings)
+        blocks, responses = source.batch(step, settings.batch)
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        blocks, responses = training.augment(blocks, responses, generator)
+        wanted = responses if predict == "all" else responses[:, [depth // 2]]
+        loss = sum(training.loss_terms(settings.loss, net(blocks), wanted, tau).values())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learning, settings.clip)
+        optimizer.step()
+    return net
+
+
+# %% tags=["nbval-ignore-output"]
+once = {"accumulate": 1, "checkpointing": False, "precision": "32-true", "patience": 0}
+ten = replace(settings, steps=10, batch=2, validate_every=10, validation_blocks=2, **once)
+if net.encoder is not None:
+    by_hand, _ = network.build(shape, initialisation, weights_file, seed)
+    train_by_hand(by_hand, source, ten, target["tau"])
+    theirs, _ = network.build(shape, initialisation, weights_file, seed)
+    folder, cpu = run.path("ten_steps"), training.start("cpu", "32-true")
+    training.train(theirs, train, validation[:1], folder, ten, target["tau"], cpu)
+    after = load_file(folder / "resume.safetensors")
+    assert all(torch.equal(v, after[f"network.{k}"]) for k, v in by_hand.state_dict().items())
+    print("ten steps by hand and by the library: the same weights, bit for bit")
+
+# %% [markdown]
 # ## Training
 #
 # What is kept is a running average of the weights, at the step where it did best on the validation
@@ -336,7 +479,7 @@ check.q4(share)
 #
 # | way | what decides it |
 # |---|---|
-# | in front of you | `steps`: 40 as it stands, 200 in `make course` |
+# | in front of you | `steps`: 200 as it stands |
 # | go on | stop the cell and run it again: with the same parameters and `run_dir` it goes on where it was. `start_from` names a finished checkpoint to begin from, with new data or settings |
 # | full size, on a GPU | a profile: `papermill -f ../profiles/gpu.yaml 03_training.ipynb out.ipynb` |
 #
@@ -350,6 +493,9 @@ watch = widgets.live(plotting.learning, "Loss and validation Dice, growing.")
 how = (settings, target["tau"], fabric, watch)
 result = training.train(net, train, validation, run.folder, *how)
 print(f"best validation Dice {result.dice:.3f} at step {result.step}")
+# %% tags=["nbval-ignore-output"]
+threshold, dice = inference.calibrate(result.checkpoint, validation, device=device)
+print(f"whole validation volumes: Dice {dice:.3f} at threshold {threshold:.2f}")
 
 # %%
 figure = plotting.learning(result.history)

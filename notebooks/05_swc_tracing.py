@@ -33,7 +33,7 @@
 # %% tags=["parameters"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results
 data = "synthetic"  # "synthetic", "bigneuron-janelia", "rendered:FOLDER" of SWC files, or a folder of image/SWC pairs
-overlap = 0.0  # share by which neighbouring tiles overlap, as in notebook 04
+overlap = 0.25  # share by which neighbouring tiles overlap, as in notebook 04
 flips = False  # average the predictions of four mirrored copies, as in notebook 04
 device = "auto"  # "auto", "cpu" or "cuda"
 min_size = 200  # voxels; smaller pieces are dropped: a tube of radius 1.9 and length 18 has 200
@@ -55,10 +55,11 @@ if "google.colab" in sys.modules and not Path("../neurolib").is_dir():  # on Col
 # %%
 import ipywidgets
 import numpy as np
+from IPython.display import Markdown, display
 from scipy.spatial import KDTree
 
-from neurolib import datasets, evaluation, inference, plotting, runs, study, swc, sweeps, tracing
-from neurolib import training, widgets
+from neurolib import baselines, datasets, evaluation, inference, plotting, runs, study, swc, sweeps
+from neurolib import tracing, training, widgets
 from neurolib.check import tracing as check
 
 run = runs.open_run(run_dir)
@@ -454,6 +455,19 @@ for s in tests:
     if len(found["prediction"][s.pair.name].xyz):
         print(run.hand_over(f"swc/{s.pair.name}.swc"))
 run.record("neurons", neurons)
+
+# %% tags=["nbval-ignore-output"]
+by_filter, rows = run.metrics().get("filters", {}), []
+for s in tests:
+    for name, chosen in run.metrics().get("chosen", {}).items():
+        mask = baselines.drop_small(baselines.Baseline(**chosen).mask(s.image), min_size)
+        if mask.any():
+            tree = tracing.trace(mask, spacing=s.spacing, bridge=bridge, min_size=min_size)
+            score = compared(tree, s)
+            by_filter[s.pair.name][name] |= score
+            rows.append({"neuron": s.pair.name, "traced from": name, **evaluation.name_unit(score)})
+run.record("filters", by_filter)
+display(Markdown(runs.table(rows) if rows else "Filters: see notebook 04."))
 
 # %% [markdown]
 # **Summary.** A graph on the foreground, a cost that likes the middle, and shortest paths make a

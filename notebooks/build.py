@@ -44,6 +44,8 @@ START_TIMEOUT, CELL_TIMEOUT = 120, 1200
 
 # Non-blank lines of a code cell; parameters and bootstrap are not part of the reading.
 MAX_LINES, MEDIAN_LINES = 15, 5
+# A cell with this tag builds a part of the method in full, and may be longer.
+METHOD, METHOD_LINES = "method", 32
 PARAMETERS, BOOTSTRAP = "parameters", "bootstrap"
 
 # The line of a notebook's first cell that its build measures, and what loads pre-trained weights.
@@ -301,8 +303,9 @@ def check_shape(notebook: NotebookNode) -> list[str]:
         if not {PARAMETERS, BOOTSTRAP} & set(tags(cell))
     }
     for number, length in lengths.items():
-        if length > MAX_LINES:
-            problems.append(f"cell {number}: {length} lines of code, expected {MAX_LINES} at most")
+        limit = METHOD_LINES if METHOD in tags(notebook.cells[number]) else MAX_LINES
+        if length > limit:
+            problems.append(f"cell {number}: {length} lines of code, expected {limit} at most")
     median = statistics.median(lengths.values()) if lengths else 0
     if median > MEDIAN_LINES:
         problems.append(

@@ -130,7 +130,7 @@ def test_a_table_can_be_read_before_it_is_rendered():
 
 def test_without_a_checkpoint_a_run_takes_the_one_that_comes_along(tmp_path):
     run = runs.open_run(tmp_path)
-    assert runs.checkpoint_of(run).name == "example.safetensors"
+    assert runs.checkpoint_of(run).name == "neurite.safetensors"
     assert runs.checkpoint_of(run).is_file()
     run.path("checkpoint.safetensors").write_bytes(b"")
     assert runs.checkpoint_of(run) == run.path("checkpoint.safetensors")
@@ -502,3 +502,14 @@ def test_a_run_in_which_nothing_is_found_goes_on_to_its_report(data, tmp_path, m
     found = run.metrics()["neurons"]["cell0"]
     assert (found["recall"], found["trees"], found["ESA"]) == (0, 0, float("inf"))
     assert "nothing to trace" in run.path("report.html").read_text()
+
+
+def test_a_key_follows_the_modules_that_compute_and_no_others():
+    code = "!pip install x\nfrom neurolib import training, plotting, runs\nimport numpy"
+    names = {path.stem for path in runs.modules_of(code)}
+    # What training imports, and what that imports in turn.
+    assert {"training", "network", "inflation", "blocking", "volume", "formats", "swc"} <= names
+    assert not names & {"plotting", "widgets", "runs", "sweeps", "cli", "tracing", "evaluation"}
+    assert runs.modules_of("from numpy import linalg") == []
+    inside = "def f():\n    from neurolib.tracing import trace"
+    assert "tracing" in {path.stem for path in runs.modules_of(inside)}

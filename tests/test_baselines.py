@@ -1,0 +1,70 @@
+"""Filters and thresholds against brute force."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from neurolib import baselines
+from neurolib.errors import DataError, SettingsError
+from neurolib.evaluation import dice
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3))
+def test_best_threshold_is_that_of_brute_force(seed, count):
+    rng = np.random.default_rng(seed)
+    responses = [rng.integers(0, 12, (3, 4, 5)) / 10 for _ in range(count)]
+    masks = [rng.random((3, 4, 5)) < 0.3 for _ in range(count)]
+    candidates = np.unique(responses)
+    threshold, score = baselines.best_threshold(responses, masks, candidates)
+    means = {
+        cut: np.mean([dice(r >= cut, m) for r, m in zip(responses, masks, strict=True)])
+        for cut in candidates
+    }
+    assert score == pytest.approx(max(means.values()))
+    assert means[threshold] == pytest.approx(score)
+
+
+def test_default_candidates_come_close_to_every_value():
+    rng = np.random.default_rng(0)
+    mask = rng.random((20, 60, 60)) < 0.003
+    response = rng.normal(0, 1, mask.shape) + 4 * mask
+    _, every = baselines.best_threshold([response], [mask], np.unique(response))
+    _, score = baselines.best_threshold([response], [mask])
+    assert every - 0.02 < score <= every
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 7, 50])
+def test_drop_small_is_counted_by_hand(size):
+    mask = np.random.default_rng(1).random((8, 30, 30)) < 0.05
+    label, count = ndimage.label(mask, np.ones((3, 3, 3)))
+    wanted = np.zeros_like(mask)
+    for number in range(1, count + 1):
+        piece = label == number
+        if piece.sum() >= size:
+            wanted |= piece
+    np.testing.assert_array_equal(baselines.drop_small(mask, size), wanted)
+
+
+@pytest.mark.parametrize("name", baselines.FILTERS)
+def test_each_filter_finds_a_thread_in_an_uneven_ground(name):
+    rng = np.random.default_rng(2)
+    images, masks = [], []
+    for row in (12, 25):
+        mask = np.zeros((16, 40, 40), bool)
+        mask[7:10, row - 1 : row + 2, 3:37] = True
+        ground = np.linspace(0, 0.1, 40)[None, None]
+        images.append(np.clip(ground + 0.6 * mask + rng.normal(0, 0.05, mask.shape), 0, 1))
+        masks.append(mask)
+    found = baselines.choose(name, images[:1], masks[:1])
+    assert found.dice > 0.6
+    assert dice(found.mask(images[1]), masks[1]) > 0.6
+
+
+def test_an_unknown_filter_and_no_volume_are_refused():
+    with pytest.raises(SettingsError, match=r"'frangi'.*threshold"):
+        baselines.respond("frangi", np.zeros((3, 3, 3)))
+    with pytest.raises(DataError, match="hold out at least one"):
+        baselines.choose("threshold", [], [])
