@@ -9,6 +9,7 @@ import numpy as np
 import psutil
 
 from neurolib.errors import SettingsError
+from neurolib.files import SHIPPED
 from neurolib.inference import empty_level, predict_volume
 from neurolib.network import Segmenter
 from neurolib.parameters import check_range
