@@ -44,6 +44,7 @@ from neurolib.errors import DataError, NeurolibError, SettingsError, WeightsErro
 from neurolib.evaluation import name_unit
 from neurolib.files import (
     CHECKPOINT,
+    SHIPPED,
     atomic_path,
     checkpoint_file,
     claim,

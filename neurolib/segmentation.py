@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 
 from neurolib.errors import SettingsError
-from neurolib.files import SHIPPED
+from neurolib.files import SHIPPED, checkpoint_file
 from neurolib.inference import empty_level, predict_volume
 from neurolib.network import Segmenter
 from neurolib.parameters import check_range
@@ -60,7 +60,7 @@ def segment(
     given = {"threshold": threshold, "min_size": min_size, "bridge": bridge, **options}
     for name, value in given.items():
         check_range(name, value)
-    network, facts = load_checkpoint(checkpoint)
+    network, facts = load_checkpoint(checkpoint_file(checkpoint))
     found = predict_image(image, network, **options)
     cut = facts["threshold"] if threshold is None else threshold
     return trace(found.data, found.spacing, seed, cut, min_size, bridge)
