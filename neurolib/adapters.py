@@ -2,35 +2,26 @@
 
 A segmentation may come from any program, as a mask, labels or a probability (`as_probability`).
 `TRACERS` are functions that are called like `neurolib.tracing.trace` and give the same kind of
-`Tree`: x, y, z in voxels, centres at whole numbers, parents first. Two of them need what is no part
-of this package: kimimaro (``pip install kimimaro``, GPL) and Vaa3D (a program).
+`Tree`: x, y, z in voxels, centres at whole numbers, parents first. kimimaro is no part of this
+package (``pip install kimimaro``, GPL).
 """
 
-import os
-import shutil
-import signal
-import struct
-import subprocess
-import tempfile
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from scipy import sparse
 from scipy.sparse import csgraph
 from scipy.spatial import KDTree
 
-from neurolib.errors import NeurolibError, SettingsError, VolumeError
+from neurolib.errors import SettingsError, VolumeError
 from neurolib.evaluation import skeleton
-from neurolib.swc import Tree, check_pair, read_swc
+from neurolib.swc import Tree
 from neurolib.tracing import (
     BRANCH_MARGIN,
     EXPLAINED_MARGIN,
     EXPLAINED_SCALE,
     HALF_VOXEL,
     UNDEFINED,
-    Foreground,
     find_foreground,
     measure_radius,
     nearest_voxel,
@@ -39,12 +30,6 @@ from neurolib.tracing import (
 )
 
 FULL_SCALE = {"uint8": 255, "uint16": 65535}  # the whole number that stands for probability 1
-VAA3D_NAMES = ("vaa3d", "Vaa3D-x", "vaa3d64", "start_vaa3d.sh")
-TIMEOUT = 3600.0  # seconds; Vaa3D waits for ever where it opens a window
-APP2_LENGTH = 5  # voxels; Vaa3D's default for the shortest branch
-BACKGROUND = 64  # grey value up to which Vaa3D sees background; see `_grey`
-
-
 # --- Segmentations -----------------------------------------------------------------------------
 
 
@@ -259,145 +244,4 @@ def trace_skeleton(
     return _forest(thin.points, edges, radius, thin.scale, seed)
 
 
-# --- Vaa3D -------------------------------------------------------------------------------------
-
-
-def trace_app2(
-    probability: np.ndarray,
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    seed: tuple[float, float, float] | None = None,
-    threshold: float = 0.5,
-    min_size: int = 20,
-    bridge: float = 15.0,
-    vaa3d: str | Path = "",
-    timeout: float = TIMEOUT,
-) -> Tree:
-    """Trace with APP2 (Xiao and Peng, 2013), run by the program Vaa3D.
-
-    It follows one piece, that of the seed or of the thickest place, over gaps of one voxel if
-    `bridge` is not 0, and takes voxels for cubes whatever their spacing.
-
-    Parameters
-    ----------
-    probability, spacing, seed, threshold, min_size
-        As in `neurolib.tracing.trace`.
-    bridge : float
-        0 allows no gap at all.
-    vaa3d : str or Path
-        The program; else $VAA3D, else vaa3d, Vaa3D-x, vaa3d64 or start_vaa3d.sh on the PATH.
-    timeout : float
-        Seconds after which it is stopped.
-
-    Returns
-    -------
-    Tree
-        Radii as Vaa3D estimates them.
-
-    Raises
-    ------
-    SettingsError
-        If the program is not found, cannot be started, or takes longer than `timeout`.
-    VolumeError
-        As `neurolib.tracing.trace`, or if Vaa3D writes no usable SWC.
-
-    Notes
-    -----
-    ``vaa3d -x vn2 -f app2 -i IMAGE -o SWC -p MARKER CHANNEL THRESHOLD DOWNSAMPLE RADIUS_2D GSDT
-    GAP LENGTH RESAMPLE HIGH_BACKGROUND``; a marker file counts voxels from 1, the SWC from 0.
-    """
-    program = find_vaa3d(vaa3d)
-    foreground = find_foreground(probability, spacing, threshold, min_size)
-    with tempfile.TemporaryDirectory(prefix="neurolib-app2-") as folder:
-        image, out, marker = (
-            Path(folder) / name for name in ("in.v3draw", "out.swc", "root.marker")
-        )
-        _write_v3draw(image, _grey(foreground, threshold))
-        if seed is not None:
-            z, y, x = foreground.voxels[nearest_voxel(foreground, seed)] + 1
-            marker.write_text(
-                f"##x,y,z,radius,shape,name,comment,r,g,b\n{x},{y},{z},1,1,,,255,0,0\n"
-            )
-        settings = ["NULL" if seed is None else str(marker), "0", str(BACKGROUND), "0", "0", "1"]
-        settings += [str(int(bridge > 0)), str(APP2_LENGTH), "0", "0"]
-        command = [program, "-x", "vn2", "-f", "app2", "-i", str(image), "-o", str(out), "-p"]
-        said = _call([*command, *settings], folder, timeout)
-        if not out.exists():
-            raise VolumeError(f"tracer app2: {program} wrote no SWC; it says: {said or 'nothing'}")
-        try:
-            tree = read_swc(out)
-            check_pair(tree, foreground.shape, "tracer app2")
-        except NeurolibError as error:
-            raise VolumeError(f"tracer app2: {program} wrote no usable SWC: {error}") from None
-    # Its types are the levels of branches, as colours for Vaa3D's own view.
-    return replace(tree, type=np.full(len(tree.parent), UNDEFINED), repairs=())
-
-
-def find_vaa3d(program: str | Path = "") -> str:
-    """Path of the program Vaa3D: the one given, else $VAA3D, else one of its names on the PATH.
-
-    Raises
-    ------
-    SettingsError
-        If there is none, or it cannot be executed.
-    """
-    asked = str(program) or os.environ.get("VAA3D", "")
-    for name in [asked] if asked else VAA3D_NAMES:
-        if found := shutil.which(name):
-            return str(Path(found).absolute())
-    raise SettingsError(
-        f"tracer app2: {asked or 'Vaa3D'} is no program that can be executed; install Vaa3D and "
-        "name it with --vaa3d or in $VAA3D"
-    )
-
-
-def _grey(foreground: Foreground, threshold: float) -> np.ndarray:
-    """A uint8 image: 0 in the background, 128 at the threshold, 255 where all is certain.
-
-    Vaa3D takes voxels below 40 for background when it measures radii.
-    """
-    share = (foreground.probability - threshold) / max(1 - threshold, 1e-9)
-    image = np.zeros(foreground.shape, np.uint8)
-    image[tuple(foreground.voxels.T)] = np.rint(128 + 127 * share)
-    return image
-
-
-def _write_v3draw(path: Path, image: np.ndarray) -> None:
-    z, y, x = image.shape
-    head = b"raw_image_stack_by_hpeng" + b"L" + struct.pack("<h4i", image.itemsize, x, y, z, 1)
-    path.write_bytes(head + image.tobytes())
-
-
-def _call(command: list[str], folder: str, timeout: float) -> str:
-    """Run a program without a shell; the last line it printed."""
-    try:
-        process = subprocess.Popen(
-            command,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise SettingsError(f"tracer app2: {command[0]}: {error.strerror}") from None
-    with process:
-        try:
-            said, _ = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            raise SettingsError(
-                f"tracer app2: {command[0]} not finished after {timeout:g} s; has it a display?"
-            ) from None
-        finally:
-            # The program is often started by a script: all that it started has to end, too.
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    return next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "")
-
-
-TRACERS: dict[str, Callable[..., Tree]] = {
-    "neurolib": trace,
-    "kimimaro": trace_kimimaro,
-    "app2": trace_app2,
-}
+TRACERS: dict[str, Callable[..., Tree]] = {"neurolib": trace, "kimimaro": trace_kimimaro}

@@ -470,12 +470,7 @@ def trace(
     bridge: Annotated[
         float, typer.Option(help="Longest gap to close, in voxels of the finest axis; 0: none.")
     ] = 15.0,
-    tracer: Annotated[
-        str, typer.Option(help="neurolib, kimimaro, app2 (needs Vaa3D).")
-    ] = "neurolib",
-    vaa3d: Annotated[
-        str, typer.Option(help="The program Vaa3D; default: $VAA3D, or the one on the PATH.")
-    ] = "",
+    tracer: Annotated[str, typer.Option(help="neurolib or kimimaro.")] = "neurolib",
     channel: Annotated[int | None, typer.Option(help="Channel of a multi-channel image.")] = None,
     units: Annotated[
         str, typer.Option(help="Of the SWC: voxels, or um, which other programs expect.")
@@ -506,8 +501,6 @@ def trace(
         raise SettingsError("--label and --threshold: give one; labels have no threshold")
     if tracer not in TRACERS:
         raise SettingsError(f"--tracer {tracer}: expected one of {', '.join(TRACERS)}")
-    if vaa3d and tracer != "app2":
-        raise SettingsError(f"--vaa3d: is for --tracer app2 only, got --tracer {tracer}")
     steps, point = _three("spacing", spacing), _three("seed", seed)
     stack = read_volume(volume, channel=channel, check=False, spacing=steps)
     known = _known(stack, units, volume.name)
@@ -521,9 +514,7 @@ def trace(
             f"--seed {seed}: lies outside of {volume.name}, which has {found.shape[::-1]} voxels "
             "(x, y, z); voxels count from 0"
         )
-    options = {"vaa3d": vaa3d} if tracer == "app2" else {}
-    if in_parts:
-        options["regions"] = stored_boxes(found)
+    options = {"regions": stored_boxes(found)} if in_parts else {}
     tree = TRACERS[tracer](
         found,
         stack.spacing,

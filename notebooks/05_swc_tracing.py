@@ -433,7 +433,7 @@ plotting.show(plotting.dots(recall, "recall of the tree"), "real-recall", alt, r
 # ## Your own segmentation
 #
 # The tracer does not ask where a mask is from. A mask or labels of nnU-Net, ilastik or Cellpose, or a
-# probability, go through the command line; `--tracer kimimaro` and `--tracer app2` hand it to others:
+# probability, go through the command line; `--tracer kimimaro` hands it to another tracer:
 #
 # ```
 # neurolib trace cell_labels.tif --out cell.swc --seed 120,88,14
@@ -480,6 +480,6 @@ display(Markdown(runs.table(rows) if rows else "Filters: see notebook 04."))
 #
 # **References.** Sato et al., *TEASAR*, Pacific Graphics 2000. Peng et al., *V3D*, Nature
 # Biotechnology 2010 (ESA, DSA, PDS). Lee, Kashyap and Chu, *Building skeleton models via 3-D medial
-# surface/axis thinning algorithms*, CVGIP 1994. Xiao and Peng, *APP2*, Bioinformatics 2013.
+# surface/axis thinning algorithms*, CVGIP 1994.
 # Silversmith et al., *Kimimaro*, Zenodo 2021. Cannon et al., *An on-line archive of reconstructed
 # hippocampal neurons*, 1998 (SWC).

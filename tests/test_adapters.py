@@ -1,11 +1,5 @@
 """Other people's segmentations and tracers: what voxels mean, and whose frame trees are in."""
 
-import json
-import os
-import sys
-import time
-from pathlib import Path
-
 import numpy as np
 import pytest
 from skimage.morphology import skeletonize
@@ -15,7 +9,6 @@ from neurolib.errors import NeurolibError, SettingsError, VolumeError
 from neurolib.evaluation import distance_to_tree, tree_distance, tree_scores
 from neurolib.swc import Tree, components, length, tips
 from neurolib.tracing import trace
-from neurolib.volume import read_volume
 
 SHAPE = (12, 30, 60)
 
@@ -199,125 +192,3 @@ def test_kimimaro_joins_gaps_up_to_the_bridge():
 def test_a_missing_tracer_says_how_to_get_it():
     with pytest.raises(SettingsError, match="pip install kimimaro"):
         adapters.trace_kimimaro(bar())
-
-
-# --- Vaa3D ---------------------------------------------------------------------------------------
-
-FAKE = """#!{python}
-import json, pathlib, sys, time
-arguments = sys.argv[1:]
-here = pathlib.Path({here!r})
-image = pathlib.Path(arguments[arguments.index("-i") + 1])
-(here / "image.v3draw").write_bytes(image.read_bytes())
-marker = pathlib.Path(arguments[arguments.index("-p") + 1])
-(here / "said.json").write_text(json.dumps(
-    [arguments, marker.read_text() if marker.exists() else None]))
-print("starting")
-print("  cannot connect to X server  ")
-{action}
-"""
-WRITE = 'pathlib.Path(arguments[arguments.index("-o") + 1]).write_text({text!r})'
-TREE = "#name\n##n,type,x,y,z,radius,parent\n1 5 5 9 4 1.5 -1\n2 7 49 9 4 2.5 1\n"
-
-
-@pytest.fixture
-def fake(tmp_path):
-    """A stand-in for Vaa3D: `fake(action)` writes the program and gives its path."""
-
-    def write(action: str) -> Path:
-        program = tmp_path / "a folder" / "vaa3d"
-        program.parent.mkdir(exist_ok=True)
-        text = FAKE.format(python=sys.executable, here=str(tmp_path), action=action)
-        program.write_text(text)
-        program.chmod(0o755)
-        return program
-
-    return write
-
-
-def said(tmp_path):
-    return json.loads((tmp_path / "said.json").read_text())
-
-
-def test_app2_gets_its_arguments_and_gives_our_frame(fake, tmp_path):
-    program = fake(WRITE.format(text=TREE))
-    probability = np.where(bar(), 0.8, 0.1)
-    tree = adapters.trace_app2(probability, threshold=0.6, vaa3d=program)
-    assert tree.xyz.tolist() == [[5, 9, 4], [49, 9, 4]]
-    assert tree.radius.tolist() == [1.5, 2.5]
-    assert tree.type.tolist() == [0, 0]
-    arguments, marker = said(tmp_path)
-    assert arguments[:4] == ["-x", "vn2", "-f", "app2"]
-    assert [arguments[4], arguments[6], arguments[8]] == ["-i", "-o", "-p"]
-    assert arguments[9:] == ["NULL", "0", "64", "0", "0", "1", "1", "5", "0", "0"]
-    assert marker is None
-    assert not Path(arguments[5]).exists()  # nothing is left over
-    image = read_volume(tmp_path / "image.v3draw").data
-    assert image.dtype == np.uint8
-    mask = bar()
-    mask[10, 28] = False  # the speck
-    assert np.array_equal(image > 64, mask)
-    assert np.unique(image).tolist() == [0, 192]  # half the way from 128 to 255
-
-
-def test_app2_counts_the_seed_from_one(fake, tmp_path):
-    program = fake(WRITE.format(text=TREE))
-    adapters.trace_app2(bar(), seed=(4, 9, 5), bridge=0, vaa3d=program)
-    arguments, marker = said(tmp_path)
-    assert marker.splitlines()[-1].startswith("6,10,5,")
-    assert arguments[10:] == ["0", "64", "0", "0", "1", "0", "5", "0", "0"]
-    with pytest.raises(VolumeError, match="outside"):
-        adapters.trace_app2(bar(), seed=(4, 9, 60), vaa3d=program)
-
-
-def test_vaa3d_is_found_by_name_variable_and_path(fake, tmp_path, monkeypatch):
-    program = fake("")
-    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
-    monkeypatch.delenv("VAA3D", raising=False)
-    assert adapters.find_vaa3d() == str(program)
-    other = tmp_path / "mine"
-    other.write_bytes(program.read_bytes())
-    other.chmod(0o755)
-    monkeypatch.setenv("VAA3D", str(other))
-    assert adapters.find_vaa3d() == str(other)
-    assert adapters.find_vaa3d(program) == str(program)
-    for missing in (tmp_path / "no", tmp_path, __file__):
-        with pytest.raises(SettingsError, match="--vaa3d"):
-            adapters.find_vaa3d(missing)
-    monkeypatch.delenv("VAA3D")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SettingsError, match="install Vaa3D"):
-        adapters.trace_app2(bar())
-
-
-@pytest.mark.parametrize(
-    ("action", "words"),
-    [
-        ("", "wrote no SWC; it says: cannot connect to X server"),
-        ("sys.exit(3)", "wrote no SWC"),
-        (WRITE.format(text=""), "no usable SWC"),
-        (WRITE.format(text="1 2 3\n"), "line 1"),
-        (WRITE.format(text="1 0 900 900 9 1 -1\n"), "0% of the SWC lies in the image"),
-    ],
-)
-def test_what_vaa3d_fails_to_do_is_one_line(action, words, fake):
-    with pytest.raises(VolumeError, match=words) as caught:
-        adapters.trace_app2(bar(), vaa3d=fake(action))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_vaa3d_that_hangs_is_stopped_with_what_it_started(fake, tmp_path):
-    child = f"import time, pathlib; time.sleep(1); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
-    action = f"import subprocess; subprocess.Popen([sys.executable, '-c', {child!r}]).wait()"
-    with pytest.raises(SettingsError, match=r"not finished after 0\.4 s"):
-        adapters.trace_app2(bar(), vaa3d=fake(action), timeout=0.4)
-    time.sleep(1.1)
-    assert not (tmp_path / "late").exists()
-
-
-def test_a_program_that_cannot_be_started(tmp_path):
-    program = tmp_path / "vaa3d"
-    program.write_text("#!/no/such/interpreter\n")
-    program.chmod(0o755)
-    with pytest.raises(SettingsError, match="vaa3d"):
-        adapters.trace_app2(bar(), vaa3d=program)

@@ -332,8 +332,7 @@ def test_trace_of_one_slice_and_of_one_voxel(tmp_path, capsys):
         (BAR, ["--min-size", "500"], "lower the threshold or min_size"),
         (BAR, ["--bridge", "-1"], "--bridge -1.0: expected at least 0"),
         (BAR, ["--tracer", "best"], "kimimaro"),
-        (BAR, ["--vaa3d", "vaa3d"], "--tracer app2"),
-        (BAR, ["--tracer", "app2", "--vaa3d", "no/such"], "no/such"),
+        (BAR, ["--tracer", "app2"], "expected one of neurolib, kimimaro"),
         (BAR, ["--channel", "1"], "channel"),
     ],
 )
