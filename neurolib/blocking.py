@@ -84,7 +84,7 @@ def make_target(
     kind : {"sironi", "scale_space", "radius"}
         "sironi": y = (exp(a (1 - D / d_max)) - 1) / (exp(a) - 1) for D < d_max, else 0, with D
         the distance to the nearest edge (see Notes); the mask is y >= tau.
-        "scale_space": the same, with D including the difference of radii (see `scale_space`).
+        "scale_space": another name for the same target (see Notes).
         "radius": the union of the balls of radius max(r, 1 pixel) along all edges, r interpolated
         between the nodes; the response is the mask as 0 or 1, and tau, a, d_max do not matter.
     tau : float
@@ -116,15 +116,14 @@ def make_target(
     tree is connected, whatever the spacing. Only voxels near the tree are visited.
 
     The form of the response is that of Sironi, Türetken, Lepetit and Fua, "Multiscale Centerline
-    Detection", TPAMI 2016; a, d_max and tau are choices of this course.
+    Detection", TPAMI 2016; a, d_max and tau are choices of this course. They define it in scale
+    space: at voxel x and radius r, D² = |x - c|² + (r - r_c)² to a point c of the centreline with
+    radius r_c. The largest value over all r is at r = r_c, where D = |x - c|; so the two names
+    stand for one target.
     """
     if kind not in KINDS:
         raise SettingsError(f"kind: unknown target {kind!r}; choose one of {', '.join(KINDS)}")
     _check_response(tau, a, d_max)
-    if kind == "scale_space":
-        response, _ = scale_space(tree, shape, spacing, a=a, d_max=d_max)
-        return response, response >= np.float32(tau)
-
     shape, scale = _check_frame(shape, spacing)
     start, end = _pieces(tree, scale)
     if kind == "radius":
@@ -149,77 +148,6 @@ def make_target(
     for voxel, _, _, distance in _near(start[:, :3], end[:, :3], reach, scale, shape):
         np.maximum.at(response.reshape(-1), voxel, _response(distance, a, d_max))
     return response, response >= np.float32(tau)
-
-
-def scale_space(
-    tree: Tree,
-    shape: tuple[int, int, int],
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    radii: np.ndarray | None = None,
-    *,
-    a: float = 6.0,
-    d_max: float = 5.0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Response maximised over radii, and the radius at which the maximum lies.
-
-    At voxel x and radius r, D² = |x - c|² + (r - r_c)² to the nearest point c of an edge with
-    radius r_c. Over all real r the maximum would be the response of "sironi"; over sampled radii
-    it is lower where r_c lies between two of them.
-
-    Parameters
-    ----------
-    tree, shape, spacing, a, d_max
-        As in `make_target`.
-    radii : (k,) array, optional
-        Radii to sample, in voxels of the plane; by default every half pixel from the
-        smallest to the largest of the tree.
-
-    Returns
-    -------
-    response : (z, y, x) float32 array in [0, 1]
-    radius : (z, y, x) float32 array
-        The sampled radius with the largest response; 0 where the response is 0.
-
-    Raises
-    ------
-    VolumeError, SettingsError, DataError
-        As `make_target`; also if radii is empty, negative or not finite.
-
-    Notes
-    -----
-    The idea is that of Sironi et al., "Multiscale Centerline Detection", TPAMI 2016.
-    """
-    _check_response(1.0, a, d_max)
-    shape, scale = _check_frame(shape, spacing)
-    start, end = _pieces(tree, scale)
-    response, radius = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    if not len(start):
-        return response, radius
-    low, high = np.minimum(start[:, 3], end[:, 3]), np.maximum(start[:, 3], end[:, 3])
-    plane = _plane(scale)
-    if radii is None:
-        radii = np.arange(np.floor(2 * low.min()), np.ceil(2 * high.max()) + 1) / 2 / plane
-    radii = np.unique(np.asarray(radii, float))
-    if not (radii.size and np.isfinite(radii).all() and radii[0] >= 0):
-        raise SettingsError(f"radii: expected numbers of at least 0, got {radii.tolist()}")
-
-    # Strategy: the nearest sampled radius is best at every point of a piece, so a piece is
-    # compared only with the radii whose neighbourhood its own radii touch: one or two of them.
-    # The difference of radii is then a fourth coordinate of the distance.
-    between = (radii[1:] + radii[:-1]) / 2 * plane
-    first = np.searchsorted(between, low, side="left")
-    count = np.searchsorted(between, high, side="right") - first + 1
-    piece = np.repeat(np.arange(len(start)), count)
-    level = radii[first[piece] + _counters(count)]
-    height = np.outer(level * plane, (0, 0, 0, 1))
-    start, end, reach = start[piece] - height, end[piece] - height, np.full(len(piece), d_max)
-    flat, flat_radius = response.reshape(-1), radius.reshape(-1)
-    for voxel, pair, _, distance in _near(start, end, reach, scale, shape):
-        value = _response(distance, a, d_max)
-        np.maximum.at(flat, voxel, value)
-        won = (flat[voxel] == value) & (value > 0)
-        flat_radius[voxel[won]] = level[pair[won]]
-    return response, radius
 
 
 def block_starts(size: int, block: int, stride: int) -> np.ndarray:
@@ -636,8 +564,7 @@ def _near(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """Find the voxels within `reach` of each piece, and where on the piece they are nearest.
 
-    start, end: (n, 3), or (n, 4) where a fourth coordinate adds to the distance, the voxels
-    having 0 there; reach: (n,). With `growth` (n,), the change of radius from start to end,
+    start, end: (n, 3); reach: (n,). With `growth` (n,), the change of radius from start to end,
     "nearest" is where distance minus radius is least. Yields flat voxel index, piece, place on
     it (0 start to 1 end) and distance, four (m,) arrays at a time; a voxel may come once for
     every piece.
@@ -649,9 +576,8 @@ def _near(
     middle, half = (start + end) / 2, np.maximum(np.linalg.norm(end - start, axis=1) / 2, ROUNDING)
     direction = (end - start) / (2 * half[:, None])
     slope = None if growth is None else growth / (2 * half)
-    centre = np.rint(middle[:, :3] / scale).astype(np.int64)
-    offset = middle.copy()
-    offset[:, :3] -= centre * scale
+    centre = np.rint(middle / scale).astype(np.int64)
+    offset = middle - centre * scale
     level, longer = np.ceil(reach).astype(int), np.maximum(scale - 1, 0)
     for size in np.unique(level):
         radius = size + PIECE / 2 + np.linalg.norm(np.minimum(scale, 1)) / 2
@@ -719,9 +645,9 @@ def _to_centres(
     Both are (n, m). The squared distance to the middle and the coordinate along the piece are two
     matrix products, and the distance to the segment follows by Pythagoras.
     """
-    along = direction[:, :3] @ place
+    along = direction @ place
     along -= (direction * shift).sum(axis=1)[:, None]
-    square = (place**2).sum(axis=0) - 2 * (shift[:, :3] @ place) + (shift**2).sum(axis=1)[:, None]
+    square = (place**2).sum(axis=0) - 2 * (shift @ place) + (shift**2).sum(axis=1)[:, None]
     square -= along**2
     np.maximum(square, 0, out=square)
     nearest = along
@@ -752,19 +678,16 @@ def _to_extents(
 
     The distance to a box, less a slope, is convex along a piece: halving the piece finds its least.
     """
-    grown = np.zeros(shift.shape[1])
-    grown[:3] = longer
-    apart = np.repeat(shift[:, None], place.shape[1], axis=1)
-    apart[..., :3] -= place.T
+    apart = shift[:, None] - place.T
     # A bound first: the piece lies within the box around it.
-    least = np.maximum(np.abs(apart) - (half[:, None] * np.abs(direction))[:, None] - grown, 0)
+    least = np.maximum(np.abs(apart) - (half[:, None] * np.abs(direction))[:, None] - longer, 0)
     row, column = np.nonzero((least**2).sum(axis=-1) <= reach[:, None] ** 2 + ROUNDING)
     apart, direction = apart[row, column].T.copy(), direction[row].T.copy()
     low, high = -half[row], half[row]
     for _ in range(HALVINGS + 1):
         along = (low + high) / 2
         point = apart + along * direction
-        excess = point - np.clip(point, -grown[:, None], grown[:, None])
+        excess = point - np.clip(point, -longer[:, None], longer[:, None])
         distance = (excess**2).sum(axis=0)
         rises = (excess * direction).sum(axis=0)
         if slope is not None:

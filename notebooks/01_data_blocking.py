@@ -40,7 +40,7 @@ validation_neurons = 1  # neurons held out to choose the checkpoint and its thre
 held_out = ""  # names of the test neurons, comma-separated, instead of a draw
 validate_on = ""  # names of the validation neurons, comma-separated, instead of a draw
 seed = 0  # of the split
-target = "sironi"  # "sironi", "scale_space" or "radius"
+target = "sironi"  # or its other name "scale_space"; or "radius"
 tau = 0.1  # threshold of the target's response
 gold = ""  # folder of gold-standard SWC files, to compare the synthetic trees with
 stacks = ""  # folder of real image/SWC pairs, to compare the synthetic stacks with
@@ -153,7 +153,15 @@ check.q1(to_voxels)
 # \text{ voxels}, $$
 #
 # and call foreground what has $y \ge \tau$. The paper does not print these constants; they are
-# our choice. The threshold is one, too, and it is the radius of the tube that we ask for:
+# our choice.
+#
+# The paper speaks of a *scale-space* distance transform. There the response has a fourth coordinate,
+# the radius $r$: at a voxel $x$, $D^2 = \lVert x - c \rVert^2 + (r - r_c)^2$ to a point $c$ of the
+# centreline with radius $r_c$, and the target is the largest response over all $r$. The largest lies at
+# $r = r_c$, where the second term vanishes and $D$ is the distance in space. So `"sironi"` and
+# `"scale_space"` are two names for one target.
+#
+# The threshold is our choice, too, and it is the radius of the tube that we ask for:
 
 # %%
 taus = [0.5, 0.1, 0.05, 0.01]

@@ -22,7 +22,6 @@ from neurolib.blocking import (
     normalise,
     read_block,
     salient,
-    scale_space,
     stack_blocks,
     tube_radius,
 )
@@ -60,7 +59,7 @@ def dense_samples(tree, scale, step=0.01):
 
 
 def brute_force(tree, shape, spacing, kind, radii=None, a=6.0, d_max=5.0):
-    """Response and its radius by comparing every voxel with every sample."""
+    """Response by comparing every voxel, at every radius, with every sample."""
     scale = np.asarray(spacing, float) / min(spacing[1:])
     voxels = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).reshape(-1, 3)
     samples = dense_samples(tree, scale)
@@ -72,14 +71,14 @@ def brute_force(tree, shape, spacing, kind, radii=None, a=6.0, d_max=5.0):
         apart -= np.clip(apart, -extent[:, None], extent[:, None])
         distance[row] = np.sqrt((apart**2).sum(axis=0))
     if kind == "radius":
-        return (distance <= np.maximum(samples[:, 3], 1)).any(1).reshape(shape), None
-    best, radius = distance.min(1), None
+        return (distance <= np.maximum(samples[:, 3], 1)).any(1).reshape(shape)
+    best = distance.min(1)
     if kind == "scale_space":
         levels = radii * np.sqrt(scale[1] * scale[2])
         each = [np.sqrt(distance**2 + (r - samples[:, 3]) ** 2).min(1) for r in levels]
-        best, radius = np.min(each, axis=0), radii[np.argmin(each, axis=0)].reshape(shape)
+        best = np.min(each, axis=0)
     y = np.where(best < d_max, (np.exp(a * (1 - best / d_max)) - 1) / (np.exp(a) - 1), 0)
-    return y.reshape(shape), radius
+    return y.reshape(shape)
 
 
 # Targets
@@ -93,7 +92,7 @@ def test_sironi_equals_brute_force(seed, spacing):
     shape = (7, 19, 23)
     tree = random_tree(np.random.default_rng(seed), shape)
     response, mask = make_target(tree, shape, spacing)
-    expected, _ = brute_force(tree, shape, spacing, "sironi")
+    expected = brute_force(tree, shape, spacing, "sironi")
     assert response.dtype == np.float32
     assert mask.dtype == bool
     assert response.shape == mask.shape == shape
@@ -106,28 +105,18 @@ def test_sironi_equals_brute_force(seed, spacing):
 
 
 @pytest.mark.parametrize("spacing", [(1, 1, 1), (2.5, 1, 1), (0.5, 1, 1)])
-def test_scale_space_equals_brute_force(spacing):
+def test_the_maximum_over_all_radii_is_the_same_target(spacing):
     shape = (7, 15, 17)
     tree = random_tree(np.random.default_rng(3), shape, 5)
-    radii = np.array([0.5, 1, 2, 3, 4.5])
-    response, radius = scale_space(tree, shape, spacing, radii)
-    expected, expected_radius = brute_force(tree, shape, spacing, "scale_space", radii)
-    assert np.abs(response - expected).max() < 0.007
-    near = expected > 1e-3
-    assert np.mean(radius[near] == expected_radius[near]) > 0.99
-    assert np.all(radius[response == 0] == 0)
-    assert np.array_equal(
-        make_target(tree, shape, spacing, "scale_space")[0], scale_space(tree, shape, spacing)[0]
-    )
-
-
-def test_scale_space_finds_the_radius_and_never_exceeds_sironi():
-    tree = tree_of([[0, 12, 12], [39, 12, 12]], [-1, 0], [1.0, 4.0])
-    response, radius = scale_space(tree, (25, 25, 40))
-    sironi, _ = make_target(tree, (25, 25, 40))
-    assert np.all(response <= sironi)
-    assert np.abs(radius[12, 12] - np.linspace(1, 4, 40)).max() <= 0.25 + 1e-6
-    assert np.abs(scale_space(tree, (25, 25, 40), radii=[2.0])[1][12, 12, 13] - 2) == 0
+    response, mask = make_target(tree, shape, spacing, "scale_space")
+    # Radii 0.1 apart are at most 0.05 from that of the nearest point, and the response falls by
+    # at most 1.2 per pixel.
+    radii = np.arange(0, tree.radius.max() + 0.1, 0.1)
+    expected = brute_force(tree, shape, spacing, "scale_space", radii)
+    assert np.all(response - expected > -1e-6)
+    assert np.abs(response - expected).max() < 1.2 * 0.06
+    for one, other in zip((response, mask), make_target(tree, shape, spacing), strict=True):
+        assert np.array_equal(one, other)
 
 
 @pytest.mark.parametrize("spacing", [(1, 1, 1), (2.5, 1, 1), (5, 1, 1), (0.5, 1, 1), (1, 3, 1)])
@@ -136,7 +125,7 @@ def test_radius_equals_brute_force(seed, spacing):
     shape = (7, 19, 23)
     tree = random_tree(np.random.default_rng(seed), shape)
     response, mask = make_target(tree, shape, spacing, "radius")
-    expected, _ = brute_force(tree, shape, spacing, "radius")
+    expected = brute_force(tree, shape, spacing, "radius")
     assert np.array_equal(response, mask)
     assert np.all(mask >= expected)  # the samples only ever miss a voxel, within 0.005
     assert np.count_nonzero(mask != expected) <= 3
@@ -513,12 +502,11 @@ TREE = tree_of([[4, 4, 4]], [-1])
 BAD = [
     (SettingsError, "sironi, scale_space, radius", lambda: make_target(TREE, (9, 9, 9), kind="x")),
     (VolumeError, "shape: expected three", lambda: make_target(TREE, (9, 9))),
-    (VolumeError, "shape: expected three", lambda: scale_space(TREE, (9, 0, 9))),
+    (VolumeError, "shape: expected three", lambda: make_target(TREE, (9, 0, 9))),
     (VolumeError, "spacing", lambda: make_target(TREE, (9, 9, 9), (1, 0, 1))),
     (VolumeError, "spacing", lambda: make_target(TREE, (9, 9, 9), (1, float("nan"), 1))),
     (SettingsError, "tau", lambda: make_target(TREE, (9, 9, 9), tau=0)),
     (SettingsError, "d_max", lambda: tube_radius(0.1, d_max=-1)),
-    (SettingsError, "radii", lambda: scale_space(TREE, (9, 9, 9), radii=[])),
     (DataError, "node 0", lambda: make_target(tree_of([[4, 4, np.nan]], [-1]), (9, 9, 9))),
     (
         DataError,
