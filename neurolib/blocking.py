@@ -1,8 +1,8 @@
-"""From a tree and a volume to training blocks, and from block predictions back to a volume.
+"""From a tree and a volume to training blocks.
 
 Target: a traced tree becomes a response that falls off with the distance to the centreline, and
 a mask. Blocks: five slices of 100 x 100, named by (centre slice z, first row y, first column x).
-Stacking: weighted votes of overlapping blocks, divided by the sum of their weights.
+Stacking, the way back from predictions of blocks to a volume, is a part of `neurolib.inference`.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,6 @@ from neurolib.swc import Tree
 BLOCK = (5, 100, 100)
 STRIDE = (1, 100, 100)
 KINDS = ("sironi", "scale_space", "radius")
-WEIGHTS = ("gaussian", "uniform")
-
 # An edge is cut into pieces no longer than this, each compared with a ball of voxels around its
 # middle: shorter pieces mean more balls, longer ones bigger balls. For balls of 5 voxels around
 # the centreline the work per voxel of neurite is flat between 4 and 6.
@@ -29,8 +27,6 @@ PAIRS = 1 << 16
 ROUNDING = 1e-9
 # Halvings of a piece until the place nearest to a voxel's extent is as exact.
 HALVINGS = 36
-# Slices that `stack_blocks` sums at a time in double precision.
-SLAB = 16
 
 
 def tube_radius(tau: float = 0.1, *, a: float = 6.0, d_max: float = 5.0) -> float:
@@ -383,151 +379,6 @@ def gaussian_window(shape: tuple[int, int]) -> np.ndarray:
     offset = [(np.arange(n) - (n - 1) / 2) / (n / 8) for n in shape]
     y, x = (np.exp(-0.5 * values**2) for values in offset)
     return np.outer(y, x).astype(np.float32)
-
-
-def accumulate(
-    numerator: np.ndarray,
-    denominator: np.ndarray,
-    predictions: np.ndarray,
-    positions: np.ndarray,
-    window: np.ndarray,
-    first: int = 0,
-) -> None:
-    """Add a batch of weighted block predictions to a range of slices, in place.
-
-    Parameters
-    ----------
-    numerator, denominator : (k, y, x) float arrays
-        Sums of weighted predictions and of weights for the slices `first` to `first + k - 1`.
-        Votes for other slices and for padding are dropped.
-    predictions : (n, rows, columns) or (n, depth, rows, columns) array
-        Of the centre slice, or of all slices of each block.
-    positions : (n, 3) int array
-        As from `block_grid`.
-    window : (rows, columns) array
-        Weights, the same for every slice.
-    first : int
-        Slice of the volume that is the first of the range.
-
-    Raises
-    ------
-    VolumeError
-        If the shapes do not fit each other.
-    """
-    predictions, positions = np.asarray(predictions), np.asarray(positions)
-    if predictions.ndim == 3:
-        predictions = predictions[:, None]
-    if (
-        predictions.ndim != 4
-        or predictions.shape[1] % 2 == 0
-        or predictions.shape[2:] != window.shape
-        or positions.shape != (len(predictions), 3)
-        or numerator.shape != denominator.shape
-    ):
-        raise VolumeError(
-            f"cannot stack predictions {predictions.shape} at positions {positions.shape} with "
-            f"window {window.shape} into {numerator.shape} over {denominator.shape}; expected "
-            "(n, odd depth, y, x), (n, 3), (y, x) and two equal shapes"
-        )
-    slices, height, width = numerator.shape
-    _check_positions(positions, (np.inf, height, width))
-    depth, rows, columns = predictions.shape[1:]
-    for votes, (z, y, x) in zip(predictions, positions.tolist(), strict=True):
-        z -= first + depth // 2
-        used = slice(max(-z, 0), max(min(depth, slices - z), 0))
-        if used.start >= used.stop:
-            continue
-        there = np.s_[z + used.start : z + used.stop, y : y + rows, x : x + columns]
-        here = np.s_[: height - y, : width - x]
-        numerator[there] += window[here] * votes[used][:, *here]
-        denominator[there] += window[here]
-
-
-def normalise(
-    numerator: np.ndarray, denominator: np.ndarray, fill: float | None = None
-) -> np.ndarray:
-    """Divide summed votes by summed weights.
-
-    Parameters
-    ----------
-    numerator, denominator : (k, y, x) float arrays
-        From `accumulate`.
-    fill : float, optional
-        Value of voxels without a vote; by default there must be none.
-
-    Returns
-    -------
-    (k, y, x) float32 array
-
-    Raises
-    ------
-    SettingsError
-        If a voxel has no vote and no `fill` is given.
-    """
-    covered = denominator > 0
-    if fill is None and not covered.all():
-        raise SettingsError(
-            f"{np.count_nonzero(~covered)} voxels have no prediction; choose a stride no larger "
-            "than what a block predicts, or a fill value"
-        )
-    out = np.full(numerator.shape, 0.0 if fill is None else fill, np.float32)
-    np.divide(numerator, denominator, out=out, where=covered, casting="same_kind")
-    return out
-
-
-def stack_blocks(
-    predictions: np.ndarray,
-    positions: np.ndarray,
-    shape: tuple[int, int, int],
-    weight: str = "gaussian",
-) -> np.ndarray:
-    """Put block predictions back together into a volume.
-
-    Parameters
-    ----------
-    predictions : (n, rows, columns) or (n, depth, rows, columns) array
-        Of the centre slice, or of all slices of each block (every slice then gets the votes of
-        all blocks that contain it).
-    positions : (n, 3) int array
-        The blocks' positions from `block_grid`.
-    shape : (int, int, int)
-        Volume shape (z, y, x).
-    weight : {"gaussian", "uniform"}
-        Weights in y and x: `gaussian_window`, or all equal.
-
-    Returns
-    -------
-    (z, y, x) float32 array
-
-    Raises
-    ------
-    VolumeError
-        If the shapes do not fit each other.
-    SettingsError
-        If weight is unknown or a voxel has no prediction.
-    """
-    if weight not in WEIGHTS:
-        raise SettingsError(f"weight: unknown {weight!r}; choose one of {', '.join(WEIGHTS)}")
-    shape = _triple("shape", shape, VolumeError)
-    positions = _check_positions(positions, shape)
-    if predictions.ndim not in (3, 4) or len(predictions) != len(positions):
-        raise VolumeError(
-            f"predictions: expected {len(positions)} blocks (n, y, x) or (n, z, y, x), "
-            f"got shape {predictions.shape}"
-        )
-    size = predictions.shape[-2:]
-    window = gaussian_window(size) if weight == "gaussian" else np.ones(size, np.float32)
-    reach = predictions.shape[1] // 2 if predictions.ndim == 4 else 0
-    out = np.empty(shape, np.float32)
-    for first in range(0, shape[0], SLAB):
-        part = out[first : first + SLAB]
-        # Double precision, since a small stride sums thousands of votes per voxel.
-        numerator, denominator = np.zeros(part.shape), np.zeros(part.shape)
-        z = positions[:, 0]
-        near = np.flatnonzero((z >= first - reach) & (z < first + len(part) + reach))
-        accumulate(numerator, denominator, predictions[near], positions[near], window, first)
-        part[:] = normalise(numerator, denominator)
-    return out
 
 
 def _response(distance: np.ndarray, a: float, d_max: float) -> np.ndarray:

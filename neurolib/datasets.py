@@ -514,19 +514,6 @@ def read_sample(pair: Pair, kind: str = "sironi", tau: float = 0.1) -> Sample:
     return Sample(pair, normalise(volume.data), volume.spacing, tree, response, mask)
 
 
-def crop(sample: Sample, lower: tuple, upper: tuple) -> Sample:
-    """The part of a sample between two corners (z, y, x); views, except of the tree."""
-    box = tuple(slice(a, b) for a, b in zip(lower, upper, strict=True))
-    offset = np.asarray(lower[::-1], float)
-    return replace(
-        sample,
-        image=sample.image[box],
-        response=sample.response[box],
-        mask=sample.mask[box],
-        tree=replace(sample.tree, xyz=sample.tree.xyz - offset),
-    )
-
-
 def every_slice(sample: Sample, every: int) -> Sample:
     """Slices 0, every, 2 every ... of a sample; views, the tree stays in the frame of the whole."""
     if every == 1:

@@ -425,7 +425,7 @@ def extract_box(tree: Tree) -> tuple[np.ndarray, tuple[int, int, int]]:
         raise SwcError(
             f"the tree needs a stack of {' x '.join(map(str, shape))} voxels (z, y, x), expected "
             f"{MAX_VOXELS} at most; if it is not in voxels, bring it there with swc.transform, "
-            "else cut it with swc.crop"
+            "else keep a part of it"
         )
     return lower, shape
 

@@ -161,7 +161,7 @@ def trace(
         tree, bridges = bridge_gaps(tree, probability, spacing, bridge, seed)
         if log is not None:
             log.extend(bridges)
-    return _smooth(tree, shell, voxels.scale, step)
+    return smooth_tree(tree, shell, voxels.scale, step)
 
 
 # Where nothing is found.
@@ -965,27 +965,13 @@ def rooted(tree: Tree, edges: np.ndarray, roots: Sequence[int]) -> Tree:
 # --- 7. Smooth ---------------------------------------------------------------------------------
 
 
-def smooth_tree(tree: Tree, foreground: Foreground, step: float = 2.0) -> Tree:
-    """Take a tree off the voxel grid and sample it evenly.
+def smooth_tree(tree: Tree, shell: np.ndarray, scale: np.ndarray, step: float) -> Tree:
+    """Take a tree off the voxel grid and sample it evenly, every `step` voxels of the finest axis.
 
     Nodes are averaged with their neighbours, ends and somas stay. Ends are then drawn back into
     the neurite: the voxel farthest out lies on the surface, the end of a tube is the centre of its
     last ball. Radii are those of the largest ball in the foreground around each node.
-
-    Parameters
-    ----------
-    tree : Tree
-        Nodes no more than a voxel apart, as from `paths_to_tree` and `bridge_gaps`.
-    foreground : Foreground
-        Result of `find_foreground`.
-    step : float
-        Distance of the nodes of the result, in voxels of the finest axis.
     """
-    return _smooth(tree, background_shell(foreground), foreground.scale, step)
-
-
-def _smooth(tree: Tree, shell: np.ndarray, scale: np.ndarray, step: float) -> Tree:
-    """`smooth_tree` of a foreground with this background shell."""
     shell, scale = shell * scale, scale[::-1]
     around = _adjacency(tree)
     degree = np.diff(around.indptr)

@@ -636,29 +636,6 @@ def device_name(fabric: Fabric) -> str:
     return torch.cuda.get_device_name(fabric.device) if on_card else fabric.device.type.upper()
 
 
-def tensorboard(folder: str | Path) -> Callable[[dict], None]:
-    """A log for TensorBoard: give it to `train` as `on_step`, then ``tensorboard --logdir FOLDER``.
-
-    Raises
-    ------
-    SettingsError
-        If TensorBoard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise SettingsError("TensorBoard is not installed; pip install tensorboard") from None
-    writer = SummaryWriter(str(folder))
-
-    def add(row: dict) -> None:
-        for key, value in row.items():
-            if key != "step":
-                writer.add_scalar(key, value, row["step"])
-        writer.flush()
-
-    return add
-
-
 def _gradient(
     module,
     network: Segmenter,

@@ -13,16 +13,13 @@ from scipy.spatial.distance import cdist
 from neurolib import blocking
 from neurolib.blocking import (
     KINDS,
-    accumulate,
     block_grid,
     block_starts,
     choose_blocks,
     gaussian_window,
     make_target,
-    normalise,
     read_block,
     salient,
-    stack_blocks,
     tube_radius,
 )
 from neurolib.errors import DataError, SettingsError, VolumeError
@@ -435,47 +432,7 @@ def test_choice_is_salient_blocks_and_a_share_of_others():
     assert len(choose_blocks(np.zeros_like(mask), grid)) == 0
 
 
-# Stacking
-
-
-@steady
-@given(shapes, blocks, st.sampled_from(["gaussian", "uniform"]), st.booleans(), st.data())
-def test_an_identity_network_gives_the_volume_back(shape, block, weight, every_slice, data):
-    volume = np.random.default_rng(0).random(shape)
-    limits = (block[0] if every_slice else 1, *block[1:])
-    stride = tuple(data.draw(st.integers(1, limit)) for limit in limits)
-    grid = block_grid(shape, block, stride)
-    cut = np.stack([read_block(volume, p, block) for p in grid])
-    predictions = cut if every_slice else cut[:, block[0] // 2]
-    assert np.abs(stack_blocks(predictions, grid, shape, weight) - volume).max() < 1e-6
-
-
-def test_votes_are_weighted_means():
-    grid = block_grid((1, 1, 6), (1, 1, 4), (1, 1, 2))
-    predictions = np.array([[[1.0, 1, 1, 1]], [[3.0, 3, 3, 3]]])
-    assert stack_blocks(predictions, grid, (1, 1, 6), "uniform").tolist() == [[[1, 1, 2, 2, 3, 3]]]
-    w = gaussian_window((1, 4))[0]
-    expected = (w[2] + 3 * w[0]) / (w[2] + w[0])
-    assert stack_blocks(predictions, grid, (1, 1, 6))[0, 0, 2] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("every_slice", [False, True])
-def test_streaming_over_slices_equals_stacking_at_once(every_slice):
-    rng = np.random.default_rng(0)
-    shape, block = (37, 30, 21), (5, 16, 16)
-    grid = block_grid(shape, block, (1, 8, 8))
-    size = block if every_slice else block[1:]
-    predictions = rng.random((len(grid), *size), dtype=np.float32)
-    whole = stack_blocks(predictions, grid, shape)
-    window, parts = gaussian_window(block[1:]), []
-    for first in range(0, shape[0], 10):
-        size = (min(10, shape[0] - first), *shape[1:])
-        sums = np.zeros(size, np.float32), np.zeros(size, np.float32)
-        for i in range(0, len(grid), 64):
-            batch = slice(i, i + 64)
-            accumulate(*sums, predictions[batch], grid[batch], window, first)
-        parts.append(normalise(*sums))
-    assert np.abs(np.concatenate(parts) - whole).max() < 1e-6
+# Window
 
 
 def test_gaussian_window_is_symmetric_positive_and_highest_in_the_middle():
@@ -486,14 +443,6 @@ def test_gaussian_window_is_symmetric_positive_and_highest_in_the_middle():
     assert window.min() > 0
     assert np.unravel_index(window.argmax(), window.shape) == (49, 29)
     assert gaussian_window((1, 1)).tolist() == [[1]]
-
-
-def test_voxels_without_votes_are_an_error_or_filled():
-    grid = block_grid((1, 1, 9), (1, 1, 2), (1, 1, 4))
-    with pytest.raises(SettingsError, match="3 voxels have no prediction"):
-        stack_blocks(np.ones((len(grid), 1, 2)), grid, (1, 1, 9))
-    filled = normalise(np.array([[[2.0, 0]]]), np.array([[[4.0, 0]]]), fill=0.25)
-    assert filled.tolist() == [[[0.5, 0.25]]]
 
 
 # Bad input
@@ -525,30 +474,6 @@ BAD = [
         SettingsError,
         "negatives",
         lambda: choose_blocks(np.zeros((2, 9, 9)), block_grid((2, 9, 9)), -1),
-    ),
-    (
-        SettingsError,
-        "gaussian, uniform",
-        lambda: stack_blocks(np.zeros((1, 9, 9)), [[0, 0, 0]], (1, 9, 9), "x"),
-    ),
-    (
-        VolumeError,
-        "expected 1 blocks",
-        lambda: stack_blocks(np.zeros((2, 9, 9)), [[0, 0, 0]], (1, 9, 9)),
-    ),
-    (
-        VolumeError,
-        "cannot stack",
-        lambda: accumulate(
-            np.zeros((1, 9, 9)), np.zeros((1, 9, 9)), np.zeros((1, 3, 3)), [[0, 0, 0]], np.ones(3)
-        ),
-    ),
-    (
-        VolumeError,
-        r"\[0, 9, 0\] lies outside",
-        lambda: accumulate(
-            *np.zeros((2, 1, 9, 9)), np.zeros((1, 3, 3)), [[0, 9, 0]], np.ones((3, 3))
-        ),
     ),
 ]
 
@@ -586,6 +511,3 @@ def test_real_neurons(name):
     positives = np.count_nonzero(share >= 0.001)
     assert positives == salient(mask, grid).sum()
     assert len(chosen) == positives + np.ceil(positives / 4)
-
-    predictions = np.stack([read_block(volume, p)[2] for p in grid]) / 255
-    assert np.abs(stack_blocks(predictions, grid, volume.shape) - volume / 255).max() < 1e-6

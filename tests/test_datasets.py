@@ -20,7 +20,6 @@ from neurolib.datasets import (
     Pair,
     Sample,
     Split,
-    crop,
     every_slice,
     folder_pairs,
     load_dataset,
@@ -469,17 +468,6 @@ def test_sample_holds_image_tree_and_target_in_one_frame(tmp_path):
     for x, y, z in TREE.xyz.astype(int):
         assert sample.mask[z, y, x]
     assert not np.array_equal(sample.mask, read_sample(pair, "radius").mask)
-
-
-def test_crop_moves_image_target_and_tree_together(tmp_path):
-    sample = read_sample(pair_in(tmp_path))
-    part = crop(sample, (1, 4, 10), (7, 25, 38))
-    assert part.image.shape == part.mask.shape == part.response.shape == (6, 21, 28)
-    assert np.shares_memory(part.image, sample.image)
-    np.testing.assert_array_equal(part.image, sample.image[1:7, 4:25, 10:38])
-    np.testing.assert_allclose(part.tree.xyz, TREE.xyz - (10, 4, 1))
-    x, y, z = part.tree.xyz[1].astype(int)
-    assert part.response[z, y, x] == part.response.max()
 
 
 def test_tree_outside_its_image_is_refused(tmp_path):

@@ -18,7 +18,6 @@ from neurolib.swc import (
     check_frame,
     check_pair,
     components,
-    crop,
     densify,
     fit,
     length,
@@ -718,48 +717,6 @@ def test_transform_in_its_documented_order():
 def test_flip_twice_is_nothing():
     tree = forest(3, 20)
     assert np.allclose(transform(transform(tree, flip_y=77), flip_y=77).xyz, tree.xyz)
-
-
-def test_crops_of_adjoining_blocks_add_up():
-    for seed in range(4):
-        tree = forest(seed, 120, spread=30)
-        low = np.floor(tree.xyz.min(axis=0))[::-1] - 1
-        high = np.ceil(tree.xyz.max(axis=0))[::-1] + 2
-        cuts = [np.unique([a, a + 7, a + 18, b]) for a, b in zip(low, high, strict=True)]
-        total, count = 0.0, 0
-        for z0, z1 in zip(cuts[0], cuts[0][1:], strict=False):
-            for y0, y1 in zip(cuts[1], cuts[1][1:], strict=False):
-                for x0, x1 in zip(cuts[2], cuts[2][1:], strict=False):
-                    part = crop(tree, (z0, y0, x0), (z1, y1, x1))
-                    size = np.array([x1 - x0, y1 - y0, z1 - z0])
-                    assert (part.xyz >= -0.5 - 1e-9).all()
-                    assert (part.xyz <= size - 0.5 + 1e-9).all()
-                    assert (part.parent < np.arange(len(part.parent))).all()
-                    if len(part.parent):
-                        back = part.xyz + np.array([x0, y0, z0])
-                        assert distance_to_tree(back, tree).max() < 1e-9
-                    total += length(part)
-                    count += len(part.parent)
-        assert total == pytest.approx(length(tree))
-        assert count > len(tree.parent)
-
-
-def test_crop_is_in_the_frame_of_the_block():
-    line = Tree(
-        np.array([[0.0, 5, 5], [20, 5, 5]]),
-        np.array([1.0, 3.0]),
-        np.array([1, 2]),
-        np.array([-1, 0]),
-    )
-    part = crop(line, (4, 3, 10), (8, 8, 15))
-    assert part.xyz.tolist() == [[-0.5, 2, 1], [4.5, 2, 1]]
-    assert np.allclose(part.radius, [1.95, 2.45])
-    assert part.parent.tolist() == [-1, 0]
-    assert len(crop(line, (4, 6, 10), (8, 8, 15)).parent) == 0
-    whole = crop(line, (0, 0, 0), (30, 30, 30))
-    assert same(whole, line)
-    with pytest.raises(SwcError, match="empty"):
-        crop(line, (4, 3, 10), (8, 3, 15))
 
 
 # Tree and image -----------------------------------------------------------------------------

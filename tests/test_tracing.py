@@ -529,7 +529,8 @@ def test_stages_are_what_trace_does():
     paths = prune_paths(find_paths(found, radius, path_cost(found, radius)), found, radius)
     tree, bridges = bridge_gaps(paths_to_tree(paths, found, radius), mask)
     assert len(bridges) == 1
-    assert np.array_equal(smooth_tree(tree, found).xyz, trace(mask).xyz)
+    smooth = smooth_tree(tree, background_shell(found), found.scale, 2.0)
+    assert np.array_equal(smooth.xyz, trace(mask).xyz)
 
 
 # --- In parts ------------------------------------------------------------------------------------

@@ -729,17 +729,6 @@ def test_checkpointing_recomputes_the_same_gradients(samples):
         torch.testing.assert_close(plain, recomputed)
 
 
-def test_tensorboard_gets_every_number_of_every_step(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    add = training.tensorboard(tmp_path)
-    add({"step": 1, "loss": 0.5})
-    add({"step": 2, "loss": 0.25, "validation_dice": 0.75})
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 0.5), (2, 0.25)]
-    assert [(e.step, e.value) for e in events.Scalars("validation_dice")] == [(2, 0.75)]
-
-
 def test_patience_stops_and_a_second_call_does_not_go_on(tmp_path, samples, checks, monkeypatch):
     found = iter([0.1, 0.5, 0.4, 0.3, 0.2, 0.1])
     monkeypatch.setattr(training, "validate", lambda *_: (next(found), 0.5))
