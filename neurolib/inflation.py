@@ -1,17 +1,18 @@
 """Weight inflation: a patch embedding learnt on 2D colour images, made ready for 3D grey blocks.
 
-The functions follow notebook 02: fold the colours, inflate along z, resize the position
-embedding, and do all three to a whole state dict. Source of the two strategies: Zhang et al.
+The functions follow notebook 02: fold the colours, inflate along z, and do both to a whole state
+dict, whose position embedding timm resizes. Source of the two strategies: Zhang et al.
 2022 (TransSeg), as used by Cheng et al.; folding exactly, `gaussian` and `random` are ours.
 """
 
-import math
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from neurolib._timm import timm
 from neurolib.errors import SettingsError, WeightsError
 
 STRATEGIES = ("average", "center", "gaussian", "random")
@@ -131,67 +132,6 @@ def inflate(
     return weight[:, :, None] * along_z.view(1, 1, -1, 1, 1)
 
 
-def resize_position(
-    embedding: torch.Tensor, grid: tuple[int, int], prefix: int = 1, old: tuple | None = None
-) -> torch.Tensor:
-    """Resize a learnt position embedding to another grid of tokens, bicubically.
-
-    Parameters
-    ----------
-    embedding : torch.Tensor, (1, prefix + h·w, E)
-        Class (and register) tokens first.
-    grid : (int, int)
-        New grid (rows, columns); need not be square.
-    prefix : int
-        Number of tokens without a place, copied as they are.
-    old : (int, int), optional
-        Grid (h, w) of `embedding`; square if not given.
-
-    Returns
-    -------
-    torch.Tensor, (1, prefix + rows·columns, E)
-    """
-    if old is None:
-        side = math.isqrt(embedding.shape[1] - prefix)
-        old = (side, side)
-    if old[0] * old[1] + prefix != embedding.shape[1]:
-        raise SettingsError(
-            f"position embedding has {embedding.shape[1]} tokens, expected {prefix} + "
-            f"{old[0]}x{old[1]}; give its grid as `old`"
-        )
-    if tuple(grid) == tuple(old):
-        return embedding
-    fixed, places = embedding[:, :prefix], embedding[:, prefix:]
-    places = places.reshape(1, *old, -1).permute(0, 3, 1, 2)
-    places = F.interpolate(places, size=grid, mode="bicubic", antialias=True)
-    return torch.cat([fixed, places.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
-
-
-def timm_registers(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """DINOv2's own files with registers, in timm's layout.
-
-    There the class token has a position, added whenever the network runs, and the register tokens
-    have another name. timm adds the position to the class token once; registers have none.
-
-    Parameters
-    ----------
-    weights : mapping of str to torch.Tensor
-        ``register_tokens`` (1, R, E), ``cls_token`` (1, 1, E), ``pos_embed`` (1, 1 + h·w, E) and
-        others.
-
-    Returns
-    -------
-    dict of str to torch.Tensor
-        ``reg_token`` (1, R, E), ``cls_token`` (1, 1, E), ``pos_embed`` (1, h·w, E) and others.
-    """
-    weights = dict(weights)
-    position = weights[POSITION]
-    weights["reg_token"] = weights.pop("register_tokens")
-    weights["cls_token"] = weights["cls_token"] + position[:, :1]
-    weights[POSITION] = position[:, 1:]
-    return weights
-
-
 @dataclass(frozen=True)
 class LoadReport:
     """What `inflate_encoder` found: keys that matched, were missing, unexpected or misshapen."""
@@ -258,9 +198,14 @@ def inflate_encoder(
     weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
     if PATCH_WEIGHT not in weights:
         raise WeightsError(f"the weights have no {PATCH_WEIGHT}; expected a timm ViT's state dict")
-    if "register_tokens" in weights and {"cls_token", POSITION} <= weights.keys():
-        weights = timm_registers(weights)
-    kernel = weights[PATCH_WEIGHT]
+    # Without the kernel, which timm would resize to another patch size without a word.
+    kernel = weights.pop(PATCH_WEIGHT)
+    if "register_tokens" in weights:
+        weights.setdefault("mask_token", None)  # by which timm knows DINOv2's own files
+    # Positions that are no square grid cannot be resized; the report below names them.
+    with contextlib.suppress(RuntimeError):
+        # timm renames DINOv2's registers and resizes the position embedding.
+        weights = timm.models.vision_transformer.checkpoint_filter_fn(dict(weights), encoder)
     # CLIP's patch embedding has no bias of its own; folding gives it one.
     grey, bias = fold_rgb(
         kernel, weights.get(PATCH_BIAS, kernel.new_zeros(len(kernel))), mean, std, fold
@@ -268,13 +213,6 @@ def inflate_encoder(
     depth = target[PATCH_WEIGHT].shape[1]
     weights[PATCH_WEIGHT] = inflate(grey, depth, strategy, generator)[:, 0]
     weights[PATCH_BIAS] = bias
-    if POSITION in weights and POSITION in target:
-        grid = tuple(encoder.patch_embed.grid_size)
-        prefix = target[POSITION].shape[1] - grid[0] * grid[1]
-        if (weights[POSITION].shape[1] - prefix) == math.isqrt(
-            weights[POSITION].shape[1] - prefix
-        ) ** 2:
-            weights[POSITION] = resize_position(weights[POSITION], grid, prefix)
     fits = {k: v for k, v in weights.items() if k in target and v.shape == target[k].shape}
     report = LoadReport(
         matched=tuple(fits),
