@@ -1,4 +1,4 @@
-"""Files written whole or not at all, folders that one process has to itself, and hashes."""
+"""Files written whole or not at all, folders that one process locks, and hashes."""
 
 import contextlib
 import errno
@@ -22,20 +22,20 @@ from neurolib.errors import SettingsError
 
 try:
     import fcntl
-except ImportError:  # Windows: what killed processes leave stays, and nobody is kept out
+except ImportError:  # Windows: no locks, and what killed processes leave is not removed
     fcntl = None
 
-# What a disk says that takes no more: full, over a quota, over the limit of one file.
+# Error codes for a full disk: no space left, over the quota, over the limit of one file.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# NumPy's own words for it, without a number.
+# NumPy's own message for it, which carries no error code.
 CUT_SHORT = re.compile(r"^\d+ requested and \d+ written$")
 CHECKPOINT = "checkpoint.safetensors"  # in the folder of a run
 # The network that comes with the course; data/neurite.md is its card.
 SHIPPED = Path(__file__).resolve().parents[1] / "data" / "neurite.safetensors"
-# How the provenance of our results begins, and what seals the nodes of an SWC.
+# The first words of our results' provenance, and the mark before the hash of an SWC's nodes.
 WRITTEN = "written by neurolib"
 SEAL = re.compile(r"^# nodes: sha256 (\w+)$", re.MULTILINE)
-# Seconds in which a folder must come free: what a killed process has started ends soon after it.
+# Seconds to wait for a folder's lock: the children of a killed process end soon after it.
 PATIENCE = 5.0
 
 
@@ -47,8 +47,8 @@ def cache_folder() -> Path:
 def named_folder(variable: str) -> Path | None:
     """The folder that an environment variable names, absolute; None if it is not set.
 
-    The variable is made absolute, too: notebooks run in a folder of their own, and a relative
-    name must mean the same to them.
+    The variable itself is made absolute as well: notebooks run in another folder, where a relative
+    name would mean something else.
     """
     if not (value := os.environ.get(variable)):
         return None
@@ -58,11 +58,11 @@ def named_folder(variable: str) -> Path | None:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to; rename it to `path` when the block succeeds.
+    """Yield a path beside `path` to write to; rename it to `path` when the block succeeds.
 
-    The temporary name keeps the suffix of `path`, since writers choose their format by it.
-    If the block raises, the temporary file (or folder) is removed and `path` is untouched. What
-    a killed process leaves is removed by the next one that writes into the same folder.
+    The temporary name keeps the suffix of `path`, because writers choose their format by it.
+    If the block raises, the temporary file (or folder) is removed and `path` is untouched. The
+    next process that writes into the same folder removes what a killed one left.
 
     Raises
     ------
@@ -75,7 +75,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with explain_full_disk(path):
             yield temporary
         if temporary.is_file():
-            # Some writers let nobody else read; a file of ours is like any other of this user.
+            # Some writers deny others read access; our files get the user's default mode.
             (folder / ".mode").touch()
             os.chmod(temporary, stat.S_IMODE((folder / ".mode").stat().st_mode))
         try:
@@ -90,17 +90,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def workplace(path: Path) -> Iterator[Path]:
-    """Make a hidden folder beside `path`, removed at the end; remove those of killed processes.
+    """Make a hidden folder beside `path` and remove it at the end, with those of killed processes.
 
-    Strategy: a process locks its folder, and the system frees the locks of a process that ends,
-    however it ends. So a folder of this machine that can be locked is nobody's.
+    Strategy: a process locks its folder, and the system releases the locks of a process however it
+    ends. So a folder of this machine that can be locked has no owner any more.
 
     Raises
     ------
     SettingsError
         If the folder of `path` cannot be made or written to.
     """
-    # Locks may not reach other machines on the same disk: the name says whose folder it is.
+    # Other machines on the same disk may not see the locks, so the name says whose folder it is.
     machine = f"{zlib.crc32(platform.node().encode()):08x}"
     ours = re.compile(rf"\..+\.{machine}-\w{{8}}")
     try:
@@ -113,7 +113,7 @@ def workplace(path: Path) -> Iterator[Path]:
         while True:
             folder = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
             lock = _locked(folder, wait=True)
-            # Before it was locked, it may have been taken for left behind.
+            # Another process may have removed it as abandoned before it was locked.
             if folder.is_dir():
                 break
             _unlock(lock)
@@ -129,7 +129,7 @@ def workplace(path: Path) -> Iterator[Path]:
 
 
 def _locked(path: Path, wait: bool = False) -> int | None:
-    """Lock a folder; None if it is gone, another process has it, or the disk knows no locks."""
+    """Lock a folder; None if it is gone, locked by another process, or the disk has no locks."""
     if fcntl is None:
         return None
     try:
@@ -158,7 +158,7 @@ def _remove_if_left(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder, also while threads of a writer that has failed still put files into it."""
+    """Remove a folder, even while threads of a failed writer still put files into it."""
     for pause in (0, 0.01, 0.1, 1):
         time.sleep(pause)
         shutil.rmtree(folder, ignore_errors=True)
@@ -168,11 +168,11 @@ def _remove(folder: Path) -> None:
 
 @contextmanager
 def explain_full_disk(path: str | Path) -> Iterator[None]:
-    """Turn what the writers of all formats raise on a full disk into one `SettingsError`."""
+    """Turn whatever the writers raise on a full disk into one `SettingsError`."""
     try:
         yield
     except Exception as error:
-        # Libraries in other languages repeat the system's words in errors of their own.
+        # Libraries in other languages quote the system's message in errors of their own.
         said = str(error)
         reason = next((os.strerror(code) for code in FULL if os.strerror(code) in said), "")
         if not reason and isinstance(error, OSError) and CUT_SHORT.match(said):
@@ -188,8 +188,8 @@ def explain_full_disk(path: str | Path) -> Iterator[None]:
 def claim(path: str | Path, what: str | Path = "") -> Iterator[None]:
     """Hold the lock file `path`, which stands for `what`, and remove it at the end.
 
-    `what` is its folder unless given. The system frees the lock of a process that is killed; the
-    next one takes over the file.
+    By default `what` is the folder of the file. The system releases the lock of a killed process,
+    and the next one takes over the file.
 
     Raises
     ------
@@ -219,31 +219,31 @@ def claim(path: str | Path, what: str | Path = "") -> Iterator[None]:
 
 
 def _hold(path: Path) -> int | None:
-    """Open a lock file and lock it; None if another process has it."""
+    """Open a lock file and lock it; None if another process holds it."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Who had it before may have removed it since it was opened.
+        # Its previous owner may have removed it after we opened it.
         if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
             return lock
     except BlockingIOError:
         pass
-    except OSError:  # a file system without locks keeps nobody out
+    except OSError:  # a file system without locks excludes nobody
         return lock
     os.close(lock)
     return None
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """The checkpoint of a run, where `path` is a run's folder; else `path`."""
+    """The checkpoint in `path` if that is the folder of a run, else `path` itself."""
     return Path(path) / CHECKPOINT if Path(path).is_dir() else Path(path)
 
 
 def write_text(path: str | Path, text: str) -> Path:
     """Write `text` as UTF-8 to `path`, atomically; return the path.
 
-    Bytes of file names that are no UTF-8 are written as ``\\udce4``.
+    Bytes of file names that are not UTF-8 are written as ``\\udce4``.
     """
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -258,8 +258,8 @@ def decode(raw: bytes) -> str:
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         text = raw.decode("utf-16", errors="replace")
     else:
-        # Vaa3D and Excel write names in whatever the system's code page was; of those, Latin-1
-        # alone has a letter for every byte.
+        # Vaa3D and Excel write names in the system's code page, whatever it is; only Latin-1 has a
+        # character for every byte.
         for encoding in ("utf-8-sig", "cp1252", "latin-1"):
             try:
                 text = raw.decode(encoding)
@@ -299,7 +299,7 @@ def provenance(command: str, **facts: object) -> str:
 def is_result(path: Path) -> bool:
     """Whether a file (or OME-Zarr) is a result of a command of ours, as it was written.
 
-    An SWC that was corrected by hand since, and all that another program saved, is none.
+    An SWC that somebody has corrected by hand is not, nor is anything another program saved.
     """
     import tifffile
 
@@ -323,21 +323,21 @@ def is_sealed(path: Path) -> bool:
 
 
 def seal_of(nodes: str) -> str:
-    """The hash of the lines of an SWC that are not its head."""
+    """The hash of the lines of an SWC below its head."""
     return hashlib.sha256(nodes.encode()).hexdigest()[:16]
 
 
 def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], overwrite: bool = False) -> None:
-    """Refuse outputs that would replace something of the user's, before any work is done.
+    """Before any work is done, refuse outputs that would replace a file of the user's.
 
-    Links are followed. A tree beside an image of the same name is taken for the image's own, and
+    Links are followed. A tree beside an image of the same name counts as the image's own and is
     never replaced.
 
     Raises
     ------
     SettingsError
-        If an output is an input or another output, lies inside one, or holds one; or exists, is
-        no result of ours, and `overwrite` is not set.
+        If an output is an input or another output, lies inside one, or contains one; or if it
+        exists, is not one of our results, and `overwrite` is not set.
     """
     for number, path in enumerate(outputs):
         for other in (*inputs, *outputs[:number]):

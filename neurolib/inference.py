@@ -1,8 +1,8 @@
 """From a trained network and a volume to a probability for every voxel.
 
-The volume is covered with overlapping tiles; each tile's logits become votes with Gaussian
-weights, summed slice by slice. Slices are finished in order, so that only the few slices that
-still wait for votes are held: memory grows with a slice and with the batch, not with the volume.
+Overlapping tiles cover the volume; each tile's probabilities become votes with Gaussian weights,
+summed slice by slice. Slices are finished in order, so that only the few that still wait for
+votes are in memory, which grows with a slice and with the batch, not with the volume.
 """
 
 import hashlib
@@ -33,9 +33,9 @@ from neurolib.volume import (
 # both.
 FLIPS = ((-1,), (-2,), (-2, -1))
 
-# Share by which neighbouring tiles overlap in y and x: in all commands and notebooks.
+# Fraction by which neighbouring tiles overlap in y and x, in all commands and notebooks.
 OVERLAP = 0.25
-# Bins of the histogram in which `empty_level` looks for a percentile; a 16-bit image has no more.
+# Bins of the histogram for `empty_level`'s percentile; a 16-bit image has no more values.
 BINS = 1 << 16
 
 Box = tuple[slice, slice, slice]
@@ -60,9 +60,9 @@ def predict_volume(
     network : Segmenter
     image : (z, y, x) array
         Normalised to [0, 1] (`neurolib.volume.normalise`). It need not be in memory: it is
-        sliced, once for its range and then per tile (`neurolib.large` reads chunks less often).
+        read once for its range, then tile by tile (`neurolib.large` reads chunks less often).
     overlap : float
-        Share of a tile that neighbours overlap in y and x, 0 to 0.9.
+        Fraction of a tile that neighbours share in y and x, 0 to 0.9.
     batch : int
         Tiles per forward pass.
     device : str
@@ -70,7 +70,7 @@ def predict_volume(
     progress : bool
         Show a progress bar over tiles.
     out : (z, y, x) float32 array, optional
-        Written to instead of a new array (a memory map, say).
+        Receives the result instead of a new array (a memory map, for example).
     every : int
         Predict slices 0, every, 2 every ... only, each from its whole block: a sample of the
         volume at a fraction of the time, for networks that predict their centre slice.
@@ -78,14 +78,14 @@ def predict_volume(
         Average the probabilities of each tile, mirrored in neither, either and both of y and x
         (test-time augmentation), at four times the time.
     skip_below : float
-        Tiles with no voxel above this intensity are not run (`empty_level` proposes one,
-        `skipping` says what it loses).
+        Tiles with no voxel above this intensity are skipped (`empty_level` proposes a value,
+        `skipping` says what is lost).
 
     Returns
     -------
     (z / every rounded up, y, x) float32 array
-        The vote of a tile that is not run is 0. By default these are tiles whose slices are all
-        exactly zero, as outside the halo of a masked volume.
+        A skipped tile votes 0. By default these are the tiles whose slices are all exactly zero, as
+        outside the mask of a masked volume.
 
     Raises
     ------
@@ -126,7 +126,7 @@ def _check_range(image: np.ndarray) -> None:
     low, high = np.inf, -np.inf
     for box in pieces(image):
         piece = image[box]
-        # NumPy's extremes keep NaN, Python's do not.
+        # NumPy's min and max pass NaN on, Python's do not.
         low, high = np.minimum(low, piece.min()), np.maximum(high, piece.max())
     if not (low >= 0 and high <= 1):
         raise VolumeError(f"expected intensities in [0, 1], got {low:g} to {high:g}; normalise")
@@ -144,19 +144,19 @@ CODE = ("inference", "network", "blocking", "devices")
 def predicted(
     folder: str | Path, name: str, checkpoint: str | Path, image: np.ndarray, **options
 ) -> np.ndarray:
-    """The probability of a volume under a checkpoint: read if predicted before, else predicted.
+    """The probability of a volume by a checkpoint, read from `folder` if it was predicted before.
 
     Parameters
     ----------
     folder : path
-        Holds one TIFF (float32) per volume, named by the volume and by a hash of all that decides
-        the result: image, checkpoint, options, precision and the code that predicts.
+        Holds one TIFF (float32) per volume, named after the volume and a hash of everything that
+        decides the result: image, checkpoint, options, precision and the code that predicts.
     name : str
         Of the volume.
     checkpoint : path
     image : (z, y, x) array
     **options
-        Of `predict_volume`; named in full or left to their defaults, it is the same file.
+        Of `predict_volume`; options at their defaults may be given or not, the file is the same.
     """
     options = DEFAULTS | options
     precision = pick_precision("auto", pick_device(options["device"]).type)
@@ -178,13 +178,13 @@ def calibrate(
 ) -> tuple[float, float]:
     """Choose a checkpoint's threshold on whole validation volumes, and store it.
 
-    The blocks on which training validates estimate a volume's Dice to about ± 0.04; here, every
-    block of the slices counts that are predicted.
+    Training validates on blocks, which estimate a volume's Dice to about ± 0.04; here, every block
+    of the predicted slices counts.
 
     Parameters
     ----------
     checkpoint : path
-        Rewritten with the threshold.
+        It is rewritten with the threshold.
     samples : sequence of Sample
         The validation volumes.
     every : int
@@ -239,10 +239,10 @@ def predict_box(
     flips: bool = False,
     skip_below: float = 0.0,
 ) -> np.ndarray:
-    """The part of what `predict_volume` gives that lies in a box.
+    """The part of the result of `predict_volume` that lies in a box.
 
-    All tiles that vote in the box are run, so that it does not matter how a volume is cut into
-    boxes. The box and the margin that these tiles need, `box_of_tiles`, are read in one go.
+    All tiles that vote in the box are run, so the result does not depend on how a volume is cut
+    into boxes. The box and the margin that these tiles need, `box_of_tiles`, are read at once.
 
     Parameters
     ----------
@@ -275,11 +275,11 @@ def predict_box(
 def box_of_tiles(
     settings: NetworkSettings, shape: tuple[int, int, int], box: Box, overlap: float
 ) -> tuple[Box, np.ndarray]:
-    """What of a volume the tiles that vote in a box see, and the places (n, 3) of these tiles."""
+    """What the tiles that vote in a box see of a volume, and the places (n, 3) of the tiles."""
     tile, stride = _tiling(settings, overlap)
     reach = settings.depth // 2
     voting = reach if settings.predict == "all" else 0
-    # Before and after its place: how far a tile votes, and how far it sees.
+    # How far a tile votes, and how far it sees, before and after its place.
     votes = ((voting, voting + 1), (0, tile[1]), (0, tile[2]))
     sees = ((reach, reach + 1), (0, tile[1]), (0, tile[2]))
     axes, around = [], []
@@ -299,7 +299,7 @@ def _tiling(
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Shape of the tiles and steps between them."""
     stride = max(1, round(settings.block * (1 - overlap)))
-    # Five votes a slice need a block only every few slices; neighbours share two of them.
+    # A block that votes for all its slices is needed only every few; neighbours share two.
     z_stride = max(1, settings.depth - 2) if settings.predict == "all" else 1
     return (settings.depth, settings.block, settings.block), (z_stride, stride, stride)
 
@@ -316,7 +316,7 @@ def _stream(
     flips: bool,
     skip_below: float,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Run the tiles of a grid, ordered by z; yield the slices of a span as they are finished."""
+    """Run the tiles of a grid in order of z; yield the slices of a span as they are finished."""
     settings = network.settings
     shape, _ = _tiling(settings, 0)
     reach = settings.depth // 2 if settings.predict == "all" else 0
@@ -330,14 +330,14 @@ def _stream(
     bar = tqdm(total=len(grid), desc="segmenting", mininterval=2, disable=not progress)
     for start in range(0, len(grid), batch):
         tiles = grid[start : start + batch]
-        # Where the votes go: among the slices that are predicted.
+        # Where the votes go, as an index into the predicted slices.
         places = tiles // (every, 1, 1)
         last = min(depth, int(places[-1, 0]) + reach + 1)
         numerator = _grow(numerator, last - first)
         live, votes = _run(network, image, tiles, shape, window, flips, skip_below)
         _add(numerator, votes, places[live] - (first + reach, 0, 0))
         bar.update(len(places))
-        # Later places are at this z or deeper: slices above their reach are complete.
+        # All later places are at this z or deeper, so the slices above their reach are complete.
         rest = grid[start + batch :]
         done = min(depth, int(rest[0, 0]) // every - reach) if len(rest) else depth
         if done > first:
@@ -351,10 +351,10 @@ def _stream(
 
 
 def empty_level(image: np.ndarray, percentile: float = 95.0) -> float:
-    """An intensity below which a tile holds background alone: a percentile of the volume.
+    """An intensity below which a tile holds only background: a percentile of the volume.
 
-    Neurites are few voxels, so that every tile that one passes through has voxels above it,
-    unless other things in the volume are brighter by far. `skipping` says what it loses.
+    Neurites fill few voxels, so every tile with a neurite has voxels above this level, unless
+    other things in the volume are far brighter. `skipping` says what is lost.
 
     Parameters
     ----------
@@ -366,7 +366,7 @@ def empty_level(image: np.ndarray, percentile: float = 95.0) -> float:
     Returns
     -------
     float
-        The lower end of the bin, 1 / 65536 wide, of a histogram: never above the percentile.
+        The lower edge of its histogram bin, 1 / 65536 wide: never above the percentile.
 
     Raises
     ------
@@ -397,15 +397,15 @@ def skipping(
     settings: NetworkSettings,
     overlap: float = OVERLAP,
 ) -> Skipping:
-    """What it saves and costs not to run the tiles that have no voxel above an intensity.
+    """What is saved and lost by skipping the tiles that have no voxel above an intensity.
 
     Parameters
     ----------
     image : (z, y, x) array
         Normalised to [0, 1].
     mask : (z, y, x) bool array
-        The true foreground. Each of its voxels counts with the share of its votes, weighted as
-        in a prediction, that come from skipped tiles.
+        The true foreground. Each voxel counts by the share of its votes, weighted as in a
+        prediction, that come from skipped tiles.
     skip_below : float
     settings : NetworkSettings
         For the tiles; no network is run.
@@ -421,7 +421,7 @@ def skipping(
 
 
 class _Certain(torch.nn.Module):
-    """Says 1 everywhere, and counts the tiles that it is given."""
+    """Predicts 1 everywhere, and counts the tiles that it is given."""
 
     def __init__(self, settings: NetworkSettings) -> None:
         super().__init__()
@@ -440,7 +440,7 @@ def _weights(
     reach: int,
     depth: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sum of the windows over a slice (y, x), and from how many z each slice (depth,) has votes.
+    """Sum of the windows over a slice (y, x), and how many z vote for each slice (depth,).
 
     The places are all pairs of some z with some (y, x): their product is the sum of all weights.
     """
@@ -454,7 +454,7 @@ def _weights(
 
 
 def _add(sums: np.ndarray, votes: np.ndarray, corners: np.ndarray) -> None:
-    """Add votes (n, slices, rows, columns) at their corners (z, y, x); those outside drop."""
+    """Add votes (n, slices, rows, columns) at their corners (z, y, x); drop those outside."""
     depth, height, width = sums.shape
     for vote, (z, y, x) in zip(votes, corners.tolist(), strict=True):
         slices, rows, columns = vote.shape
@@ -472,7 +472,7 @@ def _run(
     flips: bool,
     skip_below: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which tiles have something above `skip_below`, and the votes (n, slices, y, x) of these.
+    """Which tiles have a voxel above `skip_below`, and their votes (n, slices, y, x).
 
     A vote is the probability times the window.
     """

@@ -1,13 +1,13 @@
 """Volumes larger than memory: OME-Zarr in, OME-Zarr probability and SWC out, region by region.
 
-The output is cut into regions of whole chunks. What a region's tiles see of the input is read,
-predicted, and written chunk by chunk, each once and whole. Until all chunks are there the result
-has the name ``OUT.part``, with a manifest of what it is made of; a call that finds it goes on with
-the chunks that are missing. Regions are independent: they run one after the other, on processes of
-this machine, or on any Dask cluster that sees the same files.
+The output is cut into regions of whole chunks. For each region, the input that its tiles see is
+read, predicted, and written chunk by chunk, each once and whole. Until all chunks are there, the
+result is called ``OUT.part`` and has a manifest of its inputs; a later call computes only the
+missing chunks. Regions are independent: they run one after the other, in processes of this
+machine, or on any Dask cluster that sees the same files.
 
-Sparse volumes are stored without their empty chunks. Where the input has none, nothing is read,
-run or written, and `neurolib.tracing.trace` reads of the result only its `stored_boxes`.
+Sparse volumes are stored without their empty chunks. Where the input has no chunk, nothing is
+read, run or written, and `neurolib.tracing.trace` reads only the `stored_boxes` of the result.
 """
 
 import functools
@@ -42,9 +42,9 @@ from neurolib.network import NetworkSettings, Segmenter
 from neurolib.training import load_checkpoint
 from neurolib.volume import Volume, create_zarr, limits, pieces, read_volume, rescale
 
-# Slices, rows, columns. Tiles that reach over the border of a region are run for both sides: here,
-# with tiles of 100 that overlap by a quarter, a fifth more than for the volume at once. A region
-# takes 0.44 GB at most (measured) beside the network: its input, its probability and votes.
+# Slices, rows, columns. Tiles that cross the border of a region run for both sides: with tiles of
+# 100 that overlap by a quarter, a fifth more than for the whole volume at once. A region takes at
+# most 0.44 GB (measured) beside the network: its input, its probability and its votes.
 REGION = (32, 1024, 1024)
 
 MANIFEST = "neurolib.json"
@@ -52,7 +52,7 @@ MANIFEST = "neurolib.json"
 
 @dataclass(frozen=True)
 class Mapped:
-    """A volume (z, y, x) of which each part is computed from that of another, when it is read."""
+    """A volume (z, y, x) whose parts are computed from those of another when they are read."""
 
     data: Any
     function: Callable[[np.ndarray], np.ndarray]
@@ -93,7 +93,7 @@ def segmentation(
 ) -> tuple[np.ndarray | Mapped, str]:
     """`neurolib.adapters.as_probability` part by part, when it is read.
 
-    Labels are read once here, to know which there are; whether probabilities lie in [0, 1] shows
+    Labels are read once here, to know which exist; whether probabilities lie in [0, 1] is checked
     when they are traced.
     """
     labels = data.dtype.kind in "biu" and threshold is None
@@ -125,10 +125,10 @@ def _distinct(data: np.ndarray) -> np.ndarray:
 
 
 def stored_boxes(data: np.ndarray) -> Iterator[Box]:
-    """Boxes of whole chunks that do not overlap and hold all of a volume that is not zero.
+    """Boxes of whole chunks that do not overlap and contain every voxel that is not zero.
 
-    They are the `neurolib.volume.pieces` of any volume. Of a `LazyStack`, or of what is `Mapped`
-    from one, each is cut down to the chunks that are stored, if those that are not stand for zero.
+    They are the `neurolib.volume.pieces` of any volume. For a `LazyStack`, or a `Mapped` one, each
+    is cut down to the stored chunks, if missing chunks stand for zero.
     """
     found = _stored(data)
     if found is None:
@@ -149,9 +149,9 @@ def stored_boxes(data: np.ndarray) -> Iterator[Box]:
 
 
 def _stored(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]] | None:
-    """Which cells of a grid over a volume (z, y, x) have a file, and the voxels of a cell.
+    """Which cells of a grid over a volume (z, y, x) have a file, and the size of a cell in voxels.
 
-    None if it is not stored in cells, or if one without a file is not zero.
+    None if it is not stored in cells, or if a cell without a file is not zero.
     """
     functions = []
     while isinstance(data, Mapped):
@@ -176,7 +176,7 @@ def _stored(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]] | None:
 
 
 def _blank(image: Mapped, settings: NetworkSettings, overlap: float) -> Callable[[Box], bool]:
-    """Whether all that the tiles of a box see is zero, and known to be without reading it."""
+    """Whether everything that the tiles of a box see is known, without reading it, to be zero."""
     found = _stored(image)
     if found is None:
         return lambda box: False
@@ -195,7 +195,7 @@ def _blank(image: Mapped, settings: NetworkSettings, overlap: float) -> Callable
 
 @dataclass(frozen=True)
 class _Job:
-    """All that a worker needs to know; files by absolute paths."""
+    """Everything that a worker needs to know; paths are absolute."""
 
     image: Path
     channel: int | None
@@ -210,7 +210,7 @@ class _Job:
     device: str
     flips: bool
     skip_below: float
-    threads: int  # of PyTorch; 0: its own choice
+    threads: int  # of PyTorch; 0: PyTorch's default
 
 
 def predict_large(
@@ -231,28 +231,28 @@ def predict_large(
     """Predict the probability of neurite of an image on disk, into an OME-Zarr on disk.
 
     The result is that of `neurolib.inference.predict_volume` on the normalised image, up to
-    rounding. If the call is interrupted, the same call goes on; if it was finished, it returns.
+    rounding. If the call is interrupted, the same call resumes; if it had finished, it returns.
 
     Parameters
     ----------
     image : path
-        OME-Zarr, or what can be mapped into memory (`neurolib.volume.read_volume`); other files
-        are read whole by every worker.
+        OME-Zarr, or a file that can be mapped into memory (`neurolib.volume.read_volume`); every
+        worker reads other files whole.
     checkpoint : path
     out : path
         Ends in ``.zarr``: float32, in chunks, with the spacing of the image.
     overlap, batch, device, flips
         As in `neurolib.inference.predict_volume`.
     skip_empty : float
-        Percentile of the normalised image; tiles with no voxel above it are not run (see
-        `neurolib.inference.empty_level`). 0: none but those that are exactly zero.
+        Percentile of the normalised image; tiles with no voxel above it are skipped (see
+        `neurolib.inference.empty_level`). 0: skip only tiles that are exactly zero.
     channel : int, optional
         Of a multi-channel image.
     workers : int
-        Processes of this machine that share the regions and the cores; 0: this process alone.
+        Processes of this machine that share the regions and the cores; 0: only this process.
     scheduler : str
-        Address of a Dask cluster instead, as ``tcp://10.0.0.1:8786``. Its workers see the files
-        under the same absolute paths.
+        Address of a Dask cluster instead, such as ``tcp://10.0.0.1:8786``. Its workers must see the
+        files under the same absolute paths.
     region : (int, int, int)
         Voxels (z, y, x) predicted at once, rounded up to whole chunks.
     progress : bool
@@ -269,8 +269,8 @@ def predict_large(
         If image or checkpoint cannot be read.
     SettingsError
         If an option is out of range; if ``OUT.part`` was begun with another checkpoint, input or
-        other options, or another process is at work on it; if the disk is full; if Dask is not
-        installed, cannot be reached, or a worker keeps dying.
+        other options, or another process is working on it; if the disk is full; if Dask is not
+        installed or cannot be reached, or if a worker keeps dying.
     """
     image, checkpoint, out = (Path(path).absolute() for path in (image, checkpoint, out))
     check_options(overlap, batch, 0.0)
@@ -326,7 +326,7 @@ def _predict_regions(job: _Job, todo: list[Box], workers: int, scheduler: str) -
 def fingerprint(path: Path) -> str:
     """SHA-256 over names, sizes and times of the files of an image, not over their contents.
 
-    Contents of terabytes would be read for hours at every start.
+    Reading terabytes would take hours at every start.
     """
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256()
@@ -338,7 +338,7 @@ def fingerprint(path: Path) -> str:
 
 
 def _begin(part: Path, name: str, volume: Volume, wanted: dict) -> None:
-    """Make an output without chunks, and the manifest; what needs the whole input is found here."""
+    """Make an output without chunks, and the manifest, with whatever needs the whole input."""
     low, high = limits(volume.data, stored_boxes(volume.data))
     skip = wanted["options"]["skip_empty"]
     level = empty_level(normalised(volume.data, low, high), skip) if skip else 0.0
@@ -364,7 +364,7 @@ def _same(found: dict, wanted: dict) -> bool:
 
 
 def _array(part: Path) -> Any:
-    """The array of an output; chunks of nothing but zeros are written, too, to be seen as done."""
+    """The array of an output; chunks of zeros are written too, so that they count as done."""
     import zarr
 
     return zarr.open_array(part / "0", mode="r+").with_config({"write_empty_chunks": True})
@@ -378,7 +378,7 @@ def _regions(part: Path, region: tuple[int, int, int]) -> Iterator[Box]:
 
 
 def _missing(part: Path, box: Box, blank: Callable[[Box], bool]) -> list[Box]:
-    """The chunks of a region that have no file yet, and need one: those without hold zeros."""
+    """The chunks of a region that still need a file; a chunk without one means zeros."""
     chunks = _array(part).chunks
     lower, upper = ([getattr(s, end) for s in box] for end in ("start", "stop"))
     return [
@@ -412,7 +412,7 @@ def _predict_region(job: _Job, box: Box) -> None:
     array, origin = _array(job.part), [s.start for s in around]
     for chunk in missing:
         here = (slice(s.start - o, s.stop - o) for s, o in zip(chunk, origin, strict=True))
-        # Zarr writes a chunk beside and renames it.
+        # Zarr writes a chunk under another name and then renames it.
         with explain_full_disk(job.part):
             array[chunk] = found[tuple(here)]
 
@@ -421,7 +421,7 @@ def _image(job: _Job) -> Mapped:
     return normalised(_read(job.image, job.channel, job.source).data, job.low, job.high)
 
 
-# A worker of a cluster outlives a call: what it keeps goes by contents, not by name alone.
+# A cluster's worker outlives a call, so its cache goes by contents, not by name alone.
 @functools.lru_cache(1)
 def _read(image: Path, channel: int | None, source: str) -> Volume:
     return read_volume(image, channel, check=False)
@@ -438,8 +438,8 @@ def _network(checkpoint: Path, digest: str) -> Segmenter:
 
 
 def _finish(part: Path, out: Path) -> None:
-    """Give a complete output its name; what had that name leaves as a whole."""
-    for left in part.rglob("*.partial"):  # of writes that were killed
+    """Give a complete output its name, and replace what had that name as a whole."""
+    for left in part.rglob("*.partial"):  # left by killed writes
         left.unlink(missing_ok=True)
     with workplace(out) as folder:
         if out.exists():

@@ -1,9 +1,9 @@
-"""Runs: the notebooks executed in order by papermill, in a folder that can be taken up again.
+"""Runs: papermill executes the notebooks in order, in a folder where a run can be resumed.
 
-A run folder holds the executed notebooks, what they hand on (split, checkpoint, predicted
+A run folder holds the executed notebooks, what they pass on (split, checkpoint, predicted
 volumes, SWC), ``figures/``, ``metrics.json`` and ``report.html``. A notebook is executed again
-only if its key has changed: the hash of its code, its parameters, the modules that it computes
-with, and the key of the notebook before it.
+only if its key has changed: the hash of its code, its parameters, the modules that it uses
+to compute, and the key of the notebook before it.
 """
 
 import ast
@@ -56,7 +56,7 @@ from neurolib.parameters import check_range, read_as
 from neurolib.swc import check_frame, check_pair, read_swc
 from neurolib.volume import read_volume
 
-# Imported where it is used: it takes two seconds, in every notebook.
+# Imported only where it is used, because it costs every notebook two seconds.
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
@@ -75,16 +75,16 @@ COURSE = (
     "04_evaluation",
     "05_swc_tracing",
 )
-# What a finished checkpoint is evaluated by, with the parameter `checkpoint` of `run_course`.
+# The notebooks that evaluate a finished network (parameter `checkpoint` of `run_course`).
 EVALUATION = ("04_evaluation", "05_swc_tracing")
-# Modules whose changes change no number.
+# Modules that cannot change a number.
 SHOWING = {"plotting", "widgets", "runs", "parameters", "check", "errors"}
-# A kernel that hangs is ended: seconds to start, and per cell (GPU profiles train for hours).
+# Seconds after which a hanging kernel is ended: to start; per cell (GPU profiles train for hours).
 START_TIMEOUT, CELL_TIMEOUT = 120, 24 * 3600
 MEMORY_LIMIT_MB = 1500
-# Parameters that name files, relative to where the user stands.
+# Parameters that name files, relative to the user's current folder.
 PATHS = ("weights_file", "start_from", "gold", "stacks", "real", "results", "baselines")
-# Parameters that an option of the command gives.
+# Parameters that come from an option of the command.
 OPTIONS = {"data": "--data", "run_dir": "--folder and --name"}
 # The output format of a live widget.
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -127,12 +127,12 @@ class Run:
 
 
 def split_of(run: Run, data: str) -> Split:
-    """The split that notebook 01 left in a run; without it, its default split of `data`.
+    """The split that notebook 01 left in a run, or its default split of `data`.
 
     Raises
     ------
     DataError
-        If the run holds a split of other data.
+        If the run has a split of other data.
     """
     path = run.path("split.json")
     pairs = load_dataset(data)
@@ -155,14 +155,14 @@ def target_of(run: Run) -> dict:
 
 
 def checkpoint_of(run: Run) -> Path:
-    """The checkpoint that notebook 03 left in a run; before it has run, the one that comes along.
+    """The checkpoint that notebook 03 left in a run, or the shipped network before 03 has run.
 
-    ``data/neurite.md`` says what that one was trained on and what it reaches.
+    ``data/neurite.md`` says what the shipped network was trained on and how good it is.
 
     Raises
     ------
     WeightsError
-        If the run had a checkpoint of its own: another one's results would bear its name.
+        If the run's own checkpoint is gone: results of another network would pass for its own.
     """
     path = run.path(CHECKPOINT)
     if path.exists():
@@ -173,7 +173,7 @@ def checkpoint_of(run: Run) -> Path:
 
 
 def open_run(folder: str | Path) -> Run:
-    """Open a run folder, made if need be."""
+    """Open a run folder; make it if necessary."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -213,13 +213,13 @@ def read_profile(name: str | Path) -> dict:
 
 
 class _Text(yaml.SafeLoader):
-    """YAML whose plain values all stay text: what they are, the parameter's declaration says."""
+    """YAML whose plain values all stay text; the parameter's declaration decides their type."""
 
     yaml_implicit_resolvers: ClassVar[dict] = {}
 
 
 def read_yaml(path: Path) -> object:
-    """Read a YAML file, all numbers as text (SettingsError if it is none)."""
+    """Read a YAML file, all numbers as text (SettingsError if it is not YAML)."""
     try:
         return _Text(path.read_text(encoding="utf-8")).get_single_data()
     except yaml.YAMLError as error:
@@ -247,18 +247,18 @@ def notebook_parameters(path: Path) -> dict:
 
 
 def choose_parameters(values: dict, defaults: dict[str, dict]) -> dict[str, dict]:
-    """Give each notebook the parameters that it declares, as the types that it declares.
+    """Give each notebook the parameters that it declares, converted to the declared types.
 
     Parameters
     ----------
     values : dict
-        Of a profile and the command line; text is read as the type of the notebook's default.
+        From a profile and the command line; text is read as the type of the notebook's default.
     defaults : mapping of notebook name to its parameters and their default values
 
     Raises
     ------
     SettingsError
-        If no notebook declares a parameter, or its value is of another type or out of range.
+        If no notebook declares a parameter, or its value has the wrong type or is out of range.
     """
     values = dict(values)
     known = {name: value for part in defaults.values() for name, value in part.items()}
@@ -276,7 +276,7 @@ def choose_parameters(values: dict, defaults: dict[str, dict]) -> dict[str, dict
 
 
 def check_settings(values: dict) -> "tuple[NetworkSettings, TrainingSettings]":
-    """Refuse what a stage would refuse after hours (SettingsError); give the settings of training.
+    """Refuse now what a stage would refuse hours later (SettingsError); return training's settings.
 
     Parameters
     ----------
@@ -307,7 +307,7 @@ def check_settings(values: dict) -> "tuple[NetworkSettings, TrainingSettings]":
 
 
 def localise(values: dict, start: str | Path = NOTEBOOKS) -> dict:
-    """Parameters with paths, as found from here, written relative to the folder `start`.
+    """Rewrite paths among the parameters, given relative to here, relative to the folder `start`.
 
     Raises
     ------
@@ -333,7 +333,7 @@ def run_course(
     notebooks: tuple[str, ...] = COURSE,
     ignore_frames: bool = False,
 ) -> Run:
-    """Execute the notebooks on a data set; skip what is done, go on where a run was interrupted.
+    """Execute the notebooks on a data set; skip what is done, and resume an interrupted run.
 
     Parameters
     ----------
@@ -342,14 +342,14 @@ def run_course(
     profile : str
         See `read_profile`.
     name : str
-        Of the run; by default from data and profile.
+        Name of the run; by default made from data and profile.
     folder : path
-        In which runs lie.
+        Folder of all runs.
     parameters : dict, optional
-        Override the profile. With ``checkpoint``, the path of a trained network, nothing is
+        These override the profile. With ``checkpoint``, the path of a trained network, nothing is
         trained: notebooks 04 and 05 evaluate it on all pairs.
     notebooks : tuple of str
-        Without notebook 01, its split and target are made here, from the same parameters.
+        Notebooks to run. Without 01, its split and target are made here, from the same parameters.
     ignore_frames : bool
         Go on with trees that do not lie on the neurites of their images.
 
@@ -360,7 +360,7 @@ def run_course(
     Raises
     ------
     SettingsError
-        Also if another process is at work in the folder of this run.
+        Also if another process is using the folder of this run.
     """
     given = _given(profile, parameters)
     checkpoint = given.get("checkpoint", "")
@@ -368,7 +368,7 @@ def run_course(
     notebooks = EVALUATION if checkpoint else notebooks
     defaults = {n: notebook_parameters(notebook_path(n)) for n in (DATA_NOTEBOOK, *notebooks)}
     path = Path(folder) / (name or f"{data_label(data)}-{Path(profile).stem}")
-    # Notebooks run in their own folder: what they get is relative to it.
+    # Notebooks run in their own folder, and their paths are relative to it.
     values = localise({key: given[key] for key in given if key != "checkpoint"}) | {
         "run_dir": os.path.relpath(path, NOTEBOOKS),
         "data": name_from(data, NOTEBOOKS),
@@ -410,7 +410,7 @@ def train_run(
     parameters: dict | None = None,
     ignore_frames: bool = False,
 ) -> Run:
-    """Train as notebook 03 does, without its pictures, on all devices that torchrun gives.
+    """Train as notebook 03 does, without its pictures, on all devices that torchrun provides.
 
     `run_course` with the same parameters then finds the training done, and goes on from there.
     Parameters and errors are those of `run_course`.
@@ -447,7 +447,7 @@ def train_run(
 
 
 def _given(profile: str | Path, parameters: dict | None) -> dict:
-    """Parameters of a profile and of the caller; not those for which there are options."""
+    """Parameters of a profile and of the caller, without those that have options of their own."""
     values = read_profile(profile) | (parameters or {})
     for name in OPTIONS.keys() & values.keys():
         raise SettingsError(f"parameter {name!r}: give it by {OPTIONS[name]}")
@@ -472,7 +472,7 @@ def check_run(folder: Path, data: str) -> None:
 
 
 def _tau_of(checkpoint: str, folder: Path) -> float:
-    """The target's threshold of a finished network; refuse `folder` if one was trained there."""
+    """The target threshold of a finished network; refuse `folder` if one was trained there."""
     from neurolib.training import load_checkpoint
 
     if "validation" in Run(folder).metrics():
@@ -483,7 +483,7 @@ def _tau_of(checkpoint: str, folder: Path) -> float:
 
 
 def _sign(run: Run, data: str, key: str, given: dict) -> None:
-    """Record what a run is made from: its data, as given and where they lie, and parameters."""
+    """Record what a run is made from: its data (name and location) and its parameters."""
     told = {"data": data, "folder": _absolute(data), "key": _short(key)}
     run.record("made_from", told | {"parameters": given})
 
@@ -515,14 +515,14 @@ def notebook_path(name: str) -> Path:
 
 
 def check_data(data: str, choices: Iterable[dict], ignore_frames: bool = False) -> None:
-    """Unusable data must fail at once and in one line, not inside a notebook.
+    """Make unusable data fail at once and in one line, not inside a notebook.
 
     Parameters
     ----------
     data : str
         A data set.
     choices : iterable of dict
-        Parameters of notebook 01, each a way to split it.
+        Parameters of notebook 01, one dict for each way to split the data.
     ignore_frames : bool
         Accept trees that do not lie on the neurites of their images.
     """
@@ -549,11 +549,11 @@ def _split(pairs: list[Pair], values: dict) -> Split:
 
 
 def _prepare(run: Run, data: str, values: dict, checkpoint: str = "") -> str:
-    """Leave what notebook 01 would: split and target; return what they were made from.
+    """Write what notebook 01 would, split and target; return what they were made from.
 
-    A finished `checkpoint` is left as notebook 03 would leave it, and all pairs are for the test.
+    A finished `checkpoint` is stored as notebook 03 would store it, and all pairs are test pairs.
     """
-    # Notebooks look for the files from another folder than this process does.
+    # Notebooks resolve paths from another folder than this process does.
     pairs = [
         replace(pair, image=pair.image.resolve(), swc=pair.swc.resolve())
         for pair in load_dataset(data)
@@ -582,10 +582,10 @@ def _key(notebook: str, parameters: dict, before: str) -> str:
 
 
 def modules_of(code: str) -> list[Path]:
-    """The modules of the package that code computes with: those it imports, and theirs in turn.
+    """The package's modules that code uses to compute: those it imports, and their imports in turn.
 
-    Modules that only show or drive (`SHOWING`) are left out: another colour in a figure must not
-    train a network again.
+    Modules that only display or control (`SHOWING`) are left out: a new colour in a figure must
+    not train a network again.
     """
     package, found = Path(__file__).parent, set()
     todo = [re.sub(r"(?m)^(\s*)[!%].*", r"\1pass", code)]  # the notebook's shell lines
@@ -616,12 +616,12 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
 
     source, target = notebook_path(notebook), run.path(f"{notebook}.ipynb")
     if notebook == "05_swc_tracing":
-        # Trees of neurons that are tested no more would look like results.
+        # Trees of neurons that are no longer tested would look like results.
         for path in run.path("swc").glob("*.swc"):
             if is_sealed(path):
                 path.unlink()
     started = time.monotonic()
-    # The bars of several workers would tear up each other.
+    # Progress bars of several workers would overwrite each other.
     alone = multiprocessing.parent_process() is None
     with atomic_path(target) as temporary, peak_memory() as peak, passive_threads():
         try:
@@ -635,7 +635,7 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
                 start_timeout=START_TIMEOUT,
                 execution_timeout=CELL_TIMEOUT,
                 stderr_file=sys.stderr if alone else None,
-                # A warning about its local ports would tear up the progress bars.
+                # A warning about its local ports would break up the progress bars.
                 extra_arguments=["--log-level=ERROR"],
                 progress_bar={"mininterval": 2, "ascii": True, "disable": not alone},
             )
@@ -644,7 +644,7 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
             shutil.copy(temporary, failed)
             raise _in_one_line(notebook, error, failed) from None
         except (DeadKernelError, CellTimeoutError) as error:
-            # The kernel holds the memory, and is what the system ends when there is none left.
+            # The kernel uses the memory, so it is what the system kills when memory runs out.
             reason = (str(error).splitlines() or ["the kernel died"])[0]
             raise NotebookError(f"{notebook}: {reason}; perhaps for lack of memory") from None
         executed = nbformat.read(temporary, as_version=4)
@@ -663,7 +663,7 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
 
 
 def settled(outputs: "Iterable[NotebookNode]") -> "Iterable[NotebookNode]":
-    """Outputs as they are kept: no progress bars, and of a widget the still picture."""
+    """Outputs as stored: without progress bars, and with a still picture in place of a widget."""
     from nbformat import from_dict
 
     for output in outputs:
@@ -676,7 +676,7 @@ def settled(outputs: "Iterable[NotebookNode]") -> "Iterable[NotebookNode]":
                 continue
         data = output.get("data", {})
         if WIDGET in data:
-            # A progress bar or a live curve has no still picture, and nothing of it is kept.
+            # A progress bar or a live curve has no still picture, so nothing of it is kept.
             if "text/html" not in data:
                 continue
             rest = {key: value for key, value in data.items() if key != WIDGET}
@@ -685,19 +685,19 @@ def settled(outputs: "Iterable[NotebookNode]") -> "Iterable[NotebookNode]":
 
 
 def _in_one_line(notebook: str, error, failed: Path) -> NeurolibError:
-    """A papermill error as the one line of its cause; ours keep their own words."""
+    """Reduce a papermill error to one line, its cause; our own errors keep their message."""
     ours = {cls.__name__: cls for cls in NeurolibError.__subclasses__()}
     cls = ours.get(error.ename, NotebookError)
     return cls(f"{notebook}, cell {error.exec_count}: {error.evalue} (all of it: {failed})")
 
 
 class NotebookError(NeurolibError):
-    """A notebook failed for another reason than bad input."""
+    """A notebook failed for a reason other than bad input."""
 
 
 @contextlib.contextmanager
 def passive_threads() -> Iterator[None]:
-    """Let idle OpenMP threads sleep: on a shared CPU spinning ones slow a ViT step six times."""
+    """Let idle OpenMP threads sleep: on a shared CPU, spinning slows a ViT step six times."""
     before = os.environ.get("OMP_WAIT_POLICY")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
@@ -709,7 +709,7 @@ def passive_threads() -> Iterator[None]:
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """Largest resident memory of the processes that this one starts meanwhile, in bytes.
+    """Peak resident memory, in bytes, of the processes that this one starts inside the block.
 
     It is the one element of the list.
     """
@@ -738,7 +738,7 @@ def peak_memory() -> Iterator[list[int]]:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows as a Markdown table that can be read unrendered too; numbers with three decimals."""
+    """Rows as a Markdown table that is readable unrendered too; numbers have three decimals."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
 
     def cell(value) -> str:

@@ -4,7 +4,7 @@ The stages, in the order in which `trace` calls them:
 
 1. `find_foreground`: voxels above the threshold, their 26-neighbour graph, small parts dropped;
 2. `measure_radius`: distance of each voxel to the background;
-3. `path_cost`: cheap along the middle of a neurite, dear at its edge;
+3. `path_cost`: cheap along the middle of a neurite, expensive at its edge;
 4. `find_paths`: from the root, the cheapest path to the farthest voxel not yet explained, and on;
 5. `prune_paths`: paths too short to be branches go;
 6. `bridge_gaps`: ends that face each other across a gap are joined;

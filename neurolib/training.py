@@ -1,8 +1,8 @@
 """Training: batches of blocks, losses, and a loop that can be read from top to bottom.
 
-A run can be killed at any moment and goes on to the same weights: the blocks and the
-augmentation of step k depend on the seed and on k alone, and everything else that the loop
-carries (weights, moments of the optimiser, running average) is in the resume file.
+You can kill a run at any moment, and it resumes to the same weights: the blocks and the
+augmentation of step k depend only on the seed and on k, and the resume file holds everything else
+that the loop carries (weights, moments of the optimiser, running average).
 """
 
 import contextlib
@@ -38,11 +38,11 @@ SKELETON = math.expm1(A * (1 - 1 / D_MAX)) / math.expm1(A)
 LOSSES = ("dice+focal", "dice+ce", "dice+ce+skeleton", "dice+ce+cldice")
 # Modules that a training's result depends on.
 CODE = ("training", "network", "inflation", "blocking")
-# What a checkpoint of a frozen encoder says of how `build` makes it again, in its order.
+# What a checkpoint records so that `build` can recreate a frozen encoder, in its argument order.
 REBUILD = ("initialisation", "weights_file", "network_seed", "fold")
-# What a network says of its initialisation once its encoder came from a checkpoint.
+# The initialisation that a network reports if its encoder came from a checkpoint.
 RESTORED = "checkpoint"
-# Finer towards 1, where a network that is asked for recall puts its doubts.
+# Finer towards 1, where a network trained for recall puts its doubtful voxels.
 THRESHOLDS = (*(i / 20 for i in range(1, 20)), 0.97, 0.98, 0.99)
 
 
@@ -66,7 +66,7 @@ class TrainingSettings:
     augment: bool = True
     checkpointing: bool = False  # recompute the encoder's activations: a third slower, less memory
     validate_every: int = 50  # steps
-    patience: int = 0  # validations without a better one after which to stop; 0: never
+    patience: int = 0  # stop after so many validations without improvement; 0: never
     validation_blocks: int = 32  # per validation volume, half of them salient
     save_every: int = 25  # steps between resume files
     seed: int = 0
@@ -113,7 +113,7 @@ class BlockSource:
     depth, size : int
         A block is (depth, size, size).
     negatives : float
-        Blocks without foreground per salient block, as many as there are at most.
+        Blocks without foreground per salient block, or fewer if there are not as many.
     stride : int
         In y and x; in z every slice is the centre of a block.
 
@@ -186,7 +186,7 @@ def read_places(
 def augment(
     blocks: torch.Tensor, responses: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random views of blocks that a microscope could have taken.
+    """Random variants of blocks that a microscope could have recorded.
 
     Flips, quarter turns and zoom (0.8 to 1.25) in the plane, z reversed; gamma (0.7 to 1.5),
     noise (σ up to 0.05), one slice blanked in one block of ten. The geometry moves block and
@@ -225,7 +225,7 @@ def augment(
 
 
 def distance_of(response: torch.Tensor) -> torch.Tensor:
-    """Distance to the centreline, in voxels, at which the target has this response; at most 5."""
+    """Distance to the centreline (voxels, at most 5) at which the target has this response."""
     return D_MAX * (1 - torch.log1p(response * math.expm1(A)) / A)
 
 
@@ -239,14 +239,14 @@ def zoom(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale a block and its target (D, h, w) about their centre, in the plane.
 
-    The neurite grows with the image, the tube that the target draws around its centreline does
-    not: the response is turned into distances, which are scaled, and back. Reflected at the border.
+    The neurite grows with the image, but the target's tube around the centreline must not. So the
+    response is converted to distances, scaled, and converted back. Borders are reflected.
     """
     theta = torch.tensor([[[1 / factor, 0, 0], [0, 1 / factor, 0]]]).expand(2, -1, -1)
     both = torch.stack([block, distance_of(response)])
     grid = F.affine_grid(theta, list(both.shape), align_corners=False)
     block, distance = F.grid_sample(both, grid, padding_mode="reflection", align_corners=False)
-    # Distances of 5 and more are not known, nor is what shrinking would make of them.
+    # Distances of 5 and more are unknown, and so is what shrinking would make of them.
     return block, response_at(distance * factor) * (distance < D_MAX - 1e-3)
 
 
@@ -269,7 +269,7 @@ def focal(logits: torch.Tensor, mask: torch.Tensor, gamma: float = 2.0) -> torch
 
 
 def skeleton_recall(logits: torch.Tensor, skeleton: torch.Tensor) -> torch.Tensor:
-    """1 - share of the dilated skeleton that is found (Kirchhoff et al. 2024)."""
+    """1 - the share of the dilated skeleton that is found (Kirchhoff et al. 2024)."""
     p = logits.sigmoid()
     return 1 - ((p * skeleton).sum() + 1) / (skeleton.sum() + 1)
 
@@ -317,8 +317,8 @@ def loss_terms(
     Parameters
     ----------
     name : {"dice+focal", "dice+ce+skeleton", "dice+ce+cldice"}
-        The first is the pair usual in the field, for parity; the second is our default; the third
-        has clDice in place of skeleton recall.
+        The first is the usual pair of the field, for comparability; the second is our default; the
+        third has clDice in place of skeleton recall.
     logits, response : torch.Tensor, (n, slices, h, w)
         `response` is the target before its threshold.
     tau : float
@@ -339,9 +339,9 @@ def loss_terms(
 
 
 def pulls(logits: torch.Tensor, response: torch.Tensor, tau: float) -> dict[str, torch.Tensor]:
-    """What every term of every loss asks of every voxel: minus its gradient by the logits.
+    """What each term of the loss asks of each voxel: minus its gradient with respect to the logits.
 
-    Parameters are those of `loss_terms`. Positive: the logit is to rise.
+    Parameters are those of `loss_terms`. Positive: the logit should rise.
     """
     found = {}
     for name in LOSSES:
@@ -380,7 +380,7 @@ def start(device: str = "auto", precision: str = "auto", devices: int = 0) -> Fa
     try:
         where = pick_device(device)
         precision = pick_precision(precision, where.type)
-        # A GPU that is named by its number is that one; on a CPU there is no choice.
+        # A GPU named by its number is used as such; on a CPU there is no choice.
         chosen = [where.index] if where.index is not None and where.type == "cuda" else here
         options = {"devices": devices or chosen, "num_nodes": nodes, "precision": precision}
         fabric = Fabric(accelerator=where.type, **options)
@@ -465,13 +465,13 @@ def train(
     fabric: Fabric | None = None,
     on_step: Callable[[dict], None] | None = None,
 ) -> TrainingResult:
-    """Train a network; go on where a killed run with the same settings stopped.
+    """Train a network; resume where a killed run with the same settings stopped.
 
     Parameters
     ----------
     network : Segmenter
-        Initialised; its weights are changed in place and end as the best checkpoint's. To go on
-        from a checkpoint with other data or settings, `restore` it before.
+        Initialised; its weights change in place and end as the best checkpoint's. To continue from
+        a checkpoint with other data or settings, `restore` it first.
     samples, validation : sequences of Sample
     folder : path
         Receives ``checkpoint.safetensors`` (the best running average so far),
@@ -498,7 +498,7 @@ def train(
     """
     folder = Path(folder)
     fabric = fabric or start(precision=settings.precision)
-    # Of several processes of one training the first writes, for all of them.
+    # Only rank 0 writes.
     alone = claim(folder / ".training.lock") if fabric.is_global_zero else contextlib.nullcontext()
     with alone:
         return _train(network, samples, validation, folder, settings, tau, fabric, on_step)
@@ -529,7 +529,7 @@ def _train(
     state = _Resume(folder, network, optimizer, average, identity)
     step, history, best = state.load()
     if step == 0 and fabric.is_global_zero:
-        state.save(step, history, best)  # stopped soon, the same object has other weights
+        state.save(step, history, best)  # once stopped, it has other weights
 
     bar = tqdm(
         range(step, step if _out_of_patience(history, best, settings) else settings.steps),
@@ -549,7 +549,7 @@ def _train(
             module, optimizer, max_norm=settings.clip, error_if_nonfinite=False
         )
         loss = sum(terms.values())
-        # A finite loss can have a gradient that is not, and one such step spoils all weights.
+        # A finite loss can have a gradient that is not, and one such step ruins all weights.
         if not (math.isfinite(loss) and math.isfinite(norm.item())):
             kept = f"{folder / 'checkpoint.safetensors'} holds the weights of step {best['step']}"
             raise SettingsError(
@@ -557,9 +557,9 @@ def _train(
                 f"{kept if best['step'] else 'no weights were kept'}; lower the rates "
                 f"({settings.encoder_rate}, {settings.decoder_rate})"
             )
-        with _explain_memory(settings, shape.size):  # the first step makes the moments
+        with _explain_memory(settings, shape.size):  # the first step creates the moments
             optimizer.step()
-        # A short run must not remember its first steps: the decay grows from 1/11 to its value.
+        # A short run must forget its first steps, so the decay grows from 1/11 to its final value.
         decay = min(settings.average, (1 + step) / (10 + step))
         for key, value in network.state_dict().items():
             average[key].lerp_(value.detach().to(average[key].dtype), 1 - decay)
@@ -598,11 +598,11 @@ def _train(
 
 @contextlib.contextmanager
 def _explain_memory(settings: TrainingSettings, size: int) -> Iterator[None]:
-    """Turn running out of memory, on a card or not, into an error that says what to lower."""
+    """Turn running out of memory, on a GPU or not, into an error that says what to lower."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # A card has a class for it, torch's allocator of main memory has none.
+        # GPUs have an error class for it; torch's allocator of main memory does not.
         words = "not enough memory", "can't allocate memory"
         known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not known and not any(text in str(error) for text in words):
@@ -615,7 +615,7 @@ def _explain_memory(settings: TrainingSettings, size: int) -> Iterator[None]:
 
 
 def _prepare_encoder(network: Segmenter, settings: TrainingSettings) -> None:
-    """Say which of the encoder's weights are trained, and what it keeps for the backward pass."""
+    """Set which of the encoder's weights are trained, and what it keeps for the backward pass."""
     if network.encoder is None:
         if settings.frozen or settings.checkpointing:
             raise SettingsError(
@@ -624,14 +624,14 @@ def _prepare_encoder(network: Segmenter, settings: TrainingSettings) -> None:
             )
         return
     for name, parameter in network.encoder.named_parameters():
-        # Nothing reads the last norm, which lies behind the last tap: several processes would
-        # wait for its gradient.
+        # Nothing reads the last norm, which comes after the last tap: with several processes,
+        # all would wait for its gradient.
         parameter.requires_grad_(not (settings.frozen or name.startswith("norm.")))
     network.encoder.set_grad_checkpointing(settings.checkpointing)
 
 
 def device_name(fabric: Fabric) -> str:
-    """The name of the card on which a training runs, or ``CPU``."""
+    """The name of the GPU on which a training runs, or ``CPU``."""
     on_card = fabric.device.type == "cuda"
     return torch.cuda.get_device_name(fabric.device) if on_card else fabric.device.type.upper()
 
@@ -649,7 +649,7 @@ def _gradient(
     means: dict[str, float] = {}
     for number in range(settings.accumulate):
         last = number + 1 == settings.accumulate
-        # Place in the one order of batches that all passes of all processes share.
+        # Index in the single sequence of batches that all passes of all processes share.
         place = (step * settings.accumulate + number) * fabric.world_size + fabric.global_rank
         block, response = blocks.batch(place, settings.batch)
         if settings.augment:
@@ -667,7 +667,7 @@ def _gradient(
 
 
 def _out_of_patience(history: list[dict], best: dict, settings: TrainingSettings) -> bool:
-    """Whether none of the last `patience` validations was better than the best one before."""
+    """Whether none of the last `patience` validations beat the best one before them."""
     later = [row for row in history if "validation_dice" in row and row["step"] > best["step"]]
     return bool(settings.patience) and best["step"] > 0 and len(later) >= settings.patience
 
@@ -696,8 +696,8 @@ def validation_blocks(sample: Sample, shape: NetworkSettings, settings: Training
     """Blocks from which the Dice of a whole volume can be estimated without predicting it.
 
     Half of them are salient, half are not, each evenly chosen along the grid that tiles the
-    volume. Most blocks of a volume are empty, and what a network finds in them by mistake counts
-    in its Dice: each chosen block stands for as many as its kind has left out.
+    volume. Most blocks of a volume are empty, and false positives in them count in the Dice; so
+    each chosen block is weighted by the number of blocks of its kind that it represents.
     """
     block = (shape.depth, shape.block, shape.block)
     grid = block_grid(sample.image.shape, block, (1, shape.block, shape.block))
@@ -741,12 +741,12 @@ def validate(
     tau : float
         Threshold of the target.
     batch : int
-        Blocks per forward pass; so few that validation never needs more memory than a step.
+        Blocks per forward pass; few enough that validation needs no more memory than a step.
 
     Returns
     -------
     dice : float
-        At the threshold of `THRESHOLDS` where it is highest; the same for all volumes.
+        At the threshold of `THRESHOLDS` where the mean is highest; one for all volumes.
     threshold : float
     """
     if not checks:
@@ -761,7 +761,7 @@ def validate(
             probability.append(logits.float().sigmoid().cpu())
         found = torch.cat(probability)
         mask = _wanted(check.responses, network) >= tau
-        # One number per block, then the sum over all blocks that it stands for.
+        # One number per block, then the sum over all blocks that it represents.
         wanted = check.weight @ mask.flatten(1).sum(1).float()
         row = []
         for threshold in THRESHOLDS:
@@ -782,8 +782,8 @@ def save_checkpoint(
 ) -> None:
     """Write weights and everything needed to rebuild the network as safetensors, atomically.
 
-    An encoder that was frozen is left out: it is made again from the pre-trained weights, and
-    the file is fifty times smaller. One that came from a checkpoint cannot be made again.
+    A frozen encoder is left out: it can be recreated from the pre-trained weights, and the file is
+    much smaller. An encoder that came from a checkpoint cannot be recreated, and is stored.
     """
     facts = facts | {"initialisation": network.initialisation}
     if facts["training"]["frozen"] and network.initialisation != RESTORED:
@@ -802,7 +802,7 @@ def save_checkpoint(
 
 
 def _seal(weights: dict[str, torch.Tensor], header: dict[str, str]) -> str:
-    """SHA-256 over all that a checkpoint says; a disk may change a byte of it."""
+    """SHA-256 over everything in a checkpoint, since a disk may corrupt a byte of it."""
     digest = hashlib.sha256((header.get("network", "") + header.get("facts", "")).encode())
     for name in sorted(weights):
         digest.update(name.encode())
@@ -855,7 +855,7 @@ def check_unseen(facts: dict, samples: Sequence[Sample], checkpoint: str | Path)
     facts : dict
         Of `load_checkpoint`.
     samples : sequence of Sample
-        To be tested on; known by their intensities, whatever their names are.
+        To be tested; recognised by their intensities, whatever their names are.
     checkpoint : path
         For the message.
 
@@ -875,7 +875,7 @@ def check_unseen(facts: dict, samples: Sequence[Sample], checkpoint: str | Path)
 
 
 def encoder_sum(network: Segmenter) -> str:
-    """A number that tells one encoder's weights from another's, as text."""
+    """A number, as text, that distinguishes one encoder's weights from another's."""
     total = sum(p.detach().cpu().double().abs().sum().item() for p in network.encoder.parameters())
     return f"{total:.9e}"
 
@@ -886,7 +886,7 @@ def restore(network: Segmenter, path: str | Path) -> None:
     Raises
     ------
     WeightsError
-        If the file is no checkpoint, or one of another network.
+        If the file is not a checkpoint, or belongs to another network.
     """
     path = checkpoint_file(path)
     header = _read_header(path)
@@ -934,10 +934,10 @@ def _identity(
     blocks: BlockSource,
     checks: Sequence[Check],
 ) -> str:
-    """What must be equal for a run that was ended to go on: settings, data, first weights, code.
+    """What must be equal to resume a run: settings, data, first weights, code.
 
-    A network that was already in this same training is not what it was at first: its object
-    remembers.
+    A network that has already been in this training no longer has its first weights; its object
+    remembers them.
     """
     facts = {
         "network": settings_of(network),
@@ -965,7 +965,7 @@ class _Resume:
         self.identity = identity
 
     def load(self) -> tuple[int, list[dict], dict]:
-        """Step to go on with, history so far, best validation so far."""
+        """Step to resume at, history so far, best validation so far."""
         start = (0, [], {"dice": 0.0, "step": 0, "threshold": 0.5})
         if not self.path.exists():
             return start
