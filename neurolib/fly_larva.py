@@ -84,15 +84,15 @@ def load_fly_larva(name: str = NAME) -> list[Pair]:
     return pairs
 
 
-def describe_fly_larva(name: str = NAME) -> str:
+def describe_fly_larva() -> str:
     """One line that says how many pairs there are, and where; nothing is downloaded."""
-    wanted, own = _entries(name), stand_in(name)
+    wanted, own = _entries(NAME), stand_in(NAME)
     folder = own or cache_folder() / NAME
     missing = _lacking(wanted, folder)
-    told = f"{name}: {len(wanted) - len(missing)} of {len(wanted)} pairs in {folder}"
+    told = f"{NAME}: {len(wanted) - len(missing)} of {len(wanted)} pairs in {folder}"
     if missing and not own:
         size = sum(entry["raw_mb"] for entry in missing)
-        told += f"; 'neurolib fetch {name}' downloads {size:.0f} MB"
+        told += f"; 'neurolib fetch {NAME}' downloads {size:.0f} MB"
     return told
 
 

@@ -77,8 +77,6 @@ def markup(data: bytes, name: str, alt: str) -> str:
 def projections(
     layers: Mapping[str, np.ndarray],
     trees: Mapping[str, Tree] | None = None,
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    unit: str = "voxels",
 ) -> Figure:
     """Maximum projections of volumes along z, x and y, with trees drawn over them.
 
@@ -88,22 +86,19 @@ def projections(
         Side by side, grey values in [0, 1] or bool, all of one shape.
     trees : mapping of label to Tree, optional
         Drawn over every layer, each in a colour of its own.
-    spacing : (dz, dy, dx)
-        In `unit`, for aspect and scale bar.
-    unit : str
     """
     trees = trees or {}
     shape = next(iter(layers.values())).shape
-    figure, panels = _views(shape, spacing, len(layers))
+    figure, panels = _views(shape, (1.0, 1.0, 1.0), len(layers))
     for (title, volume), views in zip(layers.items(), panels, strict=True):
         for view, axes in views.items():
             down, across, along = VIEWS[view]
             image = _project(volume.max(axis=along), view)
-            _draw_image(axes, image.astype(np.float32), spacing[down] / spacing[across])
+            _draw_image(axes, image.astype(np.float32), 1.0)
             for (label, tree), colour in zip(trees.items(), CYCLE[1:], strict=False):
                 draw_tree(axes, tree, down, across, colour, label)
         views["xy"].set_title(title, fontsize=9)
-        scale_bar(views["xy"], shape[2], spacing[2], unit)
+        scale_bar(views["xy"], shape[2], 1.0, "voxels")
         if trees:
             views["xy"].legend(loc="lower right", fontsize=7, framealpha=0.8)
     return figure
@@ -180,7 +175,6 @@ def overlay(
     mask: np.ndarray,
     target: np.ndarray,
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    unit: str = "voxels",
 ) -> Figure:
     """Prediction against target in three projections.
 
@@ -201,7 +195,7 @@ def overlay(
         for number, (_, colour) in enumerate(classes.values()):
             rgb[(counts.argmax(axis=0) == number) & counts.any(axis=0)] = _rgb(colour)
         axes.imshow(rgb, interpolation="nearest", aspect=spacing[down] / spacing[across])
-    scale_bar(views["xy"], image.shape[2], spacing[2], unit)
+    scale_bar(views["xy"], image.shape[2], 1.0, "voxels")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for _, colour in classes.values()]
     views["xy"].legend(handles, classes, loc="lower right", fontsize=7)
     return figure
@@ -244,7 +238,6 @@ def layered(
     masks: Mapping[str, np.ndarray],
     z: int,
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    unit: str = "voxels",
 ) -> Figure:
     """Slice z of a volume, alone and with masks laid over it, each in a colour of its own.
 
@@ -254,8 +247,8 @@ def layered(
         Grey values in [0, 1].
     masks : mapping of label to (z, y, x) bool array
     z : int
-    spacing, unit
-        As in `projections`.
+    spacing : (dz, dy, dx)
+        For the aspect; the scale bar is in voxels.
     """
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9, 4.7 * image.shape[1] / image.shape[2]), layout="constrained"
@@ -268,7 +261,7 @@ def layered(
     right.imshow(rgb, interpolation="nearest", aspect=spacing[1] / spacing[2])
     for axes, title in ((left, f"slice {z}"), (right, f"with {' and '.join(masks)}")):
         bare(axes, title)
-        scale_bar(axes, image.shape[2], spacing[2], unit)
+        scale_bar(axes, image.shape[2], 1.0, "voxels")
     handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c, _ in zip(colours, masks, strict=False)]
     right.legend(handles, masks, loc="lower right", fontsize=7)
     return figure
@@ -363,15 +356,12 @@ def curves(
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     xlabel: str,
     ylabel: str,
-    logarithmic: bool = False,
     line: float | None = None,
 ) -> Figure:
     """Lines over a common axis, one colour and label each; a dashed one at `line`, if given."""
     figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
     for (label, (x, y)), colour in zip(lines.items(), CYCLE, strict=False):
         axes.plot(x, y, color=colour, label=label, marker="o" if len(x) < 20 else None, ms=4)
-    if logarithmic:
-        axes.set_yscale("log")
     if line is not None:
         axes.axhline(line, color=BLACK, lw=1, ls="--")
     axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -629,7 +619,6 @@ def judged(
     image: np.ndarray,
     groups: Mapping[str, Mapping[str, Tree]],
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    unit: str = "voxels",
 ) -> Figure:
     """Trees over three projections of their image: what is correct, false and missed.
 
@@ -639,8 +628,8 @@ def judged(
         Shown at half its brightness.
     groups : mapping of title to mapping of ``correct``, ``false``, ``missed`` to Tree
         Side by side; see `neurolib.study.agreement`.
-    spacing, unit
-        As in `projections`.
+    spacing : (dz, dy, dx)
+        For the aspect; the scale bar is in voxels.
     """
     figure, panels = _views(image.shape, spacing, len(groups))
     for (title, parts), views in zip(groups.items(), panels, strict=True):
@@ -653,7 +642,7 @@ def judged(
             for name, tree in parts.items():
                 draw_tree(axes, tree, down, across, JUDGED[name], name, 1.5)
         views["xy"].set_title(title, fontsize=9)
-        scale_bar(views["xy"], image.shape[2], spacing[2], unit)
+        scale_bar(views["xy"], image.shape[2], 1.0, "voxels")
         views["xy"].legend(loc="lower right", fontsize=7, framealpha=0.8)
     return figure
 

@@ -1040,14 +1040,12 @@ def _scale(spacing: tuple[float, float, float]) -> np.ndarray:
     return values / values.min()
 
 
-def project(
-    foreground: Foreground, values: np.ndarray, keep: np.ufunc = np.fmax, axis: int = 0
-) -> np.ndarray:
-    """A projection of one value per foreground voxel along an axis: to look at a stage.
+def project(foreground: Foreground, values: np.ndarray, keep: np.ufunc = np.fmax) -> np.ndarray:
+    """A projection of one value per foreground voxel along z: to look at a stage.
 
-    The largest value along the axis, or with ``keep=np.fmin`` the smallest; NaN where there is no
+    The largest value along z, or with ``keep=np.fmin`` the smallest; NaN where there is no
     foreground.
     """
     volume = np.full(foreground.shape, np.nan)
     volume[tuple(foreground.voxels.T)] = values
-    return keep.reduce(volume, axis=axis)
+    return keep.reduce(volume, axis=0)

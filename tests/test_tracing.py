@@ -723,4 +723,3 @@ def test_stages_are_projected_without_their_background():
         flat = tracing.project(foreground, depth, keep)
         assert np.array_equal(np.isnan(flat), ~mask.any(axis=0))
         assert (flat[mask.any(axis=0)] == value).all()
-    assert tracing.project(foreground, depth, axis=2).shape == (5, 9)
