@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -16,8 +17,10 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from safetensors import safe_open
 
 import neurolib
+from neurolib.files import SHIPPED
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13")
@@ -167,6 +170,25 @@ def test_citation_and_licence():
     assert citation["version"] == neurolib.__version__
     assert citation["license"] == PROJECT["license"] == "MIT"
     assert read("LICENSE").startswith("MIT License")
+    assert "creativecommons.org/licenses/by/4.0" in read("LICENSE-docs")
+    assert all("doi" in work or "identifiers" in work for work in citation["references"])
+
+
+def test_what_a_guest_looks_for_is_there_and_true():
+    container = json.loads(read(".devcontainer/devcontainer.json"))
+    target = container["postCreateCommand"].split()[1]  # make installs what it installs elsewhere
+    assert target == ".venv/.installed"
+    assert "INSTALLED := $(VENV)/.installed" in read("Makefile")
+    for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.md"):
+        head = yaml.safe_load(path.read_text(encoding="utf-8").split("---")[1])
+        assert {"name", "about"} <= set(head), path
+    with safe_open(SHIPPED, "np") as shipped:
+        trained = json.loads(shipped.metadata()["facts"])["training"]
+    card = read("data/neurite.md")
+    assert f"{trained['steps']} steps of {trained['batch']} blocks" in card
+    # A table of measurements is written between these.
+    assert card.index("<!-- measured -->") < card.index("<!-- /measured -->")
+    assert "[Unreleased]" in read("CHANGELOG.md")
 
 
 # --------------------------------------------------------------------------------- Makefile
