@@ -8,13 +8,11 @@ Every number comes with what it is undefined for: an empty mask, a tree without 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from types import SimpleNamespace
 
 import numpy as np
 from scipy import ndimage
 from scipy.spatial import KDTree
 
-from neurolib import statistics
 from neurolib.errors import SettingsError, SwcError, VolumeError
 from neurolib.formats import check_spacing
 from neurolib.swc import Tree, branch_points, edges, tips
@@ -674,19 +672,3 @@ def compare(
         "recall": scores.recall,
         "trees": scores.trees,
     }
-
-
-# --- Until notebooks 04 and 06 are built again: names that their stored copies still call ------
-
-
-def bootstrap_interval(values: np.ndarray) -> statistics.Interval:
-    """`neurolib.statistics.t_interval`."""
-    return statistics.t_interval(values)
-
-
-def permutation_p(values: np.ndarray) -> SimpleNamespace:
-    """`neurolib.statistics.sign_flip_p`."""
-    return SimpleNamespace(p=statistics.sign_flip_p(values))
-
-
-aggregate, compare_networks = statistics.aggregate, statistics.compare_networks

@@ -89,7 +89,7 @@ def describe_fly_larva() -> str:
     wanted, own = _entries(NAME), stand_in(NAME)
     folder = own or cache_folder() / NAME
     missing = _lacking(wanted, folder)
-    told = f"{NAME}: {len(wanted) - len(missing)} of {len(wanted)} pairs in {folder}"
+    told = f"{NAME}: {len(wanted) - len(missing)} of {len(wanted)} pairs in {own or 'the cache'}"
     if missing and not own:
         size = sum(entry["raw_mb"] for entry in missing)
         told += f"; 'neurolib fetch {NAME}' downloads {size:.0f} MB"

@@ -532,6 +532,24 @@ def by_network(rows: list[dict], column: str) -> dict[str, dict[str, float]]:
     }
 
 
+def means(rows: list[dict], columns: Mapping[str, str]) -> list[dict]:
+    """A row per network or filter: the mean over neurons of each column, under its head.
+
+    Parameters
+    ----------
+    rows : list of dict
+        Of `read_results`.
+    columns : mapping of column to head of the table
+    """
+    found = {head: by_network(rows, column) for column, head in columns.items()}
+    names = dict.fromkeys(row["network"] for row in rows)
+    return [
+        {"method": name}
+        | {head: sum(of[name].values()) / len(of[name]) for head, of in found.items()}
+        for name in names
+    ]
+
+
 def by_seed(rows: list[dict], column: str) -> dict[str, dict[str, float]]:
     """Mean of a column over neurons, as network → seed → value: what another seed changes."""
     found: dict[str, dict[str, float]] = {}

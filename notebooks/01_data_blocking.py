@@ -27,7 +27,7 @@
 #
 # **Before this:** [00 Start here](00_start_here.ipynb).
 #
-# **Takes** under a minute and 0.5 GB of memory on 2 cores, no GPU needed; nothing to download.
+# **Takes** under a minute and 0.3 GB of memory on 2 cores, no GPU needed; nothing to download.
 
 # %% tags=["parameters"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results

@@ -171,7 +171,25 @@ check.q2(inflate)
 # </details>
 
 # %% [markdown]
-# The same by the library. First one kernel in colour and folded:
+# Both of the paper's strategies in six lines. They give what the library gives, to the last bit:
+
+
+# %% tags=["method"]
+def inflate_by_hand(grey, depth, strategy):
+    share = torch.full((depth,), 1 / depth)
+    if strategy == "center":
+        share = torch.zeros(depth)
+        share[depth // 2] = 1
+    return grey[:, :, None] * share.view(1, 1, depth, 1, 1)
+
+
+for strategy in ("average", "center"):
+    of_library = inflation.inflate(grey, depth, strategy)
+    assert torch.equal(inflate_by_hand(grey, depth, strategy), of_library)
+    print(f"{strategy}: {tuple(grey.shape)} -> {tuple(of_library.shape)}")
+
+# %% [markdown]
+# And as pictures. First one kernel in colour and folded:
 
 # %%
 kernels = {s: inflation.inflate(grey, depth, s) for s in ("average", "center", "gaussian")}

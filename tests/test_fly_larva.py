@@ -255,7 +255,7 @@ def test_doctor_says_whether_the_pairs_are_there(server, tmp_path, monkeypatch):
     assert "0 of 3 pairs" in told
     assert "neurolib fetch fly-larva" in told
     load_fly_larva()
-    assert fly_larva.describe_fly_larva().endswith(f"3 of 3 pairs in {tmp_path}/cache/fly-larva")
+    assert fly_larva.describe_fly_larva().endswith("3 of 3 pairs in the cache")
     monkeypatch.setenv("NEUROLIB_DATA", str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match="no such folder"):
         fly_larva.describe_fly_larva()
