@@ -101,7 +101,9 @@ probability = {
 
 
 # %% tags=["method"]
-def stack_by_hand(net, image, z, side=100, stride=75):
+def stack_by_hand(net, image, z, overlap):
+    side = net.settings.block
+    stride = round(side * (1 - overlap))
     window = blocking.gaussian_window((side, side))
     votes, weights = np.zeros(image.shape[1:]), np.zeros(image.shape[1:])
     for y in blocking.block_starts(image.shape[1], side, stride):
@@ -118,9 +120,9 @@ def stack_by_hand(net, image, z, side=100, stride=75):
 # %% tags=["nbval-ignore-output"]
 net, _ = training.load_checkpoint(checkpoint)
 sample, found = tests[0], probability[tests[0].pair.name]
-if net.settings.predict == "center" and overlap == 0.25 and not flips:
+if net.settings.predict == "center" and not flips:
     with torch.inference_mode(), devices.autocast("auto", "cpu"):
-        apart = np.abs(stack_by_hand(net, sample.image, 0) - found[0]).max()
+        apart = np.abs(stack_by_hand(net, sample.image, 0, overlap) - found[0]).max()
     assert apart < 0.02, apart  # bfloat16 rounds to three digits, and batches round differently
     print(f"slice 0 by hand and by the library: {apart:.4f} apart at most")
 
@@ -141,7 +143,7 @@ plotting.show(figure, "probability", alt, run.figures)
 # %% tags=["nbval-ignore-output"]
 held = [datasets.read_sample(pair, **target) for pair in split.validation]
 images, masks = [s.image for s in held], [s.mask for s in held]
-names = baselines.FILTERS if filtered_too else ()
+names = baselines.FILTERS if filtered_too and held else ()
 filters = {name: baselines.choose(name, images, masks) for name in names}
 display(Markdown(runs.table(baselines.describe(filters)) if filters else "none"))
 

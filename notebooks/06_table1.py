@@ -66,7 +66,7 @@ print(f"{len(rows)} measurements on {len(neurons)} neurons: {', '.join(neurons)}
 # same validation neuron as the network's threshold. `ours` is our own configuration: a frozen encoder,
 # with the photographs' weights, behind a decoder and a small U-Net that is trained for minutes;
 # `random encoder`, where the file has it, is the same without the photographs. The file is made by
-# `neurolib sweep profiles/ours-cpu.yaml`, fold by fold; the stored one has the first fold, two neurons.
+# `neurolib sweep profiles/ours-cpu.yaml`, fold by fold; the stored one has two of four folds, three neurons.
 
 # %%
 beside = sweeps.read_results(ours, "tree")
@@ -93,7 +93,8 @@ for name in by_method:
 # Read this table before any other. A difference whose interval holds zero has not been shown, and a
 # filter that is level with a network costs seconds instead of minutes. Part of the filters' strength is
 # that they drop small pieces, of a size that is chosen on the validation neuron; the network drops those
-# under 200 voxels. Hd95 stays above 120 for all of them: far pieces that no method tells from the neuron.
+# under 200 voxels. Look at the neurons one by one: where brightness alone tells the neuron from the rest,
+# filters are hard to beat; where it does not, they fail, and the network does not.
 #
 # ## The experiment
 #
