@@ -385,7 +385,8 @@ def _segment_one(
     else:
         volume = predict_image(image, network, **predicting, spacing=spacing)
     _say(remarks(volume, image.name))
-    made = {"image": image, "checkpoint": f"{checkpoint}, sha256 {sha256(checkpoint)}"}
+    # Names, not paths: a result does not depend on the folder in which it was made.
+    made = {"image": image.name, "checkpoint": f"{checkpoint.name}, sha256 {sha256(checkpoint)}"}
     made |= {"spacing (z, y, x)": volume.spacing, **predicting}
     if probability:
         if not in_parts or isinstance(volume.data, np.ndarray):
@@ -729,7 +730,8 @@ def main() -> None:
 
     warnings.formatwarning = one_line
     for stream in (sys.stdout, sys.stderr):  # a file's name may be no UTF-8
-        stream.reconfigure(errors="backslashreplace")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = app(standalone_mode=False)
         if status == INTERRUPTED:  # which typer says instead of raising it

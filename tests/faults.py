@@ -272,7 +272,8 @@ def sweep(folder: Path, source: Path, kernel: bool, workers: int = 1) -> None:
     if not kernel:
         papermill.execute_notebook = _execute
     (folder / "grid.yaml").write_text(GRID.format(folder=folder), encoding="utf-8")
-    sweeps.run_sweep(folder / "grid.yaml", folder / "runs", workers=workers)
+    # Stacks of noise: no tree lies on their neurites.
+    sweeps.run_sweep(folder / "grid.yaml", folder / "runs", workers=workers, ignore_frames=True)
 
 
 def _execute(source, target, parameters, cwd, **_) -> None:
@@ -489,7 +490,7 @@ def write_all(folder: Path, checkpoint: Path, limit: int) -> dict[str, tuple[str
         ),
     ):
         sys.stderr = io.StringIO()
-        status = command(name.split()[1], *arguments)
+        status = command(name.split()[1], *arguments, "--overwrite")
         found[name] = (sys.stderr.getvalue().splitlines()[-1], status)
     return found
 

@@ -72,7 +72,7 @@ def test_it_is_trained_saved_and_rebuilt_like_any_other(tmp_path):
     ("make_it", "message"),
     [
         (lambda: build(SETTINGS, "center"), "no pre-trained weights; expected 'scratch'"),
-        (lambda: NetworkSettings(encoder=UNET, stem=True), "its own path"),
+        (lambda: NetworkSettings(encoder=UNET, stem=True), "stem, contrast: expected False"),
     ],
 )
 def test_what_it_cannot_be_is_refused(make_it, message):
