@@ -415,7 +415,7 @@ def train_run(
     `run_course` with the same parameters then finds the training done, and goes on from there.
     Parameters and errors are those of `run_course`.
     """
-    from neurolib import network, training
+    from neurolib import inference, network, training
 
     defaults = {n: notebook_parameters(notebook_path(n)) for n in COURSE}
     given = _given(profile, parameters)
@@ -442,7 +442,10 @@ def train_run(
         net, _ = network.build(shape, *how)
         if values["start_from"]:
             training.restore(net, values["start_from"])
-        training.train(net, samples, held_out, run.folder, settings, target["tau"], fabric)
+        how = (settings, target["tau"], fabric)
+        result = training.train(net, samples, held_out, run.folder, *how)
+        if first:
+            inference.calibrate(result.checkpoint, held_out, device=values["device"])
     return run
 
 
