@@ -91,10 +91,12 @@ def choose(name: str, images: Sequence[np.ndarray], masks: Sequence[np.ndarray])
         threshold, score = best_threshold(found, masks)
         if best is None or score > best.dice:
             best = Baseline(name, settings, threshold, 0, score)
-    found = [respond(name, image, best.settings) >= best.threshold for image in images]
+            found_by_best = [response >= threshold for response in found]
     scores = {
         size: float(
-            np.mean([dice(drop_small(f, size), m) for f, m in zip(found, masks, strict=True)])
+            np.mean(
+                [dice(drop_small(f, size), m) for f, m in zip(found_by_best, masks, strict=True)]
+            )
         )
         for size in SIZES
     }

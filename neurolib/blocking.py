@@ -53,7 +53,7 @@ def tube_radius(tau: float = 0.1, *, a: float = 6.0, d_max: float = 5.0) -> floa
         If a parameter is out of range.
     """
     _check_response(tau, a, d_max)
-    return float(d_max * (1 - np.log1p(tau * np.expm1(a)) / a))
+    return float(distance_of(tau, a, d_max))
 
 
 def make_target(
@@ -142,7 +142,7 @@ def make_target(
 
     response, reach = np.zeros(shape, np.float32), np.full(len(start), d_max)
     for voxel, _, _, distance in _near(start[:, :3], end[:, :3], reach, scale, shape):
-        np.maximum.at(response.reshape(-1), voxel, _response(distance, a, d_max))
+        np.maximum.at(response.reshape(-1), voxel, response_at(distance, a, d_max))
     return response, response >= np.float32(tau)
 
 
@@ -381,9 +381,15 @@ def gaussian_window(shape: tuple[int, int]) -> np.ndarray:
     return np.outer(y, x).astype(np.float32)
 
 
-def _response(distance: np.ndarray, a: float, d_max: float) -> np.ndarray:
-    """Response (float32) at distances of at most d_max."""
+def response_at(distance: np.ndarray, a: float = 6.0, d_max: float = 5.0) -> np.ndarray:
+    """The target's response (float32) at distances of at most d_max from the centreline."""
     return (np.expm1(a * (1 - distance / d_max)) / np.expm1(a)).astype(np.float32)
+
+
+def distance_of(response: np.ndarray, a: float = 6.0, d_max: float = 5.0) -> np.ndarray:
+    """The distance from the centreline at which the target has a response: d_max where it is 0."""
+    # A Python number, so that a float32 response stays float32.
+    return d_max * (1 - np.log1p(response * float(np.expm1(a))) / a)
 
 
 def _pieces(tree: Tree, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

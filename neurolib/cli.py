@@ -34,6 +34,28 @@ app = typer.Typer(
 )
 
 
+# Options that several commands have.
+ProfileOption = Annotated[
+    str, typer.Option(help="A file of parameters, or the name of one in profiles/.")
+]
+NameOption = Annotated[str, typer.Option(help="Name of the run; default: data-profile.")]
+RunsOption = Annotated[Path, typer.Option(help="Folder in which runs lie.")]
+ParametersOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-p", help="One parameter, key=value; may be repeated."),
+]
+IgnoreFramesOption = Annotated[
+    bool,
+    typer.Option("--ignore-frames", help="Go on with trees that lie beside their neurites."),
+]
+SpacingOption = Annotated[
+    str, typer.Option(help="Z,Y,X in µm: edge lengths of a voxel; default: those of the file.")
+]
+UnitsOption = Annotated[
+    str, typer.Option(help="Of the SWC: voxels, or um, which other programs expect.")
+]
+
+
 def _version(asked: bool) -> None:
     if asked:
         print(f"neurolib {__version__}")
@@ -59,19 +81,11 @@ def run(
             "folder of image/SWC pairs."
         ),
     ] = "synthetic",
-    profile: Annotated[
-        str, typer.Option(help="A file of parameters, or the name of one in profiles/.")
-    ] = "course",
-    name: Annotated[str, typer.Option(help="Name of the run; default: data-profile.")] = "",
-    folder: Annotated[Path, typer.Option(help="Folder in which runs lie.")] = Path("runs"),
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-p", help="One parameter, key=value; may be repeated."),
-    ] = None,
-    ignore_frames: Annotated[
-        bool,
-        typer.Option("--ignore-frames", help="Go on with trees that lie beside their neurites."),
-    ] = False,
+    profile: ProfileOption = "course",
+    name: NameOption = "",
+    folder: RunsOption = Path("runs"),
+    set_: ParametersOption = None,
+    ignore_frames: IgnoreFramesOption = False,
 ) -> None:
     """Execute notebooks 00 to 05 on a data set and leave runs/NAME with report.html.
 
@@ -90,19 +104,11 @@ def run(
 @app.command()
 def train(
     data: Annotated[str, typer.Option(help="As in `neurolib run`.")] = "synthetic",
-    profile: Annotated[
-        str, typer.Option(help="A file of parameters, or the name of one in profiles/.")
-    ] = "course",
-    name: Annotated[str, typer.Option(help="Name of the run; default: data-profile.")] = "",
-    folder: Annotated[Path, typer.Option(help="Folder in which runs lie.")] = Path("runs"),
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-p", help="One parameter, key=value; may be repeated."),
-    ] = None,
-    ignore_frames: Annotated[
-        bool,
-        typer.Option("--ignore-frames", help="Go on with trees that lie beside their neurites."),
-    ] = False,
+    profile: ProfileOption = "course",
+    name: NameOption = "",
+    folder: RunsOption = Path("runs"),
+    set_: ParametersOption = None,
+    ignore_frames: IgnoreFramesOption = False,
 ) -> None:
     """Train only, on several GPUs or machines; `neurolib run` with the same options goes on.
 
@@ -118,7 +124,7 @@ def train(
 def sweep(
     grid: Annotated[Path, typer.Argument(help="A grid, as profiles/table1-cpu.yaml.")],
     data: Annotated[str, typer.Option(help="A folder of pairs instead of the grid's data.")] = "",
-    folder: Annotated[Path, typer.Option(help="Folder in which runs lie.")] = Path("runs"),
+    folder: RunsOption = Path("runs"),
     workers: Annotated[int, typer.Option(help="Runs at the same time, sharing the cores.")] = 1,
     seed: Annotated[
         list[int] | None, typer.Option(help="Instead of the grid's seeds; may be repeated.")
@@ -132,10 +138,7 @@ def sweep(
     folds: Annotated[
         list[int] | None, typer.Option(help="Run this fold only, from 0; may be repeated.")
     ] = None,
-    ignore_frames: Annotated[
-        bool,
-        typer.Option("--ignore-frames", help="Go on with trees that lie beside their neurites."),
-    ] = False,
+    ignore_frames: IgnoreFramesOption = False,
 ) -> None:
     """Run notebooks 03 and 04, or 05 too, for every network, seed and fold of a grid.
 
@@ -156,9 +159,7 @@ def inspect(
         list[Path], typer.Argument(help="Images and SWC files, or folders of them.", metavar="FILE")
     ],
     channel: Annotated[int | None, typer.Option(help="Channel of multi-channel images.")] = None,
-    spacing: Annotated[
-        str, typer.Option(help="Z,Y,X in µm: edge lengths of a voxel; default: those of the file.")
-    ] = "",
+    spacing: SpacingOption = "",
 ) -> None:
     """Say what is in images and SWC files, and whether an image and its tree fit together.
 
@@ -214,9 +215,7 @@ def segment(
         int, typer.Option(help="Smaller pieces are dropped, in voxels; 200 is a tube 18 long.")
     ] = 200,
     channel: Annotated[int | None, typer.Option(help="Channel of a multi-channel image.")] = None,
-    spacing: Annotated[
-        str, typer.Option(help="Z,Y,X in µm: edge lengths of a voxel; default: those of the file.")
-    ] = "",
+    spacing: SpacingOption = "",
     overlap: Annotated[float, typer.Option(help="Overlap of tiles in y and x, 0 to 0.9.")] = 0.25,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     flips: Annotated[
@@ -232,9 +231,7 @@ def segment(
     scheduler: Annotated[
         str, typer.Option(help="Address of a Dask cluster, instead of --workers.")
     ] = "",
-    units: Annotated[
-        str, typer.Option(help="Of the SWC: voxels, or um, which other programs expect.")
-    ] = "voxels",
+    units: UnitsOption = "voxels",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace files that neurolib did not write.")
     ] = False,
@@ -473,9 +470,7 @@ def trace(
     ] = 15.0,
     tracer: Annotated[str, typer.Option(help="neurolib or kimimaro.")] = "neurolib",
     channel: Annotated[int | None, typer.Option(help="Channel of a multi-channel image.")] = None,
-    units: Annotated[
-        str, typer.Option(help="Of the SWC: voxels, or um, which other programs expect.")
-    ] = "voxels",
+    units: UnitsOption = "voxels",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a file that neurolib did not write.")
     ] = False,

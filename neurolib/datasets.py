@@ -22,7 +22,15 @@ from tqdm import tqdm
 from neurolib import synthesis
 from neurolib.blocking import make_target
 from neurolib.errors import DataError, NeurolibError, NeurolibWarning, SwcError
-from neurolib.files import atomic_path, cache_folder, decode, named_folder, sha256, write_text
+from neurolib.files import (
+    atomic_path,
+    cache_folder,
+    decode,
+    named_folder,
+    sha256,
+    text_key,
+    write_text,
+)
 from neurolib.swc import Tree, check_pair, read_swc, write_swc
 from neurolib.volume import SUFFIXES, normalise, read_volume, write_volume
 
@@ -616,7 +624,7 @@ def rendered_pairs(folder: str | Path, style: str = "flylight") -> list[Pair]:
             raise DataError(
                 f"{path}: cannot be read ({error.strerror}); expected an SWC file"
             ) from None
-        key = hashlib.sha256(f"{name}\0{content}".encode()).hexdigest()[:16]
+        key = text_key(f"{name}\0{content}")
         # A folder's name has a limit that the names of files with their suffix may just reach.
         places[name] = shelf / f"{name[:40]}-{key}"
     missing = [name for name, place in places.items() if not place.is_dir()]

@@ -287,6 +287,11 @@ def content_key(*arrays: np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
+def text_key(text: str) -> str:
+    """Hash of a text, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 # ----------------------------------------------------------------------------------- results
 
 
@@ -324,7 +329,7 @@ def is_sealed(path: Path) -> bool:
 
 def seal_of(nodes: str) -> str:
     """The hash of the lines of an SWC below its head."""
-    return hashlib.sha256(nodes.encode()).hexdigest()[:16]
+    return text_key(nodes)
 
 
 def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], overwrite: bool = False) -> None:

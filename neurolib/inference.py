@@ -5,7 +5,6 @@ summed slice by slice. Slices are finished in order, so that only the few that s
 votes are in memory, which grows with a slice and with the batch, not with the volume.
 """
 
-import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,14 +19,10 @@ from neurolib.blocking import block_grid, block_starts, gaussian_window, read_bl
 from neurolib.datasets import Sample
 from neurolib.devices import autocast, pick_device, pick_precision
 from neurolib.errors import SettingsError, VolumeError
-from neurolib.files import content_key, sha256
+from neurolib.files import content_key, sha256, text_key
 from neurolib.network import NetworkSettings, Segmenter
 from neurolib.training import load_checkpoint, save_checkpoint
-from neurolib.volume import (
-    pieces,
-    read_volume,
-    write_volume,
-)
+from neurolib.volume import pieces, read_volume, write_volume
 
 # Axes of a batch of blocks (n, 1, z, y, x), or of its logits (n, z, y, x), that flips mirror: x, y,
 # both.
@@ -163,7 +158,7 @@ def predicted(
     code = [sha256(Path(__file__).with_name(f"{module}.py")) for module in CODE]
     decide = [(k, v) for k, v in sorted(options.items()) if k not in ("progress", "out", "device")]
     facts = [content_key(image), sha256(checkpoint), precision, *code, *decide]
-    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    key = text_key(repr(facts))
     path = Path(folder) / f"{name}-{key}.tif"
     if path.exists():
         return read_volume(path, check=False).data

@@ -37,7 +37,7 @@ from neurolib.files import (
     write_text,
 )
 from neurolib.formats import LazyStack, boxes
-from neurolib.inference import Box, box_of_tiles, check_options, empty_level, predict_box
+from neurolib.inference import OVERLAP, Box, box_of_tiles, check_options, empty_level, predict_box
 from neurolib.network import NetworkSettings, Segmenter
 from neurolib.training import load_checkpoint
 from neurolib.volume import Volume, create_zarr, limits, pieces, read_volume, rescale
@@ -217,7 +217,7 @@ def predict_large(
     image: str | Path,
     checkpoint: str | Path,
     out: str | Path,
-    overlap: float = 0.25,
+    overlap: float = OVERLAP,
     batch: int = 8,
     device: str = "auto",
     flips: bool = False,

@@ -145,7 +145,8 @@ class Segmenter(nn.Module):
     def forward(self, blocks: torch.Tensor) -> torch.Tensor:
         slices = blocks.squeeze(1)
         height, width = slices.shape[-2:]
-        pyramid = self.encode(slices)
+        shown = local_contrast(slices) if self.settings.contrast else slices
+        pyramid = self._tokens(shown)
         features = self.decoder(pyramid)
         # The encoder saw an enlarged block, or a padded one: its padding is cut off again, since
         # scaling it away would shift every voxel.
@@ -153,16 +154,18 @@ class Segmenter(nn.Module):
         features = F.interpolate(features, area, mode="bilinear", align_corners=False)
         features = features[..., :height, :width]
         if self.stem is not None:
-            views = [slices, local_contrast(slices)] if self.settings.contrast else [slices]
+            views = [slices, shown] if self.settings.contrast else [slices]
             features = torch.cat([features, self.stem(torch.cat(views, dim=1))], dim=1)
         return self.head(features)
 
     def encode(self, slices: torch.Tensor) -> list[torch.Tensor]:
         """Tokens (B, E, rows, columns) after four of the encoder's blocks, shallow to deep."""
-        if self.settings.contrast:
-            slices = local_contrast(slices)
+        return self._tokens(local_contrast(slices) if self.settings.contrast else slices)
+
+    def _tokens(self, shown: torch.Tensor) -> list[torch.Tensor]:
+        """`encode`, of slices as the encoder is shown them."""
         return self.encoder.forward_intermediates(
-            self.resize(slices), indices=self.taps, intermediates_only=True, output_fmt="NCHW"
+            self.resize(shown), indices=self.taps, intermediates_only=True, output_fmt="NCHW"
         )
 
     def resize(self, slices: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,7 @@ from neurolib.files import (
     claim,
     is_sealed,
     sha256,
+    text_key,
     write_text,
 )
 from neurolib.parameters import check_range, read_as
@@ -468,7 +469,7 @@ def check_run(folder: Path, data: str) -> None:
             )
         return
     made = Run(folder).metrics().get("made_from", {})
-    if made and made["folder"] != _absolute(data) and made["key"] != _short(data_key(data)):
+    if made and made["folder"] != _absolute(data) and made["key"] != text_key(data_key(data)):
         raise SettingsError(
             f"{folder}: a run on {made['folder']}, not on {_absolute(data)}; choose another --name"
         )
@@ -487,7 +488,7 @@ def _tau_of(checkpoint: str, folder: Path) -> float:
 
 def _sign(run: Run, data: str, key: str, given: dict) -> None:
     """Record what a run is made from: its data (name and location) and its parameters."""
-    told = {"data": data, "folder": _absolute(data), "key": _short(key)}
+    told = {"data": data, "folder": _absolute(data), "key": text_key(key)}
     run.record("made_from", told | {"parameters": given})
 
 
@@ -498,10 +499,6 @@ def _absolute(data: str) -> str:
     rendered = RENDERED.fullmatch(data)
     folder = rendered["folder"] if rendered else data
     return data[: len(data) - len(folder)] + os.path.realpath(folder)
-
-
-def _short(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
 def notebook_path(name: str) -> Path:

@@ -10,7 +10,7 @@ import psutil
 
 from neurolib.errors import SettingsError
 from neurolib.files import SHIPPED, checkpoint_file
-from neurolib.inference import empty_level, predict_volume
+from neurolib.inference import OVERLAP, empty_level, predict_volume
 from neurolib.network import Segmenter
 from neurolib.parameters import check_range
 from neurolib.swc import Tree
@@ -69,7 +69,7 @@ def segment(
 def predict_image(
     image: str | Path | Volume | np.ndarray,
     network: Segmenter,
-    overlap: float = 0.25,
+    overlap: float = OVERLAP,
     device: str = "auto",
     flips: bool = False,
     skip_empty: float = 0.0,

@@ -7,7 +7,6 @@ A grid is a YAML file, as ``profiles/table1-cpu.yaml``. Every cell of it is a ru
 import contextlib
 import csv
 import functools
-import hashlib
 import json
 import multiprocessing
 import os
@@ -27,7 +26,7 @@ from neurolib.baselines import FILTERS
 from neurolib.datasets import data_label, read_manifest
 from neurolib.errors import NeurolibError, SettingsError
 from neurolib.evaluation import in_unit, volume_diagonal
-from neurolib.files import atomic_path, claim, write_text
+from neurolib.files import atomic_path, claim, text_key, write_text
 from neurolib.parameters import read_as
 from neurolib.runs import (
     DATA_NOTEBOOK,
@@ -103,7 +102,7 @@ class Cell:
 
 
 def _hash(values: dict) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    return text_key(json.dumps(values, sort_keys=True))
 
 
 def read_grid(path: str | Path) -> dict:

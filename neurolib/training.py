@@ -23,17 +23,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from neurolib.blocking import block_grid, choose_blocks, read_block, salient
+from neurolib.blocking import (
+    block_grid,
+    choose_blocks,
+    distance_of,
+    read_block,
+    response_at,
+    salient,
+)
 from neurolib.datasets import Sample
 from neurolib.devices import pick_device, pick_precision
 from neurolib.errors import DataError, SettingsError, WeightsError
 from neurolib.files import atomic_path, checkpoint_file, claim, content_key, sha256
 from neurolib.network import NetworkSettings, Segmenter, build, make, settings_of
 
-# Steepness and range (voxels) of the target's response, as in `neurolib.blocking.make_target`.
-A, D_MAX = 6.0, 5.0
 # Response of a voxel at most one voxel off the centreline: the dilated skeleton of the target.
-SKELETON = math.expm1(A * (1 - 1 / D_MAX)) / math.expm1(A)
+SKELETON = float(response_at(np.ones(())))
 
 LOSSES = ("dice+focal", "dice+ce", "dice+ce+skeleton", "dice+ce+cldice")
 # Modules that a training's result depends on.
@@ -224,16 +229,6 @@ def augment(
     return torch.stack(out_blocks)[:, None], torch.stack(out_responses)
 
 
-def distance_of(response: torch.Tensor) -> torch.Tensor:
-    """Distance to the centreline (voxels, at most 5) at which the target has this response."""
-    return D_MAX * (1 - torch.log1p(response * math.expm1(A)) / A)
-
-
-def response_at(distance: torch.Tensor) -> torch.Tensor:
-    """The target's response at distances, in voxels, from the centreline."""
-    return (torch.expm1(A * (1 - distance / D_MAX)) / math.expm1(A)).clamp_min(0)
-
-
 def zoom(
     block: torch.Tensor, response: torch.Tensor, factor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -243,11 +238,13 @@ def zoom(
     response is converted to distances, scaled, and converted back. Borders are reflected.
     """
     theta = torch.tensor([[[1 / factor, 0, 0], [0, 1 / factor, 0]]]).expand(2, -1, -1)
-    both = torch.stack([block, distance_of(response)])
+    both = torch.stack([block, torch.from_numpy(distance_of(response.numpy()))])
     grid = F.affine_grid(theta, list(both.shape), align_corners=False)
     block, distance = F.grid_sample(both, grid, padding_mode="reflection", align_corners=False)
-    # Distances of 5 and more are unknown, and so is what shrinking would make of them.
-    return block, response_at(distance * factor) * (distance < D_MAX - 1e-3)
+    # A response of 0 lies at a distance of 5 or more: what shrinking would make of it is not known.
+    known = distance < distance_of(0.0) - 1e-3
+    zoomed = torch.from_numpy(response_at((distance * factor).numpy())).clamp_min(0)
+    return block, zoomed * known
 
 
 # ----------------------------------------------------------------------------------- losses

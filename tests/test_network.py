@@ -129,7 +129,7 @@ class Seen(nn.Module):
 def test_every_voxel_of_the_output_lies_where_it_lies_in_the_input(size, tile):
     """A network whose encoder and decoder only resample must return its input, not shifted."""
     network = network_of(size=size)
-    network.encode = network.resize
+    network._tokens = network.resize
     network.decoder, network.head = Seen(), nn.Identity()
     y, x = np.meshgrid(*(np.arange(n) for n in tile), indexing="ij")
     wave = (np.sin(y / 9) + np.cos(x / 7)).astype(np.float32)
@@ -145,7 +145,7 @@ def test_every_voxel_of_the_output_lies_where_it_lies_in_the_input(size, tile):
 def test_output_depends_on_the_pixel_below_it_through_the_stem():
     network = network_of(stem=True, size=112)
     block = torch.rand(1, 1, 5, 100, 100)
-    network.encode = lambda slices: [torch.zeros(1, 64, 7, 7)] * 4
+    network._tokens = lambda shown: [torch.zeros(1, 64, 7, 7)] * 4
     with torch.no_grad():
         network.head[-1].bias.zero_()
         before = network(block)
@@ -297,7 +297,7 @@ def test_token_colours_are_an_image_of_the_three_main_components():
     tokens = torch.zeros(1, 64, 6, 8)
     y, x = torch.meshgrid(torch.arange(6.0), torch.arange(8.0), indexing="ij")
     tokens[0, 3], tokens[0, 40], tokens[0, 7] = 4 * x, 2 * y, ((x + y) % 2) / 2
-    network.encode = lambda slices: [tokens]
+    network._tokens = lambda slices: [tokens]
     image = token_colours(network, torch.zeros(1, 5, 100, 100))
     assert image.shape == (6, 8, 3)
     np.testing.assert_allclose(image[..., 0], x / 7, atol=1e-6)

@@ -339,8 +339,8 @@ def test_a_grid_that_measures_masks_runs_in_parts_to_one_file(data, tmp_path, ca
     assert [row["network"] for row in first] == [*FILTERS, "thick"]
     assert [row["network"] for row in both] == [*FILTERS, "thin, 2D", "thick"]
     kept = [row for row in both if row["network"] != "thin, 2D"]
-    same = ("network", "fold", "volume", "dice", "hd95")
-    assert [[one[k] for k in same] for one in kept] == [[one[k] for k in same] for one in first]
+    # As text, since NaN is not itself; the run that gave the filters is the newest.
+    assert [str(one | {"run": ""}) for one in kept] == [str(one | {"run": ""}) for one in first]
     for found in both:
         assert found["neuron"] == found["volume"] == "cell0"
         assert found["style"] == "real"
