@@ -33,12 +33,12 @@ course: $(INSTALLED)
 
 # --nbval-current-env: the kernel of .venv, whatever kernels the user has registered.
 test: lint
-	$(BIN)/python notebooks/build.py --check
+	$(BIN)/python tools/build.py --check
 	$(BIN)/python -m pytest --nbval --nbval-current-env \
 	  --nbval-sanitize-with tests/nbval_sanitize.cfg tests notebooks/[0-9]*.ipynb
 
 notebooks: $(INSTALLED)
-	$(BIN)/python notebooks/build.py $(NAMES)
+	$(BIN)/python tools/build.py $(NAMES)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -53,7 +53,7 @@ faults: $(INSTALLED)
 	NEUROLIB_FAULTS=1 $(BIN)/python -m pytest tests/test_faults.py
 	NEUROLIB_FAULTS=1 $(BIN)/python -m pytest -k "killed or larger_than_memory" \
 	  tests/test_large.py tests/test_training.py tests/test_runs.py
-	$(BIN)/python notebooks/build.py --twice
+	$(BIN)/python tools/build.py --twice
 	NOTEBOOKS=all $(BIN)/python -m pytest tests/test_browser.py
 
 # Under a quarter of an hour on two cores that have nothing else to do.

@@ -26,8 +26,8 @@ import trees
 import volumes
 from measure import FULL, TINY, Scale, installed
 
+from neurolib.course.runs import table
 from neurolib.files import write_text
-from neurolib.runs import table
 
 PACKAGES = ("numpy", "scipy", "scikit-image", "tifffile", "torch", "timm")
 PEERS = (

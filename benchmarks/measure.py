@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from neurolib import blocking, synthesis
+from neurolib import blocking
+from neurolib.data import synthesis
 from neurolib.network import NetworkSettings
 from neurolib.swc import Tree
 

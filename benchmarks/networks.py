@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from measure import Scale, compete, installed, line, missing, seconds, size
 from torch import nn
 
-from neurolib import blocking, inference, synthesis
+from neurolib import blocking, inference
+from neurolib.data import synthesis
 from neurolib.network import NetworkSettings, Segmenter, cost
 from neurolib.training import TrainingSettings, loss_terms, parameter_groups
 from neurolib.volume import normalise

@@ -10,7 +10,8 @@ from measure import Scale, installed, line, seconds
 from memory import resident
 from torch import nn
 
-from neurolib import blocking, evaluation, inference, synthesis, tracing
+from neurolib import blocking, evaluation, inference, tracing
+from neurolib.data import synthesis
 from neurolib.swc import Tree
 
 TAU = 0.1  # threshold of the target

@@ -9,10 +9,11 @@ No network is run. Tiles of 5 x 100 x 100 without overlap, target "sironi" at 0.
 import argparse
 from pathlib import Path
 
-from neurolib import datasets, inference
+from neurolib import blocking, inference
+from neurolib.course.runs import table
+from neurolib.data import datasets
 from neurolib.files import write_text
 from neurolib.network import NetworkSettings
-from neurolib.runs import table
 
 
 def main() -> None:
@@ -22,7 +23,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     for pair in datasets.load_dataset(arguments.folder):
-        sample = datasets.read_sample(pair)
+        sample = blocking.read_sample(pair)
         row = {"volume": pair.name}
         for name, level in (("zero", 0.0), ("p95", inference.empty_level(sample.image))):
             cost = inference.skipping(sample.image, sample.mask, level, NetworkSettings(), 0.0)

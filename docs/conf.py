@@ -5,7 +5,7 @@ from pathlib import Path
 
 import neurolib
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 project = "3D neuron segmentation with 2D vision transformers"
 author = "the authors of the course"
@@ -15,7 +15,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
-    "course",
+    "pages",
 ]
 exclude_patterns = ["**.ipynb_checkpoints"]
 

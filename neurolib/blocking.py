@@ -5,14 +5,18 @@ a mask. Blocks: five slices of 100 x 100, named by (centre slice z, first row y,
 Stacking, the way back from predictions of blocks to a volume, is a part of `neurolib.inference`.
 """
 
+import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 
-from neurolib.errors import DataError, SettingsError, VolumeError
-from neurolib.formats import check_spacing
-from neurolib.swc import Tree
+from neurolib.data.formats import check_spacing
+from neurolib.data.pairs import Pair
+from neurolib.errors import DataError, NeurolibWarning, SettingsError, VolumeError
+from neurolib.swc import Tree, check_pair, read_swc
+from neurolib.volume import normalise, read_volume
 
 BLOCK = (5, 100, 100)
 STRIDE = (1, 100, 100)
@@ -27,6 +31,49 @@ PAIRS = 1 << 16
 ROUNDING = 1e-9
 # Halvings of a piece until the place nearest to a voxel's extent is as exact.
 HALVINGS = 36
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A pair, read: normalised image (z, y, x), spacing (dz, dy, dx) µm, tree and target."""
+
+    pair: Pair
+    image: np.ndarray
+    spacing: tuple[float, float, float]
+    tree: Tree
+    response: np.ndarray
+    mask: np.ndarray
+
+
+def read_sample(pair: Pair, kind: str = "sironi", tau: float = 0.1) -> Sample:
+    """Read a pair: normalised image, tree, response and mask of the target.
+
+    Raises
+    ------
+    VolumeError, SwcError, DataError
+        If a file is unusable, or most of the tree lies outside the image.
+    """
+    volume = read_volume(pair.image)
+    tree = read_swc(pair.swc, volume.spacing)
+    if told := "; ".join(repair for repair in tree.repairs if "reordered" not in repair):
+        warnings.warn(f"{pair.swc.name}: {told}", NeurolibWarning, stacklevel=2)
+    check_pair(tree, volume.data.shape, pair.name)
+    response, mask = make_target(tree, volume.data.shape, volume.spacing, kind, tau=tau)
+    return Sample(pair, normalise(volume.data), volume.spacing, tree, response, mask)
+
+
+def every_slice(sample: Sample, every: int) -> Sample:
+    """Slices 0, every, 2 every ... of a sample; views, the tree stays in the frame of the whole."""
+    if every == 1:
+        return sample
+    dz, dy, dx = sample.spacing
+    return replace(
+        sample,
+        image=sample.image[::every],
+        response=sample.response[::every],
+        mask=sample.mask[::every],
+        spacing=(dz * every, dy, dx),
+    )
 
 
 def tube_radius(tau: float = 0.1, *, a: float = 6.0, d_max: float = 5.0) -> float:

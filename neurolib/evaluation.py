@@ -5,7 +5,7 @@ the unit of `spacing`: µm, or voxels with the default (`length_unit` chooses on
 Every number comes with what it is undefined for: an empty mask, a tree without edges.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -13,11 +13,15 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial import KDTree
 
+from neurolib.data.formats import check_spacing
 from neurolib.errors import SettingsError, SwcError, VolumeError
-from neurolib.formats import check_spacing
 from neurolib.swc import Tree, branch_points, edges, tips
 
 DISTANCES = ("Hd95", "ESA", "DSA")
+# Smallest pieces that are tried, in voxels; 1 keeps all.
+SIZES = (1, 50, 200, 800, 3000)
+# Thresholds at which they are tried.
+TRIED = 16
 FULL_CONNECTIVITY = np.ones((3, 3, 3), dtype=bool)  # 26 neighbours: a neurite may run diagonally
 
 
@@ -84,7 +88,7 @@ def hd95(
     Returns
     -------
     float
-        0 if both masks are empty, inf if one is; `neurolib.statistics.aggregate` takes means over
+        0 if both masks are empty, inf if one is; `statistics.aggregate` takes means over
         such values.
 
     Raises
@@ -364,7 +368,7 @@ def volume_diagonal(
 ) -> float:
     """Length of the diagonal of a volume, edge to edge: no two voxels of it are farther apart.
 
-    Takes the place of an infinite `hd95` in a mean (`neurolib.statistics.aggregate`).
+    Takes the place of an infinite `hd95` in a mean (`neurolib.course.statistics.aggregate`).
 
     Parameters
     ----------
@@ -672,3 +676,61 @@ def compare(
         "recall": scores.recall,
         "trees": scores.trees,
     }
+
+
+def choose_cut(
+    responses: Sequence[np.ndarray], masks: Sequence[np.ndarray], candidates: Sequence[float]
+) -> tuple[float, int, float]:
+    """Choose one threshold and one smallest piece for all volumes, by their mean Dice.
+
+    Parameters
+    ----------
+    responses, masks : sequences of (z, y, x) arrays
+    candidates : sequence of float
+        Thresholds, ascending. Pieces are counted at up to `TRIED` of them, spread over those
+        whose Dice with all pieces is at least 0.8 of the best.
+
+    Returns
+    -------
+    threshold : float
+    min_size : int
+        One of `SIZES`: pieces of fewer voxels are dropped.
+    dice : float
+
+    """
+    candidates = np.asarray(candidates)
+    curves = []
+    for response, mask in zip(responses, masks, strict=True):
+        # A voxel that reaches k thresholds is foreground under the first k of them.
+        reached = np.searchsorted(candidates, response.ravel(), "right")
+        counts = np.bincount(reached, minlength=len(candidates) + 1)
+        hits = np.bincount(reached[mask.ravel()], minlength=len(candidates) + 1)
+        found, both = counts[::-1].cumsum()[-2::-1], hits[::-1].cumsum()[-2::-1]
+        curves.append(2 * both / np.maximum(found + np.count_nonzero(mask), 1))
+    curve = np.mean(curves, axis=0)
+    near = np.flatnonzero(curve >= 0.8 * curve.max())
+    spread = near[np.linspace(0, len(near) - 1, min(TRIED, len(near))).round().astype(int)]
+    tried = np.union1d(spread, curve.argmax())
+    scores = np.zeros((len(tried), len(SIZES)))
+    for response, mask in zip(responses, masks, strict=True):
+        for row, at in zip(scores, tried, strict=True):
+            label, _ = ndimage.label(response >= candidates[at], FULL_CONNECTIVITY)
+            voxels = np.bincount(label.ravel())
+            hits = np.bincount(label[mask], minlength=len(voxels))
+            voxels[0] = hits[0] = 0
+            for i, size in enumerate(SIZES):
+                kept = voxels >= size
+                total = voxels[kept].sum() + np.count_nonzero(mask)
+                row[i] += 2 * hits[kept].sum() / max(total, 1) / len(masks)
+    best, size = np.unravel_index(scores.argmax(), scores.shape)
+    return float(candidates[tried[best]]), SIZES[size], float(scores[best, size])
+
+
+def drop_small(mask: np.ndarray, size: int) -> np.ndarray:
+    """A mask without its connected pieces (26 neighbours) of fewer than `size` voxels."""
+    if size <= 1:
+        return mask
+    label, _ = ndimage.label(mask, FULL_CONNECTIVITY)
+    keep = np.bincount(label.ravel()) >= size
+    keep[0] = False
+    return keep[label]

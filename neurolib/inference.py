@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from neurolib.baselines import best_threshold
-from neurolib.blocking import block_grid, block_starts, gaussian_window, read_block
-from neurolib.datasets import Sample
+from neurolib.blocking import Sample, block_grid, block_starts, gaussian_window, read_block
 from neurolib.devices import autocast, pick_device, pick_precision
 from neurolib.errors import SettingsError, VolumeError
+from neurolib.evaluation import choose_cut
 from neurolib.files import content_key, sha256, text_key
 from neurolib.network import NetworkSettings, Segmenter
 from neurolib.training import load_checkpoint, save_checkpoint
@@ -30,6 +29,8 @@ FLIPS = ((-1,), (-2,), (-2, -1))
 
 # Fraction by which neighbouring tiles overlap in y and x, in all commands and notebooks.
 OVERLAP = 0.25
+# Smallest piece, in voxels, for a checkpoint for which none was chosen.
+MIN_SIZE = 200
 # Bins of the histogram for `empty_level`'s percentile; a 16-bit image has no more values.
 BINS = 1 << 16
 
@@ -55,7 +56,7 @@ def predict_volume(
     network : Segmenter
     image : (z, y, x) array
         Normalised to [0, 1] (`neurolib.volume.normalise`). It need not be in memory: it is
-        read once for its range, then tile by tile (`neurolib.large` reads chunks less often).
+        read once for its range, then tile by tile (`course.large` reads chunks less often).
     overlap : float
         Fraction of a tile that neighbours share in y and x, 0 to 0.9.
     batch : int
@@ -169,38 +170,36 @@ def predicted(
 
 
 def calibrate(
-    checkpoint: str | Path, samples: Sequence[Sample], every: int = 4, **options
-) -> tuple[float, float]:
-    """Choose a checkpoint's threshold on whole validation volumes, and store it.
+    checkpoint: str | Path, samples: Sequence[Sample], **options
+) -> tuple[float, int, float]:
+    """Choose a checkpoint's threshold and smallest piece on whole volumes, and store them.
 
-    Training validates on blocks, which estimate a volume's Dice to about ± 0.04; here, every block
-    of the predicted slices counts.
+    Training validates on blocks, which estimate a volume's Dice to about ± 0.04 and know nothing
+    of the size of pieces; here, every voxel of the validation volumes counts.
 
     Parameters
     ----------
     checkpoint : path
-        It is rewritten with the threshold.
+        It is rewritten with both.
     samples : sequence of Sample
         The validation volumes.
-    every : int
-        Slices 0, every, 2 every ... are predicted; all, if the network predicts all slices.
     **options
         Of `predict_volume`.
 
     Returns
     -------
     threshold : float
+    min_size : int
+        Pieces of fewer voxels are dropped.
     dice : float
-        Mean over the volumes, at the one threshold that is best for all of them.
+        Mean over the volumes, at the one pair of values that is best for all of them.
     """
     network, facts = load_checkpoint(checkpoint)
-    every = 1 if network.settings.predict == "all" else every
-    found = [predict_volume(network, s.image, every=every, **options) for s in samples]
-    masks = [s.mask[::every] for s in samples]
-    threshold, dice = best_threshold(found, masks, np.arange(1, 100) / 100)
-    facts |= {"threshold": threshold, "calibrated": dice}
+    found = [predict_volume(network, s.image, **options) for s in samples]
+    chosen = choose_cut(found, [s.mask for s in samples], np.arange(1, 100) / 100)
+    facts |= dict(zip(("threshold", "min_size", "calibrated"), chosen, strict=True))
     save_checkpoint(checkpoint, network, network.state_dict(), facts)
-    return threshold, dice
+    return chosen
 
 
 def predict_slices(

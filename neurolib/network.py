@@ -27,8 +27,11 @@ from neurolib.inflation import LoadReport, inflate_encoder
 from neurolib.weights import load_pretrained
 
 PREDICT = ("center", "all")
-# The name, in place of an encoder's, of the peer in `neurolib.peers`.
+# The name, in place of an encoder's, of the peer, and its layout.
 UNET = "monai_unet"
+CHANNELS = (32, 64, 128, 256)
+# Blocks have few slices, which are never pooled; rows and columns three times.
+STRIDES = ((1, 2, 2),) * 3
 # Neurites fill about one voxel in a hundred: networks start there, not at one half.
 EMPTY_LOGIT = -4.0
 
@@ -324,8 +327,6 @@ def make(settings: NetworkSettings) -> nn.Module:
     """The network of these settings, with random weights: a `Segmenter`, or the peer's U-Net."""
     if settings.encoder != UNET:
         return Segmenter(settings)
-    from neurolib.peers import UNet  # which needs MONAI, and this module
-
     return UNet(settings)
 
 
@@ -570,3 +571,60 @@ def _flops(call: Callable, *inputs: torch.Tensor) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         call(*inputs)
     return counter.get_total_flops()
+
+
+class UNet(nn.Module):
+    """The peer: MONAI's residual U-Net (Kerfoot et al. 2019) on the same blocks of slices.
+
+    Parameters
+    ----------
+    settings : NetworkSettings
+        Of which depth, block and predict matter.
+
+    Notes
+    -----
+    Input (B, 1, D, h, w), values in [0, 1]; output logits (B, 1, h, w) of the centre slice for
+    ``predict="center"``, (B, D, h, w) for ``"all"``, as of a `Segmenter`.
+
+    Raises
+    ------
+    SettingsError
+        If MONAI is not installed.
+    """
+
+    # There is no pre-trained part with a rate of its own.
+    encoder = None
+
+    def __init__(self, settings: NetworkSettings):
+        super().__init__()
+        try:
+            from monai.networks.nets import UNet as Residual
+        except ImportError:
+            raise SettingsError(
+                f"encoder={settings.encoder!r}: needs MONAI; pip install monai"
+            ) from None
+        self.settings = settings
+        self.initialisation, self.weights_file, self.seed, self.fold = "scratch", "", 0, "exact"
+        self.training_begun = None
+        self.body = Residual(
+            spatial_dims=3,
+            in_channels=1,
+            out_channels=1,
+            channels=CHANNELS,
+            strides=STRIDES,
+            num_res_units=2,
+        )
+        last = [m for m in self.body.modules() if isinstance(m, nn.Conv3d) and m.out_channels == 1]
+        nn.init.constant_(last[-1].bias, EMPTY_LOGIT)
+
+    def forward(self, blocks: torch.Tensor) -> torch.Tensor:
+        height, width = blocks.shape[-2:]
+        step = 2 ** len(STRIDES)
+        pad = [-side % step for side in (width, height)]
+        # Slices as channels: only rows and columns are reflected.
+        flat = F.pad(blocks[:, 0], (0, pad[0], 0, pad[1]), mode="reflect")
+        logits = self.body(flat[:, None])[:, 0, :, :height, :width]
+        if self.settings.predict == "all":
+            return logits
+        middle = logits.shape[1] // 2
+        return logits[:, middle : middle + 1]

@@ -21,7 +21,7 @@ RANGES = {
     "every": "[1, inf)",
     "label": "[0, inf)",
     "layer_decay": "(0, 1]",
-    "min_size": "[1, inf)",
+    "min_size": "[0, inf)",
     "negatives": "[0, inf)",
     "overlap": "[0, 0.9]",
     "patience": "[0, inf)",

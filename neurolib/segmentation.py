@@ -10,7 +10,7 @@ import psutil
 
 from neurolib.errors import SettingsError
 from neurolib.files import SHIPPED, checkpoint_file
-from neurolib.inference import OVERLAP, empty_level, predict_volume
+from neurolib.inference import MIN_SIZE, OVERLAP, empty_level, predict_volume
 from neurolib.network import Segmenter
 from neurolib.parameters import check_range
 from neurolib.swc import Tree
@@ -23,7 +23,7 @@ def segment(
     image: str | Path | Volume | np.ndarray,
     checkpoint: str | Path = SHIPPED,
     threshold: float | None = None,
-    min_size: int = 200,
+    min_size: int | None = None,
     bridge: float = 15.0,
     seed: Sequence[float] | None = None,
     **options: object,
@@ -38,7 +38,9 @@ def segment(
         Of a trained network, or the folder of a run; by default the one that comes along.
     threshold : float, optional
         On the probability; by default the one chosen on the validation neurons.
-    min_size, bridge, seed
+    min_size : int, optional
+        Smaller pieces are dropped, in voxels; by default as chosen on the validation neurons.
+    bridge, seed
         As in `neurolib.tracing.trace`; the seed is (z, y, x).
     **options
         Of `predict_image`.
@@ -63,7 +65,8 @@ def segment(
     network, facts = load_checkpoint(checkpoint_file(checkpoint))
     found = predict_image(image, network, **options)
     cut = facts["threshold"] if threshold is None else threshold
-    return trace(found.data, found.spacing, seed, cut, min_size, bridge)
+    size = facts.get("min_size", MIN_SIZE) if min_size is None else min_size
+    return trace(found.data, found.spacing, seed, cut, size, bridge)
 
 
 def predict_image(

@@ -32,8 +32,8 @@ from scipy import ndimage, sparse
 from scipy.sparse import csgraph
 from scipy.spatial import KDTree
 
+from neurolib.data.formats import check_spacing
 from neurolib.errors import NothingFoundError, SettingsError, VolumeError
-from neurolib.formats import check_spacing
 from neurolib.swc import SOMA, Tree, components, length, resample, take, tips
 from neurolib.swc import edges as tree_edges
 from neurolib.volume import pieces

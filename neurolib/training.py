@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from neurolib.blocking import (
+    Sample,
     block_grid,
     choose_blocks,
     distance_of,
@@ -31,7 +32,6 @@ from neurolib.blocking import (
     response_at,
     salient,
 )
-from neurolib.datasets import Sample
 from neurolib.devices import pick_device, pick_precision
 from neurolib.errors import DataError, SettingsError, WeightsError
 from neurolib.files import atomic_path, checkpoint_file, claim, content_key, sha256

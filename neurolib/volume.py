@@ -1,6 +1,6 @@
 """Volumes (z, y, x): reading, checking, scaling and writing image stacks.
 
-What is specific to a file format is in `neurolib.formats`.
+What is specific to a file format is in `neurolib.data.formats`.
 """
 
 import os
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from neurolib import formats
+from neurolib.data import formats
+from neurolib.data.formats import LazyStack, check_memory, check_shape, check_type
 from neurolib.errors import NeurolibWarning, SettingsError, VolumeError
 from neurolib.files import atomic_path, workplace
-from neurolib.formats import LazyStack, check_memory, check_shape, check_type
 
 SUFFIXES = (*formats.READERS, ".zarr")
 
@@ -85,7 +85,7 @@ def read_volume(
     -------
     Volume
         Mapped data are read-only and in native byte order; other byte orders are converted.
-        Those of OME-Zarr are a `neurolib.formats.LazyStack`: indexing it reads just that part.
+        Those of OME-Zarr are a `neurolib.data.formats.LazyStack`: indexing it reads just that part.
         A spacing that is not known in µm is said in `Volume.unknown`: without a unit, or in
         pixels, the numbers of the file are kept, since their ratio is still the anisotropy.
 
@@ -282,7 +282,7 @@ def limits(
     """Intensities that become 0 and 1 (`normalise`), in one pass over data of any size.
 
     Of integers of up to 16 bits no more is read than `regions`, where they are given: boxes that do
-    not overlap and hold all that is not zero (`neurolib.large.stored_boxes`).
+    not overlap and hold all that is not zero (`neurolib.course.large.stored_boxes`).
     """
     if data.dtype.kind in "iub" and data.dtype.itemsize <= 2:
         values, counts = _histogram(data, pieces(data) if regions is None else regions)

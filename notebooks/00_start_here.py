@@ -48,10 +48,11 @@ if "google.colab" in sys.modules and not Path("../neurolib").is_dir():  # on Col
 # %%
 import numpy as np
 
-from neurolib import blocking, inference, plotting, runs, tracing, training
-from neurolib.check import start_here as check
-from neurolib.cli import check_environment
-from neurolib.datasets import load_dataset, read_sample
+from neurolib import blocking, inference, tracing, training
+from neurolib.course import plotting, runs
+from neurolib.course.exercises import start_here as exercises
+from neurolib.course.cli import check_environment
+from neurolib.data.datasets import load_dataset
 
 run = runs.open_run(run_dir)
 
@@ -63,7 +64,7 @@ run = runs.open_run(run_dir)
 # course, as three maximum projections, and the tree that we want a computer to find in it.
 
 # %%
-sample = read_sample(load_dataset(data)[0])
+sample = blocking.read_sample(load_dataset(data)[0])
 figure = plotting.projections({sample.pair.name: sample.image}, {"reference tree": sample.tree})
 alt = "Three maximum projections of a volume; the reference tree follows its bright threads."
 plotting.show(figure, "neuron", alt, run.figures)
@@ -159,7 +160,7 @@ def block_at(volume, z, y, x):
     return ...
 
 
-check.q1(block_at)
+exercises.q1(block_at)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
@@ -184,7 +185,7 @@ def accuracy(mask):
     return ...
 
 
-check.q2(accuracy)
+exercises.q2(accuracy)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>

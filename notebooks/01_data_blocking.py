@@ -66,8 +66,10 @@ import tifffile
 from IPython.display import Markdown, display
 from scipy.spatial.distance import cdist
 
-from neurolib import blocking, datasets, inspection, plotting, runs, swc, synthesis, widgets
-from neurolib.check import blocking as check
+from neurolib import blocking, swc
+from neurolib.course import plotting, runs, widgets
+from neurolib.data import datasets, inspection, synthesis
+from neurolib.course.exercises import blocking as exercises
 from neurolib.volume import Volume
 
 run = runs.open_run(run_dir)
@@ -83,7 +85,7 @@ run = runs.open_run(run_dir)
 
 # %%
 pairs = datasets.load_dataset(data)
-sample = datasets.read_sample(pairs[0], target, tau)
+sample = blocking.read_sample(pairs[0], target, tau)
 print(f"{len(pairs)} pairs; {sample.pair.name}: {sample.pair.style}, shape {sample.image.shape}")
 print(f"{len(sample.tree.xyz)} nodes, {swc.length(sample.tree):.0f} voxels of neurite")
 
@@ -128,7 +130,7 @@ def to_voxels(points, spacing):
     return ...
 
 
-check.q1(to_voxels)
+exercises.q1(to_voxels)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
@@ -179,7 +181,7 @@ def threshold(radius):
     return ...
 
 
-check.q2(threshold)
+exercises.q2(threshold)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
@@ -271,7 +273,7 @@ def starts(size, block, stride):
     return ...
 
 
-check.q3(starts)
+exercises.q3(starts)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
@@ -305,7 +307,7 @@ def distractors(sample):
 
 
 for pair in pairs[:6]:
-    shown, hidden = distractors(datasets.read_sample(pair, target, tau))
+    shown, hidden = distractors(blocking.read_sample(pair, target, tau))
     print(f"{pair.name}: {shown} shown, {hidden} never shown")
 
 # %% [markdown]
@@ -333,7 +335,7 @@ def centres(sample, most=400):
 
 other = next(pair for pair in pairs if pair.neuron != pairs[0].neuron)
 images, masks = centres(sample)
-other_images, other_masks = centres(datasets.read_sample(other, target, tau))
+other_images, other_masks = centres(blocking.read_sample(other, target, tau))
 
 
 # %%
@@ -375,7 +377,7 @@ print(f"{run.path('split.json').name}: {len(pairs)} pairs, seed {seed}")
 # Trees and stacks of the embedded data set are generated; a result on them says what works, not how
 # well it works on your microscope. Each row compares one statistic with real neurons: trees with 32
 # gold-standard SWCs of BigNeuron, stacks with six confocal stacks of *Drosophila* neurons (ranges recorded
-# in `neurolib.synthesis`, or measured now if the parameters `gold` and `stacks` name folders). `axis`,
+# in `neurolib.data.synthesis`, or measured now if the parameters `gold` and `stacks` name folders). `axis`,
 # `near` and `far` are percentiles of the intensity on the neurite, 2 to 6 voxels beside it, and
 # elsewhere; `dice` is the best that any threshold alone can do.
 
@@ -400,7 +402,7 @@ display(Markdown(runs.table(rows)))
 found = datasets.load_dataset(f"rendered:{gold}")[:1] if gold else []
 found += datasets.load_dataset(stacks)[:1] if stacks else []
 for pair in found or generated[1:2]:
-    shown = datasets.read_sample(pair)
+    shown = blocking.read_sample(pair)
     figure = plotting.projections({f"{pair.name}, {pair.style}": shown.image})
     alt = f"Projections of {pair.name}, {pair.style}."
     plotting.show(figure, f"style-{pair.name}", alt, run.figures)
@@ -408,7 +410,7 @@ for pair in found or generated[1:2]:
 # %%
 projection = Path(gold) / f"{found[0].name}.mip.tif" if gold else Path()
 if projection.is_file():
-    rendered = datasets.read_sample(found[0]).image.max(axis=0)
+    rendered = blocking.read_sample(found[0]).image.max(axis=0)
     panels = {"real projection": tifffile.imread(projection), "rendered (cropped)": rendered}
     alt = "The real maximum projection of a neuron, and that of the stack rendered from its tree."
     plotting.show(plotting.images(panels, columns=2, bar=True), "rendered", alt, run.figures)

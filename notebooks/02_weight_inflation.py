@@ -56,8 +56,10 @@ import torch
 import torch.nn.functional as F
 from IPython.display import Markdown, display
 
-from neurolib import blocking, datasets, inflation, network, plotting, runs, weights, widgets
-from neurolib.check import inflation as check
+from neurolib import blocking, inflation, network, weights
+from neurolib.course import plotting, runs, widgets
+from neurolib.data import datasets
+from neurolib.course.exercises import inflation as exercises
 
 run = runs.open_run(run_dir)
 
@@ -115,7 +117,7 @@ def fold(weight, bias, mean, std):
     return ...
 
 
-check.q1(fold)
+exercises.q1(fold)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
@@ -154,7 +156,7 @@ def inflate(grey, depth):
     return ...
 
 
-check.q2(inflate)
+exercises.q2(inflate)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
@@ -257,7 +259,7 @@ def gain(depth, n):
     return ...
 
 
-check.q3(gain)
+exercises.q3(gain)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
@@ -345,7 +347,7 @@ display(Markdown(runs.table(network.costs(settings))))
 # takes from each patch.
 
 # %%
-sample = datasets.read_sample(datasets.load_dataset(data)[0])
+sample = blocking.read_sample(datasets.load_dataset(data)[0])
 grid = blocking.block_grid(sample.image.shape, (depth, 100, 100))
 fullest = max(grid, key=lambda at: blocking.read_block(sample.mask, at, (1, 100, 100)).sum())
 real = torch.from_numpy(blocking.read_block(sample.image, fullest, (depth, 100, 100)).copy())[None]

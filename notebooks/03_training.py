@@ -81,8 +81,9 @@ import torch.nn.functional as F
 from IPython.display import Markdown, display
 from safetensors.torch import load_file
 
-from neurolib import datasets, inference, network, plotting, runs, training, weights, widgets
-from neurolib.check import training as check
+from neurolib import blocking, inference, network, training, weights
+from neurolib.course import plotting, runs, widgets
+from neurolib.course.exercises import training as exercises
 
 run = runs.open_run(run_dir)
 target = runs.target_of(run)
@@ -97,8 +98,8 @@ target = runs.target_of(run)
 
 # %%
 split = runs.split_of(run, data)
-train = [datasets.read_sample(pair, **target) for pair in split.train]
-validation = [datasets.read_sample(pair, **target) for pair in split.validation]
+train = [blocking.read_sample(pair, **target) for pair in split.train]
+validation = [blocking.read_sample(pair, **target) for pair in split.validation]
 print(f"{len(train)} training volumes, {len(validation)} for validation")
 
 # %% [markdown]
@@ -142,7 +143,7 @@ def draw(seed, step):
     return ...
 
 
-check.q1(draw)
+exercises.q1(draw)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
@@ -240,7 +241,7 @@ def soft_dice(p, y):
     return ...
 
 
-check.q2(soft_dice)
+exercises.q2(soft_dice)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
@@ -387,7 +388,7 @@ def rate_of(layer, top, rate, decay):
     return ...
 
 
-check.q3(rate_of)
+exercises.q3(rate_of)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
@@ -412,7 +413,7 @@ def share(step, steps, warm):
     return ...
 
 
-check.q4(share)
+exercises.q4(share)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
@@ -494,8 +495,9 @@ how = (settings, target["tau"], fabric, watch)
 result = training.train(net, train, validation, run.folder, *how)
 print(f"best validation Dice {result.dice:.3f} at step {result.step}")
 # %% tags=["nbval-ignore-output"]
-threshold, dice = inference.calibrate(result.checkpoint, validation, device=device)
-print(f"whole validation volumes: Dice {dice:.3f} at threshold {threshold:.2f}")
+threshold, smallest, dice = inference.calibrate(result.checkpoint, validation, device=device)
+print(f"whole validation volumes: Dice {dice:.3f} at threshold {threshold:.2f},")
+print(f"without pieces of fewer than {smallest} voxels")
 
 # %%
 figure = plotting.learning(result.history)

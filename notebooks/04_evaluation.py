@@ -36,7 +36,9 @@ overlap = 0.25  # share by which neighbouring tiles overlap in y and x
 every = 1  # slices: 1 predicts all, 3 every third one, a sample of the volume
 flips = False  # average the predictions of four mirrored copies: four times the time
 device = "auto"  # "auto", "cpu" or "cuda"
-min_size = 200  # voxels; smaller pieces of the prediction are dropped, if all slices are there
+min_size = (
+    0  # voxels; smaller pieces of the prediction are dropped; 0: as chosen on validation neurons
+)
 filtered_too = True  # whether the filters are tried beside the network
 
 # %% tags=["bootstrap"]
@@ -60,9 +62,9 @@ import torch
 from IPython.display import Markdown, display
 from scipy import ndimage, stats
 
-from neurolib import baselines, blocking, datasets, devices, evaluation, inference, plotting
-from neurolib import runs, statistics, training, widgets
-from neurolib.check import evaluation as check
+from neurolib import blocking, devices, evaluation, inference, training
+from neurolib.course import baselines, plotting, runs, statistics, widgets
+from neurolib.course.exercises import evaluation as exercises
 
 run = runs.open_run(run_dir)
 target = runs.target_of(run)
@@ -83,9 +85,11 @@ target = runs.target_of(run)
 checkpoint = runs.checkpoint_of(run)
 _, facts = training.load_checkpoint(checkpoint)
 split = runs.split_of(run, data)
-tests = [datasets.read_sample(pair, **target) for pair in split.test]
+tests = [blocking.read_sample(pair, **target) for pair in split.test]
 training.check_unseen(facts, tests, checkpoint)
-print(f"{len(tests)} test volumes; threshold {facts['threshold']}, chosen on validation neurons")
+smallest = min_size or facts.get("min_size", inference.MIN_SIZE)
+print(f"{len(tests)} test volumes; chosen on validation neurons: threshold {facts['threshold']},")
+print(f"pieces of at least {smallest} voxels")
 
 # %% tags=["nbval-ignore-output"]
 options = {"overlap": overlap, "device": device, "every": every, "flips": flips}
@@ -141,7 +145,7 @@ plotting.show(figure, "probability", alt, run.figures)
 # dropped.
 
 # %% tags=["nbval-ignore-output"]
-held = [datasets.read_sample(pair, **target) for pair in split.validation]
+held = [blocking.read_sample(pair, **target) for pair in split.validation]
 images, masks = [s.image for s in held], [s.mask for s in held]
 names = baselines.FILTERS if filtered_too and held else ()
 filters = {name: baselines.choose(name, images, masks) for name in names}
@@ -151,7 +155,7 @@ display(Markdown(runs.table(baselines.describe(filters)) if filters else "none")
 filtered = {
     s.pair.name: {name: one.mask(s.image)[::every] for name, one in filters.items()} for s in tests
 }
-tests = [datasets.every_slice(s, every) for s in tests]  # compared on the predicted slices
+tests = [blocking.every_slice(s, every) for s in tests]  # compared on the predicted slices
 sample = tests[0]
 
 # %% [markdown]
@@ -203,8 +207,8 @@ print(runs.table(rows))
 # share of both surfaces that lies within 2 voxels of the other one: a trace that runs a voxel beside the
 # ridge of a thin neurite loses half of its Dice and nothing of that. The Betti-0 error is the difference of the numbers of connected pieces: a gap of one voxel
 # hardly changes Dice and Hd95, and is a branch less for the tracer. The threshold was chosen on
-# validation neurons: on the test neurons nothing is chosen. Pieces of fewer than `min_size` voxels are
-# dropped: a tube of radius 1.9 and length 18 has 200.
+# validation neurons: on the test neurons nothing is chosen. So was the size below which pieces are
+# dropped, together with it: a tube of radius 1.9 and length 18 has 200 voxels.
 
 # %%
 unit = evaluation.length_unit(s.spacing for s in tests)
@@ -225,7 +229,7 @@ cut, scores, by_filter = facts["threshold"], {}, {}
 for s in tests:
     name = s.pair.name
     mask = probability[name] >= cut
-    scores[name] = score(baselines.drop_small(mask, min_size) if every == 1 else mask, s)
+    scores[name] = score(evaluation.drop_small(mask, smallest) if every == 1 else mask, s)
     by_filter[name] = {method: score(mask, s) for method, mask in filtered[name].items()}
 run.record("neurons", scores)
 run.record("filters", by_filter)
@@ -273,7 +277,7 @@ def dice(a, b):
     return ...
 
 
-check.q1(dice)
+exercises.q1(dice)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
@@ -367,7 +371,7 @@ def mean_hd95(values, diagonals):
     return ...
 
 
-check.q2(mean_hd95)
+exercises.q2(mean_hd95)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
@@ -445,7 +449,7 @@ def interval(a, b):
     return ...
 
 
-check.q3(interval)
+exercises.q3(interval)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>

@@ -36,7 +36,7 @@ data = "synthetic"  # "synthetic", "bigneuron-janelia", "rendered:FOLDER" of SWC
 overlap = 0.25  # share by which neighbouring tiles overlap, as in notebook 04
 flips = False  # average the predictions of four mirrored copies, as in notebook 04
 device = "auto"  # "auto", "cpu" or "cuda"
-min_size = 200  # voxels; smaller pieces are dropped: a tube of radius 1.9 and length 18 has 200
+min_size = 0  # voxels; smaller pieces are dropped; 0: as chosen on validation neurons
 bridge = 15.0  # longest gap that is closed, in voxels of the finest axis
 real = "../data/results/ours.csv"  # tidy file that a sweep over real neurons has written
 
@@ -58,9 +58,9 @@ import numpy as np
 from IPython.display import Markdown, display
 from scipy.spatial import KDTree
 
-from neurolib import baselines, datasets, evaluation, inference, plotting, runs, study, swc, sweeps
-from neurolib import tracing, training, widgets
-from neurolib.check import tracing as check
+from neurolib import blocking, evaluation, inference, swc, tracing, training
+from neurolib.course import baselines, plotting, robustness, runs, sweeps, widgets
+from neurolib.course.exercises import tracing as exercises
 
 run = runs.open_run(run_dir)
 target = runs.target_of(run)
@@ -68,7 +68,7 @@ target = runs.target_of(run)
 # %% tags=["nbval-ignore-output"]
 checkpoint = runs.checkpoint_of(run)
 _, facts = training.load_checkpoint(checkpoint)
-tests = [datasets.read_sample(pair, **target) for pair in runs.split_of(run, data).test]
+tests = [blocking.read_sample(pair, **target) for pair in runs.split_of(run, data).test]
 options = {"overlap": overlap, "device": device, "flips": flips}
 probability = {
     s.pair.name: inference.predicted(
@@ -86,7 +86,8 @@ probability = {
 
 # %%
 sample, cut = tests[0], facts["threshold"]
-mask, _ = study.degrade(sample.mask, sample.tree, "cuts", 10)
+smallest = min_size or facts.get("min_size", inference.MIN_SIZE)
+mask, _ = robustness.degrade(sample.mask, sample.tree, "cuts", 10)
 xy = sample.tree.xyz[:, :2]
 crowd = KDTree(xy).query_ball_point(xy, 20, return_length=True)
 centre = xy[crowd.argmax()][::-1]
@@ -127,7 +128,7 @@ def distance(mask, spacing):
     return ...
 
 
-check.q1(distance)
+exercises.q1(distance)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
@@ -185,7 +186,7 @@ plotting.show(figure, "paths", alt, run.figures)
 # branch. The price: true branches that are shorter go, too.
 
 # %%
-rough, _ = study.degrade(mask, sample.tree, "noise", 0.3)
+rough, _ = robustness.degrade(mask, sample.tree, "noise", 0.3)
 rugged = tracing.find_foreground(rough, sample.spacing)
 depth = tracing.measure_radius(rugged)
 many = tracing.find_paths(rugged, depth, tracing.path_cost(rugged, depth))
@@ -235,7 +236,7 @@ def justified(a, out_a, b, out_b):
     return ...
 
 
-check.q2(justified)
+exercises.q2(justified)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
@@ -266,7 +267,7 @@ def parents_first(parent):
     return ...
 
 
-check.q3(parents_first)
+exercises.q3(parents_first)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
@@ -299,11 +300,11 @@ def strict(*arguments, **options):
     return tracing.trace(*arguments, **options, min_size=200)
 
 
-tracers = study.installed() | {"pieces ≥ 200": strict}
-rows = study.robustness(sample.mask, sample.tree, tracers, sample.spacing)
+tracers = robustness.installed() | {"pieces ≥ 200": strict}
+rows = robustness.robustness(sample.mask, sample.tree, tracers, sample.spacing)
 
 # %% tags=["nbval-ignore-output"]
-titles = {kind: words for kind, (words, _) in study.DAMAGE.items()}
+titles = {kind: words for kind, (words, _) in robustness.DAMAGE.items()}
 limits = {"recall": (0, 1.05), "precision": (0, 1.05), "ESA": (0, 4)}
 figure = plotting.multiples(rows, titles, limits)
 alt = "Recall, precision and ESA of the tracers against five kinds of growing damage."
@@ -326,15 +327,15 @@ plotting.show(figure, "robustness", alt, run.figures)
 # nothing about how many points differ, ESA nothing about where.
 #
 # Two trees are traced: from the prediction, and from the target itself. The second shows what the
-# tracer alone gets wrong; the rest is the network's. In the prediction, pieces below `min_size` are
-# dropped.
+# tracer alone gets wrong; the rest is the network's. In the prediction, pieces below the size
+# chosen on validation neurons are dropped.
 
 # %% tags=["nbval-ignore-output"]
 found = {"target": {}, "prediction": {}}
 for s in tests:
     options = {"spacing": s.spacing, "bridge": bridge}
     found["target"][s.pair.name] = tracing.trace(s.mask, **options)
-    options |= {"threshold": cut, "min_size": min_size}
+    options |= {"threshold": cut, "min_size": smallest}
     tree = tracing.attempt(probability[s.pair.name], **options)
     found["prediction"][s.pair.name] = tree
     if len(tree.xyz):
@@ -361,7 +362,7 @@ print(runs.table([evaluation.name_unit(row) for row in scores]))
 # %%
 name = sample.pair.name
 groups = {
-    f"traced from the {origin}": study.agreement(of[name], sample.tree, sample.spacing)
+    f"traced from the {origin}": robustness.agreement(of[name], sample.tree, sample.spacing)
     for origin, of in found.items()
 }
 alt = "Two trees over three projections each: correct parts blue, false orange, missed purple."
@@ -396,13 +397,13 @@ def retrace(threshold, smallest):
     tree = tracing.attempt(probability[name], threshold=threshold, **options)
     score = compared(tree, sample)
     words = ", ".join(f"{key} {score[key]:.2f}" for key in ("recall", "precision", "ESA"))
-    parts = study.agreement(tree, sample.tree, sample.spacing)
+    parts = robustness.agreement(tree, sample.tree, sample.spacing)
     return plotting.judged(sample.image, {f"{words} {unit}": parts})
 
 
 alt = "The tree traced at a threshold, judged against the reference; sliders move both settings."
 low = ipywidgets.FloatSlider(round(cut, 2), min=0.05, max=0.95, step=0.05, description="threshold")
-size = ipywidgets.IntSlider(min_size, 20, max(400, min_size), 20, description="min_size")
+size = ipywidgets.IntSlider(smallest, 1, 3000, description="min_size")
 widgets.explore(retrace, "retrace", alt, run.figures, threshold=low, smallest=size)
 
 # %% [markdown]
@@ -457,9 +458,10 @@ run.record("neurons", neurons)
 by_filter, rows = run.metrics().get("filters", {}), []
 for s in tests:
     for name, chosen in run.metrics().get("chosen", {}).items():
-        mask = baselines.drop_small(baselines.Baseline(**chosen).mask(s.image), min_size)
+        mask = baselines.Baseline(**chosen).mask(s.image)
         if mask.any():
-            tree = tracing.trace(mask, spacing=s.spacing, bridge=bridge, min_size=min_size)
+            options = {"bridge": bridge, "min_size": chosen["min_size"]}
+            tree = tracing.trace(mask, spacing=s.spacing, **options)
             score = compared(tree, s)
             by_filter[s.pair.name][name] |= score
             rows.append({"neuron": s.pair.name, "traced from": name, **evaluation.name_unit(score)})

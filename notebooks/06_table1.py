@@ -50,8 +50,8 @@ if "google.colab" in sys.modules and not Path("../neurolib").is_dir():  # on Col
 import ipywidgets
 from IPython.display import Markdown, display
 
-from neurolib import plotting, runs, statistics, sweeps, widgets
-from neurolib.check import table1 as check
+from neurolib.course import plotting, runs, statistics, sweeps, widgets
+from neurolib.course.exercises import table1 as exercises
 
 run = runs.open_run(run_dir)
 rows = sweeps.read_results(results)
@@ -193,7 +193,7 @@ def paired(ours, theirs):
     return ...
 
 
-check.q1(paired)
+exercises.q1(paired)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
@@ -217,7 +217,7 @@ def smallest_p(n):
     return ...
 
 
-check.q2(smallest_p)
+exercises.q2(smallest_p)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>

@@ -207,8 +207,8 @@ def stack(seed: int = 0, shape: tuple = (9, 64, 80)) -> np.ndarray:
 
 def train(folder: Path) -> None:
     """Four steps of a small network on two volumes."""
-    from neurolib.blocking import make_target
-    from neurolib.datasets import Pair, Sample
+    from neurolib.blocking import Sample, make_target
+    from neurolib.data.pairs import Pair
     from neurolib.network import NetworkSettings, build
     from neurolib.training import TrainingSettings, train
     from neurolib.volume import normalise
@@ -261,7 +261,8 @@ def sweep(folder: Path, source: Path, kernel: bool, workers: int = 1) -> None:
     """Two runs of a grid, in a kernel each or, cheaper, in this process."""
     import papermill
 
-    from neurolib import runs, swc, sweeps, volume
+    from neurolib import swc, volume
+    from neurolib.course import runs, sweeps
 
     if not (folder / "pairs").exists():
         with volume.atomic_path(folder / "pairs") as pairs:
@@ -314,7 +315,8 @@ def segment(folder: Path, checkpoint: Path) -> None:
 
 def segment_regions(folder: Path, checkpoint: Path, image: Path) -> None:
     """A Zarr on disk into another, one region at a time."""
-    from neurolib import large, volume
+    from neurolib import volume
+    from neurolib.course import large
 
     volume.CHUNKS = (3, 32, 32)
     folder.mkdir(exist_ok=True)
@@ -324,8 +326,9 @@ def segment_regions(folder: Path, checkpoint: Path, image: Path) -> None:
 
 def download(folder: Path, hub: str, archive: str, wait: float = 0.0, limit: int = 0) -> None:
     """Weights from a model hub, then the archive of a data set, into a cache."""
-    from neurolib import bigneuron, weights
-    from neurolib import download as downloading
+    from neurolib import weights
+    from neurolib.data import bigneuron
+    from neurolib.data import download as downloading
 
     use_hub(hub)
     os.environ |= {"NEUROLIB_CACHE": str(folder), "NEUROLIB_WEIGHTS": "", "NO_PROXY": "127.0.0.1"}
@@ -342,8 +345,8 @@ def download(folder: Path, hub: str, archive: str, wait: float = 0.0, limit: int
 
 def download_pairs(folder: Path, manifest: Path, address: str) -> None:
     """The raw files of a data set from a server, and the pairs made of them, into a cache."""
-    from neurolib import download as downloading
-    from neurolib import fly_larva
+    from neurolib.data import download as downloading
+    from neurolib.data import fly_larva
 
     os.environ |= {"NEUROLIB_CACHE": str(folder), "NEUROLIB_DATA": "", "NO_PROXY": "127.0.0.1"}
     os.environ[fly_larva.VARIABLE] = address
@@ -379,7 +382,7 @@ def write_slowly(path: Path) -> None:
 def parent_of_worker(folder: Path) -> None:
     from concurrent.futures import ProcessPoolExecutor
 
-    from neurolib.sweeps import _divide_cores
+    from neurolib.course.sweeps import _divide_cores
 
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(1, fork, _divide_cores, (1,)) as pool:
@@ -437,7 +440,8 @@ def write_all(folder: Path, checkpoint: Path, limit: int) -> dict[str, tuple[str
     """
     import torch
 
-    from neurolib import runs, swc, sweeps, training, volume
+    from neurolib import swc, training, volume
+    from neurolib.course import runs, sweeps
     from neurolib.errors import NeurolibError
     from neurolib.files import write_text
     from neurolib.training import load_checkpoint, save_checkpoint
@@ -518,7 +522,7 @@ def use_hub(address: str) -> None:
 
 def command(*arguments: object) -> int:
     """Exit status of ``neurolib ARGUMENTS``, in this process."""
-    from neurolib import cli
+    from neurolib.course import cli
 
     sys.argv = ["neurolib", *map(str, arguments)]
     try:
@@ -533,7 +537,9 @@ def facts(folder: Path, place: str = "", definitions: str = "") -> dict[str, str
 
     With `place`, under the conventions of that language, whose definitions are in a folder.
     """
-    from neurolib import datasets, runs, swc, sweeps, training, volume
+    from neurolib import blocking, swc, training, volume
+    from neurolib.course import runs, sweeps
+    from neurolib.data import datasets
     from neurolib.files import sha256, write_text
 
     if place:
@@ -560,7 +566,7 @@ def facts(folder: Path, place: str = "", definitions: str = "") -> dict[str, str
         "split": str([[pair.name for pair in part] for part in split]),
         "spacing": str(volume.read_volume(pairs / "a.tif").spacing),
     }
-    samples = [datasets.read_sample(pair) for pair in listed[:2]]
+    samples = [blocking.read_sample(pair) for pair in listed[:2]]
     blocks = training.BlockSource(samples, 3, 48, seed=1)
     found["blocks"] = str([blocks.places[blocks._row(k)].tolist() for k in range(20)])
     kinds = (".json", ".csv", ".swc", ".tif")

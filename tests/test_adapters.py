@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from skimage.morphology import skeletonize
 
-from neurolib import adapters
+from neurolib.course import adapters
 from neurolib.errors import NeurolibError, SettingsError, VolumeError
 from neurolib.evaluation import distance_to_tree, tree_distance, tree_scores
 from neurolib.swc import Tree, components, length, tips

@@ -6,34 +6,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from neurolib import baselines
+from neurolib.course import baselines
 from neurolib.errors import DataError, SettingsError
 from neurolib.evaluation import dice
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 3))
-def test_best_threshold_is_that_of_brute_force(seed, count):
+def test_threshold_and_size_are_those_of_brute_force(seed, count):
     rng = np.random.default_rng(seed)
-    responses = [rng.integers(0, 12, (3, 4, 5)) / 10 for _ in range(count)]
-    masks = [rng.random((3, 4, 5)) < 0.3 for _ in range(count)]
+    responses = [rng.integers(0, 12, (6, 14, 15)) / 10 for _ in range(count)]
+    masks = [rng.random((6, 14, 15)) < 0.3 for _ in range(count)]
     candidates = np.unique(responses)
-    threshold, score = baselines.best_threshold(responses, masks, candidates)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "SIZES", (1, 2, 4, 40))
+        threshold, size, score = baselines.choose_cut(responses, masks, candidates)
+    pairs = list(zip(responses, masks, strict=True))
+    alone = {cut: np.mean([dice(r >= cut, m) for r, m in pairs]) for cut in candidates}
     means = {
-        cut: np.mean([dice(r >= cut, m) for r, m in zip(responses, masks, strict=True)])
+        (cut, least): np.mean([dice(baselines.drop_small(r >= cut, least), m) for r, m in pairs])
         for cut in candidates
+        for least in (1, 2, 4, 40)
+        if alone[cut] >= 0.8 * max(alone.values())
     }
     assert score == pytest.approx(max(means.values()))
-    assert means[threshold] == pytest.approx(score)
+    assert means[threshold, size] == pytest.approx(score)
 
 
 def test_default_candidates_come_close_to_every_value():
     rng = np.random.default_rng(0)
     mask = rng.random((20, 60, 60)) < 0.003
     response = rng.normal(0, 1, mask.shape) + 4 * mask
-    _, every = baselines.best_threshold([response], [mask], np.unique(response))
-    _, score = baselines.best_threshold([response], [mask])
-    assert every - 0.02 < score <= every
+    *_, every = baselines.choose_cut([response], [mask], np.unique(response))
+    chosen = baselines.choose("threshold", [response], [mask])
+    assert every - 0.02 < chosen.dice <= every + 0.02
 
 
 @pytest.mark.parametrize("size", [0, 1, 2, 7, 50])

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from neurolib.runs import REPOSITORY
+from neurolib.course.runs import REPOSITORY
 from neurolib.swc import Tree
 
 STORED = json.loads((REPOSITORY / "data/results/bench.json").read_text(encoding="utf-8"))

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import servers
 
-from neurolib import bigneuron, datasets, download
-from neurolib.bigneuron import fetch_janelia
+from neurolib import blocking
+from neurolib.data import bigneuron, datasets, download
+from neurolib.data.bigneuron import fetch_janelia
+from neurolib.data.pairs import folder_pairs
 from neurolib.errors import DataError, SettingsError
 
 ROOT = "gold166/p_checked7_janelia_flylight_part1"
@@ -86,7 +88,7 @@ def leftovers(cache):
 
 def test_release_becomes_a_folder_of_pairs_of_whole_neurons(server, release, tmp_path):
     folder = fetch_janelia(server.url("good"), hash_of(release), tmp_path)
-    pairs = datasets.folder_pairs(folder)
+    pairs = folder_pairs(folder)
     assert len(pairs) == 45
     assert len(list(folder.iterdir())) == 90
     assert len({pair.neuron for pair in pairs}) == 45
@@ -95,7 +97,7 @@ def test_release_becomes_a_folder_of_pairs_of_whole_neurons(server, release, tmp
     name = "GMR_57C10_AD_01-m-A-20111007_B5-left_optic_lobe.v3draw.extract_1"
     (seventh,) = [pair for pair in pairs if pair.name == name]
     assert seventh.image.read_bytes() == v3draw(7)
-    sample = datasets.read_sample(seventh)
+    sample = blocking.read_sample(seventh)
     assert sample.image.shape == (5, 16, 24)
     assert sample.mask.any()
 
@@ -123,7 +125,7 @@ def test_address_hash_and_cache_come_from_the_environment(server, release, tmp_p
 
 
 def test_the_papers_numbers_of_neurons_can_be_split_off(server, release, tmp_path):
-    pairs = datasets.folder_pairs(fetch_janelia(server.url("good"), hash_of(release), tmp_path))
+    pairs = folder_pairs(fetch_janelia(server.url("good"), hash_of(release), tmp_path))
     split = datasets.split_by_neuron(pairs, test=4, validation=3)
     assert [len(part) for part in split] == [38, 3, 4]
 

@@ -16,7 +16,7 @@ import nbformat
 import pytest
 from browser import chromium, keep, needs_chromium, new_page
 
-from neurolib.runs import NOTEBOOKS, REPOSITORY
+from neurolib.course.runs import NOTEBOOKS, REPOSITORY
 
 pytestmark = needs_chromium
 # Seconds. Machines are shared: a limit tells a page that hangs from one that is slow.

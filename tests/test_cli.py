@@ -12,7 +12,8 @@ import pytest
 import tifffile
 
 import neurolib
-from neurolib import __version__, cli
+from neurolib import __version__
+from neurolib.course import cli
 from neurolib.errors import SettingsError
 from neurolib.network import NetworkSettings, Segmenter
 from neurolib.swc import Tree, read_swc, write_swc
@@ -155,7 +156,7 @@ def test_run_refuses_bad_trees(kind, pairs, tmp_path, capsys):
         (["-p", "layer_decay=inf"], "layer_decay=inf"),
         (["-p", "bridge=inf"], "bridge=inf"),
         (["-p", "tau=0"], "tau=0.0"),
-        (["-p", "min_size=0"], "min_size=0"),
+        (["-p", "min_size=-1"], "min_size=-1"),
         (["-p", "seed=-1"], "seed=-1"),
         (["-p", "loss=luck"], "loss='luck'"),
         (["-p", "predict=none"], "predict='none'"),
@@ -658,7 +659,7 @@ def test_interrupts_say_how_to_resume(tmp_path, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("neurolib.runs.run_course", interrupted)
+    monkeypatch.setattr("neurolib.course.runs.run_course", interrupted)
     assert call("run") == 130
     assert "run the same command again to resume" in capsys.readouterr().err
 

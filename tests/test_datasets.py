@@ -14,24 +14,20 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neurolib import datasets, synthesis
-from neurolib.blocking import make_target
-from neurolib.datasets import (
-    Pair,
-    Sample,
+from neurolib.blocking import Sample, every_slice, make_target, read_sample
+from neurolib.data import datasets, synthesis
+from neurolib.data.datasets import (
     Split,
-    every_slice,
-    folder_pairs,
     load_dataset,
     measure,
     name_from,
     read_manifest,
-    read_sample,
     rendered_pairs,
     split_by_neuron,
     synthetic_pairs,
     write_manifest,
 )
+from neurolib.data.pairs import Pair, folder_pairs
 from neurolib.errors import DataError, SettingsError, SwcError, VolumeError
 from neurolib.files import sha256
 from neurolib.swc import Tree, read_swc, write_swc

@@ -31,11 +31,13 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from neurolib import datasets, files, runs, swc, sweeps, training, volume, weights
+from neurolib import blocking, files, swc, training, volume, weights
+from neurolib.course import runs, sweeps
+from neurolib.data import datasets
 from neurolib.errors import NeurolibError, SettingsError
 
 REPOSITORY = runs.REPOSITORY
-sys.path.insert(0, str(REPOSITORY / "notebooks"))
+sys.path.insert(0, str(REPOSITORY / "tools"))
 build = importlib.import_module("build")
 sys.path.pop(0)
 ALL = bool(os.environ.get("NEUROLIB_FAULTS"))
@@ -330,7 +332,7 @@ def test_files_that_vanish_between_two_looks(tmp_path, checkpoint, count, monkey
     listed = datasets.load_dataset(str(pairs))
     for path, pair in ((listed[1].image, listed[1]), (listed[2].swc, listed[2])):
         path.unlink()
-        refused(lambda _, pair=pair: datasets.read_sample(pair), path)
+        refused(lambda _, pair=pair: blocking.read_sample(pair), path)
         count("vanishing inputs")
 
 
@@ -517,7 +519,7 @@ def unsafe(source):
 def test_no_code_of_ours_runs_what_it_reads(count):
     for bad in ("eval(x)", "subprocess.run(x, shell=True)", "torch.load(x)", "z.extractall()"):
         assert list(unsafe(bad))
-    folders = ("neurolib", "notebooks", "benchmarks", "binder", "docs")
+    folders = ("neurolib", "notebooks", "tools", "benchmarks", "binder", "docs")
     paths = [path for folder in folders for path in (REPOSITORY / folder).rglob("*.py")]
     assert len(paths) > 40
     for path in paths:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from figures import LIMIT, Comparison, difference, figures
 
-from neurolib import plotting
+from neurolib.course import plotting
 
 
 def curve(shift: float = 0.0, title: str = "Dice", noise: float = 0.0) -> bytes:

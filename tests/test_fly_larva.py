@@ -22,20 +22,12 @@ import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neurolib import (
-    baselines,
-    cli,
-    datasets,
-    evaluation,
-    fly_larva,
-    inference,
-    runs,
-    sweeps,
-    training,
-)
+from neurolib import blocking, evaluation, inference, training
 from neurolib.blocking import make_target
+from neurolib.course import baselines, cli, runs, sweeps
+from neurolib.data import datasets, fly_larva
+from neurolib.data.fly_larva import FINAL, load_fly_larva, repair_trace
 from neurolib.errors import DataError, NeurolibError, SettingsError
-from neurolib.fly_larva import FINAL, load_fly_larva, repair_trace
 from neurolib.swc import components, length, read_swc
 from neurolib.volume import read_volume
 
@@ -291,7 +283,7 @@ def test_a_folder_of_pairs_stands_in_for_the_download(own, server, monkeypatch, 
     check_pairs(load_fly_larva())
     check_pairs(load_fly_larva("fly-larva-final"), NAMES[3:])
     # Notebooks, which run in another folder, find it by the same variable.
-    code = "from neurolib import datasets; print(datasets.stand_in('fly-larva'))"
+    code = "from neurolib.data import pairs; print(pairs.stand_in('fly-larva'))"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True
     )
@@ -361,7 +353,7 @@ def test_nothing_trains_on_the_final_neurons(own, monkeypatch, tmp_path, capsys)
         with pytest.raises(DataError, match="final test set"):
             datasets.split_by_neuron(pairs)
     runs = ["--folder", str(tmp_path / "runs")]
-    grid = str(Path(cli.__file__).parents[1] / "profiles" / "table1-cpu.yaml")
+    grid = str(Path(cli.__file__).parents[2] / "profiles" / "table1-cpu.yaml")
     for command in (["run"], ["train"], ["sweep", grid]):
         with pytest.raises(NeurolibError, match="final test set"):
             cli.app([*command, "--data", "fly-larva-final", *runs], standalone_mode=False)
@@ -399,7 +391,7 @@ def test_a_finished_checkpoint_is_evaluated_on_the_final_neurons(own, monkeypatc
     (name,) = run.metrics()["neurons"]
     assert name == FINAL[0]
     network, facts = training.load_checkpoint(checkpoint)
-    sample = datasets.read_sample(split.test[0])
+    sample = blocking.read_sample(split.test[0])
     mask = inference.predict_volume(network, sample.image, 0.25) >= facts["threshold"]
     mask = baselines.drop_small(mask, 200)
     score = run.metrics()["neurons"][name]["Dice"]
@@ -523,18 +515,18 @@ def test_the_manifest_comes_with_the_package(published):
     assert sum(len(entry["slices"]) + 1 for entry in published["pairs"]) == 1429
     hashes = [h for e in published["pairs"] for h in (*e["slices"].values(), *e["trees"])]
     assert all(len(h) == 64 for h in hashes)
-    project = Path(cli.__file__).parents[1] / "pyproject.toml"
+    project = Path(cli.__file__).parents[2] / "pyproject.toml"
     assert 'neurolib = ["*.json"]' in project.read_text()
 
 
 def test_importing_a_data_set_loads_no_torch():
-    code = "import sys; from neurolib import bigneuron, datasets, fly_larva; "
+    code = "import sys; from neurolib.data import bigneuron, datasets, fly_larva; "
     code += "sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
 
 
 def test_profiles_name_data_that_anybody_can_get_and_never_a_final_neuron():
-    root = Path(cli.__file__).parents[1]
+    root = Path(cli.__file__).parents[2]
     grids = [sweeps.read_grid(path) for path in root.glob("profiles/*-cpu.yaml")]
     assert len(grids) >= 4
     for grid in grids:

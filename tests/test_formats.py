@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from numcodecs import Blosc, GZip, Zstd
 from PIL import Image, ImageSequence
 
-from neurolib import formats
+from neurolib.data import formats
 from neurolib.errors import VolumeError
 from neurolib.volume import normalise, read_volume
 

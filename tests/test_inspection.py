@@ -11,11 +11,12 @@ import pytest
 import zarr
 from tifffile import imread, imwrite
 
-from neurolib import inspection, swc, synthesis
-from neurolib.datasets import folder_pairs
+from neurolib import swc
+from neurolib.data import inspection, synthesis
+from neurolib.data.formats import LazyStack
+from neurolib.data.inspection import inspect_files
+from neurolib.data.pairs import folder_pairs
 from neurolib.errors import NeurolibError, NeurolibWarning
-from neurolib.formats import LazyStack
-from neurolib.inspection import inspect_files
 from neurolib.volume import write_volume
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
@@ -182,7 +183,7 @@ def test_bad_files_are_named_and_the_others_read(folder):
 
 
 def test_the_command(folder):
-    command = [sys.executable, "-m", "neurolib.cli", "inspect"]
+    command = [sys.executable, "-m", "neurolib.course.cli", "inspect"]
     done = subprocess.run([*command, folder], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "no other fits better" in done.stdout

@@ -13,13 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from neurolib import large, volume
-from neurolib.adapters import as_probability
-from neurolib.errors import NeurolibError, SettingsError
-from neurolib.evaluation import tree_scores
-from neurolib.formats import LazyStack
-from neurolib.inference import empty_level, predict_volume
-from neurolib.large import (
+from neurolib import volume
+from neurolib.course import large
+from neurolib.course.adapters import as_probability
+from neurolib.course.large import (
     Mapped,
     normalised,
     predict_large,
@@ -27,6 +24,10 @@ from neurolib.large import (
     stored_boxes,
     thresholded,
 )
+from neurolib.data.formats import LazyStack
+from neurolib.errors import NeurolibError, SettingsError
+from neurolib.evaluation import tree_scores
+from neurolib.inference import empty_level, predict_volume
 from neurolib.network import NetworkSettings, Segmenter
 from neurolib.swc import Tree, read_swc
 from neurolib.tracing import trace
@@ -473,7 +474,8 @@ SEGMENT = """
 import json, resource, sys
 from types import SimpleNamespace
 import torch
-from neurolib import cli, large, training
+from neurolib import training
+from neurolib.course import cli, large
 
 class Passes(torch.nn.Module):
     settings = SimpleNamespace(depth=5, block=100, predict="center")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neurolib import runs
+from neurolib.course import runs
 from neurolib.errors import SettingsError
 from neurolib.parameters import RANGES, TRUTH, check_range, read_as
 

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from neurolib import plotting
+from neurolib.course import plotting
 from neurolib.swc import Tree
 
 matplotlib.use("agg")

@@ -1,6 +1,7 @@
 """The repository as a whole: its environment files, the Makefile, and the notebooks' form."""
 
 import ast
+import graphlib
 import importlib.util
 import json
 import os
@@ -109,6 +110,46 @@ def imported_modules(source):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module
+
+
+# Who may import whom: the course everything, the method itself and the data, the data only what
+# both of them stand on.
+GROUND = {"neurolib", "errors", "files", "volume", "swc"}
+
+
+def package_imports():
+    """Each module of the package, by its path without "neurolib.", with those that it imports."""
+    paths = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (ROOT / "neurolib").rglob("*.py")
+    }
+    short = {name: name.removeprefix("neurolib.") for name in paths}
+    for name, path in paths.items():
+        named = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module in paths:
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                named |= {one if one in paths else node.module for one in names}
+        yield short[name], {short[one] for one in named - {name}}
+
+
+def test_imports_run_from_course_to_method_to_data_and_in_no_circle():
+    imports = dict(package_imports())
+    assert len(imports) > 30
+    for module, named in imports.items():
+        if module.startswith("data."):
+            assert all(one in GROUND or one.startswith("data.") for one in named), module
+        elif not module.startswith("course") and module != "neurolib":
+            assert not any(one.startswith("course") for one in named), module
+    # `neurolib` gives everybody its version and imports the method only when it is asked for it.
+    graph = {module: named - {"neurolib"} for module, named in imports.items()}
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    assert order.index("data.formats") < order.index("blocking") < order.index("course.cli")
+
+
+def test_a_data_set_is_imported_without_torch():
+    code = "import sys, neurolib.data.datasets; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_what_the_package_imports_is_declared():
@@ -281,8 +322,8 @@ def test_make_names_the_python_it_needs(clone):
 
 
 def load(name):
-    """A module of the notebooks' folder, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"notebooks/{name}.py")
+    """A module of the tools, whose folder is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -12,8 +12,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from neurolib import datasets, runs, swc, sweeps, synthesis, volume
-from neurolib.baselines import FILTERS
+from neurolib import swc, volume
+from neurolib.course import runs, sweeps
+from neurolib.course.baselines import FILTERS
+from neurolib.data import datasets, pairs, synthesis
 from neurolib.errors import DataError, SettingsError, WeightsError
 
 GRID = """\
@@ -265,7 +267,7 @@ def test_a_sample_of_the_slices_gives_no_tree(tmp_path):
 def test_a_run_that_traces_gives_rows_with_the_scores_of_its_trees(tmp_path):
     image = tmp_path / "cell1.npy"
     np.save(image, np.arange(144, dtype=np.uint8).reshape(3, 4, 12))
-    pair = datasets.Pair("cell1", "cell", image, image, "real")
+    pair = pairs.Pair("cell1", "cell", image, image, "real")
     run = runs.open_run(tmp_path / "run")
     datasets.write_manifest(run.path("split.json"), datasets.Split((), (), (pair,)), 0)
     record = {"seconds": 20, "key": "0" * 64}
@@ -510,7 +512,8 @@ def test_a_run_in_which_nothing_is_found_goes_on_to_its_report(data, tmp_path, m
 
 
 def test_a_key_follows_the_modules_that_compute_and_no_others():
-    code = "!pip install x\nfrom neurolib import training, plotting, runs\nimport numpy"
+    code = "!pip install x\nfrom neurolib import training\n"
+    code += "from neurolib.course import plotting, runs\nimport numpy"
     names = {path.stem for path in runs.modules_of(code)}
     # What training imports, and what that imports in turn.
     assert {"training", "network", "inflation", "blocking", "volume", "formats", "swc"} <= names

@@ -12,12 +12,12 @@ from scipy import ndimage
 from typer.testing import CliRunner
 
 from neurolib.blocking import make_target
-from neurolib.cli import app, main
+from neurolib.course.cli import app, main
+from neurolib.course.scores import MISSES, NO_TREE, SCORES, evaluate, evaluate_files
+from neurolib.data.synthesis import grow
 from neurolib.errors import NeurolibError
 from neurolib.evaluation import dice, hd95, surface_dice, tree_distance, tree_scores
-from neurolib.scores import MISSES, NO_TREE, SCORES, evaluate, evaluate_files
 from neurolib.swc import Tree, length, write_swc
-from neurolib.synthesis import grow
 from neurolib.tracing import trace
 from neurolib.volume import write_volume
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from browser import chromium, keep, needs_chromium, new_page
 
-from neurolib.runs import NOTEBOOKS, REPOSITORY
+from neurolib.course.runs import NOTEBOOKS, REPOSITORY
 
 # What a browser fetches by itself, and the attribute that says from where.
 FETCHED = {"img": "src", "script": "src", "link": "href", "iframe": "src", "source": "src"}

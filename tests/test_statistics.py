@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from neurolib.errors import NeurolibError, SettingsError
-from neurolib.statistics import (
+from neurolib.course.statistics import (
     aggregate,
     by_neuron,
     compare_networks,
@@ -18,6 +17,7 @@ from neurolib.statistics import (
     spreads,
     t_interval,
 )
+from neurolib.errors import NeurolibError, SettingsError
 
 
 def share_covered(experiments: list[np.ndarray]) -> float:

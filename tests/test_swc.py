@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from neurolib.data.synthesis import grow, render
 from neurolib.errors import DataError, SettingsError, SwcError
 from neurolib.swc import (
     Tree,
@@ -29,7 +30,6 @@ from neurolib.swc import (
     transform,
     write_swc,
 )
-from neurolib.synthesis import grow, render
 from neurolib.volume import Volume, read_volume
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"

@@ -12,10 +12,8 @@ import pytest
 import tifffile
 from scipy.ndimage import map_coordinates
 
-from neurolib import datasets
-from neurolib.errors import NeurolibError, SettingsError, SwcError, VolumeError
-from neurolib.swc import Tree, components, length, read_swc, take
-from neurolib.synthesis import (
+from neurolib.data import datasets
+from neurolib.data.synthesis import (
     GOLD_RANGES,
     MARGIN,
     MAX_VOXELS,
@@ -30,6 +28,8 @@ from neurolib.synthesis import (
     render_extract,
     statistics,
 )
+from neurolib.errors import NeurolibError, SettingsError, SwcError, VolumeError
+from neurolib.swc import Tree, components, length, read_swc, take
 from neurolib.volume import Volume
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
@@ -323,7 +323,7 @@ def test_extracts_are_not_built_of_trees_in_other_units():
 
 def test_calibration_tells_inside_from_outside():
     # Not at the head: another process imports this file and needs no notebooks.
-    from neurolib.runs import table
+    from neurolib.course.runs import table
 
     found = [{"tips": 8.0, "dice": 0.39549, "length": 250.0}, {"tips": 400.0, "dice": 0.3}]
     rows = calibration(found)

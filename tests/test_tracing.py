@@ -14,9 +14,9 @@ from scipy.spatial import KDTree
 
 from neurolib import tracing
 from neurolib.blocking import make_target
+from neurolib.data.formats import boxes
 from neurolib.errors import NeurolibError, SettingsError, VolumeError
 from neurolib.evaluation import distance_to_tree, sample_edges, tree_distance, tree_scores
-from neurolib.formats import boxes
 from neurolib.swc import Tree, densify, read_swc, tips, write_swc
 from neurolib.tracing import (
     background_shell,

@@ -15,9 +15,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from neurolib import runs, swc, synthesis, training, volume
-from neurolib.blocking import make_target
-from neurolib.datasets import Pair, Sample
+from neurolib import swc, training, volume
+from neurolib.blocking import Sample, make_target
+from neurolib.course import runs
+from neurolib.data import synthesis
+from neurolib.data.pairs import Pair
 from neurolib.errors import DataError, SettingsError, WeightsError
 from neurolib.network import NetworkSettings, Segmenter, build
 from neurolib.swc import Tree
@@ -1065,7 +1067,7 @@ def test_torchrun_trains_and_the_notebook_goes_on_from_there(tmp_path, data):
     """Two processes with sockets between them; the notebook finds nothing left to train."""
     given = [part for item in SMALL.items() for part in ("-p", "{}={}".format(*item))]
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "neurolib.cli", "train", "--data", str(data), "--profile", "empty"]
+    command += ["-m", "neurolib.course.cli", "train", "--data", str(data), "--profile", "empty"]
     done = subprocess.run(
         [sys.executable, *command, "--name", "x", "--folder", str(tmp_path), *given],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -12,7 +12,7 @@ import pytest
 from ipywidgets.widgets.widget import _instances
 from PIL import Image
 
-from neurolib import plotting, runs, widgets
+from neurolib.course import plotting, runs, widgets
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""What makes the method a course: command line, runs, sweeps, figures, exercises."""

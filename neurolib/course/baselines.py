@@ -1,0 +1,110 @@
+"""What a few lines can do without learning: a filter, one threshold, and no small pieces.
+
+A network that does not beat these has learnt nothing that is worth its training. Their parameters
+are chosen as a network's threshold is: on the validation neurons, one value for all volumes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from neurolib.errors import DataError, SettingsError
+from neurolib.evaluation import choose_cut, drop_small
+
+# Each filter with the settings that are tried, in voxels. Ridges: Sato et al. 1998.
+FILTERS: dict[str, tuple[tuple[float, ...], ...]] = {
+    "threshold": ((),),
+    "difference of Gaussians": ((1, 6), (1.5, 6), (1.5, 8)),
+    "ridge filter": ((1, 2), (2, 3)),
+}
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A filter with the settings, threshold and smallest piece that were best on validation."""
+
+    name: str
+    settings: tuple[float, ...]
+    threshold: float
+    min_size: int
+    dice: float  # mean over the validation volumes
+
+    def mask(self, image: np.ndarray) -> np.ndarray:
+        """The segmentation (z, y, x) of a normalised image."""
+        return drop_small(respond(self.name, image, self.settings) >= self.threshold, self.min_size)
+
+
+def respond(name: str, image: np.ndarray, settings: Sequence[float] = ()) -> np.ndarray:
+    """Response of a filter, higher where a bright thread is more likely.
+
+    Parameters
+    ----------
+    name : {"threshold", "difference of Gaussians", "ridge filter"}
+        The image itself; a narrow Gaussian minus a wide one; Sato's ridge filter of scikit-image.
+    image : (z, y, x) array
+        Normalised to [0, 1].
+    settings : sequence of float
+        Standard deviations of the two Gaussians, or scales of the ridges, in voxels.
+
+    Returns
+    -------
+    (z, y, x) float32 array
+    """
+    if name == "threshold":
+        return image
+    if name == "difference of Gaussians":
+        narrow, wide = (ndimage.gaussian_filter(image, sigma, truncate=3) for sigma in settings)
+        return narrow - wide
+    if name == "ridge filter":
+        from skimage.filters import sato  # half a second
+
+        return sato(image, settings, black_ridges=False).astype(np.float32)
+    raise SettingsError(f"filter {name!r}: expected one of {', '.join(FILTERS)}")
+
+
+def choose(name: str, images: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> Baseline:
+    """Choose settings, threshold and smallest piece of a filter on validation volumes.
+
+    Parameters
+    ----------
+    name : str
+        One of `FILTERS`.
+    images, masks : sequences of (z, y, x) arrays
+        Normalised images and their targets.
+
+    Returns
+    -------
+    Baseline
+
+    Raises
+    ------
+    DataError
+        If there is no validation volume.
+    """
+    if not len(masks):
+        raise DataError("no validation volume; hold out at least one neuron for validation")
+    best = None
+    for settings in FILTERS[name]:
+        responses = [respond(name, image, settings) for image in images]
+        some = np.concatenate([response.ravel()[::17] for response in responses])
+        candidates = np.unique(np.quantile(some, 1 - np.geomspace(1e-4, 0.5, 256)))
+        cut = choose_cut(responses, masks, candidates)
+        if best is None or cut[-1] > best.dice:
+            best = Baseline(name, settings, *cut)
+    return best
+
+
+def describe(found: Mapping[str, Baseline]) -> list[dict]:
+    """A row for each baseline: what was chosen, and its Dice on the validation volumes."""
+    return [
+        {
+            "filter": one.name,
+            "scales": ", ".join(f"{scale:g}" for scale in one.settings),
+            "threshold": one.threshold,
+            "smallest piece": one.min_size,
+            "validation Dice": one.dice,
+        }
+        for one in found.values()
+    ]

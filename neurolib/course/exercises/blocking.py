@@ -1,0 +1,98 @@
+"""Questions of notebook 01: frames, the target, blocks."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from neurolib.blocking import block_starts, tube_radius
+from neurolib.course.exercises import call, question
+
+A, D_MAX = 6.0, 5.0  # of the response, Sironi et al.
+
+
+@question("coordinates are x, y, z, spacings are dz, dy, dx: you turned one of them round.")
+def q1(to_voxels: Callable) -> str:
+    """Coordinates (n, 3) x, y, z in µm and a spacing (dz, dy, dx) in µm give voxels."""
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        spacing = rng.uniform(0.1, 3, 3)
+        voxels = rng.uniform(0, 400, (7, 3))
+        microns = voxels * spacing[::-1]
+        found = np.asarray(call(to_voxels, microns.copy(), tuple(spacing)), float)
+        if found.shape != voxels.shape:
+            return f"Seven points went in as an array (7, 3), {found.shape} came back."
+        if np.allclose(found, voxels):
+            continue
+        if np.allclose(found, microns / spacing):
+            return "The spacing is (dz, dy, dx) and a point is (x, y, z): turn one of them round."
+        if np.allclose(found, microns * spacing[::-1]) or np.allclose(found, microns * spacing):
+            return "A point at 10 µm with 2 µm between voxels is at voxel 5: divide."
+        if np.allclose(found, np.rint(voxels)) or np.allclose(found, np.floor(voxels)):
+            return "A node may lie between voxels: do not round."
+        if np.allclose(found - voxels, (found - voxels)[0]):
+            return "Voxel centres lie at whole numbers: nothing is to be added or taken away."
+        return "With a spacing of (2, 1, 1), the point (8, 8, 8) µm is the voxel (8, 8, 4)."
+    return ""
+
+
+@question("this is the threshold that asks for a tube of that radius.")
+def q2(threshold: Callable) -> str:
+    """A radius in voxels, below d_M, gives the threshold of the tube of that radius."""
+    for radius in np.linspace(0.3, 4.8, 19):
+        found = float(call(threshold, float(radius)))
+        exact = np.expm1(A * (1 - radius / D_MAX)) / np.expm1(A)
+        if np.isclose(found, exact, rtol=1e-3):
+            continue
+        if np.isclose(found, np.exp(A * (1 - radius / D_MAX)) / np.exp(A), rtol=1e-3):
+            return "Nearly: without the two -1 the response does not fall to 0 at D = d_M."
+        if np.isclose(found, np.expm1(A * (1 - radius / D_MAX)), rtol=1e-3):
+            return "On the centreline the response is 1: divide by its largest value."
+        if np.isclose(found, np.expm1(A * (1 - 2 * radius / D_MAX)) / np.expm1(A), rtol=1e-3):
+            return "D is the distance from the centreline: the radius, not the diameter."
+        if 0 < found < 1:
+            return (
+                f"For radius {radius:.2f} your threshold {found:.3g} gives a tube of radius "
+                f"{tube_radius(found):.2f}: put D = radius into the equation of y(D)."
+            )
+        return f"A threshold lies between 0 and 1; for radius {radius:.2f} you gave {found:.3g}."
+    return ""
+
+
+@question("every voxel is covered, and no block leaves the volume.")
+def q3(starts: Callable) -> str:
+    """Size of an axis, of a block and a stride give the first voxels of all blocks."""
+    rng = np.random.default_rng(3)
+    cases = [(250, 100, 100), (300, 100, 100), (100, 100, 50)]
+    cases += [
+        (int(size), int(block), int(rng.integers(1, block + 1)))
+        for block in rng.integers(1, 40, 40)
+        for size in [block + rng.integers(0, 200)]
+    ]
+    for size, block, stride in cases:
+        found = np.asarray(call(starts, size, block, stride))
+        about = f"(size {size}, block {block}, stride {stride})"
+        if found.ndim != 1 or not len(found) or found.dtype.kind not in "iu":
+            return f"Give a list of whole numbers {about}."
+        if len(set(found.tolist())) < len(found):
+            return f"One start comes twice {about}: take care where the stride fits exactly."
+        if found.max() > size - block:
+            return (
+                f"The block that begins at {found.max()} ends at {found.max() + block} {about}: "
+                "move the last one inward."
+            )
+        covered = np.zeros(size, bool)
+        for start in found:
+            if start < 0:
+                return f"A block begins at {start} {about}: no voxel has such a number."
+            covered[start : start + block] = True
+        if not covered.all():
+            return (
+                f"Voxel {int(np.argmin(covered))} is in no block {about}: the last block must end "
+                "with the volume."
+            )
+        if sorted(found.tolist()) != block_starts(size, block, stride).tolist():
+            return (
+                f"All is covered, with other blocks than necessary {about}: begin at 0, go on by "
+                "the stride, and move only the last block."
+            )
+    return ""

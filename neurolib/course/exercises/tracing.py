@@ -1,0 +1,140 @@
+"""Questions of notebook 05: radius, bridges, the order of an SWC file."""
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy import ndimage
+
+from neurolib.course.exercises import call, question
+
+LONGEST, ANGLE = 15.0, 60.0  # of a bridge, in voxels and degrees
+
+
+@question("distances are in the unit of the spacing, whatever the shape of a voxel.")
+def q1(radius: Callable) -> str:
+    """A mask (z, y, x) and a spacing (dz, dy, dx) give the distance to the background."""
+    rng = np.random.default_rng(1)
+    for spacing in [(1.0, 1.0, 1.0), (3.0, 1.0, 1.0), (2.0, 0.5, 0.25), (1.0, 2.0, 4.0)]:
+        mask = ndimage.binary_dilation(rng.random((9, 10, 11)) < 0.02, iterations=3)
+        mask[0, 0, 0] = False
+        found = np.asarray(call(radius, mask.copy(), spacing), float)
+        if found.shape != mask.shape:
+            return f"The mask has the shape {mask.shape}, your answer {found.shape}: one each."
+        exact = ndimage.distance_transform_edt(mask, sampling=spacing)
+        if np.allclose(found[mask], exact[mask]):
+            continue
+        plain, step = ndimage.distance_transform_edt(mask), np.array(spacing)
+        mistakes = [
+            (exact**2, "That is the square of the distance: take the root."),
+            (ndimage.distance_transform_edt(mask, sampling=spacing[::-1]), "Do not turn it round."),
+            (plain, "You count voxels; a step along z is longer than one along x."),
+            *((plain * f, "One factor does not do: axes differ.") for f in {*step, step.mean()}),
+        ]
+        for wrong, hint in mistakes:
+            if np.allclose(found[mask], wrong[mask]):
+                return f"Spacing {spacing}, as the array's axes (z, y, x): {hint}"
+        if not found[mask].any():
+            return "It is 0 in all of the foreground: ask for the distance of the foreground."
+        worst = np.unravel_index(np.argmax(np.where(mask, np.abs(found - exact), 0)), mask.shape)
+        return (
+            f"Spacing {spacing}: at {tuple(map(int, worst))} you say {found[worst]:.2f}; the "
+            f"nearest background voxel is {exact[worst]:.2f} away."
+        )
+    return ""
+
+
+def _cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def _is_short(a, out_a, b, out_b) -> bool:
+    return np.linalg.norm(b - a) <= LONGEST
+
+
+def _faces(a, out_a, b, out_b) -> bool:
+    return _cosine(out_a, b - a) >= np.cos(np.radians(ANGLE))
+
+
+def _is_faced(a, out_a, b, out_b) -> bool:
+    return _faces(b, out_b, a, out_a)
+
+
+@question("near, and each end points at the other: that is worth a guess.")
+def q2(justified: Callable) -> str:
+    """Two ends and their outward steps, each (3,) in voxels, give whether to bridge."""
+    rng = np.random.default_rng(2)
+    cases = []
+    for _ in range(400):
+        a, out_a, out_b = rng.uniform(0, 50, 3), *rng.normal(size=(2, 3)) * [[3.0], [9.0]]
+        cases.append((a, out_a, a + rng.normal(size=3) * 7, out_b))
+    found = [call(justified, *(part.copy() for part in case)) for case in cases]
+    if not all(isinstance(answer, bool | np.bool_) for answer in found):
+        return f"Give True or False; you gave {found[0]!r}."
+    short, faces, faced = (
+        np.array([test(*case) for case in cases]) for test in (_is_short, _faces, _is_faced)
+    )
+    exact = short & faces & faced
+    # Mistakes are told by the whole pattern of answers, not by one of them.
+    back = np.array([_cosine(o, a - b) >= 0.5 for a, _, b, o in cases])
+    same_way = np.array([_cosine(o, b - a) >= 0.5 for a, _, b, o in cases])
+    away = np.array([_cosine(o, a - b) >= 0.5 for a, o, b, _ in cases])
+    either = (faces | away) & (back | same_way)
+    plain = np.array([p @ (b - a) >= 0.5 and q @ (a - b) >= 0.5 for a, p, b, q in cases])
+    wide = np.array([_cosine(p, b - a) >= 0 <= _cosine(q, a - b) for a, p, b, q in cases])
+    mistakes = [
+        (short, "Near is not enough: parallel neurites are near, too. Look where the ends point."),
+        (faces & faced, f"Two ends 100 voxels apart may point at each other; allow {LONGEST:g}."),
+        (short & faces, "The second end has a direction, too: it must point back at the first."),
+        (short & faced, "The first end has a direction, too: it must point at the second."),
+        (short & faces & same_way, "Seen from b the way to a is a - b, not b - a."),
+        (short & away & same_way, "You accept ends that point away from each other: turn the gap."),
+        (short & either, "An end that points away is no candidate: take no absolute value."),
+        (short & plain, "A scalar product is a cosine only of steps of length 1: divide by both."),
+        (short & wide, f"Within 90 degrees is half of all directions; ask for {ANGLE:g}."),
+        (short & (faces | faced), "Both ends must point at the other, not one of them."),
+        (~exact, "That is the opposite."),
+    ]
+    if np.array_equal(found, exact):
+        return ""
+    for wrong, hint in mistakes:
+        if np.array_equal(found, wrong):
+            return hint
+    k = int(np.argmax(np.array(found) != exact))
+    a, p, b, q = cases[k]
+    angles = [np.degrees(np.arccos(c)) for c in (_cosine(p, b - a), _cosine(q, a - b))]
+    return (
+        f"Ends {np.linalg.norm(b - a):.1f} voxels apart, {angles[0]:.0f} and {angles[1]:.0f} "
+        f"degrees off the way to each other: {bool(exact[k])} is expected."
+    )
+
+
+@question("any forest can be written as an SWC file now.")
+def q3(parents_first: Callable) -> str:
+    """Rows of parents (n,), -1 for a root, give the rows with every parent before its children."""
+    rng = np.random.default_rng(3)
+    for n, roots in [(6, 1), (1, 1), (12, 3), (200, 4), (3000, 1)]:
+        parent = np.concatenate([np.full(roots, -1), np.arange(n - roots)])
+        if n < 1000:  # the last one is a chain: too deep for a function that calls itself
+            parent[roots:] = [rng.integers(0, k) for k in range(roots, n)]
+        shuffled = rng.permutation(n)
+        mixed = np.empty(n, int)
+        mixed[shuffled] = np.where(parent < 0, -1, shuffled[parent])
+        order = np.asarray(call(parents_first, mixed.copy()))
+        about = f"({n} nodes, {roots} {'root' if roots == 1 else 'roots'})"
+        if order.ndim != 1 or order.dtype.kind not in "iu":
+            return f"Give a list of rows, whole numbers {about}."
+        if len(order) < n and len(set(order.tolist())) == len(order):
+            return f"{n - len(order)} of the rows are missing {about}: there may be several roots."
+        if sorted(order.tolist()) != list(range(n)):
+            return f"Each row once {about}: give the rows in their new order, not their parents."
+        place = np.argsort(order)
+        child = np.flatnonzero(mixed >= 0)
+        late = child[place[mixed[child]] > place[child]]
+        if len(child) and len(late) == len(child):
+            return f"Children come first {about}: turn the order round."
+        if len(late):
+            return (
+                f"Row {late[0]} comes before its parent, row {mixed[late[0]]} {about}: numbers say "
+                "nothing about who is whose parent."
+            )
+    return ""

@@ -1,0 +1,177 @@
+"""Questions of notebook 03: randomness that can go on, soft Dice, rates by layer and by step."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from neurolib.course.exercises import call, question
+
+FLOOR = 0.01  # of the peak rate, at the end of the schedule
+
+
+@question("step k draws the same numbers, whatever was drawn before.")
+def q1(draw: Callable) -> str:
+    """A seed and a step give the random numbers of that step."""
+    whole = [_numbers(draw, 0, step) for step in range(6)]
+    if any(np.array_equal(whole[0], other) for other in whole[1:]):
+        return "Every step draws the same: the step must be in the seed of its numbers, too."
+    resumed = [_numbers(draw, 0, step) for step in range(3, 6)]
+    if not all(map(np.array_equal, whole[3:], resumed)):
+        return (
+            "A run that goes on with step 3 draws other numbers there than one that was never "
+            "stopped: make a new generator for every step, from seed and step."
+        )
+    if np.array_equal(whole[1], _numbers(draw, 1, 1)):
+        return "Another seed must draw other numbers."
+    for steps in range(1, 6):
+        if np.array_equal(whole[steps], _numbers(draw, steps, 0)):
+            return (
+                f"Seed 0 at step {steps} is seed {steps} at step 0: the second run repeats most of "
+                "the first. Give seed and step side by side, [seed, step]."
+            )
+    return ""
+
+
+def _numbers(draw: Callable, seed: int, step: int) -> np.ndarray:
+    return np.array(call(draw, seed, step), float)  # a copy: the reader may hand out one array
+
+
+@question("it has a value for every batch, and a gradient that pulls.")
+def q2(soft_dice: Callable) -> str:
+    """Probabilities and masks (n, 1, h, w) give 1 - Dice over the batch, both sums plus one."""
+    draw = torch.Generator().manual_seed(1)
+    p = 0.05 + 0.9 * torch.rand(3, 1, 8, 8, generator=draw, dtype=torch.float64)
+    y = (torch.rand(p.shape, generator=draw) < 0.2).to(p)
+    # One block of many is empty; a whole batch can be.
+    for mask in (y, y * torch.tensor([1.0, 0.0, 1.0]).view(3, 1, 1, 1), torch.zeros_like(y)):
+        leaf = p.clone().requires_grad_()
+        found = torch.as_tensor(call(soft_dice, leaf, mask.clone()))
+        if found.numel() != 1:
+            return f"One number for the whole batch is expected; yours is {tuple(found.shape)}."
+        exact = _dice(p, mask, p * mask, 1.0, 1.0)
+        if not torch.isclose(found.detach().to(exact), exact, rtol=1e-5):
+            return _dice_hint(found.item(), p, mask)
+        if not found.requires_grad or torch.autograd.grad(found, leaf)[0].abs().sum() == 0:
+            return "The value is right, but it has no gradient: stay with torch, without float()."
+    return ""
+
+
+def _dice(p, mask, both, above: float, below: float) -> torch.Tensor:
+    return 1 - (2 * both.sum() + above) / (p.sum() + mask.sum() + below)
+
+
+def _dice_hint(found: float, p: torch.Tensor, mask: torch.Tensor) -> str:
+    """The mistake behind a wrong soft Dice loss."""
+    both, hard = p * mask, (p >= 0.5).to(p)
+    axes = (1, 2, 3)
+    parts = (2 * both.sum(axes) + 1) / (p.sum(axes) + mask.sum(axes) + 1)
+    mistakes = [
+        (
+            _dice(p, mask, both, 0, 0),
+            "Without the ones, a batch without foreground learns nothing.",
+        ),
+        (_dice(p, mask, both, 1, 0), "Add 1 below the line, too: a perfect answer must give 0."),
+        (_dice(p, mask, both, 0, 1), "Add 1 above the line, too: nothing found in nothing is 0."),
+        (_dice(p, mask, both / 2, 1, 1), "Twice the overlap: a perfect answer must give 0."),
+        (_dice(hard, mask, hard * mask, 1, 1), "A threshold has no slope: take p as it is."),
+        (_dice(p**2, mask, both, 1, 1), "Here the sums are of p itself, not of its square."),
+        (1 - parts.mean(), "Sum over the whole batch: an empty block has no Dice of its own."),
+        (1 - _dice(p, mask, both, 1, 1), "That is the Dice; a loss is to fall: take it from 1."),
+        (1 - _dice(p, mask, both, 0, 0), "That is the Dice; a loss is to fall: take it from 1."),
+    ]
+    if math.isnan(found):
+        return "0 / 0: of a mask without foreground and p = 0 it is not a number. Add the ones."
+    for wrong, hint in mistakes:
+        if _near(found, wrong.item(), 1e-5):
+            return hint
+    share = float(mask.mean())
+    return f"With {share:.0%} foreground you give {found:.3f}; check each of the three sums."
+
+
+@question("the top keeps its rate, and each layer below learns more slowly.")
+def q3(rate: Callable) -> str:
+    """Layer i of 0 ... top, the rate of the top layer and the decay give the rate of layer i."""
+    for top, peak, decay in [(13, 1e-4, 0.75), (13, 3e-4, 0.5), (5, 1e-3, 1.0), (7, 1e-4, 0.9)]:
+        for layer in (1, top // 2, 0, top - 1, top):
+            found = float(call(rate, layer, top, peak, decay))
+            if _near(found, peak * decay ** (top - layer)):
+                continue
+            about = f"Layer {layer} of 0 to {top}, rate {peak:g}, decay {decay:g}: {found:.3g}. "
+            mistakes = [
+                (peak * decay**layer, "Turned round: layer 0 is next to the pixels."),
+                (peak * decay ** (top - layer - 1), "One too high: the top layer keeps its rate."),
+                (peak * decay ** (top - layer + 1), "One too low: the top layer keeps its rate."),
+                (peak * decay * (top - layer), "Each layer multiplies once more: a power."),
+                (peak * layer / top, "Not in equal steps: each layer has decay times the next."),
+                (decay ** (top - layer), "That is the share; multiply with the rate of the top."),
+                (peak * (1 - decay) ** (top - layer), "decay is what is left, not what is lost."),
+                (peak, "The same for all layers: where is the decay?"),
+            ]
+            for wrong, hint in mistakes:
+                if _near(found, wrong):
+                    return about + hint
+            return f"{about}How many times does the decay count between this layer and the top?"
+    return ""
+
+
+@question("up to the peak in a few steps, and down half a cosine.")
+def q4(share: Callable) -> str:
+    """Step (0 the first), steps and warm-up steps give the share of the peak rate."""
+    for steps, warm in [(200, 10), (40, 2), (100, 25)]:
+        for step in (1, 0, warm - 1, steps - 1, (warm + steps) // 2, warm):
+            found = float(call(share, step, steps, warm))
+            after = (step - warm) / (steps - warm)
+            curve = 0.5 * (1 + math.cos(math.pi * after))
+            about = f"Step {step} of {steps}, {warm} of them warm-up: {found:.3g}. "
+            if step < warm:
+                exact, mistakes = (
+                    (step + 1) / warm,
+                    [
+                        (
+                            step / warm,
+                            "The first step, number 0, would have no rate: take step + 1.",
+                        ),
+                        (step / (warm - 1), "Step 0 would have no rate: take (step + 1) / warm."),
+                        (1.0, "Warm up first: a straight line up to 1."),
+                        (
+                            (step + 1) / steps,
+                            "The peak is reached after the warm-up, not at the end.",
+                        ),
+                    ],
+                )
+            else:
+                whole = 0.5 * (1 + math.cos(math.pi * step / steps))
+                exact, mistakes = (
+                    FLOOR + (1 - FLOOR) * curve,
+                    [
+                        (curve, "It ends at 0: squeeze the cosine between 0.01 and 1."),
+                        (FLOOR + curve, "The peak is 1.01: squeeze the cosine between 0.01 and 1."),
+                        (
+                            max(FLOOR, curve),
+                            "Squeeze the cosine between 0.01 and 1, do not cut it.",
+                        ),
+                        (whole, "The cosine begins at the end of the warm-up, not at step 0."),
+                        (FLOOR + (1 - FLOOR) * whole, "The cosine begins where the warm-up ends."),
+                        (math.cos(math.pi * after), "cos goes from 1 to -1: take (1 + cos) / 2."),
+                        (
+                            FLOOR + (1 - FLOOR) * (1 - after),
+                            "That is a line: put a cosine in place.",
+                        ),
+                        (step / warm, "The warm-up goes on: from here on, half a cosine."),
+                        ((step + 1) / warm, "The warm-up goes on: from here on, half a cosine."),
+                    ],
+                )
+            if _near(found, exact):
+                continue
+            for wrong, hint in mistakes:
+                if _near(found, wrong):
+                    return about + hint
+            return f"{about}Expected is {exact:.3g}."
+    return ""
+
+
+def _near(found: float, wanted: float, share: float = 1e-3) -> bool:
+    """Equal to a share of the larger: rates are small, an absolute tolerance would hide them."""
+    return math.isclose(found, wanted, rel_tol=share, abs_tol=1e-15)

@@ -1,0 +1,447 @@
+"""Volumes larger than memory: OME-Zarr in, OME-Zarr probability and SWC out, region by region.
+
+The output is cut into regions of whole chunks. For each region, the input that its tiles see is
+read, predicted, and written chunk by chunk, each once and whole. Until all chunks are there, the
+result is called ``OUT.part`` and has a manifest of its inputs; a later call computes only the
+missing chunks. Regions are independent: they run one after the other, in processes of this
+machine, or on any Dask cluster that sees the same files.
+
+Sparse volumes are stored without their empty chunks. Where the input has no chunk, nothing is
+read, run or written, and `neurolib.tracing.trace` reads only the `stored_boxes` of the result.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from neurolib.course import cluster
+from neurolib.course.adapters import FULL_SCALE, as_probability
+from neurolib.data.formats import LazyStack, boxes
+from neurolib.errors import NeurolibError, SettingsError
+from neurolib.files import (
+    atomic_path,
+    claim,
+    explain_full_disk,
+    provenance,
+    sha256,
+    workplace,
+    write_text,
+)
+from neurolib.inference import OVERLAP, Box, box_of_tiles, check_options, empty_level, predict_box
+from neurolib.network import NetworkSettings, Segmenter
+from neurolib.training import load_checkpoint
+from neurolib.volume import Volume, create_zarr, limits, pieces, read_volume, rescale
+
+# Slices, rows, columns. Tiles that cross the border of a region run for both sides: with tiles of
+# 100 that overlap by a quarter, a fifth more than for the whole volume at once. A region takes at
+# most 0.44 GB (measured) beside the network: its input, its probability and its votes.
+REGION = (32, 1024, 1024)
+
+MANIFEST = "neurolib.json"
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A volume (z, y, x) whose parts are computed from those of another when they are read."""
+
+    data: Any
+    function: Callable[[np.ndarray], np.ndarray]
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.data.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def chunks(self) -> tuple[int, ...] | None:
+        return getattr(self.data, "chunks", None)
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        return self.function(self.data[key])
+
+
+def normalised(data: np.ndarray, low: float, high: float) -> Mapped:
+    """`neurolib.volume.normalise` part by part, when it is read; `low` and `high` of `limits`."""
+
+    def function(part: np.ndarray) -> np.ndarray:
+        return rescale(part, low, high, np.empty(part.shape, np.float32))
+
+    return Mapped(data, function, np.dtype(np.float32))
+
+
+def thresholded(probability: np.ndarray, cut: float) -> Mapped:
+    """The mask of a probability, 0 and 255 as uint8, part by part, when it is read."""
+    return Mapped(probability, lambda part: (part >= cut) * np.uint8(255), np.dtype(np.uint8))
+
+
+def segmentation(
+    data: np.ndarray, label: int | None = None, threshold: float | None = None, name: str = "volume"
+) -> tuple[np.ndarray | Mapped, str]:
+    """`neurolib.course.adapters.as_probability` part by part, when it is read.
+
+    Labels are read once here, to know which exist; whether probabilities lie in [0, 1] is checked
+    when they are traced.
+    """
+    labels = data.dtype.kind in "biu" and threshold is None
+    values = _distinct(data) if labels else np.zeros(1, data.dtype)
+    found, meaning = as_probability(values[None, None], label, threshold, name)
+    if found.dtype == data.dtype:
+        return data, meaning
+    if not labels:
+        top = np.float32(FULL_SCALE[data.dtype.name])
+        return Mapped(data, lambda part: part / top, found.dtype), meaning
+    if label is None:
+        return Mapped(data, lambda part: part != 0, found.dtype), meaning
+    return Mapped(data, lambda part: part == label, found.dtype), meaning
+
+
+def _distinct(data: np.ndarray) -> np.ndarray:
+    """The values that occur, ascending."""
+    values, read = set(), 0
+    for box in stored_boxes(data):
+        part = data[box]
+        read += part.size
+        values.update(np.unique(part).tolist() if part.any() else [0])
+    if read < prod(data.shape):
+        values.add(0)  # of the parts that need not be read
+    return np.array(sorted(values), data.dtype)
+
+
+# --- Empty parts -------------------------------------------------------------------------------
+
+
+def stored_boxes(data: np.ndarray) -> Iterator[Box]:
+    """Boxes of whole chunks that do not overlap and contain every voxel that is not zero.
+
+    They are the `neurolib.volume.pieces` of any volume. For a `LazyStack`, or a `Mapped` one, each
+    is cut down to the stored chunks, if missing chunks stand for zero.
+    """
+    found = _stored(data)
+    if found is None:
+        yield from pieces(data)
+        return
+    stored, step = found
+    for box in pieces(data):
+        first = [side.start // n for side, n in zip(box, step, strict=True)]
+        last = [-(-side.stop // n) for side, n in zip(box, step, strict=True)]
+        places = np.argwhere(stored[tuple(map(slice, first, last))])
+        if len(places):
+            low = (places.min(axis=0) + first) * step
+            high = (places.max(axis=0) + first + 1) * step
+            yield tuple(
+                slice(max(side.start, int(a)), min(side.stop, int(b)))
+                for side, a, b in zip(box, low, high, strict=True)
+            )
+
+
+def _stored(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]] | None:
+    """Which cells of a grid over a volume (z, y, x) have a file, and the size of a cell in voxels.
+
+    None if it is not stored in cells, or if a cell without a file is not zero.
+    """
+    functions = []
+    while isinstance(data, Mapped):
+        functions.insert(0, data.function)
+        data = data.data
+    if not isinstance(data, LazyStack):
+        return None
+    value = np.full((1, 1, 1), data.array.fill_value or 0, data.dtype)
+    for function in functions:
+        value = function(value)
+    if value.any():
+        return None
+    # With sharding, a file holds many chunks.
+    step = getattr(data.array, "shards", None) or data.array.chunks
+    lead = tuple(i // n for i, n in zip(data.fixed, step, strict=False))
+    step = step[len(lead) :]
+    stored = np.zeros([-(-n // s) for n, s in zip(data.shape, step, strict=True)], bool)
+    for place in np.ndindex(stored.shape):
+        key = data.array.metadata.encode_chunk_key((*lead, *place))
+        stored[place] = os.path.exists(os.path.join(data.folder, key))
+    return stored, step
+
+
+def _blank(image: Mapped, settings: NetworkSettings, overlap: float) -> Callable[[Box], bool]:
+    """Whether everything that the tiles of a box see is known, without reading it, to be zero."""
+    found = _stored(image)
+    if found is None:
+        return lambda box: False
+    stored, step = found
+
+    def blank(box: Box) -> bool:
+        around, _ = box_of_tiles(settings, image.shape, box, overlap)
+        cells = (slice(s.start // n, -(-s.stop // n)) for s, n in zip(around, step, strict=True))
+        return not stored[tuple(cells)].any()
+
+    return blank
+
+
+# --- Prediction --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that a worker needs to know; paths are absolute."""
+
+    image: Path
+    channel: int | None
+    source: str  # fingerprint of the image
+    checkpoint: Path
+    digest: str  # SHA-256 of the checkpoint
+    part: Path
+    low: float
+    high: float
+    overlap: float
+    batch: int
+    device: str
+    flips: bool
+    skip_below: float
+    threads: int  # of PyTorch; 0: PyTorch's default
+
+
+def predict_large(
+    image: str | Path,
+    checkpoint: str | Path,
+    out: str | Path,
+    overlap: float = OVERLAP,
+    batch: int = 8,
+    device: str = "auto",
+    flips: bool = False,
+    skip_empty: float = 0.0,
+    channel: int | None = None,
+    workers: int = 0,
+    scheduler: str = "",
+    region: tuple[int, int, int] = REGION,
+    progress: bool = True,
+) -> Path:
+    """Predict the probability of neurite of an image on disk, into an OME-Zarr on disk.
+
+    The result is that of `neurolib.inference.predict_volume` on the normalised image, up to
+    rounding. If the call is interrupted, the same call resumes; if it had finished, it returns.
+
+    Parameters
+    ----------
+    image : path
+        OME-Zarr, or a file that can be mapped into memory (`neurolib.volume.read_volume`); every
+        worker reads other files whole.
+    checkpoint : path
+    out : path
+        Ends in ``.zarr``: float32, in chunks, with the spacing of the image.
+    overlap, batch, device, flips
+        As in `neurolib.inference.predict_volume`.
+    skip_empty : float
+        Percentile of the normalised image; tiles with no voxel above it are skipped (see
+        `neurolib.inference.empty_level`). 0: skip only tiles that are exactly zero.
+    channel : int, optional
+        Of a multi-channel image.
+    workers : int
+        Processes of this machine that share the regions and the cores; 0: only this process.
+    scheduler : str
+        Address of a Dask cluster instead, such as ``tcp://10.0.0.1:8786``. Its workers must see the
+        files under the same absolute paths.
+    region : (int, int, int)
+        Voxels (z, y, x) predicted at once, rounded up to whole chunks.
+    progress : bool
+        Show a progress bar over regions.
+
+    Returns
+    -------
+    Path
+        `out`.
+
+    Raises
+    ------
+    VolumeError, WeightsError
+        If image or checkpoint cannot be read.
+    SettingsError
+        If an option is out of range; if ``OUT.part`` was begun with another checkpoint, input or
+        other options, or another process is working on it; if the disk is full; if Dask is not
+        installed or cannot be reached, or if a worker keeps dying.
+    """
+    image, checkpoint, out = (Path(path).absolute() for path in (image, checkpoint, out))
+    check_options(overlap, batch, 0.0)
+    if out.suffix.lower() != ".zarr":
+        raise SettingsError(f"{out.name}: expected a name that ends in .zarr")
+    if workers < 0 or min(region) < 1:
+        raise SettingsError(f"workers={workers}, region={region}: expected no negative number")
+    digest = sha256(checkpoint) if checkpoint.is_file() else ""
+    _network(checkpoint, digest)
+    read_volume(image, channel, check=False)
+    source = fingerprint(image)
+    options = {"overlap": overlap, "flips": flips, "skip_empty": skip_empty, "channel": channel}
+    wanted = {"checkpoint": digest, "input": source, "options": options}
+    part = out.with_name(f"{out.name}.part")
+    with claim(out.with_name(f".{out.name}.lock"), part):
+        if not part.exists():
+            if out.exists() and _same(_manifest(out), wanted):
+                return out
+            _begin(part, out.stem, read_volume(image, channel), wanted)
+        found = _manifest(part)
+        if not _same(found, wanted):
+            differs = [key for key in wanted if found.get(key) != wanted[key]]
+            raise SettingsError(
+                f"{part.name}: begun with another {' and '.join(differs)}; go on with the same, or "
+                f"remove {part} to begin anew"
+            )
+        threads = max(1, (os.cpu_count() or 1) // workers) if workers and not scheduler else 0
+        job = _Job(
+            *(image, channel, source, checkpoint, digest, part, found["low"], found["high"]),
+            *(overlap, batch, device, flips, found["skip_below"], threads),
+        )
+        blank = _blank_of(job)
+        todo = [box for box in _regions(part, region) if _missing(part, box, blank)]
+        done = _predict_regions(job, todo, workers, scheduler)
+        for _ in tqdm(done, "regions", len(todo), mininterval=2, disable=not progress):
+            pass
+        _finish(part, out)
+    return out
+
+
+def _predict_regions(job: _Job, todo: list[Box], workers: int, scheduler: str) -> Iterator[None]:
+    """Predict regions, in any order, here or by Dask; yield as each one is done."""
+    if not workers and not scheduler:
+        yield from (_predict_region(job, box) for box in todo)
+        return
+    with cluster.connect(workers, scheduler) as client:
+        for _, found in cluster.share(client, functools.partial(_predict_region, job), todo):
+            if isinstance(found, NeurolibError):
+                raise found
+            yield
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 over names, sizes and times of the files of an image, not over their contents.
+
+    Reading terabytes would take hours at every start.
+    """
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        facts = file.stat()
+        digest.update(f"{file.relative_to(path.parent)}\0{facts.st_size}\0".encode())
+        digest.update(f"{facts.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
+def _begin(part: Path, name: str, volume: Volume, wanted: dict) -> None:
+    """Make an output without chunks, and the manifest, with whatever needs the whole input."""
+    low, high = limits(volume.data, stored_boxes(volume.data))
+    skip = wanted["options"]["skip_empty"]
+    level = empty_level(normalised(volume.data, low, high), skip) if skip else 0.0
+    with atomic_path(part) as temporary:
+        shape = tuple(volume.data.shape)
+        about = provenance("probability", checkpoint=wanted["checkpoint"], **wanted["options"])
+        options = {"known": not volume.unknown, "about": about}
+        create_zarr(temporary, name, shape, np.dtype(np.float32), volume.spacing, **options)
+        facts = wanted | {"low": low, "high": high, "skip_below": min(level, 1 - 1e-6)}
+        write_text(temporary / MANIFEST, json.dumps(facts, indent=1))
+
+
+def _manifest(folder: Path) -> dict:
+    """The manifest of an output; empty if it has none."""
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _same(found: dict, wanted: dict) -> bool:
+    return {key: found.get(key) for key in wanted} == wanted
+
+
+def _array(part: Path) -> Any:
+    """The array of an output; chunks of zeros are written too, so that they count as done."""
+    import zarr
+
+    return zarr.open_array(part / "0", mode="r+").with_config({"write_empty_chunks": True})
+
+
+def _regions(part: Path, region: tuple[int, int, int]) -> Iterator[Box]:
+    """Boxes of whole chunks that cover an output."""
+    array = _array(part)
+    step = [-(-n // chunk) * chunk for n, chunk in zip(region, array.chunks, strict=True)]
+    yield from boxes((0, 0, 0), array.shape, step)
+
+
+def _missing(part: Path, box: Box, blank: Callable[[Box], bool]) -> list[Box]:
+    """The chunks of a region that still need a file; a chunk without one means zeros."""
+    chunks = _array(part).chunks
+    lower, upper = ([getattr(s, end) for s in box] for end in ("start", "stop"))
+    return [
+        chunk
+        for chunk in boxes(lower, upper, chunks)
+        if not (_chunk_file(part, chunk, chunks).exists() or blank(chunk))
+    ]
+
+
+def _chunk_file(part: Path, chunk: Box, chunks: tuple[int, ...]) -> Path:
+    place = (str(s.start // n) for s, n in zip(chunk, chunks, strict=True))
+    return part.joinpath("0", "c", *place)
+
+
+def _predict_region(job: _Job, box: Box) -> None:
+    """Predict the chunks of a region that are missing."""
+    missing = _missing(job.part, box, _blank_of(job))
+    if not missing:
+        return
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    around = tuple(
+        slice(min(c[axis].start for c in missing), max(c[axis].stop for c in missing))
+        for axis in range(3)
+    )
+    data = _image(job)
+    found = predict_box(
+        *(_network(job.checkpoint, job.digest), data, around, job.overlap, job.batch),
+        *(job.device, job.flips, job.skip_below),
+    )
+    array, origin = _array(job.part), [s.start for s in around]
+    for chunk in missing:
+        here = (slice(s.start - o, s.stop - o) for s, o in zip(chunk, origin, strict=True))
+        # Zarr writes a chunk under another name and then renames it.
+        with explain_full_disk(job.part):
+            array[chunk] = found[tuple(here)]
+
+
+def _image(job: _Job) -> Mapped:
+    return normalised(_read(job.image, job.channel, job.source).data, job.low, job.high)
+
+
+# A cluster's worker outlives a call, so its cache goes by contents, not by name alone.
+@functools.lru_cache(1)
+def _read(image: Path, channel: int | None, source: str) -> Volume:
+    return read_volume(image, channel, check=False)
+
+
+@functools.lru_cache(1)
+def _blank_of(job: _Job) -> Callable[[Box], bool]:
+    return _blank(_image(job), _network(job.checkpoint, job.digest).settings, job.overlap)
+
+
+@functools.lru_cache(1)
+def _network(checkpoint: Path, digest: str) -> Segmenter:
+    return load_checkpoint(checkpoint)[0]
+
+
+def _finish(part: Path, out: Path) -> None:
+    """Give a complete output its name, and replace what had that name as a whole."""
+    for left in part.rglob("*.partial"):  # left by killed writes
+        left.unlink(missing_ok=True)
+    with workplace(out) as folder:
+        if out.exists():
+            os.replace(out, folder / out.name)
+        os.replace(part, out)

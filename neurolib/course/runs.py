@@ -1,0 +1,815 @@
+"""Runs: papermill executes the notebooks in order, in a folder where a run can be resumed.
+
+A run folder holds the executed notebooks, what they pass on (split, checkpoint, predicted
+volumes, SWC), ``figures/``, ``metrics.json`` and ``report.html``. A notebook is executed again
+only if its key has changed: the hash of its code, its parameters, the modules that it uses
+to compute, and the key of the notebook before it.
+"""
+
+import ast
+import contextlib
+import difflib
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import yaml
+
+from neurolib.blocking import read_sample
+from neurolib.data.datasets import (
+    RENDERED,
+    Split,
+    data_key,
+    data_label,
+    load_dataset,
+    name_from,
+    read_manifest,
+    split_by_neuron,
+    write_manifest,
+)
+from neurolib.data.pairs import GENERATED, NAMED, Pair
+from neurolib.errors import DataError, NeurolibError, SettingsError, WeightsError
+from neurolib.evaluation import name_unit
+from neurolib.files import (
+    CHECKPOINT,
+    SHIPPED,
+    atomic_path,
+    checkpoint_file,
+    claim,
+    is_sealed,
+    sha256,
+    text_key,
+    write_text,
+)
+from neurolib.parameters import check_range, read_as
+from neurolib.swc import check_frame, check_pair, read_swc
+from neurolib.volume import read_volume
+
+# Imported only where it is used, because it costs every notebook two seconds.
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+    from neurolib.network import NetworkSettings
+    from neurolib.training import TrainingSettings
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NOTEBOOKS = REPOSITORY / "notebooks"
+PROFILES = REPOSITORY / "profiles"
+DATA_NOTEBOOK = "01_data_blocking"
+COURSE = (
+    "00_start_here",
+    DATA_NOTEBOOK,
+    "02_weight_inflation",
+    "03_training",
+    "04_evaluation",
+    "05_swc_tracing",
+)
+# The notebooks that evaluate a finished network (parameter `checkpoint` of `run_course`).
+EVALUATION = ("04_evaluation", "05_swc_tracing")
+# Modules that cannot change a number.
+SHOWING = {"plotting", "widgets", "runs", "parameters", "check", "errors"}
+# Seconds after which a hanging kernel is ended: to start; per cell (GPU profiles train for hours).
+START_TIMEOUT, CELL_TIMEOUT = 120, 24 * 3600
+MEMORY_LIMIT_MB = 1500
+# Parameters that name files, relative to the user's current folder.
+PATHS = ("weights_file", "start_from", "gold", "stacks", "real", "results", "baselines")
+# Parameters that come from an option of the command.
+OPTIONS = {"data": "--data", "run_dir": "--folder and --name"}
+# The output format of a live widget.
+WIDGET = "application/vnd.jupyter.widget-view+json"
+PROGRESS = re.compile(r"\d+%\s*\|.*\d+/\d+|\d+it \[|\bit/s\b|\bs/it\b")
+
+
+# ------------------------------------------------------------------- the folder of a run
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and what notebooks leave in it."""
+
+    folder: Path
+
+    @property
+    def figures(self) -> Path:
+        """Folder of the figures."""
+        return self.folder / "figures"
+
+    def path(self, name: str) -> Path:
+        """Path of a file of the run."""
+        return self.folder / name
+
+    def record(self, stage: str, values: dict) -> None:
+        """Put `values` under `stage` into ``metrics.json``."""
+        metrics = self.metrics()
+        metrics[stage] = values
+        write_text(self.path("metrics.json"), json.dumps(metrics, indent=1))
+
+    def metrics(self) -> dict:
+        """What has been recorded so far, by stage."""
+        path = self.path("metrics.json")
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def hand_over(self, name: str) -> str:
+        """The line of a checkpoint: the file's name, size and hash."""
+        path = self.path(name)
+        return f"{name}: {path.stat().st_size / 1e6:.1f} MB, sha256 {sha256(path)[:12]}"
+
+
+def split_of(run: Run, data: str) -> Split:
+    """The split that notebook 01 left in a run, or its default split of `data`.
+
+    Raises
+    ------
+    DataError
+        If the run has a split of other data.
+    """
+    path = run.path("split.json")
+    pairs = load_dataset(data)
+    if not path.exists():
+        write_manifest(path, split_by_neuron(pairs), seed=0)
+    split = read_manifest(path)
+    found = {pair.image.resolve() for pair in pairs}
+    for pair in (*split.train, *split.validation, *split.test):
+        if pair.image.resolve() not in found:
+            raise DataError(
+                f"{path}: a split of other data than {data} (of {pair.image}); choose another "
+                "run_dir, or run notebook 01 with these data"
+            )
+    return split
+
+
+def target_of(run: Run) -> dict:
+    """Kind and threshold of the target of a run: ``kind`` and ``tau`` for `read_sample`."""
+    return run.metrics().get("target", {"kind": "sironi", "tau": 0.1})
+
+
+def checkpoint_of(run: Run) -> Path:
+    """The checkpoint that notebook 03 left in a run, or the shipped network before 03 has run.
+
+    ``data/neurite.md`` says what the shipped network was trained on and how good it is.
+
+    Raises
+    ------
+    WeightsError
+        If the run's own checkpoint is gone: results of another network would pass for its own.
+    """
+    path = run.path(CHECKPOINT)
+    if path.exists():
+        return path
+    if "validation" in run.metrics():
+        raise WeightsError(f"{path}: missing, but the run was trained; run notebook 03 again")
+    return SHIPPED
+
+
+def open_run(folder: str | Path) -> Run:
+    """Open a run folder; make it if necessary."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            f"{folder}: cannot be made ({error.strerror}); choose a folder you may write to"
+        ) from None
+    return Run(folder)
+
+
+# ------------------------------------------------------------------ profiles and parameters
+
+
+def read_profile(name: str | Path) -> dict:
+    """Read a profile: a flat YAML file of notebook parameters.
+
+    Parameters
+    ----------
+    name : str or path
+        A file, or the name of one in ``profiles/`` without suffix.
+
+    Raises
+    ------
+    SettingsError
+        If there is no such profile or it is not a flat mapping.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = PROFILES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
+        raise SettingsError(f"{name}: no such profile; there are {known}, or give a file")
+    values = read_yaml(path) or {}
+    if not isinstance(values, dict) or any(isinstance(v, dict | list) for v in values.values()):
+        raise SettingsError(f"{path}: expected a flat list of 'parameter: value' lines")
+    return values
+
+
+class _Text(yaml.SafeLoader):
+    """YAML whose plain values all stay text; the parameter's declaration decides their type."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+
+def read_yaml(path: Path) -> object:
+    """Read a YAML file, all numbers as text (SettingsError if it is not YAML)."""
+    try:
+        return _Text(path.read_text(encoding="utf-8")).get_single_data()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise SettingsError(f"{path}:{where} not valid YAML; expected lines 'key: value'") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: cannot be read ({error}); expected YAML in UTF-8") from None
+
+
+def notebook_parameters(path: Path) -> dict:
+    """Names and default values in the one cell tagged ``parameters`` (literals only)."""
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=4)
+    cells = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise SettingsError(f"{path.name}: {len(cells)} cells tagged 'parameters', expected one")
+    defaults = {}
+    for statement in ast.parse(cells[0].source).body:
+        if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
+            raise SettingsError(f"{path.name}: its parameters cell holds more than assignments")
+        defaults[statement.targets[0].id] = ast.literal_eval(statement.value)
+    return defaults
+
+
+def choose_parameters(values: dict, defaults: dict[str, dict]) -> dict[str, dict]:
+    """Give each notebook the parameters that it declares, converted to the declared types.
+
+    Parameters
+    ----------
+    values : dict
+        From a profile and the command line; text is read as the type of the notebook's default.
+    defaults : mapping of notebook name to its parameters and their default values
+
+    Raises
+    ------
+    SettingsError
+        If no notebook declares a parameter, or its value has the wrong type or is out of range.
+    """
+    values = dict(values)
+    known = {name: value for part in defaults.values() for name, value in part.items()}
+    for name, value in values.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+            raise SettingsError(f"parameter {name!r}: no notebook declares it; {hint}")
+        values[name] = read_as(known[name], value, f"parameter {name!r}")
+        check_range(name, values[name])
+    return {
+        notebook: {name: values[name] for name in part if name in values}
+        for notebook, part in defaults.items()
+    }
+
+
+def check_settings(values: dict) -> "tuple[NetworkSettings, TrainingSettings]":
+    """Refuse now what a stage would refuse hours later (SettingsError); return training's settings.
+
+    Parameters
+    ----------
+    values : dict
+        Parameters of the notebooks, all of them.
+    """
+    from neurolib import blocking, devices, inflation, network, training
+
+    def those_of(settings):
+        return settings(**{f.name: values[f.name] for f in fields(settings) if f.name in values})
+
+    shape, training_settings = map(those_of, (network.NetworkSettings, training.TrainingSettings))
+    patch = getattr(network.make(shape), "patch", 1)
+    if shape.size < patch:
+        raise SettingsError(f"size={shape.size}: expected at least a patch, {patch} pixels")
+    devices.pick_precision(values["precision"], devices.pick_device(values["device"]).type)
+    for name, choices in (
+        ("initialisation", (*inflation.STRATEGIES, "scratch")),
+        ("target", blocking.KINDS),
+    ):
+        if values[name] not in choices:
+            raise SettingsError(f"{name}={values[name]!r}: expected one of {', '.join(choices)}")
+    if values.get("every", 1) > 1 and shape.predict == "all":
+        raise SettingsError(
+            f"every={values['every']}: expected 1 for a network that predicts all slices"
+        )
+    return shape, training_settings
+
+
+def localise(values: dict, start: str | Path = NOTEBOOKS) -> dict:
+    """Rewrite paths among the parameters, given relative to here, relative to the folder `start`.
+
+    Raises
+    ------
+    SettingsError
+        If there is no such file.
+    """
+    found = {name: values[name] for name in PATHS if values.get(name)}
+    for name, path in found.items():
+        if not os.path.exists(path):
+            raise SettingsError(f"{name}={path}: no such file or folder in {Path.cwd()}")
+    return values | {name: os.path.relpath(path, start) for name, path in found.items()}
+
+
+# -------------------------------------------------------------------------------- execution
+
+
+def run_course(
+    data: str = "synthetic",
+    profile: str = "course",
+    name: str = "",
+    folder: str | Path = "runs",
+    parameters: dict | None = None,
+    notebooks: tuple[str, ...] = COURSE,
+    ignore_frames: bool = False,
+) -> Run:
+    """Execute the notebooks on a data set; skip what is done, and resume an interrupted run.
+
+    Parameters
+    ----------
+    data : str
+        See `neurolib.data.datasets.load_dataset`.
+    profile : str
+        See `read_profile`.
+    name : str
+        Name of the run; by default made from data and profile.
+    folder : path
+        Folder of all runs.
+    parameters : dict, optional
+        These override the profile. With ``checkpoint``, the path of a trained network, nothing is
+        trained: notebooks 04 and 05 evaluate it on all pairs.
+    notebooks : tuple of str
+        Notebooks to run. Without 01, its split and target are made here, from the same parameters.
+    ignore_frames : bool
+        Go on with trees that do not lie on the neurites of their images.
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    SettingsError
+        Also if another process is using the folder of this run.
+    """
+    given = _given(profile, parameters)
+    checkpoint = given.get("checkpoint", "")
+    checkpoint = str(checkpoint_file(checkpoint)) if checkpoint else ""
+    notebooks = EVALUATION if checkpoint else notebooks
+    defaults = {n: notebook_parameters(notebook_path(n)) for n in (DATA_NOTEBOOK, *notebooks)}
+    path = Path(folder) / (name or f"{data_label(data)}-{Path(profile).stem}")
+    # Notebooks run in their own folder, and their paths are relative to it.
+    values = localise({key: given[key] for key in given if key != "checkpoint"}) | {
+        "run_dir": os.path.relpath(path, NOTEBOOKS),
+        "data": name_from(data, NOTEBOOKS),
+    }
+    chosen = choose_parameters(values, defaults)
+    merged = {k: v for both in (defaults, chosen) for own in both.values() for k, v in own.items()}
+    if "encoder" in merged:
+        check_settings(merged)
+    if checkpoint:
+        defaults[DATA_NOTEBOOK]["tau"] = _tau_of(checkpoint, path)
+    splits = [] if checkpoint else [defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK]]
+    check_data(data, splits, ignore_frames)
+    check_run(path, data)
+    run = open_run(path)
+    with claim(run.path(".lock")):
+        before = data_key(data)
+        _sign(run, data, before, given)
+        if DATA_NOTEBOOK not in notebooks:
+            before += _prepare(
+                run, data, defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK], checkpoint
+            )
+        for number, notebook in enumerate(notebooks, 1):
+            before = _key(notebook, chosen[notebook], before)
+            label = f"[{number}/{len(notebooks)}] {notebook}"
+            if _is_done(run, notebook, before):
+                print(f"{label}: done before", flush=True)
+                continue
+            print(label, flush=True)
+            _execute(run, notebook, chosen[notebook], before)
+        write_report(run, notebooks)
+    return run
+
+
+def train_run(
+    data: str = "synthetic",
+    profile: str = "course",
+    name: str = "",
+    folder: str | Path = "runs",
+    parameters: dict | None = None,
+    ignore_frames: bool = False,
+) -> Run:
+    """Train as notebook 03 does, without its pictures, on all devices that torchrun provides.
+
+    `run_course` with the same parameters then finds the training done, and goes on from there.
+    Parameters and errors are those of `run_course`.
+    """
+    from neurolib import inference, network, training
+
+    defaults = {n: notebook_parameters(notebook_path(n)) for n in COURSE}
+    given = _given(profile, parameters)
+    chosen = choose_parameters(localise(given, "."), defaults)
+    split = defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK]
+    values = defaults["03_training"] | chosen["03_training"]
+    shape, settings = check_settings(split | values)
+    fabric = training.start(values["device"], values["precision"])
+    path = Path(folder) / (name or f"{data_label(data)}-{Path(profile).stem}")
+    first = fabric.is_global_zero
+    if first:
+        check_data(data, [split], ignore_frames)
+        check_run(path, data)
+    run = open_run(path)
+    with claim(run.path(".lock")) if first else contextlib.nullcontext():
+        if first:
+            _sign(run, data, data_key(data), given)
+            _prepare(run, data, split)
+        fabric.barrier()
+        pairs, target = read_manifest(run.path("split.json")), target_of(run)
+        samples = [read_sample(pair, **target) for pair in pairs.train]
+        held_out = [read_sample(pair, **target) for pair in pairs.validation]
+        how = (values["initialisation"], values["weights_file"], values["seed"])
+        net, _ = network.build(shape, *how)
+        if values["start_from"]:
+            training.restore(net, values["start_from"])
+        how = (settings, target["tau"], fabric)
+        result = training.train(net, samples, held_out, run.folder, *how)
+        if first:
+            inference.calibrate(result.checkpoint, held_out, device=values["device"])
+    return run
+
+
+def _given(profile: str | Path, parameters: dict | None) -> dict:
+    """Parameters of a profile and of the caller, without those that have options of their own."""
+    values = read_profile(profile) | (parameters or {})
+    for name in OPTIONS.keys() & values.keys():
+        raise SettingsError(f"parameter {name!r}: give it by {OPTIONS[name]}")
+    return values
+
+
+def check_run(folder: Path, data: str) -> None:
+    """Refuse a folder that is in use for something else (SettingsError)."""
+    if not folder.is_dir():
+        return
+    if not (folder / "metrics.json").is_file():
+        if any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise SettingsError(
+                f"{folder}: holds other things than a run; choose another --name or --folder"
+            )
+        return
+    made = Run(folder).metrics().get("made_from", {})
+    if made and made["folder"] != _absolute(data) and made["key"] != text_key(data_key(data)):
+        raise SettingsError(
+            f"{folder}: a run on {made['folder']}, not on {_absolute(data)}; choose another --name"
+        )
+
+
+def _tau_of(checkpoint: str, folder: Path) -> float:
+    """The target threshold of a finished network; refuse `folder` if one was trained there."""
+    from neurolib.training import load_checkpoint
+
+    if "validation" in Run(folder).metrics():
+        raise SettingsError(
+            f"{folder}: a network was trained here; choose another --name to evaluate {checkpoint}"
+        )
+    return load_checkpoint(checkpoint)[1]["tau"]
+
+
+def _sign(run: Run, data: str, key: str, given: dict) -> None:
+    """Record what a run is made from: its data (name and location) and its parameters."""
+    told = {"data": data, "folder": _absolute(data), "key": text_key(key)}
+    run.record("made_from", told | {"parameters": given})
+
+
+def _absolute(data: str) -> str:
+    """A data set's name with its folder, if it has one, as an absolute path."""
+    if data in NAMED:
+        return data
+    rendered = RENDERED.fullmatch(data)
+    folder = rendered["folder"] if rendered else data
+    return data[: len(data) - len(folder)] + os.path.realpath(folder)
+
+
+def notebook_path(name: str) -> Path:
+    """Path of one of the repository's own notebooks."""
+    path = NOTEBOOKS / f"{name}.ipynb"
+    if path.resolve().parent != NOTEBOOKS:
+        raise SettingsError(f"{path}: not one of the repository's notebooks, and only they are run")
+    if not path.is_file():
+        raise SettingsError(
+            f"{path}: no such notebook; the command works in a clone of the repository "
+            "installed with 'pip install -e .'"
+        )
+    return path
+
+
+def check_data(data: str, choices: Iterable[dict], ignore_frames: bool = False) -> None:
+    """Make unusable data fail at once and in one line, not inside a notebook.
+
+    Parameters
+    ----------
+    data : str
+        A data set.
+    choices : iterable of dict
+        Parameters of notebook 01, one dict for each way to split the data.
+    ignore_frames : bool
+        Accept trees that do not lie on the neurites of their images.
+    """
+    if data in GENERATED:
+        return
+    pairs = load_dataset(data)
+    for values in choices:
+        _split(pairs, values)
+    for pair in pairs:
+        tree, volume = read_swc(pair.swc), read_volume(pair.image)
+        check_pair(tree, volume.data.shape, pair.name)
+        if ignore_frames:
+            continue
+        try:
+            check_frame(tree, volume, pair.name)
+        except DataError as error:
+            raise DataError(f"{error}, or go on with --ignore-frames") from None
+
+
+def _split(pairs: list[Pair], values: dict) -> Split:
+    """The split that notebook 01 makes with these parameters."""
+    names = ("test_neurons", "validation_neurons", "seed", "held_out", "validate_on")
+    return split_by_neuron(pairs, *(values[n] for n in names), train=values["train_neurons"])
+
+
+def _prepare(run: Run, data: str, values: dict, checkpoint: str = "") -> str:
+    """Write what notebook 01 would, split and target; return what they were made from.
+
+    A finished `checkpoint` is stored as notebook 03 would store it, and all pairs are test pairs.
+    """
+    # Notebooks resolve paths from another folder than this process does.
+    pairs = [
+        replace(pair, image=pair.image.resolve(), swc=pair.swc.resolve())
+        for pair in load_dataset(data)
+    ]
+    split = Split((), (), tuple(pairs)) if checkpoint else _split(pairs, values)
+    write_manifest(run.path("split.json"), split, values["seed"])
+    run.record("target", {"kind": values["target"], "tau": values["tau"]})
+    if checkpoint:
+        with atomic_path(run.path(CHECKPOINT)) as temporary:
+            shutil.copyfile(checkpoint, temporary)
+        run.record("about", {"data": data, "network": run.hand_over(CHECKPOINT)})
+        values = values | run.metrics()["about"]
+        told = "" if data == "fly-larva-final" else "; it must not have been trained on any of them"
+        print(f"{checkpoint}: evaluated on all {len(pairs)} pairs of {data}{told}", flush=True)
+    return json.dumps(values, sort_keys=True)
+
+
+def _key(notebook: str, parameters: dict, before: str) -> str:
+    import nbformat
+
+    content = nbformat.read(notebook_path(notebook), as_version=4)
+    code = [cell.source for cell in content.cells if cell.cell_type == "code"]
+    parts = [before, json.dumps(parameters, sort_keys=True), *code]
+    parts += map(sha256, modules_of("\n".join(code)))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def modules_of(code: str) -> list[Path]:
+    """The package's modules that code uses to compute: those it imports, and their imports in turn.
+
+    Modules that only display or control (`SHOWING`) are left out: a new colour in a figure must
+    not train a network again.
+    """
+    package, found = Path(__file__).parents[1], set()
+    todo = [re.sub(r"(?m)^(\s*)[!%].*", r"\1pass", code)]  # the notebook's shell lines
+    while todo:
+        for node in ast.walk(ast.parse(todo.pop())):
+            if not isinstance(node, ast.ImportFrom) or not node.module:
+                continue
+            top, *inside = node.module.split(".")
+            if top != "neurolib":
+                continue
+            folder = package.joinpath(*inside)
+            names = [folder / alias.name for alias in node.names] if folder.is_dir() else [folder]
+            for path in (name.with_suffix(".py") for name in names if name.name not in SHOWING):
+                if path not in found and path.is_file():
+                    found.add(path)
+                    todo.append(path.read_text(encoding="utf-8"))
+    return sorted(found)
+
+
+def _is_done(run: Run, notebook: str, key: str) -> bool:
+    record = run.metrics().get("notebooks", {}).get(notebook, {})
+    left = [f"{notebook}.ipynb", *([CHECKPOINT] if notebook == "03_training" else [])]
+    return record.get("key") == key and all(run.path(name).exists() for name in left)
+
+
+def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
+    import nbformat
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    source, target = notebook_path(notebook), run.path(f"{notebook}.ipynb")
+    if notebook == "05_swc_tracing":
+        # Trees of neurons that are no longer tested would look like results.
+        for path in run.path("swc").glob("*.swc"):
+            if is_sealed(path):
+                path.unlink()
+    started = time.monotonic()
+    # Progress bars of several workers would overwrite each other.
+    alone = multiprocessing.parent_process() is None
+    with atomic_path(target) as temporary, peak_memory() as peak, passive_threads():
+        try:
+            papermill.execute_notebook(
+                source,
+                temporary,
+                parameters=parameters,
+                cwd=NOTEBOOKS,
+                kernel_name="python3",
+                kernel_manager_class="neurolib.course.kernel.ThisPython",
+                start_timeout=START_TIMEOUT,
+                execution_timeout=CELL_TIMEOUT,
+                stderr_file=sys.stderr if alone else None,
+                # A warning about its local ports would break up the progress bars.
+                extra_arguments=["--log-level=ERROR"],
+                progress_bar={"mininterval": 2, "ascii": True, "disable": not alone},
+            )
+        except PapermillExecutionError as error:
+            failed = run.path(f"{notebook}.failed.ipynb")
+            shutil.copy(temporary, failed)
+            raise _in_one_line(notebook, error, failed) from None
+        except (DeadKernelError, CellTimeoutError) as error:
+            # The kernel uses the memory, so it is what the system kills when memory runs out.
+            reason = (str(error).splitlines() or ["the kernel died"])[0]
+            raise NotebookError(f"{notebook}: {reason}; perhaps for lack of memory") from None
+        executed = nbformat.read(temporary, as_version=4)
+        for cell in executed.cells:
+            if cell.cell_type == "code":
+                cell.outputs = list(settled(cell.outputs))
+        nbformat.write(executed, temporary)
+    run.path(f"{notebook}.failed.ipynb").unlink(missing_ok=True)
+    records = run.metrics().get("notebooks", {})
+    records[notebook] = {
+        "key": key,
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_mb": round(peak[0] / 2**20),
+    }
+    run.record("notebooks", records)
+
+
+def settled(outputs: "Iterable[NotebookNode]") -> "Iterable[NotebookNode]":
+    """Outputs as stored: without progress bars, and with a still picture in place of a widget."""
+    from nbformat import from_dict
+
+    for output in outputs:
+        if output.output_type == "stream" and output.name == "stderr":
+            # A bar draws over itself with returns and "cursor up".
+            lines = re.split(r"[\r\n]+", output.text.replace("\x1b[A", ""))
+            kept = [line for line in lines if line.strip() and not PROGRESS.search(line)]
+            output = from_dict({**output, "text": "".join(f"{line}\n" for line in kept)})
+            if not kept:
+                continue
+        data = output.get("data", {})
+        if WIDGET in data:
+            # A progress bar or a live curve has no still picture, so nothing of it is kept.
+            if "text/html" not in data:
+                continue
+            rest = {key: value for key, value in data.items() if key != WIDGET}
+            output = from_dict({**output, "data": rest})
+        yield output
+
+
+def _in_one_line(notebook: str, error, failed: Path) -> NeurolibError:
+    """Reduce a papermill error to one line, its cause; our own errors keep their message."""
+    ours = {cls.__name__: cls for cls in NeurolibError.__subclasses__()}
+    cls = ours.get(error.ename, NotebookError)
+    return cls(f"{notebook}, cell {error.exec_count}: {error.evalue} (all of it: {failed})")
+
+
+class NotebookError(NeurolibError):
+    """A notebook failed for a reason other than bad input."""
+
+
+@contextlib.contextmanager
+def passive_threads() -> Iterator[None]:
+    """Let idle OpenMP threads sleep: on a shared CPU, spinning slows a ViT step six times."""
+    before = os.environ.get("OMP_WAIT_POLICY")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_WAIT_POLICY"]
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Peak resident memory, in bytes, of the processes that this one starts inside the block.
+
+    It is the one element of the list.
+    """
+    import psutil
+
+    peak, stop = [0], threading.Event()
+    me = psutil.Process()
+    before = set(me.children(recursive=True))
+
+    def watch():
+        while not stop.wait(0.3):
+            with contextlib.suppress(psutil.Error):
+                new = set(me.children(recursive=True)) - before
+                peak[0] = max(peak[0], sum(child.memory_info().rss for child in new))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+
+
+# ----------------------------------------------------------------------------------- report
+
+
+def table(rows: list[dict]) -> str:
+    """Rows as a Markdown table that is readable unrendered too; numbers have three decimals."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+
+    def cell(value) -> str:
+        return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    cells = [columns, *([cell(row.get(column, "")) for column in columns] for row in rows)]
+    widths = [max(3, *(len(line[k]) for line in cells)) for k in range(len(columns))]
+    numbers = [
+        any(isinstance(row.get(column), (int, float)) for row in rows)
+        and all(isinstance(row.get(column), (int, float, type(None))) for row in rows)
+        for column in columns
+    ]
+    padded = [
+        [
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(line, widths, numbers, strict=True)
+        ]
+        for line in cells
+    ]
+    rule = [
+        "-" * (width - 1) + (":" if right else "-")
+        for width, right in zip(widths, numbers, strict=True)
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [padded[0], rule, *padded[1:]])
+
+
+def summary(run: Run) -> str:
+    """What a run found, as Markdown: a line per test neuron, then a line per notebook."""
+    metrics = run.metrics()
+    parts = []
+    made = metrics.get("made_from", {})
+    if made:
+        given = [f"{key} {value}" for key, value in made["parameters"].items()]
+        parts.append(f"Data: {made['data']}. Parameters: {', '.join(given) or 'all by default'}.")
+    neurons = metrics.get("neurons", {})
+    if neurons:
+        parts.append(
+            table([name_unit({"neuron": name, **values}) for name, values in neurons.items()])
+        )
+    about = metrics.get("about", {})
+    if about:
+        parts.append("\n".join(f"- {key}: {value}" for key, value in about.items()))
+    notebooks = [
+        {"notebook": name, "seconds": record["seconds"], "peak MB": record["peak_mb"]}
+        for name, record in metrics.get("notebooks", {}).items()
+    ]
+    if notebooks:
+        parts.append(table(notebooks))
+    return "\n\n".join(parts)
+
+
+def write_report(run: Run, notebooks: tuple[str, ...] = COURSE) -> Path:
+    """Write ``report.html``: the summary, then every executed notebook, for any browser."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    merged = nbformat.v4.new_notebook()
+    merged.metadata["language_info"] = {"name": "python"}
+    merged.metadata["title"] = run.folder.name
+    links = "\n".join(f"- [{name}](#{name})" for name in notebooks)
+    top = f"# Run {run.folder.name}\n\n{summary(run)}\n\n{links}"
+    merged.cells.append(nbformat.v4.new_markdown_cell(top))
+    for name in notebooks:
+        executed = nbformat.read(run.path(f"{name}.ipynb"), as_version=4)
+        merged.cells.append(nbformat.v4.new_markdown_cell(f'<hr id="{name}">'))
+        merged.cells.extend(executed.cells)
+    for number, cell in enumerate(merged.cells):
+        cell["id"] = f"cell-{number}"
+    exporter = HTMLExporter(embed_images=True)
+    body, _ = exporter.from_notebook_node(merged, {"metadata": {"name": run.folder.name}})
+    with atomic_path(run.path("report.html")) as temporary:
+        temporary.write_text(body, encoding="utf-8")
+    return run.path("report.html")

@@ -1,0 +1,357 @@
+"""Predictions measured against references: masks, trees or folders of them, as one table."""
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage, sparse
+from scipy.spatial import KDTree
+
+from neurolib.blocking import make_target
+from neurolib.course.adapters import as_probability
+from neurolib.course.statistics import aggregate
+from neurolib.data.pairs import TREES, pair_files, same_name, stem
+from neurolib.errors import DataError, NeurolibError, SettingsError, VolumeError
+from neurolib.evaluation import (
+    FULL_CONNECTIVITY,
+    cl_dice,
+    dice,
+    finest_voxels,
+    hd95,
+    in_unit,
+    short_pieces,
+    surface_dice,
+    tree_distance,
+    tree_scores,
+    volume_diagonal,
+)
+from neurolib.files import write_text
+from neurolib.swc import Tree, check_pair, components, length, read_swc
+from neurolib.tracing import trace
+from neurolib.volume import SUFFIXES, read_volume
+
+NO_TREE = Tree(np.zeros((0, 3)), np.zeros(0), np.zeros(0, int), np.zeros(0, int))
+# What a table has, in this order, and how its lines call it; lengths have the unit in their names.
+SCORES = {
+    "dice": "Dice", "hd95_monai": "Hd95 (monai)", "hd95_medpy": "Hd95 (medpy)",
+    "surface_dice": "surface Dice", "cldice": "clDice", "precision": "precision",
+    "recall": "recall", "esa": "ESA", "dsa": "DSA", "pds": "PDS", "splits": "splits",
+    "merges": "merges", "pieces": "pieces", "reference_pieces": "reference pieces",
+    "length": "length", "reference_length": "reference length",
+}  # fmt: skip
+MISSES = ("hd95_monai", "hd95_medpy", "esa", "dsa")  # infinite where one of two is empty
+LENGTHS = (*MISSES, "length", "reference_length", "diagonal", "tolerance")
+
+
+def evaluate(
+    prediction: np.ndarray | Tree,
+    reference: np.ndarray | Tree,
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    tolerance: float | None = None,
+) -> dict[str, float]:
+    """All scores of a prediction, whether it and its reference are masks or trees.
+
+    Where one of them is a mask, both are compared as masks and as trees: a tree is drawn as the
+    tube of `neurolib.blocking.make_target`, a mask traced by `neurolib.tracing.trace`, with the
+    defaults of both. Two trees have no mask, and their mask scores are NaN.
+
+    Connected pieces of a mask, or trees, match the piece of the other side with which they share
+    most voxels, or most length within the tolerance. ``splits`` are matched pieces of the
+    prediction in excess of the pieces that they match, ``merges`` the same of the reference.
+
+    If both are empty they agree: 1 for overlaps, 0 for distances. If one is, overlaps, precision
+    and recall are 0, PDS is 1 and distances are infinite.
+
+    Parameters
+    ----------
+    prediction, reference : boolean array (z, y, x), or Tree in its voxels
+    spacing : (dz, dy, dx); distances and lengths are in its unit
+    tolerance : of surface Dice, precision, recall, PDS, DSA and of matches, in the same unit;
+        default: 2 voxels of the finest axis
+
+    Returns
+    -------
+    dict
+        The keys of `SCORES`, ``diagonal`` (no distance can be larger), and ``tolerance``.
+
+    Raises
+    ------
+    VolumeError, DataError, SettingsError
+        If masks differ in shape, a tree lies outside of the mask, spacing or tolerance is no such.
+    """
+    scale = np.array(spacing, dtype=float)
+    tolerance = float(2 * scale.min() if tolerance is None else tolerance)
+    pair = {"prediction": prediction, "reference": reference}
+    shapes = [one.shape for one in pair.values() if not isinstance(one, Tree)]
+    scores = dict.fromkeys(SCORES, float("nan"))
+    if shapes:
+        masks = [_as_mask(one, shapes[0], spacing, name) for name, one in pair.items()]
+        scores["dice"] = dice(*masks)
+        for method in ("monai", "medpy"):
+            scores[f"hd95_{method}"] = hd95(*masks, spacing, method)
+        scores["surface_dice"] = surface_dice(*masks, tolerance, spacing)
+        scores["cldice"] = cl_dice(*masks)
+        shared, pieces = _shared_voxels(*masks)
+        shared = shared, shared.T
+        scores["diagonal"] = volume_diagonal(shapes[0], spacing)
+    trees = [_as_tree(one, spacing) for one in pair.values()]
+    scores |= _compare_trees(*trees, tolerance, spacing)
+    if not shapes:
+        shared = [_shared_length(*some, tolerance, scale) for some in (trees, trees[::-1])]
+        pieces = [int((tree.parent < 0).sum()) for tree in trees]
+        points = np.concatenate([tree.xyz for tree in trees]) * scale[::-1]
+        scores["diagonal"] = float(np.linalg.norm(np.ptp(points, axis=0))) if len(points) else 0.0
+    scores["splits"], scores["merges"] = map(_excess, shared)
+    scores["pieces"], scores["reference_pieces"] = pieces
+    return scores | {"tolerance": tolerance}
+
+
+def _as_mask(one: np.ndarray | Tree, shape: tuple, spacing: tuple, name: str) -> np.ndarray:
+    if not isinstance(one, Tree):
+        return one
+    if not len(one.parent):
+        return np.zeros(shape, dtype=bool)
+    check_pair(one, shape, name)
+    return make_target(one, shape, spacing)[1]
+
+
+def _as_tree(one: np.ndarray | Tree, spacing: tuple) -> Tree:
+    if isinstance(one, Tree):
+        return one
+    try:
+        return trace(one, spacing)
+    except VolumeError:  # nothing, or only specks that the tracer drops
+        return NO_TREE
+
+
+def _compare_trees(tree: Tree, reference: Tree, tolerance: float, spacing: tuple) -> dict:
+    found = {"length": length(tree, spacing), "reference_length": length(reference, spacing)}
+    if len(tree.parent) and len(reference.parent):
+        distance = tree_distance(tree, reference, tolerance, spacing)
+        scores = tree_scores(tree, reference, tolerance, spacing)
+        found |= {"esa": distance.esa, "dsa": distance.dsa, "pds": distance.pds}
+        return found | {"precision": scores.precision, "recall": scores.recall}
+    agree = len(tree.parent) == len(reference.parent)
+    apart = 0.0 if agree else float("inf")
+    return found | {
+        "esa": apart, "dsa": apart, "pds": float(not agree), "precision": float(agree),
+        "recall": float(agree),
+    }  # fmt: skip
+
+
+def _shared_voxels(a: np.ndarray, b: np.ndarray) -> tuple[sparse.csr_array, list[int]]:
+    """Voxels that each piece of a mask shares with each of another; how many pieces both have."""
+    (label_a, count_a), (label_b, count_b) = (ndimage.label(m, FULL_CONNECTIVITY) for m in (a, b))
+    both = a & b
+    rows, columns = label_a[both] - 1, label_b[both] - 1
+    table = sparse.coo_array((np.ones(len(rows)), (rows, columns)), shape=(count_a, count_b))
+    return table.tocsr(), [count_a, count_b]
+
+
+def _shared_length(
+    tree: Tree, other: Tree, tolerance: float, scale: np.ndarray
+) -> sparse.csr_array:
+    """Length of each tree of a forest that lies nearest to each tree of another, if it is near."""
+    tree, other, fine = finest_voxels(tuple(scale), tree, other)
+    (points, lengths, row), (others, _, other_row) = short_pieces(tree), short_pieces(other)
+    label, other_label = components(tree), components(other)
+    shape = tuple(int((some.parent < 0).sum()) for some in (tree, other))
+    if not len(points) or not len(others):
+        return sparse.csr_array(shape)
+    # Points lie up to half a voxel apart along the other tree.
+    reach = np.hypot(tolerance / fine, 0.25)
+    away, nearest = KDTree(others).query(points, distance_upper_bound=reach)
+    near = np.isfinite(away)
+    places = label[row[near]], other_label[other_row[nearest[near]]]
+    return sparse.coo_array((lengths[near], places), shape=shape).tocsr()
+
+
+def _excess(shared: sparse.csr_array) -> int:
+    """Matched pieces (rows) in excess of the pieces (columns) that they match."""
+    table = shared.tocsr()
+    matches = [
+        int(table.indices[start + np.argmax(table.data[start:end])])
+        for start, end in zip(table.indptr[:-1], table.indptr[1:], strict=True)
+        if end > start
+    ]
+    return len(matches) - len(set(matches))
+
+
+# --- Files -------------------------------------------------------------------------------------
+
+
+def evaluate_files(
+    prediction: str | Path,
+    reference: str | Path,
+    out: str | Path | None = None,
+    spacing: tuple[float, float, float] | None = None,
+    tolerance: float | None = None,
+    threshold: float | None = None,
+) -> Iterator[str]:
+    """Measure a file, or each file of a folder, against the reference of the same name.
+
+    Distances, lengths and the tolerance are in µm if the voxel size of every pair is known, or
+    else in voxels of the finest axis; the heads of the table say which.
+
+    Parameters
+    ----------
+    prediction, reference : paths
+        Two files or two folders: masks, labels or probabilities (`neurolib.volume.read_volume`)
+        and SWC files. A tree is in the voxels of its pair's mask. Of a tree and an image of one
+        name in a folder, the tree is taken.
+    out : path, optional
+        The table to write, .csv, a line per pair.
+    spacing : (dz, dy, dx) in µm, instead of what the files say
+    tolerance, see `evaluate`
+    threshold : on predicted probabilities, 0.5 if not given
+
+    Yields
+    ------
+    str
+        What is left out, converted or drawn; a line per pair; a line of means over several. There
+        an infinite distance counts with the diagonal of its volume.
+
+    Raises
+    ------
+    DataError, VolumeError, SwcError, SettingsError
+        If a file is missing or unusable, no names match, or a pair does not fit. Nothing is
+        written then.
+    """
+    pairs, said = _pairs(Path(prediction), Path(reference))
+    yield from said
+    sizes = {n: (spacing, True) if spacing else _pair_spacing(pair) for n, pair in pairs.items()}
+    unknown = [name for name, (_, known) in sizes.items() if not known]
+    unit = "voxels" if unknown else "µm"
+    if unknown:
+        yield (
+            f"voxel size unknown ({', '.join(unknown[:3])}{' ...' * (len(unknown) > 3)}): "
+            "distances are in voxels of the finest axis; --spacing Z,Y,X sets it"
+        )
+    rows = []
+    for name, pair in pairs.items():
+        size, known = sizes[name]
+        one, notes_one = _read(pair[0], size if known else None, threshold)
+        two, notes_two = _read(pair[1], size if known else None)
+        yield from (*notes_one, *notes_two)
+        try:
+            row = evaluate(one, two, in_unit(size, unit), tolerance)
+        except NeurolibError as error:
+            raise type(error)(f"{pair[0].name} with {pair[1].name}: {error}") from None
+        rows.append({"name": name} | row)
+        yield _line(name, row, unit)
+    if len(rows) > 1:
+        yield _line(*_mean(rows), unit)
+    if out is not None:
+        _write(Path(out), rows, unit)
+        yield f"{out}: {len(rows)} lines, distances in {unit}"
+
+
+def _pairs(one: Path, two: Path) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
+    """Files that belong together, by name, and what is left out."""
+    folders = [path.is_dir() and path.suffix.lower() not in SUFFIXES for path in (one, two)]
+    for path in (one, two):
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder, expected masks or SWC files")
+    if not any(folders):
+        return {stem(one.name): (one, two)}, []
+    if not all(folders):
+        folder, file = (one, two) if folders[0] else (two, one)
+        raise DataError(f"{folder} is a folder, {file} is not; expected two files or two folders")
+    said, files = [], []
+    for folder in (one, two):
+        found = [
+            p for p in sorted(folder.iterdir()) if p.name.lower().endswith((*SUFFIXES, *TREES))
+        ]
+        trees = {same_name(path.name) for path in found if path.suffix.lower() in TREES}
+        beside = [p for p in found if p.suffix.lower() not in TREES and same_name(p.name) in trees]
+        said += _left_out(beside, "whose SWC is taken")
+        files.append([p for p in found if p not in beside and not p.name.startswith(".")])
+    pairs = dict(sorted(pair_files(*files).items()))
+    if not pairs:
+        raise DataError(
+            f"{one}, {two}: found {len(files[0])} and {len(files[1])} masks and SWC files, but no "
+            "two of equal name; expected names such as cell1.tif and cell1.swc"
+        )
+    used = {path for pair in pairs.values() for path in pair}
+    for some, other in zip(files, ("reference", "prediction"), strict=True):
+        said += _left_out([p for p in some if p not in used], f"that have no {other} of their name")
+    return pairs, said
+
+
+def _left_out(files: list[Path], why: str) -> list[str]:
+    """One line for files that are left out, or none."""
+    some = ", ".join(path.name for path in files[:10]) + " ..." * (len(files) > 10)
+    return [f"{files[0].parent}: {len(files)} files left out {why}: {some}"] if files else []
+
+
+def _pair_spacing(pair: tuple[Path, Path]) -> tuple[tuple[float, float, float], bool]:
+    """The voxel size (dz, dy, dx) that the masks of a pair tell, and whether its unit is known."""
+    volumes = [
+        (path.name, read_volume(path, check=False))
+        for path in pair
+        if path.suffix.lower() not in TREES
+    ]
+    known = [(name, volume) for name, volume in volumes if not volume.unknown]
+    if len(known) == 2 and not np.allclose(*(volume.spacing for _, volume in known), rtol=0.01):
+        both = " and ".join(f"{name} {volume.spacing}" for name, volume in known)
+        raise DataError(f"voxel sizes differ: {both} (z, y, x) µm; give --spacing Z,Y,X")
+    for _, volume in (*known, *volumes):
+        return volume.spacing, bool(known)
+    return (1.0, 1.0, 1.0), False
+
+
+def _read(
+    path: Path, spacing: tuple[float, float, float] | None, threshold: float | None = None
+) -> tuple[np.ndarray | Tree, list[str]]:
+    """A mask or a tree, and what was converted."""
+    if path.suffix.lower() in TREES:
+        lines = path.read_bytes().splitlines()
+        if not any(line.strip() and not line.lstrip().startswith(b"#") for line in lines):
+            return NO_TREE, [f"{path.name}: no nodes, an empty tree"]
+        tree = read_swc(path, spacing)
+        return tree, [f"{path.name}: {'; '.join(tree.repairs)}"] if tree.repairs else []
+    if threshold is not None and not 0 < threshold <= 1:
+        raise SettingsError(f"--threshold {threshold}: expected more than 0, at most 1")
+    data, meaning = as_probability(
+        read_volume(path, check=False).data, threshold=threshold, name=path.name
+    )
+    if data.dtype == bool:
+        meaning = meaning if data.any() else "no foreground, an empty mask"
+        return data, [f"{path.name}: {meaning}"] if meaning != "a mask" else []
+    cut = 0.5 if threshold is None else threshold
+    return data >= cut, [f"{path.name}: {meaning}, foreground from {cut:g} on"]
+
+
+def _mean(rows: list[dict]) -> tuple[str, dict]:
+    """Means over the pairs that have a score, with their number and how many are misses."""
+    missed = sum(np.isinf(row["esa"]) for row in rows)
+    mean = {}
+    for key in SCORES:
+        some = [row for row in rows if not np.isnan(row[key])]
+        if some:
+            diagonals = np.array([row["diagonal"] for row in some])
+            mean[key] = aggregate([row[key] for row in some], diagonals).mean
+    note = f" ({missed} empty, with the diagonal for each distance)" if missed else ""
+    return f"mean of {len(rows)}{note}", mean
+
+
+def _line(name: str, row: dict, unit: str) -> str:
+    parts = [
+        f"{label} {row[key]:.4g}" + f" {unit}" * (key in LENGTHS)
+        for key, label in SCORES.items()
+        if key in row and not np.isnan(row[key])
+    ]
+    return f"{name}: {', '.join(parts)}"
+
+
+def _write(path: Path, rows: list[dict], unit: str) -> None:
+    suffix = "_um" if unit == "µm" else "_voxels"
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([key + suffix * (key in LENGTHS) for key in rows[0]])
+    for row in rows:
+        cells = (f"{value:.6g}" if isinstance(value, float) else value for value in row.values())
+        table.writerow(["" if cell == "nan" else cell for cell in cells])
+    write_text(path, text.getvalue())

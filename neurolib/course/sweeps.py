@@ -1,0 +1,595 @@
+"""Sweeps: the same notebooks once per network, seed and fold, and one tidy file of results.
+
+A grid is a YAML file, as ``profiles/table1-cpu.yaml``. Every cell of it is a run of its own
+(`neurolib.course.runs`), so that finished ones are skipped, failed and killed ones taken up again.
+"""
+
+import contextlib
+import csv
+import functools
+import json
+import multiprocessing
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from urllib.parse import quote
+
+from neurolib.course import cluster
+from neurolib.course.baselines import FILTERS
+from neurolib.course.runs import (
+    DATA_NOTEBOOK,
+    PROFILES,
+    NotebookError,
+    Run,
+    check_data,
+    check_run,
+    check_settings,
+    choose_parameters,
+    localise,
+    notebook_parameters,
+    notebook_path,
+    read_yaml,
+    run_course,
+)
+from neurolib.data.datasets import data_label, read_manifest
+from neurolib.errors import NeurolibError, SettingsError
+from neurolib.evaluation import in_unit, volume_diagonal
+from neurolib.files import atomic_path, claim, text_key, write_text
+from neurolib.parameters import read_as
+from neurolib.volume import read_volume
+
+# What is measured, and the notebooks that do it: the masks of test neurons, or the trees traced
+# from them, too; or, to choose rates by, learning curves on validation neurons. Tests are never
+# looked at for a choice.
+MEASURES = {
+    "test": ("03_training", "04_evaluation"),
+    "tree": ("03_training", "04_evaluation", "05_swc_tracing"),
+    "validation": ("03_training",),
+}
+# Parameters that grids vary, with one column each; empty where the notebook's default held.
+VARIED = (
+    "encoder", "initialisation", "frozen", "depth", "stem", "contrast", "predict", "loss",
+    "encoder_rate", "layer_decay", "train_neurons",
+)  # fmt: skip
+VARIED_AND_SHARED = ("steps", "batch", "size", *VARIED)
+SHARED = (
+    "data", "style", "threshold_tau", *VARIED_AND_SHARED, "settings", "seconds", "weights",
+    "device", "key", "run",
+)  # fmt: skip
+TESTED = ("network", "seed", "fold", "neuron", "volume", "dice", "hd95", "diagonal", "cldice")
+TREE = ("esa", "dsa", "pds", "precision", "recall", "trees")
+# What one line of a results file says, in this order.
+COLUMNS = {
+    "test": (*TESTED, "every", *SHARED),
+    "tree": (*TESTED, *TREE, "every", *SHARED),
+    "validation": ("network", "seed", "fold", "neuron", "step", "training_loss", "dice", *SHARED),
+}  # fmt: skip
+# Parameters on which the rows of filters depend, beside the data.
+FILTERED = ("held_out", "validate_on", "target", "tau", "every")
+NUMBERS = ("dice", "hd95", "diagonal", "cldice", *TREE, "seconds", "step", "training_loss")
+# Parameters that a cell has from elsewhere.
+RESERVED = {"seed": "seeds", "held_out": "folds", "data": "data", "run_dir": "--folder"}
+KEYS = {"data", "networks", "seeds", "folds", "common", "results"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid: which network, seed and fold, and the parameters of its notebooks."""
+
+    network: str
+    seed: int
+    fold: int
+    name: str
+    parameters: dict
+
+    @property
+    def settings(self) -> str:
+        """Hash of all its parameters but the seed: equal, and two runs may be averaged."""
+        shared = {key: value for key, value in self.parameters.items() if key != "seed"}
+        return _hash(shared)
+
+    @property
+    def data_settings(self) -> str:
+        """Hash of those parameters on which a filter's result depends, too."""
+        return _hash({key: self.parameters[key] for key in FILTERED if key in self.parameters})
+
+
+def _hash(values: dict) -> str:
+    return text_key(json.dumps(values, sort_keys=True))
+
+
+def read_grid(path: str | Path) -> dict:
+    """Read a sweep's grid.
+
+    Keys: ``networks`` maps the name of each row to its parameters, ``folds`` lists test neurons
+    held out together (comma-separated), ``seeds`` lists numbers, ``common`` holds parameters of
+    all runs, ``data`` and ``results`` name the data set and the tidy file to write; ``measure``
+    is ``test`` (if left out), ``tree`` or ``validation``.
+
+    Raises
+    ------
+    SettingsError
+        If the file is missing, not YAML, or lacks or has other keys.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SettingsError(f"{path}: no such grid; profiles/table1-cpu.yaml is one")
+    grid = read_yaml(path)
+    if not isinstance(grid, dict) or set(grid) - {"measure"} != KEYS:
+        found = ", ".join(sorted(grid)) if isinstance(grid, dict) else type(grid).__name__
+        raise SettingsError(f"{path}: expected the keys {', '.join(sorted(KEYS))}; got {found}")
+    grid.setdefault("measure", "test")
+    if grid["measure"] not in MEASURES:
+        raise SettingsError(
+            f"{path}: measure {grid['measure']!r}, expected one of {', '.join(MEASURES)}"
+        )
+    if not isinstance(grid["common"], dict):
+        raise SettingsError(f"{path}: common is {grid['common']!r}, expected parameters: values")
+    networks = grid["networks"]
+    if not (isinstance(networks, dict) and networks):
+        raise SettingsError(
+            f"{path}: networks is {networks!r}, expected rows, as 'a: {{depth: 1}}'"
+        )
+    for name, changes in networks.items():
+        if not isinstance(changes, dict):
+            raise SettingsError(
+                f"{path}: network {name!r}: {changes!r}, expected parameters, as 'a: {{depth: 1}}'"
+            )
+        for key in RESERVED.keys() & (grid["common"].keys() | changes.keys()):
+            raise SettingsError(f"{path}: network {name!r} has {key!r}; give it by {RESERVED[key]}")
+    for key, example in (("seeds", [0, 1]), ("folds", ["cell1", "cell2"])):
+        if not isinstance(grid[key], list) or not grid[key]:
+            raise SettingsError(f"{path}: {key} is {grid[key]!r}, expected a list, as {example}")
+        grid[key] = [read_as(example[0], item, f"{path}: {key}") for item in grid[key]]
+    for key in ("data", "results"):
+        if not isinstance(grid[key], str) or not grid[key]:
+            raise SettingsError(f"{path}: {key} is {grid[key]!r}, expected a name")
+    if not grid["results"].endswith(".csv"):
+        raise SettingsError(f"{path}: results is {grid['results']!r}, expected a .csv")
+    return grid
+
+
+def run_sweep(
+    path: str | Path,
+    folder: str | Path = "runs",
+    data: str = "",
+    workers: int = 1,
+    seeds: Sequence[int] = (),
+    scheduler: str = "",
+    rows: Sequence[str] = (),
+    folds: Sequence[int] = (),
+    ignore_frames: bool = False,
+) -> Path:
+    """Run every network, seed and fold of a grid, skip what is done, write the tidy results.
+
+    Parameters
+    ----------
+    path : path
+        A grid, see `read_grid`.
+    folder : path
+        In which the runs lie, each in ``<grid>/<network>-s<seed>-f<fold>``.
+    data : str
+        Instead of the grid's own; folders and results are then named by the data too.
+    workers : int
+        Runs at the same time; the cores are divided between them. One thread each makes the most
+        of few cores, and CPU results do not depend on what else runs.
+    seeds : sequence of int
+        Instead of the grid's own. Results of other seeds stay in the file if all their
+        parameters are those of the grid.
+    scheduler : str
+        Address of a Dask cluster that does the runs instead, as ``tcp://10.0.0.1:8786``. Its
+        workers see repository, data and `folder` under the same absolute paths, and have one
+        thread each; a run whose worker dies is taken up by another one.
+    rows : sequence of str
+        Names of networks, and
+    folds : sequence of int
+        numbers of folds, the first being 0: run this part of the grid only. Results of the rest
+        stay in the file if their parameters are those of the grid, so that parts add up to it.
+    ignore_frames : bool
+        Go on with trees that do not lie on the neurites of their images.
+
+    Returns
+    -------
+    Path
+        The results file: after every run the results of all that are done.
+
+    Raises
+    ------
+    SettingsError
+        Before anything runs, if the grid is unusable, has no such row or fold, or another process
+        is at this sweep.
+    NotebookError
+        After all others have run, if some failed; a second call tries these again.
+    """
+    if workers < 1:
+        raise SettingsError(f"workers={workers}: expected at least one")
+    grid = read_grid(path)
+    chain = MEASURES[grid["measure"]]
+    results, stem = Path(grid["results"]).absolute(), Path(path).stem
+    if data and data_label(data) != data_label(grid["data"]):
+        results = results.with_stem(f"{results.stem}-{data_label(data)}")
+        stem += f"-{data_label(data)}"
+    data = data or grid["data"]
+    defaults = {n: notebook_parameters(notebook_path(n)) for n in (DATA_NOTEBOOK, *chain)}
+    for some in (grid["common"], *grid["networks"].values()):
+        for own in choose_parameters(some, defaults).values():
+            some.update(own)
+    whole = list(_cells(grid, stem, seeds))
+    cells = _part(path, grid, whole, rows, folds)
+    known = {name: value for own in defaults.values() for name, value in own.items()}
+    for cell in {cell.network: cell for cell in whole}.values():
+        localise(cell.parameters)
+        if "encoder" in known:
+            check_settings(known | cell.parameters)
+        if grid["measure"] == "tree" and cell.parameters.get("every", 1) != 1:
+            raise SettingsError(f"{path}: measure tree needs all slices; remove 'every'")
+    order = [*FILTERS, *grid["networks"]]
+
+    def place(row: dict) -> tuple[int, int, int]:
+        return int(row["fold"]), int(row["seed"] or -1), order.index(row["network"])
+
+    if results.exists():
+        try:
+            read_results(results, grid["measure"])
+        except SettingsError:
+            raise SettingsError(
+                f"{results}: not a file of results on measure {grid['measure']}, and is not "
+                "replaced; name another one, or move it away"
+            ) from None
+    names = [cell.name for cell in whole]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise SettingsError(f"{path}: two runs would share the folder {twice}; rename a network")
+    splits = [defaults[DATA_NOTEBOOK] | cell.parameters for cell in cells]
+    check_data(data, splits, ignore_frames)
+    for cell in cells:
+        check_run(Path(folder) / cell.name, data)
+    with (
+        claim(Path(folder) / stem / ".lock"),
+        claim(results.with_name(f".{results.name}.lock"), results),
+    ):
+        kept = _kept(results, cells, whole, data, grid["measure"])
+        done: dict[str, list[dict]] = {}
+        failed: dict[str, str] = {}
+        job = functools.partial(_run_cell, data, Path(folder).absolute(), chain, Path.cwd())
+        for cell, found in _execute(cells, job, workers, scheduler):
+            if isinstance(found, NeurolibError):
+                failed[cell.name] = str(found)
+                print(f"== {cell.name} failed: {found}", flush=True)
+            else:
+                done[cell.name] = _rows(found, cell, data, grid["measure"])
+                together = [*kept, *(row for some in done.values() for row in some)]
+                # Every run of a fold gives its filters again.
+                keys = ("network", "seed", "fold", "volume", "step")
+                single = {tuple(str(row.get(k)) for k in keys): row for row in together}
+                write_results(results, sorted(single.values(), key=place), grid["measure"])
+                print(f"== {len(done)} of {len(cells)} done: {cell.name}", flush=True)
+            _write_index(Path(folder) / stem / "index.html", cells, done, failed)
+    if failed:
+        raise NotebookError(
+            f"{len(failed)} of {len(cells)} runs failed (the first: {next(iter(failed.values()))});"
+            " the same command tries them again"
+        )
+    return results
+
+
+def _cells(grid: dict, stem: str, seeds: Sequence[int]) -> Iterator[Cell]:
+    for fold, held_out in enumerate(grid["folds"]):
+        for seed in dict.fromkeys(seeds or grid["seeds"]):
+            for network, changes in grid["networks"].items():
+                label = re.sub(r"[^\w.+-]+", "-", network)
+                name = f"{stem}/{label}-s{seed}-f{fold}"
+                own = {"seed": seed, "held_out": held_out}
+                yield Cell(network, seed, fold, name, grid["common"] | changes | own)
+
+
+def _part(
+    path: str | Path, grid: dict, cells: list[Cell], rows: Sequence[str], folds: Sequence[int]
+) -> list[Cell]:
+    """The cells of some rows and folds; of all that are not named."""
+    known = list(grid["networks"])
+    for name in rows:
+        if name not in known:
+            raise SettingsError(f"--rows {name}: no such row in {path}; there are {known}")
+    for fold in folds:
+        if not 0 <= fold < len(grid["folds"]):
+            raise SettingsError(
+                f"--folds {fold}: {path} has the folds 0 to {len(grid['folds']) - 1}; they are "
+                "counted from 0"
+            )
+    return [c for c in cells if c.network in (rows or known) and (not folds or c.fold in folds)]
+
+
+def _run_cell(data: str, folder: Path, chain: tuple[str, ...], where: Path, cell: Cell) -> Run:
+    """Run one cell; in `where`, since data may be named relative to it."""
+    with contextlib.chdir(where):
+        profile = PROFILES / "empty.yaml"
+        return run_course(data, profile, cell.name, folder, cell.parameters, chain, True)
+
+
+def _execute(
+    cells: list[Cell], job: Callable[[Cell], Run], workers: int = 1, scheduler: str = ""
+) -> Iterator[tuple[Cell, Run | NeurolibError]]:
+    """Run the cells; yield each with its run, or with the error that ended it, as they end."""
+    if scheduler:
+        with cluster.connect(scheduler=scheduler) as client:
+            yield from cluster.share(client, job, cells)
+        return
+    if workers == 1:
+        for cell in cells:
+            try:
+                yield cell, job(cell)
+            except NeurolibError as error:
+                yield cell, error
+        return
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    # Not forked: a copy of a process that has started threads may hang.
+    context = multiprocessing.get_context("spawn")
+
+    def together(some: list[Cell]) -> Iterator[tuple[Cell, Run | NeurolibError | None]]:
+        size = min(workers, len(some))
+        with ProcessPoolExecutor(size, context, _divide_cores, (threads,)) as pool:
+            futures = {pool.submit(job, cell): cell for cell in some}
+            for future in as_completed(futures):
+                try:
+                    yield futures[future], future.result()
+                except NeurolibError as error:
+                    yield futures[future], error
+                except BrokenProcessPool:
+                    yield futures[future], None
+
+    # A worker that is killed takes the whole pool with it; whose fault it was shows one by one.
+    alone = []
+    for cell, found in together(cells):
+        if found is None:
+            alone.append(cell)
+        else:
+            yield cell, found
+    for cell in alone:
+        for _, found in together([cell]):
+            yield (
+                cell,
+                found or NotebookError("its process was killed, perhaps for lack of memory"),
+            )
+
+
+def _divide_cores(threads: int) -> None:
+    """Set the number of threads of a worker and of the kernels that it starts."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    # Of a sweep that is killed nothing may go on that would be in the way of the next one.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Ctrl-C must end a worker: taken for the error of one job, it would start the next one.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _rows(run: Run, cell: Cell, data: str, measure: str) -> list[dict]:
+    """The lines of a results file that one run gives."""
+    metrics = run.metrics()
+    records, about = metrics["notebooks"], metrics["about"]
+    chain = MEASURES[measure]
+    common = {
+        "network": cell.network,
+        "seed": cell.seed,
+        "fold": cell.fold,
+        "data": data_label(data),
+        "style": about["style"],
+        "threshold_tau": metrics["target"]["tau"],
+        "weights": "none" if about["encoder"].endswith(" scratch") else about["weights"],
+        "device": about["device"],
+        "seconds": round(sum(records[n]["seconds"] for n in chain)),
+        "key": records[chain[-1]]["key"][:16],
+        "run": cell.name,
+        "every": cell.parameters.get("every", 1),
+        "settings": cell.settings,
+    }
+    # A parameter that a cell leaves at its default has an empty place.
+    common |= {key: cell.parameters.get(key, "") for key in VARIED_AND_SHARED}
+    if measure == "validation":
+        curve = metrics["validation"]
+        return [common | {"neuron": curve["neurons"]} | point for point in curve["points"]]
+    rows = []
+    for pair in read_manifest(run.path("split.json")).test:
+        volume, scores = read_volume(pair.image), metrics["neurons"][pair.name]
+        # In the unit of the distances.
+        scale = in_unit(volume.spacing, scores.get("unit", "µm"))
+        diagonal = volume_diagonal(volume.data.shape, scale)
+        # A notebook records words beside the numbers (the style, which stands in `names`), and
+        # no clDice on a sample of the slices.
+        names = {"neuron": pair.neuron, "volume": pair.name, "style": pair.style}
+        names |= {"diagonal": round(diagonal, 1)}
+        rows.append(common | names | _numbers(scores))
+        for name, found in metrics.get("filters", {}).get(pair.name, {}).items():
+            trained = dict.fromkeys((*VARIED_AND_SHARED, "key", "weights", "device", "seconds"), "")
+            row = common | trained | names | _numbers(found)
+            rows.append(row | {"network": name, "seed": "", "settings": cell.data_settings})
+    return rows
+
+
+def _numbers(scores: dict) -> dict:
+    numbers = {k: v for k, v in scores.items() if isinstance(v, (int, float))}
+    return {k.lower(): round(value, 4) for k, value in numbers.items()}
+
+
+def _write_index(
+    path: Path, cells: list[Cell], rows: dict[str, list[dict]], failed: dict[str, str]
+) -> None:
+    """Write a page with a line per run: its state, its Dice and seconds, its report."""
+    lines = [("network", "seed", "fold", "state", "Dice", "seconds")]
+    for cell in cells:
+        found = rows.get(cell.name, [])
+        name, dice = escape(cell.network), [row["dice"] for row in found]
+        line = [name, cell.seed, cell.fold, escape(failed.get(cell.name, "not yet")), "", ""]
+        if found:
+            best = max(dice) if "step" in found[0] else sum(dice) / len(dice)
+            link = f'<a href="{quote(Path(cell.name).name)}/report.html">{name}</a>'
+            line = [link, cell.seed, cell.fold, "done", f"{best:.3f}", found[0]["seconds"]]
+        lines.append(line)
+    body = "\n".join(f"<tr>{''.join(f'<td>{one}</td>' for one in line)}</tr>" for line in lines)
+    title = escape(path.parent.name)
+    write_text(
+        path,
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>\n'
+        "<style>body { font: 1em sans-serif; margin: 2em } td { padding: .2em .8em }</style>\n"
+        f"<h1>{title}</h1><p>Dice: mean over the volumes of a run, or its best validation.</p>\n"
+        f"<table>\n{body}\n</table></html>\n",
+    )
+
+
+def _kept(path: Path, cells: list[Cell], grid: list[Cell], data: str, measure: str) -> list[dict]:
+    """Results of an earlier call that are not to be run now, with the parameters of this grid."""
+    try:
+        rows = read_results(path, measure)
+    except SettingsError:
+        return []
+    now = {(cell.network, str(cell.seed), str(cell.fold)) for cell in cells}
+    settings = {(cell.network, str(cell.fold)): cell.settings for cell in grid}
+    settings |= {(name, str(c.fold)): c.data_settings for c in grid for name in FILTERS}
+    return [
+        row
+        for row in rows
+        if (row["network"], row["seed"], row["fold"]) not in now
+        and row["data"] == data_label(data)
+        and settings.get((row["network"], row["fold"])) == row["settings"]
+    ]
+
+
+# ----------------------------------------------------------------------------------- results
+
+
+def write_results(path: Path, rows: list[dict], measure: str = "test") -> None:
+    """Write a tidy file, whole or not at all; NaN is an empty place."""
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(
+            file, COLUMNS[measure], lineterminator="\n", extrasaction="ignore", restval=""
+        )
+        writer.writeheader()
+        writer.writerows(
+            {key: "" if value != value else value for key, value in row.items()} for row in rows
+        )
+
+
+def read_results(path: str | Path, measure: str = "test") -> list[dict]:
+    """Read a tidy results file; measurements as floats, NaN where there is none.
+
+    Raises
+    ------
+    SettingsError
+        If the file is missing or has other columns.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SettingsError(f"{path}: no results; run: neurolib sweep profiles/table1-cpu.yaml")
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or set(rows[0]) != set(COLUMNS[measure]):
+        raise SettingsError(f"{path}: expected the columns {', '.join(COLUMNS[measure])}")
+    try:
+        return [
+            {k: float(v or "nan") if k in NUMBERS else v for k, v in row.items()} for row in rows
+        ]
+    except ValueError as error:
+        raise SettingsError(f"{path}: {error}; expected numbers in {', '.join(NUMBERS)}") from None
+
+
+def by_neuron_and_seed(rows: list[dict], column: str) -> dict[str, dict[str, dict[str, float]]]:
+    """Mean of a column over the volumes of a neuron, as network → neuron → seed → value.
+
+    Two volumes of one neuron are no two neurons. An infinite distance, of a network that found
+    nothing, counts as the diagonal of its volume.
+    """
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for row in rows:
+        value = row["diagonal"] if row[column] == float("inf") else row[column]
+        seeds = found.setdefault(row["network"], {}).setdefault(row["neuron"], {})
+        seeds.setdefault(row["seed"], []).append(value)
+    return {
+        network: {
+            neuron: {seed: sum(v) / len(v) for seed, v in seeds.items()}
+            for neuron, seeds in neurons.items()
+        }
+        for network, neurons in found.items()
+    }
+
+
+def by_network(rows: list[dict], column: str) -> dict[str, dict[str, float]]:
+    """Mean over seeds of `by_neuron_and_seed`, as network → neuron → value."""
+    return {
+        network: {neuron: sum(seeds.values()) / len(seeds) for neuron, seeds in neurons.items()}
+        for network, neurons in by_neuron_and_seed(rows, column).items()
+    }
+
+
+def means(rows: list[dict], columns: Mapping[str, str]) -> list[dict]:
+    """A row per network or filter: the mean over neurons of each column, under its head.
+
+    Parameters
+    ----------
+    rows : list of dict
+        Of `read_results`.
+    columns : mapping of column to head of the table
+    """
+    found = {head: by_network(rows, column) for column, head in columns.items()}
+    names = dict.fromkeys(row["network"] for row in rows)
+    return [
+        {"method": name}
+        | {head: sum(of[name].values()) / len(of[name]) for head, of in found.items()}
+        for name in names
+    ]
+
+
+def by_seed(rows: list[dict], column: str) -> dict[str, dict[str, float]]:
+    """Mean of a column over neurons, as network → seed → value: what another seed changes."""
+    found: dict[str, dict[str, float]] = {}
+    for seed in sorted({row["seed"] for row in rows} - {""}):
+        values = by_network([row for row in rows if row["seed"] == seed], column)
+        for network, neurons in values.items():
+            mean = sum(neurons.values()) / len(neurons)
+            found.setdefault(network, {})[f"seed {seed}"] = mean
+    return found
+
+
+def gains(
+    values: Mapping[str, Mapping[str, float]], network: str, baseline: str
+) -> dict[str, float]:
+    """Difference of a network from another on each neuron that both have.
+
+    Raises
+    ------
+    SettingsError
+        If there is no such network.
+    """
+    for name in (network, baseline):
+        if name not in values:
+            raise SettingsError(f"no network {name!r}; there are {', '.join(values)}")
+    ours, theirs = values[network], values[baseline]
+    return {neuron: ours[neuron] - theirs[neuron] for neuron in ours if neuron in theirs}
+
+
+def describe_results(rows: list[dict]) -> list[str]:
+    """What a results file was made with, one fact a line."""
+
+    def values(column: str) -> str:
+        return ", ".join(sorted({str(row[column]) for row in rows}))
+
+    rows = [row for row in rows if row["network"] not in FILTERS]
+    runs = {(row["network"], row["seed"], row["fold"]): row["seconds"] for row in rows}
+    tested = [f"slices tested: one in {values('every')}"] if "every" in rows[0] else []
+    return [
+        f"data: {values('data')} ({values('style')}), target threshold {values('threshold_tau')}",
+        f"{len(runs)} runs; seeds: {values('seed')}; folds: {values('fold')}",
+        f"{values('steps')} steps of {values('batch')} blocks at {values('size')} pixels",
+        *tested,
+        f"{sum(runs.values()) / 60:.0f} minutes of runs on {values('device')}",
+    ]

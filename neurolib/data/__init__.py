@@ -1,0 +1,1 @@
+"""Formats, data sets, downloads, and generated neurons."""

@@ -1,0 +1,206 @@
+"""The Janelia neurons of BigNeuron's gold166 release: download, check, unpack.
+
+The release (Manubens-Gil et al., Nature Methods 2023) is one archive of 166 image stacks with
+their gold-standard SWC files. It is too large to ship and is fetched once, into the cache. The
+neurons of the paper are those of Janelia's FlyLight project, in the two folders
+``..._janelia_flylight_part1`` and ``..._part2``, one folder per neuron.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+import zipfile
+import zlib
+from collections import defaultdict
+from pathlib import Path, PurePosixPath
+
+from tqdm.auto import tqdm
+
+from neurolib import files
+from neurolib.data.download import download
+from neurolib.errors import DataError, NeurolibWarning, SettingsError
+
+URL = "https://github.com/BigNeuron/Data/releases/download/Gold166_v1/gold166.zip"
+GROUP = "janelia_flylight"
+# Best first, where a folder holds one image in several formats: the release's own goes first.
+IMAGES = (".v3dpbd", ".v3draw", ".tif", ".tiff")
+# Vaa3D names a proofread tree after its image and the time at which it was saved:
+# "cell.v3dpbd_stamp_2015_06_15_18_06.swc", "cell.v3dpbd.ano_stamp_2015_06_17_11_23.swc".
+GOLD = re.compile(r"_stamp_[\d_]+\.swc$", re.IGNORECASE)
+
+# The archive is a few gigabytes, its Janelia part less than fifty when unpacked; what claims to
+# be far larger is not it, and must not fill a disk.
+MAX_ARCHIVE = 40 << 30
+MAX_UNPACKED = 100 << 30
+# What zipfile raises for archives that are damaged, encrypted or packed in unknown ways.
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+
+
+def fetch_janelia(
+    url: str | None = None, sha256: str | None = None, cache: str | Path | None = None
+) -> Path:
+    """Folder of the Janelia image/SWC pairs, downloaded and unpacked at the first call.
+
+    Parameters
+    ----------
+    url, sha256 : str, optional
+        Address of the archive and its hash; by default ``$NEUROLIB_BIGNEURON_URL``, else the
+        release's own (`URL`), and ``$NEUROLIB_BIGNEURON_SHA256``. The release publishes no hash:
+        without one, that of the first download is recorded in the cache and enforced later.
+    cache : path, optional
+        By default the folder ``bigneuron`` of `neurolib.files.cache_folder`.
+
+    Returns
+    -------
+    Path
+        Folder with an image and ``<name>.swc`` for every neuron, there whole or not at all.
+
+    Raises
+    ------
+    DataError
+        If the archive cannot be had, has another hash, is damaged, holds names that point outside
+        it, is far larger than the release, or has no Janelia neuron.
+    SettingsError
+        If the cache cannot be written to.
+    """
+    url = url or os.environ.get("NEUROLIB_BIGNEURON_URL") or URL
+    expected = (sha256 or os.environ.get("NEUROLIB_BIGNEURON_SHA256") or "").lower()
+    if expected and not re.fullmatch(r"[0-9a-f]{64}", expected):
+        raise DataError(f"sha256 {expected!r}: expected 64 hexadecimal digits")
+    cache = Path(cache) if cache else files.cache_folder() / "bigneuron"
+    # Two addresses may hold two versions: each has a folder and a record of its own.
+    key = hashlib.sha256(url.encode()).hexdigest()[:8]
+    folder, record = cache / f"{GROUP}-{key}", cache / f"archive-{key}.json"
+    known = _recorded(record)
+    if expected and known and known != expected:
+        raise DataError(
+            f"{url}: the archive was downloaded before with sha256 {known[:16]}..., expected "
+            f"{expected[:16]}...; delete {folder} and {record} to fetch it again"
+        )
+    archive, lock = cache / f"archive-{key}.zip", cache / f".{GROUP}-{key}.lock"
+    # Killed after it was unpacked, a call leaves the archive.
+    if folder.is_dir() and not archive.exists() and not lock.exists():
+        return folder
+    # Two that append to one part would spoil it.
+    with files.claim(lock):
+        if not folder.is_dir():
+            _fetch(url, archive, folder, expected or known, record)
+        archive.unlink(missing_ok=True)
+    return folder
+
+
+def _fetch(url: str, archive: Path, folder: Path, expected: str, record: Path) -> None:
+    """Download, check and unpack the archive."""
+    download(url, archive, expected, MAX_ARCHIVE, "NEUROLIB_BIGNEURON_URL")
+    found = expected or files.sha256(archive)
+    if not expected:
+        warnings.warn(
+            f"{url}: no hash of this archive is known; sha256 {found} of this first download is "
+            f"recorded in {record} and enforced from now on",
+            NeurolibWarning,
+            stacklevel=3,
+        )
+    files.write_text(record, json.dumps({"url": url, "sha256": found}, indent=1))
+    try:
+        with files.atomic_path(folder) as temporary:
+            temporary.mkdir()
+            _unpack(archive, temporary)
+    except OSError as error:
+        # The disk's fault, not the archive's: it is kept for the next call.
+        raise SettingsError(f"{folder}: cannot be written ({error.strerror})") from None
+    except (DataError, *DAMAGED) as error:
+        # What is not the release must not be remembered as its first download.
+        archive.unlink()
+        if not expected:
+            record.unlink()
+        if isinstance(error, DataError):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        raise DataError(f"{url}: the archive cannot be unpacked ({reason}); try again") from None
+
+
+def _recorded(record: Path) -> str:
+    try:
+        return str(json.loads(record.read_text(encoding="utf-8"))["sha256"])
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{record}: not a readable record; delete it and call again") from None
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Write the Janelia pairs of the archive into `folder`, under names of our own."""
+    with zipfile.ZipFile(archive) as opened:
+        members = [member for member in opened.infolist() if not member.is_dir()]
+        for member in members:
+            path = _path(member)
+            if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+                raise DataError(
+                    f"{archive.name}: the member {member.filename[:80]!r} points outside the "
+                    "archive; this is not the release"
+                )
+        pairs, unpaired = _pairs(members)
+        if not pairs:
+            raise DataError(
+                f"{archive.name}: no image with a gold SWC in a folder named ...{GROUP}...; this "
+                "is not the gold166 release"
+            )
+        total = sum(member.file_size for pair in pairs.values() for member in pair)
+        if total > min(MAX_UNPACKED, shutil.disk_usage(folder).free):
+            raise DataError(
+                f"{archive.name}: {total} bytes unpacked do not fit on the disk, or are not the "
+                "release; make room, or check the address"
+            )
+        if unpaired:
+            warnings.warn(
+                f"{archive.name}: {len(unpaired)} images have no SWC, or several that may be "
+                f"the gold standard, and are left out: {', '.join(unpaired[:3])}",
+                NeurolibWarning,
+                stacklevel=4,
+            )
+        for name, (image, tree) in tqdm(sorted(pairs.items()), desc="unpacking"):
+            for member, suffix in ((image, _path(image).suffix.lower()), (tree, ".swc")):
+                # zipfile stops at the size that was summed up above, and checks the CRC.
+                with opened.open(member) as source, open(folder / f"{name}{suffix}", "wb") as out:
+                    shutil.copyfileobj(source, out, 1 << 20)
+
+
+def _path(member: zipfile.ZipInfo) -> PurePosixPath:
+    return PurePosixPath(member.filename.replace("\\", "/"))
+
+
+def _pairs(members: list[zipfile.ZipInfo]) -> tuple[dict[str, tuple], list[str]]:
+    """Image and gold SWC of each Janelia neuron by name; names of images without a sure SWC."""
+    folders: dict[PurePosixPath, list[zipfile.ZipInfo]] = defaultdict(list)
+    for member in members:
+        path = _path(member)
+        hidden = path.name.startswith(".") or "__MACOSX" in path.parts
+        if GROUP in str(path.parent).lower() and not hidden:
+            folders[path.parent].append(member)
+    pairs, unpaired = {}, []
+    for folder in sorted(folders):
+        images = {}
+        # Of several formats of one image, the first of IMAGES comes last, and stays.
+        for suffix in reversed(IMAGES):
+            found = [m for m in folders[folder] if _path(m).suffix.lower() == suffix]
+            images |= {_path(m).stem: m for m in found}
+        trees = [m for m in folders[folder] if _path(m).suffix.lower() == ".swc"]
+        for stem, image in sorted(images.items()):
+            # Alone in its folder an image may have a tree of any name.
+            own = [t for t in trees if len(images) == 1 or _belongs(_path(t).name, stem)]
+            gold = [t for t in own if GOLD.search(_path(t).name)] or own
+            name = re.sub(r"[^\w.+-]", "_", stem)
+            if len(gold) != 1:
+                unpaired.append(name)
+            else:
+                # The same image in two parts is one neuron: the first is kept.
+                pairs.setdefault(name, (image, gold[0]))
+    return pairs, unpaired
+
+
+def _belongs(tree: str, stem: str) -> bool:
+    """Whether an SWC is named after an image: "cell_1" is not the image of "cell_10.swc"."""
+    return tree.startswith((f"{stem}.", f"{stem}_"))

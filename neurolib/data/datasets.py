@@ -1,0 +1,444 @@
+"""Data sets: pairs of an image and its SWC, split by neuron.
+
+A data set is a folder of pairs with the same name (``cell.tif`` and ``cell.swc``), wherever it
+comes from: generated (``synthetic``), rendered from given trees (``rendered:FOLDER``), downloaded
+(``fly-larva``, ``bigneuron-janelia``), or somebody's own.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from neurolib.data import synthesis
+from neurolib.data.bigneuron import fetch_janelia
+from neurolib.data.fly_larva import load_fly_larva
+from neurolib.data.pairs import (
+    FINAL_STYLE,
+    GENERATED,
+    NAMED,
+    Pair,
+    files_of,
+    find_name,
+    folder_pairs,
+    neurons_of,
+    pair_files,
+    stand_in,
+    trees_by_name,
+)
+from neurolib.errors import DataError, NeurolibError, SwcError
+from neurolib.files import (
+    atomic_path,
+    cache_folder,
+    sha256,
+    text_key,
+    write_text,
+)
+from neurolib.swc import Tree, read_swc, write_swc
+from neurolib.volume import SUFFIXES, read_volume, write_volume
+
+# The name of a data set that is rendered from the trees of a folder, and of its microscope.
+RENDERED = re.compile(r"rendered(-(?P<style>[^:/\\]*))?:(?P<folder>.+)")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Pairs for training, validation and test; no neuron is in two of them."""
+
+    train: tuple[Pair, ...]
+    validation: tuple[Pair, ...]
+    test: tuple[Pair, ...]
+
+    def __iter__(self):
+        return iter((self.train, self.validation, self.test))
+
+
+def load_dataset(name: str | Path) -> list[Pair]:
+    """Pairs of a data set.
+
+    Parameters
+    ----------
+    name : str or path
+        ``synthetic``, ``fly-larva``, ``fly-larva-final``, ``bigneuron-janelia``,
+        ``rendered:FOLDER`` (or ``rendered-STYLE:FOLDER``) for the SWC files of a folder, see
+        `rendered_pairs`, or a folder of pairs. Folders are relative to the working directory.
+
+    Raises
+    ------
+    DataError
+        If the folder is missing or holds no pair, or a style is unknown.
+    SwcError
+        If an SWC file to be rendered is unusable.
+    """
+    if str(name) == "synthetic":
+        return synthetic_pairs()
+    if str(name) == "bigneuron-janelia":
+        own = stand_in(name)
+        return folder_pairs(own if own and own.name == name else fetch_janelia())
+    if str(name) in NAMED:
+        return load_fly_larva(str(name))
+    if rendered := RENDERED.fullmatch(str(name)):
+        # "rendered-:" is a style left out by mistake, not the default one.
+        style = rendered["style"]
+        return rendered_pairs(rendered["folder"], "flylight" if style is None else style)
+    return folder_pairs(name)
+
+
+def name_from(name: str, start: str | Path) -> str:
+    """The name of a data set for a process that works in the folder `start`.
+
+    Folders in the name, as they are found from here, are written relative to `start`; names
+    without a folder stay as they are.
+    """
+    if name in NAMED:
+        return name
+    rendered = RENDERED.fullmatch(name)
+    folder = rendered["folder"] if rendered else name
+    if not Path(folder).is_dir():
+        return name
+    return name[: len(name) - len(folder)] + os.path.relpath(folder, start)
+
+
+def data_label(data: str) -> str:
+    """A data set's name as part of a file name: ``rendered:a/b`` is ``rendered-b``."""
+    rendered = RENDERED.fullmatch(data)
+    if not rendered:
+        return data if data in NAMED else Path(data).resolve().name
+    return data[: len(data) - len(rendered["folder"]) - 1] + f"-{Path(rendered['folder']).name}"
+
+
+def data_key(data: str) -> str:
+    """What decides the pairs of a data set: of all its files the content, and whose neuron."""
+    if data in GENERATED:
+        return data
+    return ",".join(
+        f"{pair.neuron}:{file.name}:{_digest(file)}"
+        for pair in load_dataset(data)
+        for file in (pair.image, pair.swc)
+    )
+
+
+def split_by_neuron(
+    pairs: list[Pair],
+    test: int = 1,
+    validation: int = 1,
+    seed: int = 0,
+    held_out: str | int | Sequence[str] = "",
+    validate_on: str | int | Sequence[str] = "",
+    train: int = 0,
+) -> Split:
+    """Split pairs so that all crops of a neuron stay together.
+
+    Parameters
+    ----------
+    pairs : list of Pair
+    test, validation : int
+        Numbers of neurons.
+    seed : int
+        Seeds the shuffle of the neurons.
+    held_out, validate_on : str, int or sequence of str
+        Names of test and of validation neurons (or of their pairs), separated by commas, instead
+        of a draw. A name may itself contain commas, or be a number.
+    train : int
+        Neurons to train on, drawn from those that are left; 0 takes all. With one seed, fewer
+        neurons are among the more.
+
+    Raises
+    ------
+    DataError
+        If no neuron is left to train on, a held-out name is unknown, or the pairs are a final
+        test set.
+    """
+    if any(pair.style == FINAL_STYLE for pair in pairs):
+        raise DataError(
+            f"{pairs[0].name}: of a final test set, neither trained nor validated on; evaluate a "
+            "finished network by 'neurolib run --data fly-larva-final --profile final -p "
+            "checkpoint=FILE'"
+        )
+    if min(test, validation, train) < 0:
+        raise DataError(
+            f"test={test}, validation={validation}, train={train}: expected numbers of neurons"
+        )
+    neurons = sorted({pair.neuron for pair in pairs})
+    order = [neurons[i] for i in np.random.default_rng(seed).permutation(len(neurons))]
+    by_name = {pair.name: pair.neuron for pair in pairs} | {n: n for n in neurons}
+
+    def named(key: str, asked: str | int | Sequence[str]) -> list[str]:
+        chosen = {by_name[name] for name in _asked(key, asked, by_name, neurons)}
+        return [n for n in order if n in chosen]
+
+    tests, checks = named("held_out", held_out), named("validate_on", validate_on)
+    both = set(tests) & set(checks)
+    if both:
+        raise DataError(f"{min(both)}: both in held_out and in validate_on; choose one")
+    free = [n for n in order if n not in tests and n not in checks]
+    if not tests:
+        tests, free = free[:test], free[test:]
+    if not checks:
+        checks, free = free[:validation], free[validation:]
+    if not free:
+        raise DataError(
+            f"{len(neurons)} neurons cannot be split into {len(tests) or test} for test, "
+            f"{len(checks) or validation} for validation and at least one for training; add pairs "
+            "or hold out fewer"
+        )
+    if train > len(free):
+        raise DataError(
+            f"train={train}: only {len(free)} of {len(neurons)} neurons are left to train on; add "
+            "pairs or ask for fewer"
+        )
+    groups = free[: train or len(free)], checks, tests
+    return Split(*(tuple(pair for pair in pairs if pair.neuron in group) for group in groups))
+
+
+def _asked(
+    key: str, asked: str | int | Sequence[str], known: Iterable[str], neurons: list[str]
+) -> list[str]:
+    """The `known` names that a setting lists."""
+    if isinstance(asked, int):
+        # YAML makes a number of 007.
+        numbers = [name for name in known if name.isdecimal() and int(name) == asked]
+        asked = numbers if len(numbers) == 1 else str(asked)
+    words = [[name] for name in asked] if not isinstance(asked, str) else [asked.split(",")]
+    found = []
+    for parts in words:
+        while any(part.strip() for part in parts):
+            # The longest run of parts that is a name: names may contain commas.
+            ends = range(len(parts), 0, -1)
+            hits = ((end, find_name(",".join(parts[:end]), known)) for end in ends)
+            end, name = next((hit for hit in hits if hit[1] is not None), (1, None))
+            if name is None and parts[0].strip():
+                raise DataError(
+                    f"{key}: no neuron {parts[0].strip()!r}; there are {', '.join(neurons)}"
+                )
+            found += [name] if name is not None else []
+            parts = parts[end:]
+    return found
+
+
+def write_manifest(path: str | Path, split: Split, seed: int) -> Path:
+    """Write which pair is in which split, with the hash of each file and the seed, as JSON."""
+    roles = zip(("train", "validation", "test"), split, strict=True)
+    entries = [
+        {
+            "name": pair.name,
+            "neuron": pair.neuron,
+            "split": role,
+            "style": pair.style,
+            "image": str(pair.image),
+            "image_sha256": _digest(pair.image),
+            "swc": str(pair.swc),
+            "swc_sha256": _digest(pair.swc),
+        }
+        for role, pairs in roles
+        for pair in pairs
+    ]
+    return write_text(path, json.dumps({"seed": seed, "pairs": entries}, indent=1))
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file, or of the names and contents of all files of a folder (OME-Zarr)."""
+    if path.is_file():
+        return sha256(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    listing = "".join(f"{file.relative_to(path).as_posix()} {sha256(file)}\n" for file in files)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def read_manifest(path: str | Path) -> Split:
+    """Read a split back; refuse it if a file has changed since."""
+    path = Path(path)
+    groups = {"train": [], "validation": [], "test": []}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["pairs"]
+        for entry in entries:
+            files = Path(entry["image"]), Path(entry["swc"])
+            pair = Pair(entry["name"], entry["neuron"], *files, entry["style"])
+            for kind, file in zip(("image", "swc"), files, strict=True):
+                if not file.exists() or _digest(file) != entry[f"{kind}_sha256"]:
+                    raise DataError(
+                        f"{file}: missing, or changed since {path} was written; run notebook 01 "
+                        "again"
+                    )
+            groups[entry["split"]].append(pair)
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: no readable split; run notebook 01 first") from None
+    return Split(**{name: tuple(members) for name, members in groups.items()})
+
+
+# The embedded data set: large enough to hold an arbor, small enough for two cores.
+SYNTHETIC_COUNT = 6
+SYNTHETIC_SHAPE = (48, 192, 192)
+
+
+def synthetic_pairs(
+    count: int = SYNTHETIC_COUNT,
+    shape: tuple[int, int, int] = SYNTHETIC_SHAPE,
+    style: str = "confocal",
+    seed: int = 0,
+) -> list[Pair]:
+    """Generate the embedded data set, or find it in the cache.
+
+    The cache folder is named by the settings and by the hash of the generator's own source:
+    a changed generator never leaves old data in use.
+    """
+    source = sha256(synthesis.__file__)[:12]
+    size = "x".join(map(str, shape))
+    folder = cache_folder() / f"synthetic-{style}-{size}-n{count}-s{seed}-{source}"
+    if not folder.is_dir():
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            for i in range(count):
+                tree = synthesis.grow(seed * 1000 + i, shape)
+                volume = synthesis.render(tree, shape, style=style, seed=seed * 1000 + i)
+                write_volume(temporary / f"synthetic_{i}.tif", volume.data, volume.spacing)
+                write_swc(temporary / f"synthetic_{i}.swc", tree, "generated, not a real neuron")
+    return folder_pairs(folder, style="synthetic")
+
+
+def rendered_pairs(folder: str | Path, style: str = "flylight") -> list[Pair]:
+    """Render the trees of a folder as a microscope would show them, or find them in the cache.
+
+    Real trees, stacks that are not: the pairs' `style` is "rendered from gold". Each stack is
+    the tree's bounding box with room around (`synthesis.ROOM` voxels beyond the tubes),
+    and the SWC beside it is the given one moved into that box; its first lines say by how much.
+    Staining and noise are drawn by the name of the file alone, so that a neuron looks the same
+    whatever lies beside it.
+
+    Parameters
+    ----------
+    folder : path
+        With SWC files in voxels of equal sides; other files are left alone, but an optional
+        ``neurons.csv`` is read as by `folder_pairs`. Radii are taken as `read_swc` gives them:
+        rough ones stay rough, and one that is not positive is 1 voxel.
+    style : str
+        One of `neurolib.data.synthesis.STYLES`.
+
+    Returns
+    -------
+    list of Pair
+        Sorted by name.
+
+    Raises
+    ------
+    DataError
+        If the style is unknown, the folder is missing or holds no SWC, or two of one name.
+    SwcError
+        If a file that is not in the cache is no usable tree; nothing is rendered then.
+    SettingsError
+        If the cache cannot be written to.
+
+    Notes
+    -----
+    Each pair is cached by itself, under the style, the hash of the generator's source, and the
+    hash of name and content of its SWC: an interrupted call goes on where it was, and a changed
+    tree is the only one to be rendered again.
+    """
+    if style not in synthesis.STYLES:
+        known = ", ".join(f"rendered-{name}:FOLDER" for name in synthesis.STYLES)
+        raise DataError(
+            f"rendered-{style}: no such style of microscope; expected {known}, or "
+            "rendered:FOLDER for flylight"
+        )
+    folder = Path(folder)
+    files = trees_by_name(folder)
+    if not files:
+        raise DataError(f"{folder}: found no SWC file; expected trees to render, as cell1.swc")
+    neurons = neurons_of(folder, files)
+    shelf = cache_folder() / f"rendered-{style}-{sha256(synthesis.__file__)[:12]}"
+    places = {}
+    for name, path in files.items():
+        try:
+            content = sha256(path)
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}); expected an SWC file"
+            ) from None
+        key = text_key(f"{name}\0{content}")
+        # A folder's name has a limit that the names of files with their suffix may just reach.
+        places[name] = shelf / f"{name[:40]}-{key}"
+    missing = [name for name, place in places.items() if not place.is_dir()]
+    for name in missing:
+        # All of them before the first is rendered: an error must not come after minutes.
+        _read_to_render(files[name])
+    for name in tqdm(missing, desc="rendering", mininterval=2, disable=not missing):
+        if not places[name].is_dir():  # another process may have made it meanwhile
+            _render_pair(files[name], places[name], style)
+    return [
+        Pair(n, neurons[n], place / f"{n}.tif", place / f"{n}.swc", "rendered from gold")
+        for n, place in places.items()
+    ]
+
+
+def _read_to_render(path: Path) -> Tree:
+    tree = read_swc(path)
+    try:
+        synthesis.extract_box(tree)
+    except SwcError as error:
+        raise SwcError(f"{path.name}: {error}") from None
+    return tree
+
+
+def _render_pair(path: Path, place: Path, style: str) -> None:
+    """Render one SWC into the folder `place`, which is there whole or not at all."""
+    tree = _read_to_render(path)
+    # Eight digits are as many seeds as anybody has neurons.
+    seed = int(hashlib.sha256(path.stem.encode()).hexdigest()[:8], 16)
+    volume, moved = synthesis.render_extract(tree, style, seed)
+    shift = " ".join(f"{d:+.0f}" for d in (moved.xyz - tree.xyz)[0])
+    with atomic_path(place) as temporary:
+        temporary.mkdir()
+        write_volume(temporary / f"{path.stem}.tif", volume.data, volume.spacing)
+        origin = f"the tree of {path.name}, moved by (x y z) {shift} voxels"
+        write_swc(temporary / f"{path.stem}.swc", moved, f"{origin}; its image is rendered")
+
+
+def measure(data: list[Pair] | str | Path) -> list[dict[str, float]]:
+    """Statistics of trees and stacks, to be compared by `neurolib.data.synthesis.calibration`.
+
+    Parameters
+    ----------
+    data : list of Pair, or path
+        Pairs, or a folder. A folder of SWC files without an image of equal name gives the
+        statistics of the trees alone.
+
+    Returns
+    -------
+    list of dict
+        For each neuron what `synthesis.statistics` and, where there are images, what
+        `synthesis.image_statistics` return.
+
+    Raises
+    ------
+    DataError
+        If the folder is missing or holds no SWC file.
+    SwcError, VolumeError, SettingsError
+        If a file is unusable, a tree does not lie in its image, or an image is not uint8.
+    """
+    if not isinstance(data, list):
+        trees = trees_by_name(Path(data))
+        if not trees:
+            raise DataError(f"{data}: found no SWC file; expected trees to measure")
+        if not pair_files(files_of(Path(data), SUFFIXES), list(trees.values())):
+            return [_measured(path) for path in trees.values()]
+        data = folder_pairs(data)
+    return [_measured(pair.swc, pair.image) for pair in data]
+
+
+def _measured(swc: Path, image: Path | None = None) -> dict[str, float]:
+    tree, volume = read_swc(swc), read_volume(image) if image else None
+    try:
+        found = synthesis.statistics(tree)
+        if volume is not None:
+            found |= synthesis.image_statistics(volume, tree)
+    except NeurolibError as error:
+        raise type(error)(f"{(image or swc).name}: {error}") from None
+    return found

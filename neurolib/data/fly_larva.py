@@ -1,0 +1,244 @@
+"""Neurons of the fly larva's central nervous system: raw files downloaded, checked, paired.
+
+The volumes (confocal, one TIFF per slice) and semi-automatic traces lie in the repository
+TuFF_toolkit, of the Tubularity Flow Field (Mukherjee, Condron and Acton, IEEE Trans. Image
+Process. 24, 2015). It carries no licence, so nothing of it is in ours but names and hashes:
+``fly_larva.json``. ``fly-larva`` is 10 volumes of 8 neurons; ``fly-larva-final`` is 4 neurons to
+evaluate a finished network on, which nothing trains on, validates on or chooses by.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import tifffile
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components, depth_first_order, minimum_spanning_tree
+from scipy.spatial import KDTree
+from tqdm.auto import tqdm
+
+from neurolib.data.download import download
+from neurolib.data.pairs import FINAL_STYLE, Pair, folder_pairs, stand_in
+from neurolib.errors import DataError, NeurolibWarning
+from neurolib.files import cache_folder, claim, sha256, write_text
+from neurolib.swc import Tree, write_swc
+from neurolib.volume import read_volume, write_volume
+
+NAME, FINAL_NAME = "fly-larva", "fly-larva-final"
+MANIFEST = Path(__file__).with_suffix(".json")
+FINAL = ("class1_sn92", "sensory_I3-3", "sensory_M4-8", "sensory_M4-9")
+URL = "https://raw.githubusercontent.com/suvadip21/TuFF_toolkit/{commit}"
+VARIABLE = "NEUROLIB_FLY_LARVA_URL"
+ORIGIN = (
+    "Source: {repository} at commit {commit:.12}. It carries no licence: use the files, do not "
+    "redistribute them."
+)
+# A slice has 0.4 MB at most.
+MAX_FILE = 1 << 20
+# Hashes of the trees that were made here; with the manifest's they are the known ones.
+RECORD = "trees.json"
+# Components are joined across gaps of up to this many voxels.
+GAP = 6.0
+
+
+def load_fly_larva(name: str = NAME) -> list[Pair]:
+    """Pairs of ``fly-larva`` or ``fly-larva-final``, downloaded and made at the first call.
+
+    ``$NEUROLIB_DATA`` (a folder of finished pairs, or one with a folder for each data set) stands
+    in for the download. Images and trees are compared with the known hashes wherever they lie.
+
+    Raises
+    ------
+    DataError
+        If the files cannot be had, or one of them is not the published one.
+    SettingsError
+        If the cache cannot be written to, or another process is filling it.
+    """
+    wanted, folder = _entries(name), stand_in(name)
+    if folder is None:
+        folder = _fetch(wanted)
+    found = {pair.name: pair for pair in folder_pairs(folder)}
+    missing = [entry["name"] for entry in wanted if entry["name"] not in found]
+    if missing:
+        told = f"{folder}: {len(missing)} of {len(wanted)} pairs of {name} are not there"
+        told += f" ({', '.join(missing)})"
+        if len(missing) == len(wanted):
+            raise DataError(f"{told}; unset NEUROLIB_DATA to download them")
+        warnings.warn(f"{told}; going on without them", NeurolibWarning, stacklevel=3)
+    style = "real" if name == NAME else FINAL_STYLE
+    made = _recorded(folder)
+    pairs = []
+    for entry in wanted:
+        if pair := found.get(entry["name"]):
+            voxels = _hash_of_voxels(pair.image, pair.image.stat().st_mtime_ns)
+            _check(pair.image, voxels, (entry["voxels"],))
+            _check(pair.swc, sha256(pair.swc), (*entry["trees"], made.get(pair.name, "")))
+            pairs.append(replace(pair, neuron=entry["neuron"], style=style))
+    return pairs
+
+
+def describe_fly_larva() -> str:
+    """One line that says how many pairs there are, and where; nothing is downloaded."""
+    wanted, own = _entries(NAME), stand_in(NAME)
+    folder = own or cache_folder() / NAME
+    missing = _lacking(wanted, folder)
+    told = f"{NAME}: {len(wanted) - len(missing)} of {len(wanted)} pairs in {own or 'the cache'}"
+    if missing and not own:
+        size = sum(entry["raw_mb"] for entry in missing)
+        told += f"; 'neurolib fetch {NAME}' downloads {size:.0f} MB"
+    return told
+
+
+def origin() -> str:
+    """One line that says where the files come from."""
+    return ORIGIN.format(**json.loads(MANIFEST.read_text(encoding="utf-8")))
+
+
+def _entries(name: str) -> list[dict]:
+    pairs = json.loads(MANIFEST.read_text(encoding="utf-8"))["pairs"]
+    return [entry for entry in pairs if (entry["name"] in FINAL) == (name == FINAL_NAME)]
+
+
+def _paths(folder: Path, name: str) -> tuple[Path, Path]:
+    return folder / f"{name}.tif", folder / f"{name}.swc"
+
+
+def _lacking(entries: list[dict], folder: Path) -> list[dict]:
+    return [e for e in entries if not all(path.exists() for path in _paths(folder, e["name"]))]
+
+
+def _recorded(folder: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError):
+        raise DataError(f"{folder / RECORD}: not readable; delete it") from None
+
+
+def _check(path: Path, digest: str, known: tuple[str, ...]) -> None:
+    if digest not in known:
+        raise DataError(
+            f"{path}: not the published data (sha256 {digest:.16}, expected {known[0]:.16}); "
+            "replace or delete it, or name its folder (--data FOLDER) if the change is yours"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _hash_of_voxels(path: Path, _changed: int) -> str:
+    """Hash of the decoded stack, computed once for each state of the file."""
+    return hashlib.sha256(np.ascontiguousarray(read_volume(path).data)).hexdigest()
+
+
+# ------------------------------------------------------------------------------------ download
+
+
+def _fetch(entries: list[dict]) -> Path:
+    """Make the pairs that the cache lacks; return their folder."""
+    folder = cache_folder() / NAME
+    left = [folder / f".{entry['name']}" for entry in entries]
+    # Killed after a pair was whole, a call leaves its raw files.
+    if not _lacking(entries, folder) and not any(raw.exists() for raw in left):
+        return folder
+    commit = json.loads(MANIFEST.read_text(encoding="utf-8"))["commit"]
+    address = (os.environ.get(VARIABLE) or URL.format(commit=commit)).rstrip("/")
+    with claim(folder / ".lock"):
+        missing = _lacking(entries, folder)
+        total = sum(1 + len(entry["slices"]) for entry in missing)
+        with tqdm(total=total, desc=NAME, unit="file", delay=1) as bar:
+            for entry in missing:
+                _make_pair(entry, folder, address, bar)
+        for raw in left:
+            shutil.rmtree(raw, ignore_errors=True)
+    return folder
+
+
+def _make_pair(entry: dict, folder: Path, address: str, bar: tqdm) -> None:
+    """Download the raw files of a pair and write its image and tree."""
+    name, raw = entry["name"], folder / f".{entry['name']}"
+    slices = {raw / key: (entry["stem"] + key, digest) for key, digest in entry["slices"].items()}
+    (trace,) = entry["swc"].items()
+    for path, (place, digest) in {**slices, raw / "trace.swc": trace}.items():
+        download(f"{address}/{quote(place)}", path, digest, MAX_FILE, VARIABLE)
+        bar.update()
+    # The files are palette images with a grey palette: the index is the intensity.
+    stack = np.stack([tifffile.imread(path) for path in sorted(slices)])
+    tree, joined = repair_trace((raw / "trace.swc").read_bytes(), stack.shape[1], entry["z_shift"])
+    image, swc = _paths(folder, name)
+    write_swc(swc, tree, f"{name}: y flipped, {joined} gaps joined, voxel units\n{origin()}")
+    write_text(folder / RECORD, json.dumps(_recorded(folder) | {name: sha256(swc)}, indent=1))
+    write_volume(image, stack)  # last: with it, the pair is whole
+    shutil.rmtree(raw)
+
+
+# ------------------------------------------------------------------------------------- repairs
+
+
+def repair_trace(trace: bytes, height: int, z_shift: float = 0.0) -> tuple[Tree, int]:
+    """Turn a raw trace into a forest in the frame of the image.
+
+    The tracer counted rows from the bottom, saved every branch on its own with its branch point
+    repeated, and left cycles and gaps.
+
+    Parameters
+    ----------
+    trace : bytes
+        SWC; a parent that is not in it counts as none.
+    height : int
+        Rows of the image.
+    z_shift : float
+        Added to z, in slices.
+
+    Returns
+    -------
+    tree : Tree
+        Each component rooted at its thickest node, the largest component first.
+    joined : int
+        Number of gaps that were joined.
+    """
+    table = np.loadtxt(trace.decode("ascii").splitlines(), usecols=range(7), ndmin=2)
+    xyz = np.column_stack([table[:, 2], height - 1 - table[:, 3], table[:, 4] + z_shift])
+    _, first, place = np.unique(np.round(xyz, 2), axis=0, return_index=True, return_inverse=True)
+    kept = np.sort(first)
+    node = dict(zip(table[:, 0], np.searchsorted(kept, first[place.ravel()]), strict=True))
+    edges = [(node[row[0]], node[row[6]]) for row in table if row[6] in node]
+    edges = np.unique(np.sort(np.reshape(edges, (-1, 2)).astype(int)), axis=0)
+    edges = edges[edges[:, 0] != edges[:, 1]]
+    xyz, radius = xyz[kept], table[kept, 5]
+
+    def forest(weights: np.ndarray, edges: np.ndarray) -> tuple:
+        graph = coo_array((weights, edges.T), shape=(len(xyz), len(xyz))).tocsr()
+        return minimum_spanning_tree(graph), connected_components(graph, directed=False)[1]
+
+    # Strategy: a minimum spanning forest cuts cycles at their longest edge, and joins components
+    # where they are closest; a gap's weight is above all lengths, so that no gap displaces an edge.
+    _, component = forest(np.ones(len(edges)), edges)
+    gaps = KDTree(xyz).query_pairs(GAP, output_type="ndarray").reshape(-1, 2)
+    gaps = gaps[component[gaps[:, 0]] != component[gaps[:, 1]]]
+    every = np.concatenate([edges, gaps])
+    lengths = np.linalg.norm(xyz[every[:, 0]] - xyz[every[:, 1]], axis=1)
+    lengths[len(edges) :] += lengths.sum()
+    graph, joined = forest(lengths, every)
+    return _rooted(graph, joined, xyz, radius), component.max() - joined.max()
+
+
+def _rooted(graph, component: np.ndarray, xyz: np.ndarray, radius: np.ndarray) -> Tree:
+    """A spanning forest as a `Tree`, parents before children."""
+    order, parent = [], np.full(len(xyz), -1)
+    for label in np.argsort(-np.bincount(component), kind="stable"):
+        members = np.flatnonzero(component == label)
+        root = members[radius[members].argmax()]
+        visited, before = depth_first_order(graph, root, directed=False)
+        order.append(visited)
+        parent[visited[1:]] = before[visited[1:]]
+    order = np.concatenate(order)
+    row = np.empty(len(xyz) + 1, int)
+    row[order], row[-1] = np.arange(len(xyz)), -1
+    return Tree(xyz[order], radius[order], np.full(len(xyz), 3), row[parent[order]])

@@ -1,0 +1,202 @@
+"""What is in a file: facts about images and trees, and whether the two belong together."""
+
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from neurolib import swc
+from neurolib.data.formats import LazyStack
+from neurolib.data.pairs import TREES, alone, same_name, stem
+from neurolib.errors import NeurolibError
+from neurolib.volume import (
+    LEVELS,
+    POLARITY,
+    SUFFIXES,
+    Volume,
+    check_values,
+    inverted,
+    is_image,
+    normalise,
+    read_volume,
+)
+
+# Voxels of which all are looked at; of larger volumes evenly spread slices stand for the rest, and
+# of OME-Zarr, where a slice is in many chunks, evenly spread chunks.
+WHOLE, WHOLE_ZARR = 1 << 27, 1 << 25
+
+
+def inspect_files(
+    paths: Sequence[str | Path],
+    channel: int | None = None,
+    spacing: Sequence[float] | None = None,
+) -> Iterator[str]:
+    """Facts of each file, then of each image with its tree, as blocks of text.
+
+    Parameters
+    ----------
+    paths : sequence of path
+        Images and SWC files; a folder stands for the images and SWC files in it. An image and a
+        tree of equal names (`pairs.pair_files`) belong together, and so do the only
+        image and the only tree.
+    channel : int, optional
+        Of multi-channel images.
+    spacing : (dz, dy, dx), optional
+        In µm, in place of what the images record.
+
+    Yields
+    ------
+    str
+        One block of lines per file or pair, and one of the files that are in no pair.
+
+    Raises
+    ------
+    NeurolibError
+        After the last file, if some could not be read: how many, of how many.
+    """
+    files = list(dict.fromkeys(file for path in paths for file in _expand(Path(path))))
+    images, trees, problems = [], {}, 0
+    for file in files:
+        try:
+            if file.suffix.lower() in TREES:
+                trees[file] = swc.read_swc(file)
+                facts = tree_facts(trees[file])
+            else:
+                volume = read_volume(file, channel, check=False, spacing=spacing)
+                facts = volume_facts(volume, file.name)
+                images.append(file)
+        except NeurolibError as error:
+            problems += 1
+            facts = {"unusable": str(error)}
+        yield block(str(file), facts)
+    pairs = _pairs(images, trees)
+    for image, tree in pairs:
+        # Read once more: all images of a folder at once need not fit into memory.
+        volume = read_volume(image, channel, check=False, spacing=spacing)
+        facts = fit_facts(swc.read_swc(tree, volume.spacing), volume)
+        yield block(f"{image.name} with {tree.name}", facts)
+    if images and trees and (left := alone(images, trees, pairs)):
+        yield block("in no pair", {file.name: why for file, why in left.items()})
+    if problems:
+        raise NeurolibError(
+            f"{problems} of {len(files)} files cannot be used, expected images "
+            f"({', '.join(SUFFIXES)}) and SWC files; the reasons are above"
+        )
+
+
+def _expand(path: Path) -> list[Path]:
+    if not path.is_dir() or is_image(path):
+        return [path]
+    # Some systems leave "._cell.tif" beside "cell.tif".
+    files = [p for p in sorted(path.iterdir()) if not p.name.startswith(".")]
+    found = [p for p in files if p.suffix.lower() in (*SUFFIXES, *TREES)]
+    if not found:
+        raise NeurolibError(
+            f"{path}: a folder without images ({', '.join(SUFFIXES)}) and SWC files; name another"
+        )
+    return found
+
+
+def _pairs(images: list[Path], trees: dict[Path, swc.Tree]) -> list[tuple[Path, Path]]:
+    if len(images) == len(trees) == 1:
+        return [(images[0], next(iter(trees)))]
+    pairs = [(i, t) for i in images for t in trees if same_name(i.name) == same_name(t.name)]
+    # Of several trees of that name, such as two reconstructions, those beside the image, and of
+    # names that differ in case or further suffixes the one that agrees.
+    for agree in (
+        lambda image, tree: image.parent == tree.parent,
+        lambda image, tree: stem(image.name) == stem(tree.name),
+        lambda image, tree: image.stem == tree.stem,
+    ):
+        settled = {file for pair in pairs if agree(*pair) for file in pair}
+        pairs = [pair for pair in pairs if agree(*pair) or not settled.intersection(pair)]
+    return pairs
+
+
+def block(title: str, facts: dict[str, str]) -> str:
+    """A title and, indented below it, one fact a line."""
+    return "\n".join([title, *(f"  {key:<10} {value}" for key, value in facts.items())])
+
+
+def _looked_at(volume: Volume, name: str) -> tuple[np.ndarray, str]:
+    """What stands for a volume (n, y, x), and in words what it is if it is not all of it.
+
+    Raises `VolumeError` for values that are no image (`check_values`).
+    """
+    data = volume.data
+    if not isinstance(data, LazyStack) or prod(data.shape) <= WHOLE_ZARR:
+        check_values(volume, name)
+        step = max(1, -(-prod(data.shape) // WHOLE))
+        return np.asarray(data[::step]), f"; every {step}th slice" if step > 1 else ""
+    # Whole chunks only, which lie side by side.
+    chunk = np.minimum(data.chunks, data.shape)
+    grid = np.array(data.shape) // chunk
+    count = min(prod(grid.tolist()), max(1, WHOLE_ZARR // prod(chunk.tolist())))
+    places = np.linspace(0, prod(grid.tolist()) - 1, count).astype(np.int64)
+    corners = np.stack(np.unravel_index(places, grid), axis=1) * chunk
+    parts = [data[tuple(map(slice, corner, corner + chunk))] for corner in corners]
+    values = np.concatenate(parts)
+    check_values(Volume(values), name)
+    return values, f"; {count} of {prod(grid.tolist())} chunks"
+
+
+def volume_facts(volume: Volume, name: str) -> dict[str, str]:
+    """Shape, type, spacing and intensities of a volume, and what is odd about it, in words."""
+    shape, spacing = volume.data.shape, volume.spacing
+    values, part = _looked_at(volume, name)
+    # As for scaling: of masked stacks the percentiles of what is not masked.
+    masked = (values == 0).mean() > 0.5 and values.any()
+    kept = values[values != 0] if masked else values
+    low, middle, high = np.percentile(kept, (LEVELS[0], 50, LEVELS[1]))
+    size = prod(shape) * volume.data.dtype.itemsize / 2**20
+    levels = "/".join(f"{q:g}" for q in (LEVELS[0], 50, LEVELS[1]))
+    lengths = " × ".join(f"{d:g}" for d in spacing)
+    remedy = "give --spacing Z,Y,X in µm"
+    facts = {
+        "shape": f"{' × '.join(map(str, shape))} (z, y, x), {volume.data.dtype}, {size:.1f} MiB",
+        "spacing": f"{lengths} (z, y, x), not known in µm: {volume.unknown}; {remedy}"
+        if volume.unknown
+        else f"{lengths} µm (z, y, x)",
+        "intensity": f"{values.min():g} to {values.max():g}; percentiles {levels}: {low:g}, "
+        f"{middle:g}, {high:g}" + (" of the voxels that are not zero" if masked else "") + part,
+        "zeros": f"{(values == 0).mean():.1%} of the voxels",
+    }
+    if volume.notes:
+        facts["read"] = "; ".join(volume.notes)
+    if inverted(normalise(values[:: max(1, values.size // POLARITY)])):
+        facts["warning"] = "dark structures on a bright ground; neurites must be bright: invert it"
+    return facts
+
+
+def tree_facts(tree: swc.Tree) -> dict[str, str]:
+    """Size and shape of a tree and what reading repaired, in words."""
+    if not len(tree.parent):
+        return {"tree": "no nodes"}
+    low, high = tree.xyz.min(axis=0), tree.xyz.max(axis=0)
+    roots = int((tree.parent < 0).sum())
+    spans = zip("xyz", low, high, strict=True)
+    radius = tree.radius
+    return {
+        "nodes": f"{len(tree.parent)} in {roots} {'tree' if roots == 1 else 'trees'}",
+        "length": f"{swc.length(tree):.1f} in the file's units, {len(swc.tips(tree))} tips, "
+        f"{len(swc.branch_points(tree))} branch points",
+        "box": ", ".join(f"{k} {a:g} to {b:g}" for k, a, b in spans),
+        "radius": f"{radius.min():g} to {radius.max():g}, median {np.median(radius):g}",
+        "repairs": "; ".join(tree.repairs) or "none",
+    }
+
+
+def fit_facts(tree: swc.Tree, volume: Volume) -> dict[str, str]:
+    """Whether a tree lies on the bright structures of a volume, in words."""
+    if isinstance(volume.data, LazyStack) and prod(volume.data.shape) > WHOLE:
+        return {"frame": "not compared, as all of the image would be read; cut out a part"}
+    found = swc.fit(tree, volume)
+    return {
+        "inside": f"{found.inside:.1%} of the nodes lie in the image",
+        "contrast": f"{found.contrast:.2f} standard deviations brighter on the tree; "
+        f"{found.follows:.0%} of it brighter than {swc.AROUND:g} voxels around",
+        "frame": str(found),
+        # Of a tree in another frame it would be another number.
+        **({"length": swc.length_text(tree, volume.spacing)} if found.fits else {}),
+    }

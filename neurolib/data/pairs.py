@@ -1,0 +1,242 @@
+"""Which image and which tree belong together, and which neuron they show."""
+
+import csv
+import re
+import unicodedata
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from neurolib.errors import DataError, NeurolibWarning
+from neurolib.files import decode, named_folder
+from neurolib.volume import SUFFIXES
+
+# Part words by which people name several crops of one neuron: they never go into two splits.
+PART = re.compile(
+    r"([_\-. ](body|tail|head|soma|axon|dendrite|dendrites|left|right|top|bottom|"
+    r"(crop|part|tile|piece|section|stack)[_\-]?\d*))+$",
+    re.IGNORECASE,
+)
+
+TREES = (".swc", ".eswc")
+
+# What programs put between a name and its suffix: OME's images, NeuroMorpho.org's trees.
+MARKS = (".ome", ".cng")
+
+NEURONS_FILE = "neurons.csv"
+# Data sets that their name and this version decide: nothing of theirs has to be hashed.
+GENERATED = ("synthetic", "bigneuron-janelia")
+NAMED = (*GENERATED, "fly-larva", "fly-larva-final")
+
+# Pairs of this style are evaluated only: never trained on, validated on or chosen by.
+FINAL_STYLE = "real, final test set"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image and its tree: `name`, the `neuron` it shows, both files, and how it was made."""
+
+    name: str
+    neuron: str
+    image: Path
+    swc: Path
+    style: str
+
+
+def stand_in(name: str) -> Path | None:
+    """The folder that stands in for a downloaded data set; None without ``$NEUROLIB_DATA``.
+
+    It is the one of that name in ``$NEUROLIB_DATA``, or ``$NEUROLIB_DATA`` itself.
+    """
+    root = named_folder("NEUROLIB_DATA")
+    if root is not None and not root.is_dir():
+        raise DataError(
+            f"NEUROLIB_DATA={root}: no such folder; expected one of image/SWC pairs, or one that "
+            f"holds a folder {name}"
+        )
+    places = [root / part for part in (name, name.removesuffix("-final"))] if root else []
+    return next((place for place in places if place.is_dir()), root)
+
+
+def folder_pairs(folder: str | Path, style: str = "real") -> list[Pair]:
+    """Find the image/SWC pairs of a folder, sorted by name; see `pair_files` for the names.
+
+    An optional ``neurons.csv`` with the columns ``name,neuron`` says which pairs show the same
+    neuron. Without it, names that differ only in part words at their end (``_body``, ``_tail``,
+    ``_crop2``, ``_left_part1`` ...) are taken for one neuron. Neither cares about case.
+
+    Raises
+    ------
+    DataError
+        If the folder is missing or holds no pair, two files claim one name, or ``neurons.csv``
+        lacks its columns, names a pair that is not there, or gives one pair two neurons.
+
+    Warns
+    -----
+    NeurolibWarning
+        Which images and trees have no partner.
+    """
+    folder = Path(folder)
+    images, trees = files_of(folder, SUFFIXES), files_of(folder, TREES)
+    pairs = pair_files(images, trees)
+    if not pairs:
+        raise DataError(
+            f"{folder}: found {len(images)} images and {len(trees)} SWC files but no two of equal "
+            "name; expected pairs such as cell1.tif and cell1.swc"
+        )
+    left = {file.name: why for file, why in alone(images, trees, pairs.values()).items()}
+    if left:
+        some = ", ".join(f"{name} ({why})" for name, why in list(left.items())[:10])
+        more = f" and {len(left) - 10} more" if len(left) > 10 else ""
+        warnings.warn(
+            f"{folder}: {len(pairs)} pairs; left out: {some}{more}", NeurolibWarning, stacklevel=2
+        )
+    neurons = neurons_of(folder, pairs, left)
+    return [Pair(n, neurons[n], *files, style) for n, files in sorted(pairs.items())]
+
+
+def pair_files(images: Sequence[Path], trees: Sequence[Path]) -> dict[str, tuple[Path, Path]]:
+    """Images and trees of equal names, by that name.
+
+    Equal are names without their suffix; of what is left, also names without further suffixes
+    (``cell.ome.tif``, ``cell.tif.swc``, ``cell.CNG.swc``) and in any Unicode form; of what is
+    left then, also names in another case.
+
+    Raises
+    ------
+    DataError
+        If a tree has several images, or an image several trees.
+    """
+    pairs: dict[str, tuple[Path, Path]] = {}
+    for key in (lambda name: _without(name, (*SUFFIXES, *TREES)), stem, same_name):
+        groups: dict[str, tuple[list[Path], list[Path]]] = {}
+        used = {file for pair in pairs.values() for file in pair}
+        for kind, files in enumerate((images, trees)):
+            for file in files:
+                if file not in used:
+                    groups.setdefault(key(file.name), ([], []))[kind].append(file)
+        for name, (some_images, some_trees) in groups.items():
+            if not (some_images and some_trees):
+                continue
+            image, tree = some_images[0], some_trees[0]
+            # Of names in two cases, the image's.
+            name = stem(image.name) if key is same_name else name
+            for kind, files in (("images", some_images), ("trees", some_trees)):
+                if len(files) > 1 or name in pairs:
+                    names = ", ".join(file.name for file in [*files, *pairs.get(name, ())])
+                    raise DataError(
+                        f"{image.parent}: two {kind} named {name} ({names}); keep one of them"
+                    )
+            pairs[name] = image, tree
+    return pairs
+
+
+def alone(
+    images: Iterable[Path], trees: Iterable[Path], pairs: Iterable[tuple[Path, Path]]
+) -> dict[Path, str]:
+    """The files that are in no pair, and why."""
+    pairs = list(pairs)
+    used = {file for pair in pairs for file in pair}
+    # Each image or tree of a pair by the names of the files that it might have been paired with.
+    taken = [{same_name(pair[kind].name): pair[kind].name for pair in pairs} for kind in (1, 0)]
+    left = {}
+    for kind, files, others in (("tree", images, taken[0]), ("image", trees, taken[1])):
+        for file in files:
+            other = others.get(same_name(file.name))
+            why = f"{other} is in another pair" if other else f"no {kind} named {stem(file.name)}"
+            if file not in used:
+                left[file] = why
+    return left
+
+
+def stem(name: str) -> str:
+    """A file's name without suffixes and marks, in one Unicode form: cell of ``cell.ome.tif``."""
+    name = unicodedata.normalize("NFC", name.strip())
+    while (shorter := _without(name, (*SUFFIXES, *TREES, *MARKS))) != name:
+        name = shorter
+    return name
+
+
+def same_name(name: str) -> str:
+    """A file's name as far as it must agree with another's."""
+    return unicodedata.normalize("NFC", stem(name).casefold())
+
+
+def _without(name: str, suffixes: tuple[str, ...]) -> str:
+    """A name without the one of `suffixes` at its end, if there is one and something before it."""
+    lower = name.lower()
+    suffix = next((s for s in suffixes if lower.endswith(s) and len(name) > len(s)), "")
+    return name[: len(name) - len(suffix)]
+
+
+def find_name(asked: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that is meant by `asked`, which may have a suffix or another case."""
+    # A spreadsheet may list paths.
+    asked, names = asked.strip().replace("\\", "/").rpartition("/")[2], list(names)
+    for key in (str, stem, same_name):
+        hits = [name for name in names if key(name) == key(asked)]
+        if len(hits) == 1:
+            return hits[0]
+    return None
+
+
+def files_of(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Files of a folder that end in one of `suffixes`, sorted."""
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: no such folder; expected {', '.join(NAMED)}, rendered:FOLDER or a folder "
+            "of image/SWC pairs with equal names"
+        )
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.name.lower().endswith(suffixes) and not path.name.startswith(".")
+    ]
+
+
+def trees_by_name(folder: Path) -> dict[str, Path]:
+    """The SWC files of a folder by their name, sorted."""
+    files = {}
+    for path in files_of(folder, TREES):
+        name = _without(path.name, TREES)
+        if name in files:
+            raise DataError(f"{folder}: two trees named {name}; keep one of them")
+        files[name] = path
+    return dict(sorted(files.items()))
+
+
+def neurons_of(folder: Path, names: Iterable[str], others: Iterable[str] = ()) -> dict[str, str]:
+    """The neuron of each pair; rows of ``neurons.csv`` may also name one of the `others`."""
+    names, path = list(names), folder / NEURONS_FILE
+    given: dict[str, str] = {}
+    rows = _read_rows(path) if path.exists() else []
+    for number, row in enumerate(rows, start=2):
+        asked, neuron = (unicodedata.normalize("NFC", row[k].strip()) for k in ("name", "neuron"))
+        name = find_name(asked, names)
+        if name is None and (asked or neuron) and find_name(asked, others) is None:
+            raise DataError(
+                f"{path}: row {number}: no pair named {asked!r}; there are "
+                f"{', '.join(sorted(names)[:20])}"
+            )
+        if name and given.setdefault(name, neuron).casefold() != neuron.casefold():
+            raise DataError(
+                f"{path}: row {number}: {asked!r} shows {given[name]!r} in an earlier row and "
+                f"{neuron!r} here; keep one of them"
+            )
+    neurons = {name: given.get(name) or PART.sub("", name) or name for name in names}
+    # One spelling: two would be two neurons, and might get into two splits.
+    spelling: dict[str, str] = {}
+    return {n: spelling.setdefault(neuron.casefold(), neuron) for n, neuron in neurons.items()}
+
+
+def _read_rows(path: Path) -> list[Mapping[str, str]]:
+    try:
+        text = decode(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    header, *rows = [*csv.reader(text.split("\n")), []]
+    columns = [column.strip().casefold() for column in header]
+    if not {"name", "neuron"} <= set(columns):
+        raise DataError(f"{path}: expected the columns name,neuron")
+    return [dict.fromkeys(columns, "") | dict(zip(columns, row, strict=False)) for row in rows]

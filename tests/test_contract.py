@@ -1,0 +1,59 @@
+"""What others rely on: public names where they are, and results that stay as they are."""
+
+import hashlib
+import importlib
+
+import numpy as np
+import pytest
+
+import neurolib
+from neurolib import network
+from neurolib.blocking import make_target
+from neurolib.data import synthesis
+from neurolib.inference import predict_volume
+from neurolib.swc import components, length
+from neurolib.tracing import trace
+
+NAMES = {
+    "volume": "read_volume write_volume Volume",
+    "swc": "read_swc write_swc Tree",
+    "blocking": "make_target block_grid read_block",
+    "weights": "load_pretrained",
+    "inflation": "fold_rgb inflate",
+    "network": "NetworkSettings Segmenter build",
+    "training": "TrainingSettings train load_checkpoint",
+    "inference": "predict_volume",
+    "evaluation": "dice hd95 tree_distance",
+    "tracing": "trace",
+    "errors": "NeurolibError VolumeError SwcError",
+}
+SHAPE = (24, 64, 72)
+TREE = synthesis.grow(3, SHAPE)
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_public_names_are_where_they_were(module):
+    found = importlib.import_module(f"neurolib.{module}")
+    assert [name for name in NAMES[module].split() if not hasattr(found, name)] == []
+    assert callable(neurolib.segment)
+
+
+def test_target_and_traced_tree_are_what_they_were():
+    response, mask = make_target(TREE, SHAPE, (2.0, 1.0, 1.0))
+    assert hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()[:16] == "7a334d5144507b95"
+    assert (mask.sum(), float(response.sum())) == (1309, pytest.approx(486.96002, rel=1e-5))
+    tree = trace(mask, (2.0, 1.0, 1.0))
+    assert (len(tree.xyz), len(set(components(tree)))) == (96, 1)
+    assert length(tree) == pytest.approx(158.002286, rel=1e-6)
+
+
+def test_probability_is_what_it_was():
+    settings = network.NetworkSettings(size=56, stem=True, contrast=True)
+    net, _ = network.build(settings, "scratch", "", 0)
+    image = synthesis.render(TREE, SHAPE, seed=3).data
+    image = (image / image.max()).astype(np.float32)
+    found = predict_volume(net, image, every=8, progress=False, device="cpu")
+    assert found.shape == (3, 64, 72)
+    assert [float(found.mean()), float(found[1, 20, 30])] == pytest.approx(
+        [0.0205, 0.0218], rel=0.05
+    )

