@@ -513,7 +513,8 @@ def test_a_run_in_which_nothing_is_found_goes_on_to_its_report(data, tmp_path, m
 
 def test_a_key_follows_the_modules_that_compute_and_no_others():
     code = "!pip install x\nfrom neurolib import training\n"
-    code += "from neurolib.course import plotting, runs\nimport numpy"
+    code += "from neurolib.course import plotting, runs\n"
+    code += "from neurolib.course.exercises import evaluation as exercises\nimport numpy"
     names = {path.stem for path in runs.modules_of(code)}
     # What training imports, and what that imports in turn.
     assert {"training", "network", "inflation", "blocking", "volume", "formats", "swc"} <= names

@@ -77,7 +77,7 @@ COURSE = (
 # The notebooks that evaluate a finished network (parameter `checkpoint` of `run_course`).
 EVALUATION = ("04_evaluation", "05_swc_tracing")
 # Modules that cannot change a number.
-SHOWING = {"plotting", "widgets", "runs", "parameters", "check", "errors"}
+SHOWING = {"plotting", "widgets", "runs", "parameters", "exercises", "errors"}
 # Seconds after which a hanging kernel is ended: to start; per cell (GPU profiles train for hours).
 START_TIMEOUT, CELL_TIMEOUT = 120, 24 * 3600
 MEMORY_LIMIT_MB = 1500
@@ -592,7 +592,7 @@ def modules_of(code: str) -> list[Path]:
             if not isinstance(node, ast.ImportFrom) or not node.module:
                 continue
             top, *inside = node.module.split(".")
-            if top != "neurolib":
+            if top != "neurolib" or SHOWING & set(inside):
                 continue
             folder = package.joinpath(*inside)
             names = [folder / alias.name for alias in node.names] if folder.is_dir() else [folder]
