@@ -35,7 +35,10 @@ HALVINGS = 36
 
 @dataclass(frozen=True)
 class Sample:
-    """A pair, read: normalised image (z, y, x), spacing (dz, dy, dx) µm, tree and target."""
+    """A pair, read: normalised image (z, y, x), spacing (dz, dy, dx) µm, tree and target.
+
+    unknown: why the spacing is not known in µm; see `neurolib.volume.Volume`.
+    """
 
     pair: Pair
     image: np.ndarray
@@ -43,6 +46,7 @@ class Sample:
     tree: Tree
     response: np.ndarray
     mask: np.ndarray
+    unknown: str = ""
 
 
 def read_sample(pair: Pair, kind: str = "sironi", tau: float = 0.1) -> Sample:
@@ -54,12 +58,13 @@ def read_sample(pair: Pair, kind: str = "sironi", tau: float = 0.1) -> Sample:
         If a file is unusable, or most of the tree lies outside the image.
     """
     volume = read_volume(pair.image)
-    tree = read_swc(pair.swc, volume.spacing)
+    tree = read_swc(pair.swc, volume.known_spacing)
     if told := "; ".join(repair for repair in tree.repairs if "reordered" not in repair):
         warnings.warn(f"{pair.swc.name}: {told}", NeurolibWarning, stacklevel=2)
     check_pair(tree, volume.data.shape, pair.name)
     response, mask = make_target(tree, volume.data.shape, volume.spacing, kind, tau=tau)
-    return Sample(pair, normalise(volume.data), volume.spacing, tree, response, mask)
+    image, unknown = normalise(volume.data), volume.unknown
+    return Sample(pair, image, volume.spacing, tree, response, mask, unknown)
 
 
 def every_slice(sample: Sample, every: int) -> Sample:

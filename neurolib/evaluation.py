@@ -8,6 +8,7 @@ Every number comes with what it is undefined for: an empty mask, a tree without 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import ndimage
@@ -16,6 +17,10 @@ from scipy.spatial import KDTree
 from neurolib.data.formats import check_spacing
 from neurolib.errors import SettingsError, SwcError, VolumeError
 from neurolib.swc import Tree, branch_points, edges, tips
+
+if TYPE_CHECKING:
+    from neurolib.blocking import Sample
+    from neurolib.volume import Volume
 
 DISTANCES = ("Hd95", "ESA", "DSA")
 # Smallest pieces that are tried, in voxels; 1 keeps all.
@@ -28,9 +33,13 @@ FULL_CONNECTIVITY = np.ones((3, 3, 3), dtype=bool)  # 26 neighbours: a neurite m
 # --- Units -------------------------------------------------------------------------------------
 
 
-def length_unit(spacings: Iterable[tuple[float, float, float]]) -> str:
-    """The unit of a table: "µm" if each spacing (dz, dy, dx) is known, else "voxels"."""
-    return "µm" if all(tuple(spacing) != (1, 1, 1) for spacing in spacings) else "voxels"
+def length_unit(stacks: "Iterable[Volume | Sample]") -> str:
+    """The unit of a table: "µm" if the spacing of every stack is known, else "voxels".
+
+    Where a voxel is 1 µm, the numbers are the same: generated stacks count in voxels.
+    """
+    known = (not stack.unknown and tuple(stack.spacing) != (1, 1, 1) for stack in stacks)
+    return "µm" if all(known) else "voxels"
 
 
 def in_unit(spacing: tuple[float, float, float], unit: str) -> tuple[float, float, float]:

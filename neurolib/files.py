@@ -304,13 +304,16 @@ def provenance(command: str, **facts: object) -> str:
 def is_result(path: Path) -> bool:
     """Whether a file (or OME-Zarr) is a result of a command of ours, as it was written.
 
-    An SWC that somebody has corrected by hand is not, nor is anything another program saved.
+    An SWC that somebody has corrected by hand is not, nor is anything another program saved. Of
+    a table of `neurolib.course.scores`, its heads tell.
     """
     import tifffile
 
     try:
         if path.is_dir():
             return WRITTEN in (path / "zarr.json").read_text(encoding="utf-8")
+        if path.suffix.lower() == ".csv":
+            return path.read_text(encoding="utf-8").startswith("name,dice,hd95_monai_")
         if path.suffix.lower() == ".swc":
             return WRITTEN in path.read_text(encoding="utf-8") and is_sealed(path)
         with tifffile.TiffFile(path) as file:

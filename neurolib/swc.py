@@ -110,7 +110,7 @@ def read_swc(path: str | Path, spacing: Sequence[float] | None = None) -> Tree:
         File to read. See `transform` for frames of which the file says nothing.
     spacing : sequence of float, optional
         (dz, dy, dx) of the image in µm, for files whose comments say that they are in a physical
-        unit; (1, 1, 1) means unknown. Without it the voxel size in the comments is taken
+        unit. Without it the voxel size in the comments is taken
         (``# Voxel separation (x,y,z): 0.5, 0.5, 2``), as `write_swc` and SNT write it.
 
     Returns
@@ -395,7 +395,7 @@ def _use_comments(tree: Tree, lines: list[str], spacing: Sequence[float] | None)
         repairs.append(f"header: SCALE {text(found['SCALE'])} not used")
     if unit and unit[1]:
         word, size = unit
-        known, told = spacing is not None and tuple(spacing) != (1, 1, 1), "separation" in found
+        known, told = spacing is not None, "separation" in found
         if known or told:
             voxel = np.array(spacing) if known else found["separation"][::-1] * size
             tree = transform(tree, voxel / size)

@@ -794,7 +794,7 @@ def bridge_gaps(
     Two ends may be joined if they are at most `longest` apart and each points towards the other
     to within 60 degrees, both together to within 80. Of these, a minimum spanning tree over the
     trees is taken, in which a bridge costs its length times the mean of exp(2 (1 - p)) along it:
-    trees never become a loop.
+    trees never become a loop. No bridge passes through another tree or bridge.
     The root of a joined tree is the soma, the thickest if there are several, else the root at the
     seed, else an end of the longest path.
 
@@ -835,16 +835,21 @@ def bridge_gaps(
     # Kruskal's algorithm: the cheapest bridge first, unless both ends are joined already.
     group = np.arange(label.max() + 1)
     bridges, xyz, radius, edges = [], [tree.xyz], [tree.radius], [np.stack(tree_edges(tree))]
-    count = len(points)
+    count, taken = len(points), KDTree(points)
     for _, a, b, certainty in sorted(candidates):
         start, end = ends[a], ends[b]
         if group[label[start]] == group[label[end]]:
             continue
-        group[group == group[label[end]]] = group[label[start]]
         length = float(np.linalg.norm(points[end] - points[start]))
+        share = np.linspace(0, 1, int(np.ceil(length)) + 1)[1:-1]
+        way = points[start] + share[:, None] * (points[end] - points[start])
+        # What lies in between is no gap: another neurite, or another bridge.
+        if len(way) and np.any(taken.query_ball_point(way, HALF_VOXEL, return_length=True)):
+            continue
+        taken = KDTree(np.concatenate([taken.data, way])) if len(way) else taken
+        group[group == group[label[end]]] = group[label[start]]
         ends_xyz = tree.xyz[[start, end]].tolist()
         bridges.append(Bridge(tuple(ends_xyz[0]), tuple(ends_xyz[1]), length, certainty))
-        share = np.linspace(0, 1, int(np.ceil(length)) + 1)[1:-1]
         xyz.append(tree.xyz[start] + share[:, None] * (tree.xyz[end] - tree.xyz[start]))
         radius.append(thickness[a] + share * (thickness[b] - thickness[a]))
         chain_of_nodes = [start, *range(count, count + len(share)), end]

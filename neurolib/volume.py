@@ -45,6 +45,11 @@ class Volume:
     unknown: str = ""
     notes: tuple[str, ...] = ()
 
+    @property
+    def known_spacing(self) -> tuple[float, float, float] | None:
+        """The spacing in µm, None if it is not known: what `neurolib.swc.read_swc` takes."""
+        return None if self.unknown else self.spacing
+
 
 # --------------------------------------------------------------------------------------------
 # Reading

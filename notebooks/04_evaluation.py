@@ -211,7 +211,7 @@ print(runs.table(rows))
 # dropped, together with it: a tube of radius 1.9 and length 18 has 200 voxels.
 
 # %%
-unit = evaluation.length_unit(s.spacing for s in tests)
+unit = evaluation.length_unit(tests)
 
 
 def score(mask, s):

@@ -342,7 +342,7 @@ for s in tests:
         swc.write_swc(run.path("swc") / f"{s.pair.name}.swc", tree, "traced from a prediction")
 
 # %% tags=["nbval-ignore-output"]
-unit = evaluation.length_unit(s.spacing for s in tests)
+unit = evaluation.length_unit(tests)
 
 
 def compared(tree, s):

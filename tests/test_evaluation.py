@@ -33,6 +33,7 @@ from neurolib.evaluation import (
     volume_diagonal,
 )
 from neurolib.swc import Tree, densify, length, read_swc
+from neurolib.volume import Volume
 
 JANELIA = Path(__file__).parents[1].parent / "shared" / "data" / "janelia_gold"
 SPACING = (2.0, 0.5, 0.7)
@@ -472,9 +473,10 @@ def test_thresholds_are_the_same_in_every_unit():
 
 
 def test_a_table_has_one_unit():
-    known, unknown = (2.0, 0.5, 0.5), (1.0, 1.0, 1.0)
-    assert length_unit([known, known]) == "µm"
-    assert length_unit([known, unknown]) == "voxels"
+    known, data = (2.0, 0.5, 0.5), np.zeros((1, 1, 1))
+    assert length_unit([Volume(data, known)] * 2) == "µm"
+    assert length_unit([Volume(data, known), Volume(data)]) == "voxels"
+    assert length_unit([Volume(data, known), Volume(data, known, "no unit")]) == "voxels"
     assert in_unit(known, "µm") == known
     assert in_unit(known, "voxels") == (4, 1, 1)
     row = {"neuron": "a", "unit": "µm", "Dice": 0.5, "Hd95": 3.0, "ESA": 1.0}

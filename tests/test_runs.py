@@ -483,7 +483,7 @@ def test_paths_are_where_the_user_stands(data, tmp_path, monkeypatch):
         sweeps.run_sweep(grid, tmp_path / "runs")
 
 
-def test_a_run_stops_on_misplaced_trees(data, tmp_path):
+def test_a_run_stops_on_misplaced_trees(data, tmp_path, capsys):
     for path in data.glob("*.swc"):
         tree = swc.read_swc(path)
         swc.write_swc(path, replace(tree, xyz=tree.xyz * (1, -1, 1) + (0, 63, 0)))
@@ -492,6 +492,22 @@ def test_a_run_stops_on_misplaced_trees(data, tmp_path):
         runs.run_course(str(data), "empty", "x", tmp_path / "runs", parameters, ())
     assert not (tmp_path / "runs").exists()
     runs.run_course(str(data), "empty", "x", tmp_path / "runs", parameters, (), True)
+    assert "cell1.tif: spacing not known" in capsys.readouterr().out
+
+
+def test_trees_in_micrometres_lie_in_their_images(data, tmp_path, capsys):
+    lengths = [found["length"] for found in datasets.measure(data)]
+    for path in data.glob("*.swc"):
+        image = path.with_suffix(".tif")
+        volume.write_volume(image, volume.read_volume(image).data, (2.0, 0.5, 0.5))
+        swc.write_swc(path, swc.read_swc(path), units="um", spacing=(2.0, 0.5, 0.5))
+        # Other programs leave the voxel size to the image.
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if "separation" not in line))
+    runs.run_course(str(data), "empty", "x", tmp_path / "runs", {"held_out": "cell0"}, ())
+    assert "spacing" not in capsys.readouterr().out
+    found = [found["length"] for found in datasets.measure(data)]
+    assert found == pytest.approx(lengths, rel=1e-3)
 
 
 def test_a_run_in_which_nothing_is_found_goes_on_to_its_report(data, tmp_path, monkeypatch):

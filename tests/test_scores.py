@@ -15,9 +15,9 @@ from neurolib.blocking import make_target
 from neurolib.course.cli import app, main
 from neurolib.course.scores import MISSES, NO_TREE, SCORES, evaluate, evaluate_files
 from neurolib.data.synthesis import grow
-from neurolib.errors import NeurolibError
+from neurolib.errors import NeurolibError, SettingsError
 from neurolib.evaluation import dice, hd95, surface_dice, tree_distance, tree_scores
-from neurolib.swc import Tree, length, write_swc
+from neurolib.swc import Tree, length, read_swc, write_swc
 from neurolib.tracing import trace
 from neurolib.volume import write_volume
 
@@ -206,6 +206,25 @@ def test_the_command_measures_a_pair(folders, tmp_path, capsys):
     for words in ("Dice", "Hd95 (monai)", "Hd95 (medpy)", "clDice", "ESA", "splits", " µm"):
         assert words in line
     assert float(read(out)[0]["tolerance_um"]) == 0.75
+
+
+def test_a_table_replaces_none_but_its_own_kind(folders, tmp_path, capsys):
+    out = folders[1] / "scores.csv"
+    command = ["evaluate", *map(str, folders), "--out", str(out)]
+    for _ in range(2):
+        assert CliRunner().invoke(app, command).exit_code == 0
+    out.write_text("neuron,remark\na,do not lose this\n")
+    refused = CliRunner().invoke(app, command)
+    assert isinstance(refused.exception, SettingsError)
+    assert "--overwrite" in str(refused.exception)
+    assert "do not lose this" in out.read_text()
+    assert CliRunner().invoke(app, [*command, "--overwrite"]).exit_code == 0
+    out.unlink()
+    out.symlink_to(folders[1] / "A.swc")
+    for options in ([], ["--overwrite"]):
+        refused = CliRunner().invoke(app, [*command, *options])
+        assert "A.swc" in str(refused.exception)
+    assert read_swc(folders[1] / "A.swc").xyz.shape == TREE.xyz.shape
 
 
 @pytest.mark.parametrize(

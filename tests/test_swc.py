@@ -378,7 +378,8 @@ NODE = "1 3 40 20 8 2 -1\n2 3 80 20 8 2 1\n"
         ("# offset: -1, 2e1, 0", None, (39, 40, 8), 2, "OFFSET -1, 20, 0 added"),
         ("# SCALE 0.5 0.5 2", None, (40, 20, 8), 2, "SCALE 0.5, 0.5, 2 not used"),
         ("# units: microns", None, (40, 20, 8), 2, "unit microns, taken as it is"),
-        ("# Coordinates in µm", (1, 1, 1), (40, 20, 8), 2, "unit µm, taken as it is"),
+        ("# Coordinates in µm", (1, 1, 1), (40, 20, 8), 2, "unit µm, brought into voxels of 1"),
+        ("# Coordinates in nm", (1, 1, 1), (0.04, 0.02, 0.008), 0.002, "unit nm, brought into"),
         ("# Coordinates in µm", (2, 0.5, 0.5), (80, 40, 4), 4, "unit µm, brought into voxels"),
         ("# Unit = nm", (0.002, 0.004, 0.004), (10, 5, 4), 0.5, "unit nm, brought into voxels"),
         (

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 from scipy.spatial import KDTree
@@ -678,6 +678,7 @@ def test_a_single_voxel_is_one_node():
     st.tuples(*[st.integers(1, 14)] * 3),
     st.sampled_from([(1, 1, 1), (3, 1, 1), (0.5, 0.2, 0.2)]),
 )
+@example(339, 0.4, (1, 6, 7), (1, 1, 1))  # a third piece lies between two that face each other
 def test_any_mask_gives_a_forest(seed, density, shape, spacing):
     mask = np.random.default_rng(seed).random(shape) < density
     mask.flat[seed % mask.size] = True

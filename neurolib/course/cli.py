@@ -415,7 +415,7 @@ def _known(stack: "Volume", units: str, name: str) -> tuple[float, float, float]
     """The spacing of a stack, None if unknown; refused before the work if `units` need it."""
     if units not in ("voxels", "um"):
         raise SettingsError(f"--units {units}: expected voxels or um")
-    known = None if stack.unknown else stack.spacing
+    known = stack.known_spacing
     if units == "um" and known is None:
         raise SettingsError(
             f"--units um: the voxel size of {name} is not known; give --spacing Z,Y,X in µm, or "
@@ -555,6 +555,9 @@ def evaluate(
     threshold: Annotated[
         float | None, typer.Option(help="On predicted probabilities, 0 to 1; default 0.5.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that neurolib did not write.")
+    ] = False,
 ) -> None:
     """Measure predictions against references: Dice, Hd95, clDice, ESA, splits and more.
 
@@ -564,13 +567,19 @@ def evaluate(
     Example: neurolib evaluate predictions/ references/ --out scores.csv
     """
     from neurolib.course.scores import evaluate_files
+    from neurolib.files import check_outputs
 
     _check_output(out, ".csv")
+    if out is not None:
+        # Beside what is measured there is room for a table.
+        inside = [p for folder in (prediction, reference) for p in folder.glob("*")]
+        inputs = [p for p in inside if p.suffix.lower() != ".csv"] + [prediction, reference]
+        inputs = [p for p in inputs if p.suffix.lower() == ".zarr" or not p.is_dir()]
+        check_outputs([out], inputs, overwrite)
     lines = evaluate_files(
         prediction, reference, out, _three("spacing", spacing), tolerance, threshold
     )
-    for line in lines:
-        print(line, flush=True)
+    _say(lines)
 
 
 @app.command()

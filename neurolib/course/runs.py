@@ -53,7 +53,7 @@ from neurolib.files import (
 )
 from neurolib.parameters import check_range, read_as
 from neurolib.swc import check_frame, check_pair, read_swc
-from neurolib.volume import read_volume
+from neurolib.volume import read_volume, remarks
 
 # Imported only where it is used, because it costs every notebook two seconds.
 if TYPE_CHECKING:
@@ -530,7 +530,10 @@ def check_data(data: str, choices: Iterable[dict], ignore_frames: bool = False) 
     for values in choices:
         _split(pairs, values)
     for pair in pairs:
-        tree, volume = read_swc(pair.swc), read_volume(pair.image)
+        volume = read_volume(pair.image)
+        tree = read_swc(pair.swc, volume.known_spacing)
+        for remark in remarks(volume, pair.image.name):
+            print(remark, flush=True)
         check_pair(tree, volume.data.shape, pair.name)
         if ignore_frames:
             continue

@@ -434,7 +434,8 @@ def measure(data: list[Pair] | str | Path) -> list[dict[str, float]]:
 
 
 def _measured(swc: Path, image: Path | None = None) -> dict[str, float]:
-    tree, volume = read_swc(swc), read_volume(image) if image else None
+    volume = read_volume(image) if image else None
+    tree = read_swc(swc, volume and volume.known_spacing)
     try:
         found = synthesis.statistics(tree)
         if volume is not None:

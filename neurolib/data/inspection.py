@@ -74,7 +74,7 @@ def inspect_files(
     for image, tree in pairs:
         # Read once more: all images of a folder at once need not fit into memory.
         volume = read_volume(image, channel, check=False, spacing=spacing)
-        facts = fit_facts(swc.read_swc(tree, volume.spacing), volume)
+        facts = fit_facts(swc.read_swc(tree, volume.known_spacing), volume)
         yield block(f"{image.name} with {tree.name}", facts)
     if images and trees and (left := alone(images, trees, pairs)):
         yield block("in no pair", {file.name: why for file, why in left.items()})
