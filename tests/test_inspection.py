@@ -183,7 +183,7 @@ def test_bad_files_are_named_and_the_others_read(folder):
 
 
 def test_the_command(folder):
-    command = [sys.executable, "-m", "neurolib.course.cli", "inspect"]
+    command = [sys.executable, "-m", "neurolib", "inspect"]
     done = subprocess.run([*command, folder], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "no other fits better" in done.stdout

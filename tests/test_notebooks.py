@@ -124,7 +124,7 @@ def test_data_that_is_no_data_is_refused(tmp_path):
 
 
 def test_the_command_says_it_in_one_line(tmp_path):
-    command = [sys.executable, "-m", "neurolib.course.cli", "run", "-p", "setps=3"]
+    command = [sys.executable, "-m", "neurolib", "run", "-p", "setps=3"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("neurolib: ")

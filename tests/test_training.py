@@ -1067,7 +1067,7 @@ def test_torchrun_trains_and_the_notebook_goes_on_from_there(tmp_path, data):
     """Two processes with sockets between them; the notebook finds nothing left to train."""
     given = [part for item in SMALL.items() for part in ("-p", "{}={}".format(*item))]
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "neurolib.course.cli", "train", "--data", str(data), "--profile", "empty"]
+    command += ["-m", "neurolib", "train", "--data", str(data), "--profile", "empty"]
     done = subprocess.run(
         [sys.executable, *command, "--name", "x", "--folder", str(tmp_path), *given],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -112,7 +112,7 @@ def train(
 ) -> None:
     """Train only, on several GPUs or machines; `neurolib run` with the same options goes on.
 
-    Example: torchrun --nproc-per-node 4 -m neurolib.course.cli train --profile gpu --data my_pairs
+    Example: torchrun --nproc-per-node 4 -m neurolib train --profile gpu --data my_pairs
     """
     from neurolib.course.runs import train_run
 
@@ -759,7 +759,3 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("\nneurolib: interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(INTERRUPTED)
-
-
-if __name__ == "__main__":
-    main()
