@@ -20,7 +20,7 @@ from neurolib.data.formats import LazyStack, check_memory, check_shape, check_ty
 from neurolib.errors import NeurolibWarning, SettingsError, VolumeError
 from neurolib.files import atomic_path, workplace
 
-SUFFIXES = (*formats.READERS, ".zarr")
+SUFFIXES = (*formats.FORMATS, ".zarr")
 
 # Voxels so many times longer along one axis than along another are more likely a wrong field.
 ANISOTROPY = 20
@@ -120,10 +120,8 @@ def read_volume(
             f"{name}: suffix {suffix or 'missing'!r}, expected one of {', '.join(SUFFIXES)}"
         )
     try:
-        if suffix == ".zarr":
-            stack = formats.read_zarr(path, channel)
-        else:
-            stack = formats.READERS[suffix](path, *_begin(path), channel)
+        read = formats.read_zarr if suffix == ".zarr" else formats.read_file
+        stack = read(path, channel)
         data = stack.data
         check_shape(name, data.shape)
         check_type(name, data.dtype)
@@ -164,19 +162,6 @@ def is_image(path: Path) -> bool:
     """Whether a path has the suffix of an image, or is a group of Zarr within one."""
     groups = ("zarr.json", ".zattrs", ".zgroup")
     return path.suffix.lower() in SUFFIXES or any((path / name).exists() for name in groups)
-
-
-def _begin(path: Path) -> tuple[bytes, int]:
-    """First bytes and size of a file that can be read and is not empty."""
-    name = path.name
-    if path.is_dir():
-        raise VolumeError(f"{name}: is a folder, expected a file; give one image stack")
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        head = file.read(4096)
-    if not size:
-        raise VolumeError(f"{name}: the file is empty (0 bytes); copy or download it again")
-    return head, size
 
 
 def check_values(volume: Volume, name: str) -> None:

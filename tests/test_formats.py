@@ -571,10 +571,12 @@ def test_npy_refusals(tmp_path):
     refused(path, r"2 channels \(0 to 1\)")
     assert read_volume(path, channel=1).data.shape == (4, 5, 6)
     np.save(path, stack()[:, :0])
-    refused(path, "expected a 3D stack")
+    refused(path, "expected positive numbers")
     np.save(path, stack().astype(complex))
     refused(path, "complex")
     path.write_bytes(b"not numpy at all, but long enough to hold a header")
+    refused(path, "does not begin like a .npy file")
+    path.write_bytes(b"\x93NUMPY\x01\x00\x10\x00not a dictionary")
     refused(path, "NumPy header")
 
 
@@ -635,7 +637,7 @@ def test_v3dpbd_refusals(tmp_path):
     refused(save(tmp_path, content[:-1], "a.v3dpbd"), "truncated")
     refused(save(tmp_path, content + b"\x80\x01", "a.v3dpbd"), "unpack to")
     three_bit = content[:25] + struct.pack("<h", 33) + content[27:]
-    refused(save(tmp_path, three_bit, "a.v3dpbd"), r"packing 33.*\.v3draw")
+    refused(save(tmp_path, three_bit, "a.v3dpbd"), r"voxel type 33.*\.v3draw")
     started = content[:43] + bytes([40]) + content[44:]
     refused(save(tmp_path, started, "a.v3dpbd"), "difference to no voxel")
 
@@ -1109,7 +1111,7 @@ def test_paths_that_are_no_volume(tmp_path):
     for suffix in ("tif", "tiff", "npy", "v3draw", "v3dpbd", "nrrd"):
         refused(save(tmp_path, b"", f"empty.{suffix}"), r"empty \(0 bytes\)")
         for size in (5, 5000):
-            refused(save(tmp_path, bytes(size), f"zeros.{suffix}"), "begin like|NumPy header")
+            refused(save(tmp_path, bytes(size), f"zeros.{suffix}"), "begin like")
 
 
 def absurd(name):

@@ -164,14 +164,10 @@ def _stored(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]] | None:
         value = function(value)
     if value.any():
         return None
-    # With sharding, a file holds many chunks.
-    step = getattr(data.array, "shards", None) or data.array.chunks
-    lead = tuple(i // n for i, n in zip(data.fixed, step, strict=False))
-    step = step[len(lead) :]
-    stored = np.zeros([-(-n // s) for n, s in zip(data.shape, step, strict=True)], bool)
-    for place in np.ndindex(stored.shape):
-        key = data.array.metadata.encode_chunk_key((*lead, *place))
-        stored[place] = os.path.exists(os.path.join(data.folder, key))
+    places, step, grid = data.stored_cells()
+    stored = np.zeros(grid, bool)
+    for place in places:
+        stored[place] = True
     return stored, step
 
 

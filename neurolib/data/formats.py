@@ -13,9 +13,9 @@ import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
-from operator import add, lt, mul
+from operator import lt, mul
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -25,6 +25,7 @@ import psutil
 import tifffile
 
 from neurolib.errors import VolumeError
+from neurolib.files import decode
 
 # What tifffile logs beside raising comes in our own errors, on one line.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
@@ -54,42 +55,55 @@ class Stack:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Header:
+    """What a file with one array says of it: all that `_load` needs.
+
+    shape: slowest axis first; axis: the one of the channels, or None; unpack: gives the voxels
+    if they are packed, else they lie in the file from byte `offset` on.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    axis: int | None = None
+    offset: int = 0
+    order: str = "C"
+    spacing: Spacing = Spacing()
+    unpack: Callable[[], np.ndarray] | None = None
+
+
 # Units of length ------------------------------------------------------------------------------
 
-_PREFIXES = {"Y": "yotta", "Z": "zetta", "E": "exa", "P": "peta", "T": "tera", "G": "giga"}
-_PREFIXES |= {"M": "mega", "k": "kilo", "h": "hecto", "da": "deca", "": "", "d": "deci"}
-_PREFIXES |= {"c": "centi", "m": "milli", "µ": "micro", "n": "nano", "p": "pico", "f": "femto"}
-_PREFIXES |= {"a": "atto", "z": "zepto", "y": "yocto"}
-_POWERS = [24, 21, 18, 15, 12, 9, 6, 3, 2, 1, 0, -1, -2, -3, -6, -9, -12, -15, -18, -21, -24]
-
+_PREFIXES = """
+Y yotta 24, Z zetta 21, E exa 18, P peta 15, T tera 12, G giga 9, M mega 6, k kilo 3, h hecto 2,
+da deca 1, d deci -1, c centi -2, m milli -3, µ micro -6, n nano -9, p pico -12, f femto -15,
+a atto -18, z zepto -21, y yocto -24
+"""
 # Micrometres per unit, by the names that OME, OME-Zarr, ImageJ and NRRD files use: all lengths of
 # OME's list (UnitsLength of the schema 2016-06) in symbols and words.
 MICRONS = {
-    name: 10.0 ** (power + 6)
-    for (sign, word), power in zip(_PREFIXES.items(), _POWERS, strict=True)
+    name: 10.0 ** (int(power) + 6)
+    for sign, word, power in [entry.split() for entry in _PREFIXES.split(",")]
     for name in (f"{sign}m", f"{word}meter")
 }
-MICRONS |= {"um": 1.0, "micron": 1.0, "å": 1e-4, "angstrom": 1e-4, "Å": 1e-4}
+MICRONS |= {"m": 1e6, "meter": 1e6, "um": 1.0, "micron": 1.0}
+MICRONS |= {"å": 1e-4, "angstrom": 1e-4, "Å": 1e-4}
 MICRONS |= {"inch": 25400.0, "in": 25400.0, "inches": 25400.0, "thou": 25.4, "li": 25400 / 12}
 MICRONS |= {"ft": 304800.0, "foot": 304800.0, "feet": 304800.0, "yd": 914400.0, "yard": 914400.0}
 MICRONS |= {"mi": 1609344e3, "mile": 1609344e3, "pt": 25400 / 72, "ua": 1.495978707e17}
 MICRONS |= {"ly": 9.4607304725808e21, "pc": 3.0856775814913673e22, "parsec": 3.0856775814913673e22}
-
 # What stands where no length is meant: numbers with it still tell the ratio of the axes.
 NO_LENGTH = ("", "pixel", "px", "voxel", "reference frame", "none", "???", "unknown")
+MICRONS |= dict.fromkeys(NO_LENGTH, 0.0)
 
 
 def microns(unit: str) -> float | None:
     """Micrometres per `unit`; 0 of what is no length (`NO_LENGTH`), None of a name not known."""
     # "Mm" is not "mm": as it is written first. Both signs of µ, and ImageJ's way to escape it.
     unit = unit.strip().replace("\\u00b5", "µ").replace("\\u00B5", "µ").replace("μ", "µ")
-    for name in (unit, unit.lower(), unit.lower().replace("metre", "meter")):
-        for form in (name, name.removesuffix("s") if len(name) > 4 else name):
-            if form in NO_LENGTH:
-                return 0.0
-            if form in MICRONS:
-                return MICRONS[form]
-    return None
+    names = (unit, unit.lower(), unit.lower().replace("metre", "meter"))
+    forms = (form for n in names for form in (n, n.removesuffix("s") if len(n) > 4 else n))
+    return next((MICRONS[form] for form in forms if form in MICRONS), None)
 
 
 def calibrate(values: Sequence[float], units: Sequence[str], fields: Sequence[str]) -> Spacing:
@@ -118,11 +132,17 @@ def calibrate(values: Sequence[float], units: Sequence[str], fields: Sequence[st
     lengths = tuple(float(v) * f for v, f in zip(values, scale, strict=True))
     if not all(np.isfinite(d) and d > 0 for d in lengths):
         return Spacing(unknown=f"not every axis has a length ({source})")
-    if not any(factors):
-        return Spacing(
-            lengths, f"no unit of length ({source}), so that only the ratio counts", source
-        )
-    return Spacing(lengths, "", source)
+    if any(factors):
+        return Spacing(lengths, "", source)
+    return Spacing(lengths, f"no unit of length ({source}), so that only the ratio counts", source)
+
+
+def _number(value: Any) -> float:
+    """`value` as float, NaN (for "unknown") where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return float("nan")
 
 
 # What all formats share -----------------------------------------------------------------------
@@ -165,18 +185,16 @@ def check_memory(name: str, shape: Sequence[int], dtype: np.dtype) -> None:
 
 def choose_channel(name: str, channels: int, channel: int | None) -> int:
     """Index of the channel to take, or the error that tells which there are."""
-    if channel is None:
-        if channels > 1:
-            raise VolumeError(
-                f"{name}: {channels} channels (0 to {channels - 1}), expected one; "
-                "say which with channel="
-            )
-        return 0
-    if not 0 <= channel < channels:
+    if channel is None and channels > 1:
+        raise VolumeError(
+            f"{name}: {channels} channels (0 to {channels - 1}), expected one; "
+            "say which with channel="
+        )
+    if not 0 <= (channel or 0) < channels:
         raise VolumeError(
             f"{name}: channel {channel} asked for, but there are channels 0 to {channels - 1}"
         )
-    return channel
+    return channel or 0
 
 
 def check_spacing(spacing: Sequence[float], name: str = "") -> np.ndarray:
@@ -201,11 +219,44 @@ def boxes(
                 yield tuple(map(slice, (z, y, x), ends))
 
 
-def _map(path: Path, dtype: np.dtype, offset: int, shape: Sequence[int]) -> np.ndarray:
-    try:
-        return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=tuple(shape))
-    except (OSError, ValueError) as error:
-        raise VolumeError(f"{path.name}: cannot be mapped into memory ({error})") from None
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+
+
+def read_file(path: Path, channel: int | None) -> Stack:
+    """Read a file by its suffix; see `FORMATS`."""
+    name = path.name
+    if path.is_dir():
+        raise VolumeError(f"{name}: is a folder, expected a file; give one image stack")
+    size, (signs, read) = path.stat().st_size, FORMATS[path.suffix.lower()]
+    with open(path, "rb") as file:
+        begin = file.read(1 << 16)
+    if not size:
+        raise VolumeError(f"{name}: the file is empty (0 bytes); copy or download it again")
+    if not begin.startswith(signs):
+        raise VolumeError(
+            f"{name}: does not begin like a {path.suffix} file; it is damaged or has the wrong "
+            "suffix"
+        )
+    if read is read_tiff:
+        return read_tiff(path, channel)
+    return _load(path, size, read(path, begin), channel)
+
+
+def _load(path: Path, size: int, header: Header, channel: int | None) -> Stack:
+    """Check what a header claims and map, or unpack, the voxels."""
+    name, shape, axis = path.name, header.shape, header.axis
+    check_type(name, header.dtype)
+    if not all(n > 0 for n in shape):
+        raise VolumeError(f"{name}: shape {shape}, expected positive numbers; it is damaged")
+    check_shape(name, [n for k, n in enumerate(shape) if k != axis])
+    index = choose_channel(name, 1 if axis is None else shape[axis], channel)
+    if header.unpack:
+        data = header.unpack()
+    else:
+        check_size(name, shape, header.dtype, size - header.offset)
+        data = np.memmap(path, header.dtype, "r", header.offset, shape, header.order)
+    return Stack(data if axis is None else np.moveaxis(data, axis, 0)[index], header.spacing)
 
 
 # TIFF ---------------------------------------------------------------------------------------
@@ -215,29 +266,53 @@ def _map(path: Path, dtype: np.dtype, offset: int, shape: Sequence[int]) -> np.n
 EXPANSION = {1: 8, 5: 2731, 8: 1032, 32773: 64, 32946: 1032}
 EXPANSION_OTHER = 1 << 15
 
-# Bytes per value of each TIFF field type (TIFF 6.0, section 2, and BigTIFF).
-FIELD_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
-FIELD_BYTES |= {13: 4, 16: 8, 17: 8, 18: 8}
 
-
-def read_tiff(path: Path, head: bytes, size: int, channel: int | None) -> Stack:
-    name = path.name
-    if head[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        raise VolumeError(
-            f"{name}: does not begin like a TIFF file; it is damaged or has the wrong suffix"
-        )
-    _check_tiff_chain(path, head, size)
+def read_tiff(path: Path, channel: int | None) -> Stack:
     try:
         with tifffile.TiffFile(path) as tif:
-            return _read_tiff_series(path, tif, size, channel)
+            _check_directories(path.name, tif)
+            return _read_series(path, tif, channel)
     except (VolumeError, MemoryError):
         raise
     except Exception as error:
         # Damaged files make tifffile and its codecs raise errors of nearly every type.
-        raise VolumeError(f"{name}: cannot be read as TIFF: {_first_line(error)}") from error
+        raise VolumeError(f"{path.name}: cannot be read as TIFF: {_first_line(error)}") from error
 
 
-def _read_tiff_series(path: Path, tif: tifffile.TiffFile, size: int, channel: int | None) -> Stack:
+def _check_directories(name: str, tif: tifffile.TiffFile) -> None:
+    """Follow the directories of all pages; refuse a chain or a tag that leaves the file.
+
+    tifffile stops at the first page that it cannot reach and reports a shorter stack, so that
+    a truncated file would pass for a smaller volume.
+    """
+    form, file, at = tif.tiff, tif.filehandle, tif.pages.first.offset
+    seen: set[int] = set()
+    while at:
+        if at in seen or not 8 <= at < file.size:
+            raise VolumeError(
+                f"{name}: page {len(seen)} is not within the file of {file.size} bytes; "
+                "the file is truncated or damaged"
+            )
+        seen.add(at)
+        file.seek(at)
+        try:
+            (count,) = struct.unpack(form.tagnoformat, file.read(form.tagnosize))
+            tags = file.read(min(count * form.tagsize, file.size))
+            (at,) = struct.unpack(form.offsetformat, file.read(form.offsetsize))
+        except struct.error:
+            raise VolumeError(
+                f"{name}: ends within a page directory; the file is truncated or damaged"
+            ) from None
+        # Tag, type and number of values, then the values or where they are.
+        for tag, kind, values, _ in struct.iter_unpack(form.tagformat1 + form.tagformat2[1:], tags):
+            if values * struct.calcsize(tifffile.TIFF.DATA_FORMATS.get(kind, "B")) > file.size:
+                raise VolumeError(
+                    f"{name}: tag {tag} of page {len(seen) - 1} claims {values} values in a "
+                    f"file of {file.size} bytes; the file is truncated or damaged"
+                )
+
+
+def _read_series(path: Path, tif: tifffile.TiffFile, channel: int | None) -> Stack:
     name = path.name
     described = re.search(r'<BinaryOnly [^>]*MetadataFile="([^"]*)"', tif.ome_metadata or "")
     if described:
@@ -247,24 +322,23 @@ def _read_tiff_series(path: Path, tif: tifffile.TiffFile, size: int, channel: in
         )
     parts, notes = _choose_images(name, tif)
     first = parts[0]
-    if len(parts) > 1:
-        # Slices written one by one come as one series each.
-        axes, shape = "ZYX", (len(parts), *first.shape)
-    else:
-        axes, shape = _tiff_axes(name, first.axes, first.shape)
+    # Slices written one by one come as one series each.
+    several = len(parts) > 1
+    axes, shape = (
+        ("ZYX", (len(parts), *first.shape)) if several else _axes(name, first.axes, first.shape)
+    )
     check_type(name, first.dtype)
-    slices = prod(shape) // prod(shape[axes.index(axis)] for axis in "YX")
-    _check_imagej(name, tif, slices)
+    _check_imagej(name, tif, prod(shape) // prod(shape[axes.index(axis)] for axis in "YX"))
     index = choose_channel(name, shape[axes.index("C")] if "C" in axes else 1, channel)
-    spacing = _tiff_spacing(tif, first)
-    if len(parts) == 1 and first.dataoffset is not None:
-        check_size(name, shape, first.dtype, size - first.dataoffset)
+    spacing = _ome_spacing(tif, first) if tif.is_ome else _imagej_spacing(tif)
+    if not several and first.dataoffset is not None:
+        check_size(name, shape, first.dtype, tif.filehandle.size - first.dataoffset)
         dtype = first.dtype.newbyteorder(tif.byteorder)
-        data = _map(path, dtype, first.dataoffset, shape)
+        data = np.memmap(path, dtype, "r", first.dataoffset, shape)
     else:
-        _check_tiff_pages(path, tif, parts, shape)
+        _check_pages(path, tif, parts, shape)
         loaded = [s.asarray() for s in parts]
-        data = (np.stack(loaded) if len(loaded) > 1 else loaded[0]).reshape(shape)
+        data = (np.stack(loaded) if several else loaded[0]).reshape(shape)
     data = data.transpose([axes.index(axis) for axis in "CZYX" if axis in axes])
     data = data[index] if "C" in axes else data
     page = first.keyframe
@@ -305,47 +379,11 @@ def _choose_images(
         )
     if len(main) == len(tif.series):
         return main, ()
-    return main, (
-        f"{len(tif.series)} images, of shapes "
-        f"{', '.join(dict.fromkeys(str(s.shape) for s in tif.series))}; the largest stack is used",
-    )
+    shapes = ", ".join(dict.fromkeys(str(s.shape) for s in tif.series))
+    return main, (f"{len(tif.series)} images, of shapes {shapes}; the largest stack is used",)
 
 
-def _negative(name: str, data: np.ndarray, bits: Any) -> np.ndarray:
-    """Pixels of which 0 is white, turned into intensities."""
-    if data.dtype.kind == "f":
-        raise VolumeError(
-            f"{name}: 0 is white (MinIsWhite) in voxels of {data.dtype}, which have no black; "
-            "invert and save it as MinIsBlack"
-        )
-    if data.dtype.kind != "u":
-        return ~data
-    return data.dtype.type((1 << int(np.max(bits))) - 1) - data
-
-
-def _check_imagej(name: str, tif: tifffile.TiffFile, slices: int) -> None:
-    """Compare the images that ImageJ's header claims with those that are there."""
-    if not tif.is_imagej:
-        return
-    claimed = _number((tif.imagej_metadata or {}).get("images", 1))
-    if claimed > slices:
-        raise VolumeError(
-            f"{name}: ImageJ's header claims {claimed:.0f} slices, found {slices}; the file is "
-            "truncated or damaged"
-        )
-    # Beyond 4 GiB, ImageJ writes one page for all.
-    if 1 < claimed < len(tif.pages):
-        raise VolumeError(
-            f"{name}: ImageJ's header claims {claimed:.0f} slices, found {len(tif.pages)} pages; "
-            "it is not of this stack, save the file again with ImageJ"
-        )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
-
-
-def _tiff_axes(name: str, axes: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+def _axes(name: str, axes: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
     """Axes and shape without those of length 1, the stack axis named Z."""
     kept = [(a, n) for a, n in zip(axes, shape, strict=True) if n != 1 or a in "YX"]
     axes, shape = "".join(a for a, _ in kept), tuple(n for _, n in kept)
@@ -368,48 +406,25 @@ def _tiff_axes(name: str, axes: str, shape: Sequence[int]) -> tuple[str, tuple[i
     return axes, shape
 
 
-def _check_tiff_chain(path: Path, head: bytes, size: int) -> None:
-    """Follow the directories of all pages; refuse a chain or a tag that leaves the file.
-
-    tifffile stops at the first page that it cannot reach and reports a shorter stack, so that
-    a truncated file would pass for a smaller volume.
-    """
-    name = path.name
-    end = "<" if head[:2] == b"II" else ">"
-    big = b"+" in head[2:4]
-    start = struct.Struct(end + ("8xQ" if big else "4xI"))
-    count_field = struct.Struct(end + ("Q" if big else "H"))
-    entry = struct.Struct(end + ("HHQ8x" if big else "HHI4x"))
-    next_field = struct.Struct(end + ("Q" if big else "I"))
-    cut = VolumeError(f"{name}: ends within a page directory; the file is truncated or damaged")
-    seen: set[int] = set()
-    with open(path, "rb") as file:
-        if size < start.size:
-            raise cut
-        (offset,) = start.unpack_from(head)
-        while offset or not seen:
-            if offset in seen or not 8 <= offset < size:
-                raise VolumeError(
-                    f"{name}: page {len(seen)} is not within the file of {size} bytes; "
-                    "the file is truncated or damaged"
-                )
-            seen.add(offset)
-            if offset + count_field.size > size:
-                raise cut
-            file.seek(offset)
-            (count,) = count_field.unpack(file.read(count_field.size))
-            if offset + count_field.size + count * entry.size + next_field.size > size:
-                raise cut
-            for tag, kind, values in entry.iter_unpack(file.read(count * entry.size)):
-                if values * FIELD_BYTES.get(kind, 1) > size:
-                    raise VolumeError(
-                        f"{name}: tag {tag} of page {len(seen) - 1} claims {values} values in a "
-                        f"file of {size} bytes; the file is truncated or damaged"
-                    )
-            (offset,) = next_field.unpack(file.read(next_field.size))
+def _check_imagej(name: str, tif: tifffile.TiffFile, slices: int) -> None:
+    """Compare the images that ImageJ's header claims with those that are there."""
+    if not tif.is_imagej:
+        return
+    claimed, pages = _number((tif.imagej_metadata or {}).get("images", 1)), len(tif.pages)
+    if claimed > slices:
+        raise VolumeError(
+            f"{name}: ImageJ's header claims {claimed:.0f} slices, found {slices}; the file is "
+            "truncated or damaged"
+        )
+    # Beyond 4 GiB, ImageJ writes one page for all.
+    if 1 < claimed < pages:
+        raise VolumeError(
+            f"{name}: ImageJ's header claims {claimed:.0f} slices, found {pages} pages; "
+            "it is not of this stack, save the file again with ImageJ"
+        )
 
 
-def _check_tiff_pages(
+def _check_pages(
     path: Path,
     tif: tifffile.TiffFile,
     parts: Sequence[tifffile.TiffPageSeries],
@@ -441,10 +456,20 @@ def _check_tiff_pages(
     check_size(name, shape, parts[0].dtype, available)
 
 
-def _tiff_spacing(tif: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Spacing:
-    """Spacing (`calibrate`) from OME or ImageJ metadata; a plain TIFF records none."""
-    if tif.is_ome:
-        return _ome_spacing(tif, series)
+def _negative(name: str, data: np.ndarray, bits: Any) -> np.ndarray:
+    """Pixels of which 0 is white, turned into intensities."""
+    if data.dtype.kind == "f":
+        raise VolumeError(
+            f"{name}: 0 is white (MinIsWhite) in voxels of {data.dtype}, which have no black; "
+            "invert and save it as MinIsBlack"
+        )
+    if data.dtype.kind != "u":
+        return ~data
+    return data.dtype.type((1 << int(np.max(bits))) - 1) - data
+
+
+def _imagej_spacing(tif: tifffile.TiffFile) -> Spacing:
+    """Spacing from ImageJ's metadata; a plain TIFF records none."""
     metadata, tags = tif.imagej_metadata or {}, tif.pages[0].tags
     unit = str(metadata.get("unit", ""))
     if not tif.is_imagej or (not microns(unit) and tags.valueof(296, default=1) != 1):
@@ -461,22 +486,11 @@ def _tiff_spacing(tif: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Sp
     return calibrate((dz, dy, dx), (*units, unit), ("spacing", "YResolution", "XResolution"))
 
 
-def _number(value: Any) -> float:
-    """`value` as float, NaN (for "unknown") where it is none."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return float("nan")
-
-
 def _ome_spacing(tif: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Spacing:
     root = ElementTree.fromstring(tif.ome_metadata)
-    pixels = [e.attrib for e in root.iter() if e.tag.endswith("}Pixels")]
-    if not pixels:
-        return Spacing()
+    pixels = [e.attrib for e in root.iter() if e.tag.endswith("}Pixels")] or [{}]
     # One series an image, in their order.
-    whole = len(pixels) == len(tif.series)
-    get = pixels[list(tif.series).index(series) if whole else 0].get
+    get = pixels[list(tif.series).index(series) if len(pixels) == len(tif.series) else 0].get
     fields = [f"PhysicalSize{axis}" for axis in "ZYX"]
     if not any(map(get, fields)):
         return Spacing()
@@ -488,115 +502,83 @@ def _ome_spacing(tif: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Spa
 # NumPy --------------------------------------------------------------------------------------
 
 
-def read_npy(path: Path, head: bytes, size: int, channel: int | None) -> Stack:
-    name = path.name
+def read_npy(path: Path, begin: bytes) -> Header:
     try:
         with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            read_header = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
-            shape, fortran, dtype = read_header(file)
+            major, _ = np.lib.format.read_magic(file)
+            read = getattr(np.lib.format, f"read_array_header_{major}_0")
+            shape, fortran, dtype = read(file)
             offset = file.tell()
     except OSError:
         raise
     except Exception as error:
         # The header is a Python literal: parsing damaged ones fails in many ways.
         raise VolumeError(
-            f"{name}: its NumPy header cannot be read ({type(error).__name__}); save it again "
+            f"{path.name}: its NumPy header cannot be read ({type(error).__name__}); save it again "
             "with numpy.save"
         ) from error
     if dtype.hasobject or dtype.names:
-        raise VolumeError(f"{name}: holds Python objects or records, expected an array of numbers")
-    check_type(name, dtype)
-    if len(shape) != 4:
-        check_shape(name, shape)
-    if not all(n > 0 for n in shape):
-        raise VolumeError(f"{name}: expected a 3D stack, got shape {shape}; it has no voxels")
-    check_size(name, shape, dtype, size - offset)
-    data = _map(path, dtype, offset, shape[::-1] if fortran else shape)
-    data = data.transpose() if fortran else data
-    index = choose_channel(name, shape[0] if len(shape) == 4 else 1, channel)
-    return Stack(data[index] if data.ndim == 4 else data)
+        raise VolumeError(
+            f"{path.name}: holds Python objects or records, expected an array of numbers"
+        )
+    return Header(shape, dtype, 0 if len(shape) == 4 else None, offset, "F" if fortran else "C")
 
 
 # Vaa3D --------------------------------------------------------------------------------------
 
 # The formats are defined by their reader, stackutil.cpp and ImageLoaderBasic.cpp of Vaa3D.
-V3DRAW_KEYS = {b"raw_image_stack_by_hpeng": 4, b"raw5image_stack_by_hpeng": 5}
-V3DPBD_KEY = b"v3d_volume_pkbitdf_encod"
+V3DRAW, V3DRAW5 = b"raw_image_stack_by_hpeng", b"raw5image_stack_by_hpeng"
+V3DPBD = b"v3d_volume_pkbitdf_encod"
 
 
-def _v3d_header(name: str, head: bytes, key: bytes, dims: int, code: str) -> tuple:
-    """(byte order, type code, sizes) of a Vaa3D header with sizes of struct type `code`."""
-    order = {b"L": "<", b"B": ">"}.get(head[24:25])
+def _vaa3d_header(name: str, begin: bytes, code: str = "i") -> Header:
+    """A Vaa3D header with sizes of struct type `code`, and the voxel type as unsigned integers."""
+    order = {b"L": "<", b"B": ">"}.get(begin[24:25])
     if order is None:
         raise VolumeError(
-            f"{name}: byte order {head[24:25]!r}, expected b'L' or b'B'; the file is damaged"
+            f"{name}: byte order {begin[24:25]!r}, expected b'L' or b'B'; the file is damaged"
         )
-    fields = struct.Struct(f"{order}h{dims}{code}")
-    if len(head) < 25 + fields.size:
+    fields = struct.Struct(f"{order}h{5 if begin.startswith(V3DRAW5) else 4}{code}")
+    if len(begin) < 25 + fields.size:
         raise VolumeError(f"{name}: ends within its header; the file is truncated")
-    kind, *sizes = fields.unpack_from(head, 25)
-    return order, kind, tuple(sizes), 25 + fields.size
-
-
-def read_v3draw(path: Path, head: bytes, size: int, channel: int | None) -> Stack:
-    name = path.name
-    dims = V3DRAW_KEYS.get(head[:24])
-    if dims is None:
-        raise VolumeError(f"{name}: does not begin like a .v3draw file; it is damaged")
-    order, kind, sizes, offset = _v3d_header(name, head, head[:24], dims, "i")
-    code = {1: "u1", 2: "u2", 4: "f4"}.get(kind)
-    if code is None:
-        raise VolumeError(f"{name}: voxel type {kind}, expected 1, 2 or 4 bytes; convert it")
-    dtype = np.dtype(order + code)
-    if prod(sizes) * kind + offset != size or min(sizes) < 1:
-        # Early versions of Vaa3D wrote the sizes as 2-byte integers.
-        _, _, short, short_offset = _v3d_header(name, head, head[:24], dims, "h")
-        if min(short) > 0 and prod(short) * kind + short_offset == size:
-            sizes, offset = short, short_offset
-    return _v3d_volume(
-        name, sizes, channel, lambda shape: _map_checked(path, dtype, offset, shape, size)
-    )
-
-
-def _map_checked(
-    path: Path, dtype: np.dtype, offset: int, shape: Sequence[int], size: int
-) -> np.ndarray:
-    check_size(path.name, shape, dtype, size - offset)
-    return _map(path, dtype, offset, shape)
-
-
-def _v3d_volume(name: str, sizes: Sequence[int], channel: int | None, load: Callable) -> Stack:
-    """Check the sizes (x, y, z, channel[, time]), then `load` them as (channel, z, y, x)."""
-    if min(sizes) < 1:
-        raise VolumeError(f"{name}: sizes {sizes} (x, y, z, c), expected positive; it is damaged")
-    if len(sizes) == 5 and sizes[4] != 1:
-        raise VolumeError(f"{name}: a series of {sizes[4]} time points, expected one 3D stack")
-    shape = sizes[3::-1]
-    check_shape(name, shape[1:])
-    index = choose_channel(name, shape[0], channel)
-    return Stack(load(shape)[index])
-
-
-def read_v3dpbd(path: Path, head: bytes, size: int, channel: int | None) -> Stack:
-    name = path.name
-    if head[:24] != V3DPBD_KEY:
-        raise VolumeError(f"{name}: does not begin like a .v3dpbd file; it is damaged")
-    order, kind, sizes, offset = _v3d_header(name, head, V3DPBD_KEY, 4, "i")
-    if kind not in (1, 2):
+    kind, *sizes = fields.unpack_from(begin, 25)
+    widths = {1: "u1", 2: "u2"} | ({} if begin.startswith(V3DPBD) else {4: "f4"})
+    if kind not in widths:
         raise VolumeError(
-            f"{name}: packing {kind}, expected 1 or 2 bytes per voxel; "
-            "save it as .v3draw with Vaa3D"
+            f"{name}: voxel type {kind}, expected one of {', '.join(map(str, widths))} bytes; save "
+            "it as .v3draw, 8 or 16 bit, with Vaa3D"
         )
+    return Header(tuple(sizes[::-1]), np.dtype(order + widths[kind]), 0, 25 + fields.size)
 
-    def load(shape: tuple[int, ...]) -> np.ndarray:
-        packed = path.read_bytes()[offset:]
-        return _pbd_unpack(name, packed, kind, order, prod(shape), shape)
 
-    return _v3d_volume(name, sizes, channel, load)
+def read_v3draw(path: Path, begin: bytes) -> Header:
+    size, found = path.stat().st_size, _vaa3d_header(path.name, begin)
+
+    def fills(header: Header) -> bool:
+        claimed = prod(header.shape) * header.dtype.itemsize + header.offset
+        return claimed == size and min(header.shape) > 0
+
+    if not fills(found):
+        # Early versions of Vaa3D wrote the sizes as 2-byte integers.
+        short = _vaa3d_header(path.name, begin, "h")
+        found = short if fills(short) else found
+    if len(found.shape) == 4:
+        return found
+    if found.shape[0] != 1:
+        raise VolumeError(
+            f"{path.name}: a series of {found.shape[0]} time points, expected one 3D stack"
+        )
+    return replace(found, shape=found.shape[1:])
+
+
+def read_v3dpbd(path: Path, begin: bytes) -> Header:
+    found = _vaa3d_header(path.name, begin)
+
+    def unpack() -> np.ndarray:
+        packed = path.read_bytes()[found.offset :]
+        return _pbd_unpack(path.name, packed, found.dtype, found.shape)
+
+    return replace(found, unpack=unpack)
 
 
 # The first codes of each class of runs, for voxels of 1 and 2 bytes, and the bits of a difference
@@ -606,33 +588,23 @@ _PBD = {1: ((0, 33, 128), (0, 2, 0)), 2: ((0, 32, 80, 183, 223), (0, 3, 4, 5, 0)
 _PBD_RUNS = 1 << 16
 
 
-def _pbd_unpack(
-    name: str, packed: bytes, kind: int, order: str, total: int, shape: tuple[int, ...]
-) -> np.ndarray:
-    """Voxels of a packed stream of `kind` bytes a voxel.
+def _pbd_unpack(name: str, packed: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """Voxels of a packed stream, in native byte order.
 
     A code byte stands for a run of literals, of differences to the previous voxel, or of one
     repeated value. All codes are followed before anything is allocated.
     """
+    kind, total = dtype.itemsize, prod(shape)
     begins, widths = (np.array(part) for part in _PBD[kind])
     group = np.searchsorted(begins, np.arange(256), side="right") - 1
     lengths, bits = np.arange(1, 257) - begins[group], widths[group]
     literal, difference = group == 0, bits > 0
-    stored = np.where(literal, lengths * kind, np.where(difference, -(-lengths * bits // 8), kind))
-    sizes = (1 + stored).tolist()
-    starts, position, end = [], 0, len(packed)
-    while position < end:
-        starts.append(position)
-        position += sizes[packed[position]]
-    if position > end:
-        raise VolumeError(f"{name}: ends within a run of voxels; the file is truncated")
+    at = _pbd_codes(name, packed, np.where(literal, lengths * kind, kind), lengths * bits)
     data = np.frombuffer(packed + bytes(2), np.uint8)
-    at = np.array(starts, np.int64)
     codes = data[at]
     if len(codes) and difference[codes[0]]:
         raise VolumeError(f"{name}: begins with a difference to no voxel; the file is damaged")
-    unpacked = int(lengths[codes].sum())
-    if unpacked != total:
+    if (unpacked := int(lengths[codes].sum())) != total:
         raise VolumeError(
             f"{name}: header claims {shape} (c, z, y, x) = {total} voxels, its data unpack to "
             f"{unpacked}; the file is truncated or damaged"
@@ -648,7 +620,7 @@ def _pbd_unpack(
         where = begin + np.where(literal[code], place * kind, 0)
         value = data[where].astype(np.int64)
         if kind == 2:
-            low, high = (where, where + 1) if order == "<" else (where + 1, where)
+            low, high = (where + 1, where) if dtype.str[0] == ">" else (where, where + 1)
             value = data[low] | data[high].astype(np.int64) << 8
         # Differences of one byte fill it from the lowest bits, those of two from the highest; the
         # upper half of the codes, but for the first of them, are negative.
@@ -666,136 +638,111 @@ def _pbd_unpack(
     return voxels.reshape(shape)
 
 
+def _pbd_codes(name: str, packed: bytes, stored: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """Where the code of each run is; by code, a run has `stored` bytes, or `bits` if not 0."""
+    sizes = (1 + np.where(bits > 0, -(-bits // 8), stored)).tolist()
+    starts, position, end = [], 0, len(packed)
+    while position < end:
+        starts.append(position)
+        position += sizes[packed[position]]
+    if position > end:
+        raise VolumeError(f"{name}: ends within a run of voxels; the file is truncated")
+    return np.array(starts, np.int64)
+
+
 # NRRD ---------------------------------------------------------------------------------------
 
-NRRD_TYPES = {
-    **dict.fromkeys(("signed char", "int8", "int8_t"), "i1"),
-    **dict.fromkeys(("uchar", "unsigned char", "uint8", "uint8_t"), "u1"),
-    **dict.fromkeys(("short", "short int", "signed short", "int16", "int16_t"), "i2"),
-    **dict.fromkeys(("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"), "u2"),
-    **dict.fromkeys(("int", "signed int", "int32", "int32_t"), "i4"),
-    **dict.fromkeys(("uint", "unsigned int", "uint32", "uint32_t"), "u4"),
-    "float": "f4",
-    "double": "f8",
-}
+NRRD_TYPES = {"char": "i1", "short": "i2", "int": "i4", "float": "f4", "double": "f8"}
+NRRD_TYPES |= {"uchar": "u1", "ushort": "u2", "uint": "u4"}
+NRRD_TYPES |= {f"{sign}int{8 * n}": f"{sign or 'i'}{n}" for sign in ("", "u") for n in (1, 2, 4)}
 
 
-def read_nrrd(path: Path, head: bytes, size: int, channel: int | None) -> Stack:
+def read_nrrd(path: Path, begin: bytes) -> Header:
     """Read a NRRD with attached data, raw or gzip (http://teem.sourceforge.net/nrrd/)."""
     name = path.name
-    fields, offset = _nrrd_fields(path, size)
-    try:
-        shape = tuple(int(n) for n in fields["sizes"].split())[::-1]
-        code = NRRD_TYPES[fields["type"].lower()]
-        encoding = fields["encoding"].lower()
-    except (KeyError, ValueError) as error:
+    head = re.match(rb".*?\n(?=[ \t]*\r?\n)", begin, re.DOTALL)
+    if not head:
         raise VolumeError(
-            f"{name}: NRRD header lacks a usable sizes, type or encoding ({error}); export it again"
-        ) from error
-    order = {"little": "<", "big": ">"}.get(fields.get("endian", "little").lower(), "<")
-    dtype = np.dtype(order + code)
-    if len(shape) not in (3, 4):
-        check_shape(name, shape)
-    if not all(n > 0 for n in shape):
-        raise VolumeError(f"{name}: sizes {shape[::-1]}, expected positive numbers")
-
-    key, values, units = _nrrd_spacing(fields, len(shape))
-    axis = None
-    if len(shape) == 4:
-        # The channel axis has no spacing or is of a kind not of space; by habit the slowest.
-        kinds = fields.get("kinds", "").lower().split()[::-1]
-        if len(kinds) == 4:
-            axis = next((k for k, n in enumerate(kinds) if n not in ("domain", "space")), None)
-        if axis is None:
-            axis = next((k for k, d in enumerate(values) if not np.isfinite(d)), 0)
-        del values[axis], units[axis]
-    names = [f"{key} of {a}" for a in "zyx"]
-    spacing = calibrate(values, units, names) if key else Spacing()
-    index = choose_channel(name, shape[axis] if axis is not None else 1, channel)
-
-    if encoding == "raw":
-        data = _map_checked(path, dtype, offset, shape, size)
-    elif encoding in ("gzip", "gz"):
-        claimed = prod(shape) * dtype.itemsize
-        check_size(name, shape, dtype, (size - offset) * EXPANSION[8])
-        try:
-            with open(path, "rb") as file:
-                file.seek(offset)
-                # Of any number of members, one after the other (RFC 1952).
-                unpacked = gzip.GzipFile(fileobj=file).read(claimed)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise VolumeError(f"{name}: gzip data are damaged ({error}); export again") from error
-        check_size(name, shape, dtype, len(unpacked))
-        data = np.frombuffer(unpacked, dtype).reshape(shape)
-    else:
-        raise VolumeError(f"{name}: encoding {encoding!r}, expected raw or gzip; save it as raw")
-    if axis is not None:
-        data = np.moveaxis(data, axis, 0)[index]
-    return Stack(data, spacing)
-
-
-def _nrrd_fields(path: Path, size: int) -> tuple[dict[str, str], int]:
-    """Fields of a NRRD header and the offset of its data."""
-    name = path.name
-    with open(path, "rb") as file:
-        if not file.readline(16).startswith(b"NRRD000"):
-            raise VolumeError(f"{name}: does not begin like a NRRD file; it is damaged")
-        fields = {}
-        while True:
-            line = file.readline(1 << 16)
-            if not line.endswith(b"\n"):
-                raise VolumeError(
-                    f"{name}: no empty line after the header; its data are in another file or "
-                    "cut off, expected both in one .nrrd file"
-                )
-            try:
-                text = line.decode().strip()
-            except UnicodeDecodeError:
-                text = line.decode("latin-1").strip()
-            if not text:
-                break
-            key, colon, value = text.partition(":")
-            if colon and not text.startswith("#") and not value.startswith("="):
-                fields[key.strip().lower()] = value.strip()
-        offset = file.tell()
+            f"{name}: no empty line after the header; its data are in another file or "
+            "cut off, expected both in one .nrrd file"
+        )
+    offset = begin.index(b"\n", head.end()) + 1
+    found = re.findall(r"^([^#:\n]+):(?!=)[ \t]*(.*?)[ \t]*$", decode(head[0]), re.MULTILINE)
+    fields = {key.strip().lower(): value for key, value in found}
     for key in ("data file", "datafile", "line skip", "lineskip", "byte skip", "byteskip"):
         if fields.get(key, "0") != "0":
             raise VolumeError(
                 f"{name}: header with {key!r}, expected header and data in one .nrrd file; "
                 "save it attached"
             )
-    return fields, offset
-
-
-def _nrrd_spacing(fields: dict[str, str], dims: int) -> tuple[str, list[float], list[str]]:
-    """Field, length and unit of each axis, slowest first; NaN for an axis that is not of space."""
     try:
-        if "space directions" in fields:
-            key, text = "space directions", fields["space directions"].replace("none", "(nan)")
-            vectors = [v.strip("()") for v in text.replace(" ", "").split(")(")]
-            steps = [[float(x) for x in vector.split(",")] for vector in vectors]
-            units = _nrrd_units(fields.get("space units", ""))
-            # Each direction has a unit: along one axis it is its own, across some only if equal.
-            own = [{u for u, x in zip(units, s, strict=False) if x} for s in steps]
-            units = [" and ".join(sorted(o)) for o in own]
-            values = [float(np.linalg.norm(s)) for s in steps]
-        else:
-            key, values = "spacings", [float(x) for x in fields.get("spacings", "").split()]
-            units = []
-    except ValueError:
-        key, values, units = "spacings", [], []
-    if key not in fields:
-        return "", [float("nan")] * dims, [""] * dims
-    if not any(units):
-        units = _nrrd_units(fields.get("units", fields.get("space units", "")))
-    if len(values) != dims:
-        values = [float("nan")] * dims
-    units = [*units, *[""] * dims][:dims]
-    return key, values[::-1], units[::-1]
+        shape = tuple(int(n) for n in fields["sizes"].split())[::-1]
+        word = fields["type"].lower().replace("unsigned ", "u").replace("signed ", "")
+        code = NRRD_TYPES[re.sub("_t$| int$", "", word)]
+        encoding = fields["encoding"].lower()
+    except (KeyError, ValueError) as error:
+        raise VolumeError(
+            f"{name}: NRRD header lacks a usable sizes, type or encoding ({error}); export it again"
+        ) from error
+    if encoding not in ("raw", "gzip", "gz"):
+        raise VolumeError(f"{name}: encoding {encoding!r}, expected raw or gzip; save it as raw")
+    dtype = np.dtype({"big": ">"}.get(fields.get("endian", "little").lower(), "<") + code)
+    axis, spacing = _nrrd_axes(fields, len(shape))
+    header = Header(shape, dtype, axis, offset, spacing=spacing)
+    if encoding == "raw":
+        return header
+    return replace(header, unpack=lambda: _gunzip(path, header))
 
 
-def _nrrd_units(text: str) -> list[str]:
-    return re.findall(r'"([^"]*)"', text) if '"' in text else text.split()
+def _gunzip(path: Path, header: Header) -> np.ndarray:
+    available = (path.stat().st_size - header.offset) * EXPANSION[8]
+    check_size(path.name, header.shape, header.dtype, available)
+    try:
+        with open(path, "rb") as file:
+            file.seek(header.offset)
+            # Of any number of members, one after the other (RFC 1952).
+            unpacked = gzip.GzipFile(fileobj=file).read(prod(header.shape) * header.dtype.itemsize)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise VolumeError(f"{path.name}: gzip data are damaged ({error}); export again") from error
+    check_size(path.name, header.shape, header.dtype, len(unpacked))
+    return np.frombuffer(unpacked, header.dtype).reshape(header.shape)
+
+
+def _nrrd_axes(fields: dict[str, str], dims: int) -> tuple[int | None, Spacing]:
+    """The axis of the channels, of four, and the spacing of the others."""
+    key, values, units = _nrrd_lengths(fields)
+    values = values[::-1] if len(values) == dims else [float("nan")] * dims
+    units = [*units, *[""] * dims][:dims][::-1]
+    axis = None
+    if dims == 4:
+        # The channel axis has no spacing or is of a kind not of space; by habit the slowest.
+        kinds = fields.get("kinds", "").lower().split()[::-1]
+        odd = [k for k, n in enumerate(kinds) if n not in ("domain", "space") and len(kinds) == 4]
+        axis = [*odd, *np.flatnonzero(~np.isfinite(values)).tolist(), 0][0]
+        del values[axis], units[axis]
+    if dims not in (3, 4) or not key:
+        return axis, Spacing()
+    return axis, calibrate(values, units, [f"{key} of {a}" for a in "zyx"])
+
+
+def _nrrd_lengths(fields: dict[str, str]) -> tuple[str, list[float], list[str]]:
+    """Field, length and unit of each axis, fastest first; NaN for an axis that is not of space."""
+
+    def listed(key: str) -> list[str]:
+        text = fields.get(key, "")
+        return re.findall(r'"([^"]*)"', text) if '"' in text else text.split()
+
+    general = listed("units") or listed("space units")
+    if "space directions" in fields:
+        text = fields["space directions"].replace("none", "(nan)").replace(" ", "")
+        steps = [[_number(x) for x in v.split(",")] for v in text.strip("()").split(")(")]
+        # Each direction has a unit: along one axis it is its own, across some only if equal.
+        pairs = [zip(listed("space units"), s, strict=False) for s in steps]
+        units = [" and ".join(sorted({unit for unit, x in pair if x})) for pair in pairs]
+        values = [float(np.linalg.norm(s)) for s in steps]
+        return "space directions", values, units if any(units) else general
+    key = "spacings" if "spacings" in fields else ""
+    return key, [_number(x) for x in fields.get("spacings", "").split()], general
 
 
 # OME-Zarr -----------------------------------------------------------------------------------
@@ -861,31 +808,36 @@ class LazyStack:
         check_memory(self.name, self.shape, self.dtype)
         return np.asarray(self[:], dtype=dtype)
 
+    def stored_cells(self) -> tuple[list[tuple[int, ...]], tuple[int, ...], list[int]]:
+        """Places of the cells that have a file, in the grid; size of a cell; size of the grid.
+
+        They are found from the files, in the time that these take, however large the shape that
+        the array claims. A cell is a chunk or, with sharding, many.
+        """
+        lead = len(self.fixed)
+        step = getattr(self.array, "shards", None) or self.array.chunks
+        fixed = tuple(i // n for i, n in zip(self.fixed, step, strict=False))
+        grid = [-(-n // s) for n, s in zip(self.shape, step[lead:], strict=True)]
+        files = _chunk_files(self.folder, self.array.ndim)
+        inside = {place[lead:] for place in files if place[:lead] == fixed}
+        return sorted(p for p in inside if all(map(lt, p, grid))), step[lead:], grid
+
     def stored(self) -> Iterator[tuple[int, np.ndarray]]:
         """First slice and voxels of each chunk that is stored, by z; then those of a missing one.
 
-        What an array holds is found from its files, in the time that these take, however large
-        the shape that it claims. One voxel stands for all chunks that are not there.
+        One voxel stands for all chunks that are not there.
         """
-        lead = len(self.fixed)
-        # With sharding, a file holds many chunks.
-        step = getattr(self.array, "shards", None) or self.array.chunks
-        fixed = tuple(i // n for i, n in zip(self.fixed, step, strict=False))
-        step = step[lead:]
-        grid = [-(-n // s) for n, s in zip(self.shape, step, strict=True)]
-        files = _chunk_files(self.folder, self.array.ndim)
-        inside = (place[lead:] for place in files if place[:lead] == fixed)
-        places = {place for place in inside if all(map(lt, place, grid))}
-        for place in sorted(places):
+        places, step, grid = self.stored_cells()
+        for place in places:
             lower = tuple(map(mul, place, step))
-            upper = tuple(map(min, map(add, lower, step), self.shape))
+            upper = [min(i + s, n) for i, s, n in zip(lower, step, self.shape, strict=True)]
             for box in boxes(lower, upper, self.chunks):
                 yield box[0].start, self[box]
         if len(places) < prod(grid):
-            cells = boxes((0, 0, 0), grid, (1, 1, 1))
-            gaps = (tuple(s.start for s in cell) for cell in cells)
-            lower = tuple(map(mul, next(gap for gap in gaps if gap not in places), step))
-            yield lower[0], self[tuple(slice(i, i + 1) for i in lower)]
+            known = set(places)
+            gap = next(p for p in np.ndindex(*grid) if p not in known)
+            z, y, x = map(mul, gap, step)
+            yield z, self[z : z + 1, y : y + 1, x : x + 1]
 
 
 def _chunk_files(folder: Path, ndim: int) -> Iterator[tuple[int, ...]]:
@@ -901,33 +853,9 @@ def _chunk_files(folder: Path, ndim: int) -> Iterator[tuple[int, ...]]:
 def read_zarr(path: Path, channel: int | None) -> Stack:
     """Open level 0 of an OME-Zarr image (NGFF 0.4 and 0.5, https://ngff.openmicroscopy.org)."""
     name = path.name
-    zarr = _import_zarr()
     try:
-        group = zarr.open_group(zarr.storage.LocalStore(path, read_only=True), mode="r")
-        attributes = dict(group.attrs)
-        if "bioformats2raw.layout" in attributes.get("ome", attributes):
-            # That converter's folder of images, most often of one.
-            if "1" in group:
-                raise VolumeError(f"{name}: several images, expected one; name it, as {name}/0")
-            group = group["0"]
-            attributes = dict(group.attrs)
-        images = attributes.get("ome", attributes)["multiscales"]
-        image = images[0]
-        # Axes are objects from version 0.4 on, names in 0.3, and always these five before.
-        described = [a if isinstance(a, dict) else {"name": a} for a in image.get("axes", "tczyx")]
-        axes = [axis["name"].lower() for axis in described]
-        level = image["datasets"][0]
-        array = group[level["path"]]
+        array, axes, spacing, images = _open_multiscale(path)
         shape, chunks, dtype = tuple(array.shape), tuple(array.chunks), np.dtype(array.dtype)
-        # A scale of all levels comes on top of that of the level; up to 0.3 there is none.
-        scales = [
-            _zarr_scale(where.get("coordinateTransformations") or []) for where in (level, image)
-        ]
-        scale, common = (s or [1.0] * len(axes) for s in scales)
-        values = [float(a * b) for a, b in zip(scale, common, strict=True)]
-        units = [str(axis.get("unit") or "") for axis in described]
-        fields = [f"scale of {axis}" for axis in axes[-3:]]
-        spacing = calibrate(values[-3:], units[-3:], fields) if scales[0] else Spacing()
     except VolumeError:
         raise
     except Exception as error:
@@ -955,13 +883,40 @@ def read_zarr(path: Path, channel: int | None) -> Stack:
         )
     index = choose_channel(name, shape[axes.index("c")] if "c" in axes else 1, channel)
     fixed = tuple(index if axis == "c" else 0 for axis in axes[:-3])
-    notes = () if len(images) == 1 else (f"{len(images)} images; the first is used",)
+    notes = () if images == 1 else (f"{images} images; the first is used",)
     return Stack(LazyStack(name, array, fixed, path / array.path), spacing, notes)
 
 
-def _zarr_scale(steps: Sequence[dict]) -> Sequence[float] | None:
-    """The scale among coordinate transformations, one factor an axis."""
-    return next((step["scale"] for step in steps if step.get("type") == "scale"), None)
+def _open_multiscale(path: Path) -> tuple[Any, list[str], Spacing, int]:
+    """Level 0 of the first image of a group, names of its axes, its spacing, number of images."""
+    zarr = _import_zarr()
+    group = zarr.open_group(zarr.storage.LocalStore(path, read_only=True), mode="r")
+    attributes = dict(group.attrs)
+    if "bioformats2raw.layout" in attributes.get("ome", attributes):
+        # That converter's folder of images, most often of one.
+        if "1" in group:
+            raise VolumeError(
+                f"{path.name}: several images, expected one; name it, as {path.name}/0"
+            )
+        group = group["0"]
+        attributes = dict(group.attrs)
+    images = attributes.get("ome", attributes)["multiscales"]
+    image = images[0]
+    # Axes are objects from version 0.4 on, names in 0.3, and always these five before.
+    described = [a if isinstance(a, dict) else {"name": a} for a in image.get("axes", "tczyx")]
+    axes = [axis["name"].lower() for axis in described]
+    level = image["datasets"][0]
+    # A scale of all levels comes on top of that of the level; up to 0.3 there is none.
+    steps = [where.get("coordinateTransformations") or [] for where in (level, image)]
+    own, common = (
+        next((s["scale"] for s in some if s.get("type") == "scale"), None) for some in steps
+    )
+    spacing = Spacing()
+    if own:
+        values = [float(a * b) for a, b in zip(own, common or [1.0] * len(axes), strict=True)]
+        units = [str(axis.get("unit") or "") for axis in described[-3:]]
+        spacing = calibrate(values[-3:], units, [f"scale of {axis}" for axis in axes[-3:]])
+    return group[level["path"]], axes, spacing, len(images)
 
 
 @functools.cache
@@ -989,12 +944,13 @@ def _import_zarr() -> Any:
     return zarr
 
 
-# Readers of single files, called with their path, first bytes, size and the channel to take.
-READERS = {
-    ".tif": read_tiff,
-    ".tiff": read_tiff,
-    ".npy": read_npy,
-    ".v3draw": read_v3draw,
-    ".v3dpbd": read_v3dpbd,
-    ".nrrd": read_nrrd,
+# First bytes of each format of single files, and its reader.
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+FORMATS: dict[str, tuple[tuple[bytes, ...], Callable]] = {
+    ".tif": (TIFF, read_tiff),
+    ".tiff": (TIFF, read_tiff),
+    ".npy": ((b"\x93NUMPY",), read_npy),
+    ".v3draw": ((V3DRAW, V3DRAW5), read_v3draw),
+    ".v3dpbd": ((V3DPBD,), read_v3dpbd),
+    ".nrrd": ((b"NRRD000",), read_nrrd),
 }
