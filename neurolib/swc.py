@@ -4,6 +4,7 @@ A tree lives in the voxel frame of its image: x = column, y = row, z = slice, vo
 integers. Sizes, spacings and boxes are given in array order (z, y, x), as everywhere else.
 """
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,8 @@ from scipy.ndimage import map_coordinates
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components, depth_first_order
 
-from neurolib.errors import DataError, SettingsError, SwcError
+from neurolib.data.formats import check_spacing
+from neurolib.errors import DataError, NeurolibError, SettingsError, SwcError
 from neurolib.files import decode, seal_of, write_text
 from neurolib.volume import Volume
 
@@ -46,46 +48,7 @@ class Tree:
     repairs: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Fit:
-    """How well a tree lies on the bright structures of an image.
-
-    contrast: mean intensity on the tree minus that of the whole image, in standard deviations
-    of the image; inside: share of the nodes within the image, 0 to 1; follows: share of the tree
-    in the image that is brighter than what lies 6 voxels around it, about 0.5 for any line and
-    `FOLLOWS` or more for one that runs along neurites; hint: one sentence that names a frame
-    which fits clearly better and whose own `follows` is as high, with its contrast and its
-    `follows`; empty if there is none.
-    """
-
-    contrast: float
-    inside: float
-    follows: float
-    hint: str
-    hint_contrast: float = float("nan")
-    hint_follows: float = float("nan")
-
-    @property
-    def fits(self) -> bool:
-        """Whether the tree lies on its image as it is."""
-        return not self.hint and self.follows >= FOLLOWS and self.inside >= 0.5
-
-    def __str__(self) -> str:
-        if self.hint:
-            return (
-                f"another fits better: {self.hint} (contrast {self.hint_contrast:.2f}, "
-                f"{self.hint_follows:.0%} brighter than around)"
-            )
-        if self.fits:
-            return "no other fits better"
-        return (
-            f"no frame that was tried fits: {FOLLOWS:.0%} of a tree or more are brighter than "
-            "around where it belongs; it may be another neuron's, of another scale, or far off"
-        )
-
-
-# --------------------------------------------------------------------------------------------
-# Reading
+# Reading --------------------------------------------------------------------------------------
 
 
 def read_swc(path: str | Path, spacing: Sequence[float] | None = None) -> Tree:
@@ -136,69 +99,51 @@ def read_swc(path: str | Path, spacing: Sequence[float] | None = None) -> Tree:
         raise SwcError(f"{path.name}: cannot be read ({error.strerror}); check {path}") from None
     if b"\0" in raw and not raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise SwcError(f"{path.name}: found binary data, expected the text lines of an SWC file")
-    lines = decode(raw).split("\n")
-
-    # Strategy: NumPy's C parser takes a well-formed file in one go. Whatever it refuses goes
-    # through the line parser, which either understands it or knows the line to blame.
-    repairs: list[str] = []
-    table = _parse_fast(lines)
-    if table is None:
-        table, numbers = _parse_lines(lines, path.name, repairs)
-    else:
-        numbers = None
-    tree = _assemble(table, _LineNumbers(lines, numbers), path.name, repairs)
+    lines, repairs = decode(raw).split("\n"), []
+    table = _parse(lines, path.name, repairs)
+    tree = _assemble(table, _Report(path.name, lines, repairs))
     return _use_comments(_one_sphere(tree), lines, spacing)
 
 
-def _parse_fast(lines: list[str]) -> np.ndarray | None:
-    """Parse all lines at once into (n, 7), or None if any of them is out of the ordinary."""
-    if not any(line and not line.isspace() and line[0] != "#" for line in lines):
-        return None
+def _parse(lines: list[str], name: str, repairs: list[str]) -> np.ndarray:
+    """Columns of all nodes, (n, 7); a heading without # is cleared in `lines`.
+
+    Strategy: NumPy's C parser takes a well-formed file in one go. Whatever it refuses goes
+    through the line parser, which either understands it or knows the line to blame.
+    """
     try:
-        return np.loadtxt(lines, comments="#", usecols=range(7), ndmin=2)
+        if any(line and not line.isspace() and line[0] != "#" for line in lines):
+            return np.loadtxt(lines, comments="#", usecols=range(7), ndmin=2)
     except ValueError:
-        return None
+        pass
+    return _parse_lines(lines, name, repairs)
 
 
-def _parse_lines(lines: list[str], name: str, repairs: list[str]) -> tuple[np.ndarray, list[int]]:
-    """Parse line by line; return the table (n, 7) and the line number of each row."""
-    rows, numbers = [], []
+def _parse_lines(lines: list[str], name: str, repairs: list[str]) -> np.ndarray:
+    rows = []
     for number, line in enumerate(lines, start=1):
-        content = line.partition("#")[0].strip()
-        if not content:
+        words = line.partition("#")[0].split()
+        tokens = " ".join(words).replace(",", " ").split()
+        odd = next((token for token in tokens[:7] if not _is_number(token)), None)
+        if not tokens:
             continue
-        if "," in content:
-            content = _split_commas(content, name, number)
-        tokens = content.split()
-        if not rows and not any(_is_number(token) for token in tokens):
+        if not rows and not any(map(_is_number, tokens)):
             repairs.append(f"line {number}: heading without # skipped")
+            lines[number - 1] = ""
             continue
-        if len(tokens) < 7:
-            raise SwcError(
-                f"{name}: line {number}: found {len(tokens)} columns, expected 7 ({COLUMNS})"
-            )
-        word = next((token for token in tokens[:7] if not _is_number(token)), None)
-        if word is not None:
-            raise SwcError(
-                f"{name}: line {number}: found {word[:20]!r}, expected a number ({COLUMNS})"
-            )
-        rows.append([float(token) for token in tokens[:7]])
-        numbers.append(number)
+        if len(words) >= 7 and any("," in word.strip(",") for word in words):
+            what = "commas inside numbers, expected decimal points; replace them"
+        elif len(tokens) < 7:
+            what = f"{len(tokens)} columns, expected 7 ({COLUMNS})"
+        elif odd is not None:
+            what = f"{odd[:20]!r}, expected a number ({COLUMNS})"
+        else:
+            rows.append([float(token) for token in tokens[:7]])
+            continue
+        raise SwcError(f"{name}: line {number}: found {what}")
     if not rows:
         raise SwcError(f"{name}: no nodes found, expected lines of 7 columns ({COLUMNS})")
-    return np.array(rows), numbers
-
-
-def _split_commas(content: str, name: str, number: int) -> str:
-    """Turn separating commas into blanks; refuse those that stand inside a number."""
-    words = content.split()
-    inner = sum("," in word.strip(",") for word in words)
-    if len(words) >= 7 and inner:
-        raise SwcError(
-            f"{name}: line {number}: found commas inside numbers, "
-            "expected decimal points; replace them"
-        )
-    return content.replace(",", " ")
+    return np.array(rows)
 
 
 def _is_number(token: str) -> bool:
@@ -210,127 +155,93 @@ def _is_number(token: str) -> bool:
     return "_" not in token
 
 
-class _LineNumbers:
-    """Line number of each table row, worked out only when something has to be reported."""
+class _Report:
+    """Errors and repairs that name lines, whose numbers are worked out only when one is needed."""
 
-    def __init__(self, lines: list[str], numbers: list[int] | None):
-        self.lines = lines
-        self.numbers = numbers
+    def __init__(self, name: str, lines: list[str], repairs: list[str]):
+        self.name, self.lines, self.repairs = name, lines, repairs
 
-    def __call__(self, row: int) -> int:
-        if self.numbers is None:
-            self.numbers = [
-                number
-                for number, line in enumerate(self.lines, start=1)
-                if line.partition("#")[0].strip()
-            ]
-        return self.numbers[row]
+    @functools.cached_property
+    def numbers(self) -> list[int]:
+        return [k for k, line in enumerate(self.lines, 1) if line.partition("#")[0].strip()]
 
-    def keys(self, row: int) -> tuple[int, int]:
-        """Id and parent as they are written; ValueError if one is no whole number."""
-        tokens = self.lines[self(row) - 1].replace(",", " ").split()
-        return tuple(int(token.removesuffix(".0")) for token in (tokens[0], tokens[6]))
+    def error(self, row: int, what: str) -> SwcError:
+        return SwcError(f"{self.name}: line {self.numbers[row]}: {what}")
 
-    def sentence(self, rows: np.ndarray, what: str) -> str:
+    def repair(self, rows: np.ndarray, what: str) -> None:
         """Name up to three lines and count the rest."""
-        shown = ", ".join(str(self(row)) for row in rows[:3])
-        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-        return f"line{'s' if len(rows) > 1 else ''} {shown}{more}: {what}"
+        if len(rows):
+            shown = ", ".join(str(self.numbers[row]) for row in rows[:3])
+            more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+            self.repairs.append(f"line{'s' if len(rows) > 1 else ''} {shown}{more}: {what}")
 
 
-def _assemble(table: np.ndarray, line_of: _LineNumbers, name: str, repairs: list[str]) -> Tree:
+def _assemble(table: np.ndarray, report: _Report) -> Tree:
     """Check the table (n, 7), mend what is unambiguous, and turn ids into row indexes."""
-
-    def refuse(row: int, what: str) -> SwcError:
-        return SwcError(f"{name}: line {line_of(row)}: {what}")
-
-    # Some programs write NaN where they measured no radius.
-    broken = ~np.isfinite(table) & ~(np.isnan(table) & (np.arange(7) == 5))
-    if broken.any():
-        row = int(np.argmax(broken.any(axis=1)))
-        column = COLUMNS.split()[int(np.argmax(broken[row]))]
-        raise refuse(row, f"{column} is {table[row, np.argmax(broken[row])]}, expected a number")
-    for column in (0, 1, 6):
-        values = table[:, column]
-        wrong = (np.floor(values) != values) | (np.abs(values) >= 2**63)
-        if wrong.any():
-            row = int(np.argmax(wrong))
-            raise refuse(
-                row,
-                f"{COLUMNS.split()[column]} is {table[row, column]:g}, expected a whole number",
-            )
-    keys = table[:, [0, 6]].astype(np.int64)
-    for row in np.flatnonzero((np.abs(table[:, [0, 6]]) >= 2**53).any(axis=1)):
-        # From 2^53 on neighbouring integers are no longer distinct as floats.
-        try:
-            keys[row] = line_of.keys(row)
-        except (ValueError, OverflowError):
-            raise refuse(
-                row, "an id above 2^53 without all its digits, expected a whole number"
-            ) from None
-    far = np.abs(table[:, 2:6]) > 1e9
-    if far.any():
-        row = int(np.argmax(far.any(axis=1)))
-        raise refuse(row, "coordinate or radius beyond 1e9, expected voxels; the file is damaged")
-
-    rows, order = _unique_nodes(table, keys, line_of, refuse, repairs)
-    table, (ids, wanted) = table[rows], keys[rows].T
-    n = len(rows)
-
-    # `order` sorts the ids, so that a binary search finds every parent's row.
-    place = np.minimum(np.searchsorted(ids, wanted, sorter=order), n - 1)
-    parent = order[place].astype(np.int64)
-    unknown = ids[parent] != wanted
-    parent[unknown] = -1
-    # Trees that were cut out of larger ones have such parents.
-    odd = np.flatnonzero(unknown & (wanted != -1))
-    if len(odd):
-        repairs.append(line_of.sentence(rows[odd], "no such parent, taken as a root (-1)"))
-    itself = np.flatnonzero(parent == np.arange(n))
-    if len(itself):
-        parent[itself] = -1
-        repairs.append(line_of.sentence(rows[itself], "its own parent, taken as a root"))
-
-    radius = table[:, 5].copy()
-    flat = np.flatnonzero(~(radius > 0))
-    if len(flat):
-        radius[flat] = 1.0
-        repairs.append(line_of.sentence(rows[flat], "radius not positive, set to 1"))
-
-    tree = Tree(table[:, 2:5].copy(), radius, table[:, 1].astype(np.int64), parent)
-    late = np.flatnonzero(parent > np.arange(n))
-    if len(late):
-        order = _depth_first(parent)
-        if len(order) < n:
-            row = _on_cycle(parent, order)
-            raise refuse(
-                rows[row], f"node {ids[row]} is its own ancestor; cut the cycle with parent -1"
-            )
-        tree = take(tree, order)
-        repairs.append(line_of.sentence(rows[late], "listed before its parent, nodes reordered"))
-    return replace(tree, repairs=tuple(repairs))
-
-
-def _unique_nodes(table, keys, line_of, refuse, repairs) -> tuple[np.ndarray, np.ndarray]:
-    """Drop repeated nodes; return the rows kept and the order that sorts their ids."""
-    ids = keys[:, 0]
-    order = np.argsort(ids, kind="stable")
-    again = np.flatnonzero(ids[order][1:] == ids[order][:-1])
-    if not len(again):
-        return np.arange(len(ids)), order
+    keys = _checked_keys(table, report)
+    order = np.argsort(keys[:, 0], kind="stable")
+    again = np.flatnonzero(np.diff(keys[order, 0]) == 0)
     first, second = order[again], order[again + 1]
     differ = (keys[first] != keys[second]).any(axis=1)
     differ |= ~np.isclose(table[first], table[second], 0, 0, equal_nan=True).all(axis=1)
-    if differ.any():
-        worst = int(np.argmax(differ))
-        raise refuse(
-            second[worst],
-            f"id {ids[second[worst]]} is already that of line {line_of(first[worst])}, "
+    for one, other in zip(first[differ], second[differ], strict=True):
+        raise report.error(
+            other,
+            f"id {keys[other, 0]} is already that of line {report.numbers[one]}, "
             "with other content; ids must be unique",
         )
-    repairs.append(line_of.sentence(np.sort(second), "repeats an earlier node, dropped"))
-    rows = np.delete(np.arange(len(ids)), second)
-    return rows, np.argsort(ids[rows], kind="stable")
+    report.repair(np.sort(second), "repeats an earlier node, dropped")
+    rows = np.delete(np.arange(len(table)), second)
+    table, (ids, wanted), n = table[rows], keys[rows].T, len(rows)
+
+    order = np.argsort(ids)
+    parent = order[np.minimum(np.searchsorted(ids, wanted, sorter=order), n - 1)]
+    parent[ids[parent] != wanted] = -1
+    # Trees that were cut out of larger ones have such parents.
+    report.repair(rows[(parent < 0) & (wanted != -1)], "no such parent, taken as a root (-1)")
+    itself = parent == np.arange(n)
+    report.repair(rows[itself], "its own parent, taken as a root")
+    parent[itself] = -1
+    flat = ~(table[:, 5] > 0)
+    report.repair(rows[flat], "radius not positive, set to 1")
+    radius = np.where(flat, 1.0, table[:, 5])
+
+    tree = Tree(table[:, 2:5].copy(), radius, table[:, 1].astype(np.int64), parent)
+    late = parent > np.arange(n)
+    if late.any():
+        order = _depth_first(parent)
+        if len(order) < n:
+            row = _on_cycle(parent, order)
+            what = f"node {ids[row]} is its own ancestor; cut the cycle with parent -1"
+            raise report.error(rows[row], what)
+        tree = take(tree, order)
+        report.repair(rows[late], "listed before its parent, nodes reordered")
+    return replace(tree, repairs=tuple(report.repairs))
+
+
+def _checked_keys(table: np.ndarray, report: _Report) -> np.ndarray:
+    """Ids and parents (n, 2) as whole numbers; an error if a number of the table is none."""
+    column = np.arange(7)
+    whole = np.isin(column, (0, 1, 6))
+    for wrong, expected in (
+        # Some programs write NaN where they measured no radius.
+        (~np.isfinite(table) & ~(np.isnan(table) & (column == 5)), "a number"),
+        (whole & ((np.floor(table) != table) | (np.abs(table) >= 2**63)), "a whole number"),
+        (~whole & (np.abs(table) > 1e9), "voxels, 1e9 at most; the file is damaged"),
+    ):
+        for row, k in np.argwhere(wrong)[:1]:
+            what = f"{COLUMNS.split()[k]} is {table[row, k]:g}, expected {expected}"
+            raise report.error(row, what)
+    keys = table[:, [0, 6]].astype(np.int64)
+    for row in np.flatnonzero((np.abs(table[:, [0, 6]]) >= 2**53).any(axis=1)):
+        # From 2^53 on neighbouring integers are no longer distinct as floats.
+        tokens = report.lines[report.numbers[row] - 1].replace(",", " ").split()
+        try:
+            keys[row] = [int(tokens[k].removesuffix(".0")) for k in (0, 6)]
+        except (ValueError, OverflowError):
+            what = "an id above 2^53 without all its digits, expected a whole number"
+            raise report.error(row, what) from None
+    return keys
 
 
 def _one_sphere(tree: Tree) -> Tree:
@@ -408,20 +319,14 @@ def _use_comments(tree: Tree, lines: list[str], spacing: Sequence[float] | None)
     return replace(tree, repairs=(*tree.repairs, *repairs))
 
 
-# --------------------------------------------------------------------------------------------
-# Order
+# Order ----------------------------------------------------------------------------------------
 
 
 def topological_order(tree: Tree) -> np.ndarray:
     """Rows of `tree` (n,) with every parent before its children.
 
     The order is the tree's own where that already holds, else depth first with siblings in the
-    tree's order.
-
-    Raises
-    ------
-    SwcError
-        If the parents form a cycle.
+    tree's order. A cycle is an `SwcError`.
     """
     parent = _checked_parent(tree)
     if np.all(parent < np.arange(len(parent))):
@@ -506,8 +411,7 @@ def take(tree: Tree, rows: np.ndarray) -> Tree:
     )
 
 
-# --------------------------------------------------------------------------------------------
-# Writing
+# Writing --------------------------------------------------------------------------------------
 
 
 def write_swc(
@@ -540,15 +444,8 @@ def write_swc(
     Returns
     -------
     Path
-        `path`.
-
-    Raises
-    ------
-    SwcError
-        If the tree has no nodes, a cycle, values that are not finite, or arrays of unequal
-        length, or the spacing is not three positive numbers.
-    SettingsError
-        If the folder cannot be written to, or the units are unknown or lack their spacing.
+        `path`. Of a tree without nodes, with a cycle or with values that are not finite, nothing
+        is written (`SwcError`).
     """
     path = Path(path)
     if units not in ("voxels", "um") or (units == "um" and spacing is None):
@@ -556,49 +453,39 @@ def write_swc(
     try:
         order = topological_order(tree)
         if units == "um":
-            with np.errstate(divide="ignore"):
-                tree = transform(tree, 1 / np.asarray(spacing, dtype=float))
-    except SwcError as error:
+            tree = transform(tree, 1 / check_spacing(spacing))
+    except NeurolibError as error:
         raise SwcError(f"{path.name}: {error}") from None
     if not len(order):
         raise SwcError(f"{path.name}: a tree without nodes, expected at least one; nothing written")
     if not (np.isfinite(tree.xyz).all() and np.isfinite(tree.radius).all()):
         raise SwcError(f"{path.name}: coordinates or radii are not finite; nothing written")
     tree = take(tree, order)
-    n = len(order)
     parent = np.where(tree.parent < 0, -1, tree.parent + 1)
     digits = 6 if units == "um" else 4
     # Rounding first and adding 0 keeps "-0.0000" out of the file.
     xyz = np.round(tree.xyz, digits) + 0.0
-    columns = zip(
-        range(1, n + 1),
-        tree.type.tolist(),
-        *xyz.T.tolist(),
-        tree.radius.tolist(),
-        parent.tolist(),
-        strict=True,
-    )
+    ids = np.arange(1, len(order) + 1)
+    columns = (c.tolist() for c in (ids, tree.type, *xyz.T, tree.radius, parent))
     frame = [f"All positions and radii in {units}"]
     if spacing is not None:
         frame.append("Voxel separation (x,y,z): " + ", ".join(f"{d:g}" for d in spacing[::-1]))
     frame.append("The centre of the first voxel is at 0, 0, 0")
     at = f"{{:.{digits}f}}"
-    lines = (f"{{}} {{}} {at} {at} {at} {{:.6g}} {{}}\n".format(*values) for values in columns)
-    nodes = "".join(lines)
+    line = f"{{}} {{}} {at} {at} {at} {{:.6g}} {{}}\n"
+    nodes = "".join(line.format(*values) for values in zip(*columns, strict=True))
     seal = f"nodes: sha256 {seal_of(nodes)}"
     head = "".join(f"# {line}\n" for line in [*comment.splitlines(), *frame, seal, COLUMNS])
     return write_text(path, head + nodes)
 
 
-# --------------------------------------------------------------------------------------------
-# Shape
+# Shape ----------------------------------------------------------------------------------------
 
 
 def components(tree: Tree) -> np.ndarray:
     """Label of each node's tree, (n,) int, numbered from 0 in order of appearance."""
-    n = len(tree.parent)
-    child = np.flatnonzero(tree.parent >= 0)
-    graph = coo_array((np.ones(len(child)), (child, tree.parent[child])), shape=(n, n))
+    n, (child, parent) = len(tree.parent), edges(tree)
+    graph = coo_array((np.ones(len(child)), (child, parent)), shape=(n, n))
     return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
@@ -610,8 +497,8 @@ def edges(tree: Tree) -> tuple[np.ndarray, np.ndarray]:
 
 def length(tree: Tree, spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> float:
     """Summed length of all edges, in voxels, or in µm with `spacing` (dz, dy, dx)."""
-    child = np.flatnonzero(tree.parent >= 0)
-    steps = (tree.xyz[child] - tree.xyz[tree.parent[child]]) * np.asarray(spacing)[::-1]
+    child, parent = edges(tree)
+    steps = (tree.xyz[child] - tree.xyz[parent]) * np.asarray(spacing)[::-1]
     return float(np.linalg.norm(steps, axis=1).sum())
 
 
@@ -660,30 +547,26 @@ def densify(
     radius : ndarray, (m,) float64
         Linear between nodes. Radii are measured in the plane: they are multiplied by the
         geometric mean of dy and dx.
-
-    Raises
-    ------
-    SwcError
-        If `step` is not positive.
     """
     _check_step(step)
     scale = np.asarray(spacing, dtype=np.float64)
-    xyz = tree.xyz * scale[::-1]
-    radius = tree.radius * np.sqrt(scale[1] * scale[2])
-    child = np.flatnonzero(tree.parent >= 0)
-    above = tree.parent[child]
+    xyz, radius = tree.xyz * scale[::-1], tree.radius * np.sqrt(scale[1] * scale[2])
+    child, above = edges(tree)
     edge = xyz[child] - xyz[above]
-    pieces = np.maximum(np.ceil(np.linalg.norm(edge, axis=1) / step), 1).astype(np.int64)
-    which = np.repeat(np.arange(len(child)), pieces)
-    # 1 .. pieces within each edge; the piece's end at the child is exactly the child.
-    count = np.arange(len(which)) - np.repeat(np.cumsum(pieces) - pieces, pieces) + 1
-    t = count / pieces[which]
+    which, t = _cuts(np.linalg.norm(edge, axis=1) / step)
     between = xyz[above[which]] + edge[which] * t[:, None]
-    last = count == pieces[which]
-    between[last] = xyz[child]
+    between[t == 1] = xyz[child]
     thickness = radius[above[which]] * (1 - t) + radius[child[which]] * t
     roots = tree.parent < 0
     return np.concatenate([xyz[roots], between]), np.concatenate([radius[roots], thickness])
+
+
+def _cuts(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where lines of so many steps are cut into equal pieces: which line, and the share of it."""
+    pieces = np.maximum(np.ceil(steps), 1).astype(np.int64)
+    which = np.repeat(np.arange(len(pieces)), pieces)
+    count = np.arange(len(which)) - np.repeat(np.cumsum(pieces) - pieces, pieces) + 1
+    return which, count / pieces[which]
 
 
 def resample(tree: Tree, step: float) -> Tree:
@@ -692,61 +575,44 @@ def resample(tree: Tree, step: float) -> Tree:
     Roots, tips and branch points stay exactly where they are; between them nodes are replaced
     by samples of the polyline, radii are interpolated, and the type is that of the next
     original node away from the root.
-
-    Raises
-    ------
-    SwcError
-        If `step` is not positive or the parents form a cycle.
     """
     _check_step(step)
     topological_order(tree)
     tree = take(tree, _depth_first(np.asarray(tree.parent)))
-    n = len(tree.parent)
-    children = np.bincount(tree.parent[tree.parent >= 0], minlength=n)
-    root = tree.parent < 0
-    key = root | (children != 1)
+    n, root = len(tree.parent), tree.parent < 0
+    key = root | (np.bincount(tree.parent[~root], minlength=n) != 1)
 
     # Strategy: in depth-first order an only child follows its parent directly, so each path
     # from one key node to the next is a run of consecutive rows. All paths are laid end to end
     # on one axis of arc length, with a gap of 1 between them, and sampled by one np.interp.
-    ends = np.flatnonzero(key & ~root)
+    ends, firsts = np.flatnonzero(key & ~root), np.flatnonzero(~root & key[tree.parent])
     if not len(ends):
         return tree
-    firsts = np.flatnonzero(~root & key[tree.parent])
-    starts = tree.parent[firsts]
-    sizes = ends - firsts + 2
+    starts, sizes = tree.parent[firsts], ends - firsts + 2
     path = np.repeat(np.arange(len(ends)), sizes)
     offset = np.cumsum(sizes) - sizes
-    inside = np.arange(len(path)) - offset[path]
-    rows = firsts[path] + inside - 1
+    rows = firsts[path] + np.arange(len(path)) - offset[path] - 1
     rows[offset] = starts
-    edges = np.linalg.norm(np.diff(tree.xyz[rows], axis=0, prepend=tree.xyz[rows[:1]]), axis=1)
-    edges[offset] = 1.0
-    axis = np.cumsum(edges)
-    begin, finish = axis[offset], axis[offset + sizes - 1]
-
-    pieces = np.maximum(np.ceil((finish - begin) / step - 1e-9), 1).astype(np.int64)
-    which = np.repeat(np.arange(len(ends)), pieces)
-    first_new = np.cumsum(pieces) - pieces
-    count = np.arange(len(which)) - first_new[which] + 1
-    s = begin[which] + (finish - begin)[which] * (count / pieces[which])
-    at_end = count == pieces[which]
-    xyz = np.stack([np.interp(s, axis, tree.xyz[rows, k]) for k in range(3)], axis=1)
-    xyz[at_end] = tree.xyz[ends]
-    radius = np.interp(s, axis, tree.radius[rows])
-    radius[at_end] = tree.radius[ends]
+    steps = np.linalg.norm(np.diff(tree.xyz[rows], axis=0, prepend=tree.xyz[rows[:1]]), axis=1)
+    steps[offset] = 1.0
+    axis = np.cumsum(steps)
+    begin, extent = axis[offset], axis[offset + sizes - 1] - axis[offset]
+    which, t = _cuts(extent / step - 1e-9)
+    s = begin[which] + extent[which] * t
     # Rounding can put the last position a hair behind the end of the path.
-    at = np.minimum(np.searchsorted(axis, s, side="left"), len(rows) - 1)
-    kind = tree.type[rows[at]]
-    kind[at_end] = tree.type[ends]
+    kind = tree.type[rows[np.minimum(np.searchsorted(axis, s), len(rows) - 1)]]
+    xyz = np.stack([np.interp(s, axis, tree.xyz[rows, k]) for k in range(3)], axis=1)
+    radius = np.interp(s, axis, tree.radius[rows])
+    last = np.flatnonzero(t == 1)
+    xyz[last], radius[last], kind[last] = tree.xyz[ends], tree.radius[ends], tree.type[ends]
 
     # New rows: the roots, then the paths; a path's first sample hangs on its start.
     roots = np.flatnonzero(root)
     new_row = np.full(n, -1)
     new_row[roots] = np.arange(len(roots))
-    new_row[ends] = len(roots) + first_new + pieces - 1
+    new_row[ends] = len(roots) + last
     parent = len(roots) + np.arange(len(which)) - 1
-    parent[first_new] = new_row[starts]
+    parent[np.append(0, last[:-1] + 1)] = new_row[starts]
     return Tree(
         np.concatenate([tree.xyz[roots], xyz]),
         np.concatenate([tree.radius[roots], radius]),
@@ -761,8 +627,7 @@ def _check_step(step: float) -> None:
         raise SwcError(f"step is {step}, expected a positive distance in voxels")
 
 
-# --------------------------------------------------------------------------------------------
-# Frames
+# Frames ---------------------------------------------------------------------------------------
 
 
 def transform(
@@ -787,19 +652,8 @@ def transform(
     flip_y : int, optional
         Height of the image in voxels, for files whose y axis points up: y becomes
         ``flip_y - 1 - y``.
-
-    Returns
-    -------
-    Tree
-
-    Raises
-    ------
-    SwcError
-        If the spacing is not three positive numbers or the origin not finite.
     """
-    scale = np.asarray(spacing, dtype=np.float64)
-    if scale.shape != (3,) or not (np.isfinite(scale).all() and (scale > 0).all()):
-        raise SwcError(f"spacing is {spacing}, expected three positive numbers (dz, dy, dx)")
+    scale = check_spacing(spacing)
     shift = np.broadcast_to(np.asarray(origin, dtype=np.float64), 3)
     if not np.isfinite(shift).all():
         raise SwcError(f"origin is {origin}, expected one or three finite numbers (z, y, x)")
@@ -809,19 +663,11 @@ def transform(
     return replace(tree, xyz=xyz, radius=tree.radius / np.sqrt(scale[1] * scale[2]))
 
 
-# --------------------------------------------------------------------------------------------
-# Tree and image
+# Tree and image -------------------------------------------------------------------------------
 
 
 def check_pair(tree: Tree, volume_shape: Sequence[int], name: str) -> None:
-    """Refuse a tree that does not lie in its image.
-
-    Raises
-    ------
-    DataError
-        If the tree has no nodes, or less than half of them lie inside an image of
-        `volume_shape` (z, y, x).
-    """
+    """Refuse a tree of which less than half lies inside an image of `volume_shape` (z, y, x)."""
     if not len(tree.parent):
         raise DataError(f"{name}: the SWC has no nodes, expected a tree")
     inside = _inside(tree, volume_shape)
@@ -836,13 +682,7 @@ def check_pair(tree: Tree, volume_shape: Sequence[int], name: str) -> None:
 
 
 def check_frame(tree: Tree, volume: Volume, name: str) -> None:
-    """Refuse a tree that lies in its image, but not on its neurites; see `fit`.
-
-    Raises
-    ------
-    DataError
-        If another frame fits better, or none that was tried does.
-    """
+    """Refuse a tree that does not lie on the neurites of its image; see `fit`."""
     found = fit(tree, volume)
     if not found.fits:
         raise DataError(
@@ -865,27 +705,50 @@ REACH = 8.0
 FOLLOWS, AROUND = 0.85, 6.0
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How well a tree lies on the bright structures of an image.
+
+    contrast: mean intensity on the tree minus that of the whole image, in standard deviations
+    of the image; inside: share of the nodes within the image, 0 to 1; follows: share of the tree
+    in the image that is brighter than what lies 6 voxels around it, about 0.5 for any line and
+    `FOLLOWS` or more for one that runs along neurites; hint: one sentence that names a frame
+    which fits clearly better and whose own `follows` is as high, with its contrast and its
+    `follows`; empty if there is none.
+    """
+
+    contrast: float
+    inside: float
+    follows: float
+    hint: str
+    hint_contrast: float = float("nan")
+    hint_follows: float = float("nan")
+
+    @property
+    def fits(self) -> bool:
+        """Whether the tree lies on its image as it is."""
+        return not self.hint and self.follows >= FOLLOWS and self.inside >= 0.5
+
+    def __str__(self) -> str:
+        if self.hint:
+            return (
+                f"another fits better: {self.hint} (contrast {self.hint_contrast:.2f}, "
+                f"{self.hint_follows:.0%} brighter than around)"
+            )
+        if self.fits:
+            return "no other fits better"
+        return (
+            f"no frame that was tried fits: {FOLLOWS:.0%} of a tree or more are brighter than "
+            "around where it belongs; it may be another neuron's, of another scale, or far off"
+        )
+
+
 def fit(tree: Tree, volume: Volume) -> Fit:
     """Compare the image on the tree with the image off it, here and in frames often confused.
 
     Tried are mirrored axes, x and y exchanged, and if the volume has a spacing, coordinates in µm
     or nm, in voxels of equal sides, or multiplied by the spacing; each of them with a shift of up
     to 8 voxels along every axis.
-
-    Parameters
-    ----------
-    tree : Tree
-        In voxels of `volume`.
-    volume : Volume
-
-    Returns
-    -------
-    Fit
-
-    Raises
-    ------
-    SwcError
-        If the tree has no nodes.
     """
     if not len(tree.parent):
         raise SwcError("a tree without nodes cannot be compared with an image")

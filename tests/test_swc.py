@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neurolib.data.synthesis import grow, render
-from neurolib.errors import DataError, SettingsError, SwcError
+from neurolib.errors import DataError, NeurolibError, SettingsError, SwcError
 from neurolib.swc import (
     Tree,
     branch_points,
@@ -217,7 +217,7 @@ def test_long_repairs_are_counted_not_listed(tmp_path):
         ("1 3 0 0 0 1 -1\n2.5 3 0 0 0 1 1\n", "line 2: id is 2.5"),
         ("1 3 0 0 0 1 -1\n2 3 0 0 0 1 0.5\n", "line 2: parent is 0.5"),
         ("1 3.5 0 0 0 1 -1\n", "line 1: type is 3.5"),
-        ("1 3 0 0 0 1 -1\n2 3 0 4e12 0 1 1\n", "line 2: coordinate or radius beyond"),
+        ("1 3 0 0 0 1 -1\n2 3 0 4e12 0 1 1\n", "line 2: y is 4e\\+12, expected voxels"),
         ("7e17 3 0 0 0 1 -1\n", "line 1: an id above 2\\^53 without all its digits"),
         ("1 3 0 0 0 1 99999999999999999999\n", "line 1: parent is 1e\\+20"),
         ("1 3 0 0 0 1 -1\n1 3 5 0 0 1 -1\n", "line 2: id 1 is already that of line 1"),
@@ -711,7 +711,7 @@ def test_transform_in_its_documented_order():
     assert transform(tree, origin=(0.5, 0, 2)).xyz.tolist() == [[1, 8, 29.5]]
     assert tree.xyz.tolist() == [[3, 8, 30]]
     for wrong in ({"spacing": (1, 0, 1)}, {"spacing": (1, 1)}, {"origin": np.nan}):
-        with pytest.raises(SwcError):
+        with pytest.raises(NeurolibError, match=r"expected .* numbers"):
             transform(tree, **wrong)
 
 
