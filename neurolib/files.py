@@ -62,12 +62,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     The temporary name keeps the suffix of `path`, because writers choose their format by it.
     If the block raises, the temporary file (or folder) is removed and `path` is untouched. The
-    next process that writes into the same folder removes what a killed one left.
-
-    Raises
-    ------
-    SettingsError
-        If the folder of `path` cannot be made or written to, or the disk is full.
+    next process that writes into the same folder removes what a killed one left. A folder that
+    cannot be written to, or a full disk, is a `SettingsError`.
     """
     path = Path(path)
     with workplace(path) as folder:
@@ -78,14 +74,20 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             # Some writers deny others read access; our files get the user's default mode.
             (folder / ".mode").touch()
             os.chmod(temporary, stat.S_IMODE((folder / ".mode").stat().st_mode))
+        # A folder can only be removed file by file; stopped half-way, that would leave an image
+        # that reads well and has holes. So the old one is renamed, too, and comes back if need be.
+        old = folder / ".old"
         try:
-            if temporary.is_dir() and path.is_dir():
-                shutil.rmtree(path)
+            if temporary.is_dir() and path.exists():
+                os.replace(path, old)
             os.replace(temporary, path)
         except OSError as error:
             raise SettingsError(
                 f"{path}: cannot be replaced ({error.strerror}); choose another output name"
             ) from None
+        finally:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
 
 
 @contextmanager
@@ -94,11 +96,6 @@ def workplace(path: Path) -> Iterator[Path]:
 
     Strategy: a process locks its folder, and the system releases the locks of a process however it
     ends. So a folder of this machine that can be locked has no owner any more.
-
-    Raises
-    ------
-    SettingsError
-        If the folder of `path` cannot be made or written to.
     """
     # Other machines on the same disk may not see the locks, so the name says whose folder it is.
     machine = f"{zlib.crc32(platform.node().encode()):08x}"

@@ -6,7 +6,6 @@ What is specific to a file format is in `neurolib.data.formats`.
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,9 +15,9 @@ import numpy as np
 import tifffile
 
 from neurolib.data import formats
-from neurolib.data.formats import LazyStack, check_memory, check_shape, check_type
-from neurolib.errors import NeurolibWarning, SettingsError, VolumeError
-from neurolib.files import atomic_path, workplace
+from neurolib.data.formats import LazyStack, check_memory, check_shape, check_spacing, check_type
+from neurolib.errors import NeurolibWarning, VolumeError
+from neurolib.files import atomic_path
 
 SUFFIXES = (*formats.FORMATS, ".zarr")
 
@@ -51,8 +50,7 @@ class Volume:
         return None if self.unknown else self.spacing
 
 
-# --------------------------------------------------------------------------------------------
-# Reading
+# Reading ------------------------------------------------------------------------------------------
 
 
 def read_volume(
@@ -102,10 +100,7 @@ def read_volume(
     Raises
     ------
     VolumeError
-        If the file is missing, empty, truncated or of another format; is 2D, RGB, a time
-        series, several images, or multi-channel with no `channel` given; claims more voxels than
-        its bytes can hold; or holds NaN, infinite or only equal values. Damaged chunks of
-        OME-Zarr are found when they are read: here with `check`, or later, by indexing.
+        Damaged chunks of OME-Zarr are found when they are read: here with `check`, or later.
     """
     path = Path(path)
     name = path.name
@@ -137,7 +132,7 @@ def read_volume(
         ) from None
     found = stack.spacing
     if spacing is not None:
-        found = formats.Spacing(tuple(formats.check_spacing(spacing, name).tolist()), "")
+        found = formats.Spacing(tuple(check_spacing(spacing, name).tolist()), "")
     elif max(found.lengths) > ANISOTROPY * min(found.lengths):
         warnings.warn(
             f"{name}: voxels are more than {ANISOTROPY} times longer along one axis than along "
@@ -169,20 +164,11 @@ def check_values(volume: Volume, name: str) -> None:
 
     It is looked at piece by piece, of whole-number images only as far as the first difference,
     and of OME-Zarr only the chunks that are there.
-
-    Raises
-    ------
-    VolumeError
-        Also if a chunk that is looked at is damaged.
     """
     data = volume.data
     low, high = np.inf, -np.inf
-    floating = data.dtype.kind == "f"
-    if isinstance(data, LazyStack):
-        parts = data.stored()
-    else:
-        parts = ((box[0].start, data[box]) for box in pieces(data))
-    for start, piece in parts:
+    whole = ((box[0].start, data[box]) for box in pieces(data))
+    for start, piece in data.stored() if isinstance(data, LazyStack) else whole:
         # NaN and infinities show in the extremes, so no array of flags is needed.
         bottom, top = float(piece.min()), float(piece.max())
         if not (np.isfinite(bottom) and np.isfinite(top)):
@@ -192,7 +178,7 @@ def check_values(volume: Volume, name: str) -> None:
                 "replace them"
             )
         low, high = min(low, bottom), max(high, top)
-        if low < high and not floating:
+        if low < high and data.dtype.kind != "f":
             return
     if low == high:
         raise VolumeError(
@@ -212,8 +198,7 @@ def pieces(data: Any, chunks: Sequence[int] | None = None) -> Iterator[tuple[sli
     return formats.boxes((0, 0, 0), data.shape, step)
 
 
-# --------------------------------------------------------------------------------------------
-# Scaling
+# Scaling ------------------------------------------------------------------------------------------
 
 
 # Percentiles that become 0 and 1.
@@ -236,11 +221,6 @@ def normalise(data: np.ndarray) -> np.ndarray:
     -------
     ndarray, (z, y, x) float32
         All zero if `data` is constant. Beside it no more than a few pieces are in memory.
-
-    Raises
-    ------
-    VolumeError
-        If the result does not fit in memory, or a chunk of OME-Zarr is damaged.
 
     Notes
     -----
@@ -364,8 +344,7 @@ def inverted(data: np.ndarray) -> bool:
     return spread > 0 and float((detail**3).mean()) < -0.3 * spread**1.5
 
 
-# --------------------------------------------------------------------------------------------
-# Writing
+# Writing ------------------------------------------------------------------------------------------
 
 # ImageJ's TIFF holds these types, and 4 GiB at most; OME-TIFF takes over beyond.
 IMAGEJ_TYPES = ("uint8", "uint16", "float32")
@@ -407,22 +386,9 @@ def write_volume(
     about : str
         What the stack was made with (`neurolib.files.provenance`), for its metadata: ImageJ shows
         it as the image's info; ``.npy`` has no place for it.
-
-    Returns
-    -------
-    Path
-        `path`.
-
-    Raises
-    ------
-    VolumeError
-        If the suffix, the shape, the type or the spacing cannot be written.
-    SettingsError
-        If the folder cannot be written to.
     """
     path = Path(path)
-    name = path.name
-    suffix = path.suffix.lower()
+    name, suffix = path.name, path.suffix.lower()
     if suffix not in (".tif", ".tiff", ".npy", ".zarr"):
         raise VolumeError(
             f"{name}: suffix {suffix or 'missing'!r}, expected .tif, .tiff, .npy or .zarr"
@@ -431,54 +397,42 @@ def write_volume(
         data = np.asarray(data)
     if len(data.shape) != 3 or not prod(data.shape):
         raise VolumeError(f"{name}: expected an array (z, y, x), got shape {data.shape}")
-    dz, dy, dx = formats.check_spacing(spacing or (1, 1, 1), name).tolist()
+    lengths = tuple(check_spacing(spacing or (1, 1, 1), name).tolist())
     known = known and spacing is not None
     if suffix in (".npy", ".zarr"):
         check_type(name, data.dtype)
-    if suffix == ".zarr":
-        with _atomic_folder(path) as temporary:
-            _write_zarr(temporary, data, (dz, dy, dx), known=known, about=about)
-        return path
-    if suffix == ".npy":
-        with atomic_path(path) as temporary:
-            np.save(temporary, data, allow_pickle=False)
-        return path
-    if data.dtype == bool:
-        data = data.astype(np.uint8) * np.uint8(255)
-    # tifffile lays out an ImageJ stack of single columns as one page, which is not read back.
-    imagej = data.dtype.name in IMAGEJ_TYPES and data.nbytes < IMAGEJ_BYTES and data.shape[2] > 1
-    if not imagej and data.dtype.name not in (*IMAGEJ_TYPES, *OME_TYPES):
-        raise VolumeError(f"{name}: TIFF cannot hold {data.dtype}; convert it or write .npy")
-    software = {"software": about.splitlines()[0]} if about else {}
+    else:
+        data = data.astype(np.uint8) * np.uint8(255) if data.dtype == bool else data
+        options = _tiff_options(name, data, lengths, known, about)
     with atomic_path(path) as temporary:
-        if imagej:
-            tifffile.imwrite(
-                temporary,
-                data,
-                imagej=True,
-                photometric="minisblack",
-                compression="zlib",
-                resolution=(1 / dx, 1 / dy),
-                metadata={"axes": "ZYX", "spacing": dz}
-                | ({"unit": "micron"} if known else {})
-                | ({"Info": about} if about else {}),
-                **software,
-            )
+        if suffix == ".zarr":
+            _write_zarr(temporary, data, lengths, known=known, about=about)
+        elif suffix == ".npy":
+            np.save(temporary, data, allow_pickle=False)
         else:
-            sizes = {f"PhysicalSize{a}": d for a, d in zip("ZYX", (dz, dy, dx), strict=True)}
-            if not known:
-                sizes |= {f"PhysicalSize{a}Unit": "pixel" for a in "ZYX"}
             tifffile.imwrite(
-                temporary,
-                data,
-                ome=True,
-                bigtiff=True,
-                photometric="minisblack",
-                compression="zlib",
-                metadata={"axes": "ZYX", **sizes} | ({"Description": about} if about else {}),
-                **software,
+                temporary, data, photometric="minisblack", compression="zlib", **options
             )
     return path
+
+
+def _tiff_options(
+    name: str, data: np.ndarray, lengths: tuple[float, float, float], known: bool, about: str
+) -> dict[str, Any]:
+    """What tells tifffile to write a stack for ImageJ, or as OME-TIFF."""
+    dz, dy, dx = lengths
+    options = {"software": about.splitlines()[0]} if about else {}
+    # tifffile lays out an ImageJ stack of single columns as one page, which is not read back.
+    if data.dtype.name in IMAGEJ_TYPES and data.nbytes < IMAGEJ_BYTES and data.shape[2] > 1:
+        metadata = {"axes": "ZYX", "spacing": dz} | ({"unit": "micron"} if known else {})
+        metadata |= {"Info": about} if about else {}
+        return options | {"imagej": True, "resolution": (1 / dx, 1 / dy), "metadata": metadata}
+    if data.dtype.name not in (*IMAGEJ_TYPES, *OME_TYPES):
+        raise VolumeError(f"{name}: TIFF cannot hold {data.dtype}; convert it or write .npy")
+    metadata = {f"PhysicalSize{a}": d for a, d in zip("ZYX", lengths, strict=True)}
+    metadata |= {} if known else {f"PhysicalSize{a}Unit": "pixel" for a in "ZYX"}
+    metadata |= {"Description": about} if about else {}
+    return options | {"ome": True, "bigtiff": True, "metadata": {"axes": "ZYX", **metadata}}
 
 
 def create_zarr(
@@ -541,28 +495,3 @@ def _write_zarr(path: Path, data: Any, spacing: tuple[float, float, float], **op
     step = [-(-n // own) * own for own, n in zip(array.chunks, source, strict=True)]
     for box in pieces(array, step):
         array[box] = data[box]
-
-
-@contextmanager
-def _atomic_folder(path: Path) -> Iterator[Path]:
-    """`atomic_path` for a folder in place of another, which leaves as a whole.
-
-    A folder can only be removed file by file; stopped half-way, that would leave an image that
-    reads well and has holes. So the old one is renamed, too, and comes back if need be.
-    """
-    with workplace(path) as folder:
-        old = folder / path.name
-        try:
-            with atomic_path(path) as temporary:
-                yield temporary
-                if path.exists():
-                    try:
-                        os.replace(path, old)
-                    except OSError as error:
-                        raise SettingsError(
-                            f"{path}: cannot be replaced ({error.strerror}); choose another output "
-                            "name"
-                        ) from None
-        finally:
-            if old.exists() and not path.exists():
-                os.replace(old, path)
