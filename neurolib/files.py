@@ -105,7 +105,10 @@ def workplace(path: Path) -> Iterator[Path]:
         with os.scandir(path.parent) as entries:
             left = [Path(entry.path) for entry in entries if ours.fullmatch(entry.name)]
         for folder in left:
-            _remove_if_left(folder)
+            with contextlib.suppress(OSError):
+                if (lock := _locked(folder)) is not None:
+                    _remove(folder)
+                    os.close(lock)
         prefix = f".{path.name[:40]}.{machine}-"
         while True:
             folder = Path(tempfile.mkdtemp(prefix=prefix, dir=path.parent))
@@ -146,14 +149,6 @@ def _unlock(lock: int | None) -> None:
         os.close(lock)
 
 
-def _remove_if_left(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        lock = _locked(folder)
-        if lock is not None:
-            _remove(folder)
-            _unlock(lock)
-
-
 def _remove(folder: Path) -> None:
     """Remove a folder, even while threads of a failed writer still put files into it."""
     for pause in (0, 0.01, 0.1, 1):
@@ -186,12 +181,7 @@ def claim(path: str | Path, what: str | Path = "") -> Iterator[None]:
     """Hold the lock file `path`, which stands for `what`, and remove it at the end.
 
     By default `what` is the folder of the file. The system releases the lock of a killed process,
-    and the next one takes over the file.
-
-    Raises
-    ------
-    SettingsError
-        If another process holds it, or its folder cannot be made or written to.
+    and the next one takes over the file. If another process holds it, a `SettingsError` says so.
     """
     path = Path(path)
     until = time.monotonic() + PATIENCE
@@ -257,22 +247,16 @@ def decode(raw: bytes) -> str:
     else:
         # Vaa3D and Excel write names in the system's code page, whatever it is; only Latin-1 has a
         # character for every byte.
-        for encoding in ("utf-8-sig", "cp1252", "latin-1"):
-            try:
+        for encoding in ("latin-1", "cp1252", "utf-8-sig"):
+            with contextlib.suppress(UnicodeDecodeError):
                 text = raw.decode(encoding)
-                break
-            except UnicodeDecodeError:
-                continue
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def sha256(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes, read in 1 MiB pieces."""
-    digest = hashlib.sha256()
+    """Hexadecimal SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def content_key(*arrays: np.ndarray) -> str:
@@ -335,14 +319,9 @@ def seal_of(nodes: str) -> str:
 def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], overwrite: bool = False) -> None:
     """Before any work is done, refuse outputs that would replace a file of the user's.
 
-    Links are followed. A tree beside an image of the same name counts as the image's own and is
-    never replaced.
-
-    Raises
-    ------
-    SettingsError
-        If an output is an input or another output, lies inside one, or contains one; or if it
-        exists, is not one of our results, and `overwrite` is not set.
+    Links are followed. No output may be an input or another output, lie inside one or contain one.
+    What is none of our results is replaced only with `overwrite`, and a tree beside an image of
+    the same name, which counts as the image's own, never.
     """
     for number, path in enumerate(outputs):
         for other in (*inputs, *outputs[:number]):

@@ -24,7 +24,6 @@ from neurolib.data.datasets import (
     read_manifest,
     rendered_pairs,
     split_by_neuron,
-    synthetic_pairs,
     write_manifest,
 )
 from neurolib.data.pairs import Pair, folder_pairs
@@ -496,49 +495,49 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-SMALL = {"count": 2, "shape": (24, 96, 96)}
+@pytest.fixture
+def small(cache, monkeypatch):
+    monkeypatch.setattr(datasets, "SYNTHETIC_COUNT", 2)
+    monkeypatch.setattr(datasets, "SYNTHETIC_SHAPE", (24, 96, 96))
 
 
 def hashes(pairs):
     return [(pair.name, sha256(pair.image), sha256(pair.swc)) for pair in pairs]
 
 
-def test_synthetic_pairs_are_the_same_wherever_they_are_made(cache):
-    first = synthetic_pairs(**SMALL)
+def changed_generator(tmp_path, monkeypatch):
+    changed = tmp_path / "synthesis.py"
+    changed.write_text(Path(synthesis.__file__).read_text() + "\n# changed\n")
+    monkeypatch.setattr(synthesis, "__file__", str(changed))
+
+
+def test_synthetic_pairs_are_the_same_wherever_they_are_made(small, cache):
+    first = load_dataset("synthetic")
     made = hashes(first)
     assert [pair.name for pair in first] == ["synthetic_0", "synthetic_1"]
     assert made[0][1:] != made[1][1:]
     shutil.rmtree(cache)
-    assert hashes(synthetic_pairs(**SMALL)) == made
-    assert hashes(synthetic_pairs(**SMALL, seed=1))[0][1:] != made[0][1:]
+    assert hashes(load_dataset("synthetic")) == made
     sample = read_sample(first[0])
     assert sample.image.shape == (24, 96, 96)
     assert sample.mask.any()
     assert first[0].style == "synthetic"
 
 
-def test_synthetic_pairs_are_taken_from_the_cache(cache, monkeypatch):
-    made = synthetic_pairs(**SMALL)
-    monkeypatch.setattr(synthesis, "grow", None)
-    assert synthetic_pairs(**SMALL) == made
-    with pytest.raises(TypeError):
-        synthetic_pairs(**SMALL, seed=1)
+def test_synthetic_pairs_are_cached_until_the_generator_changes(
+    small, cache, monkeypatch, tmp_path
+):
+    made = load_dataset("synthetic")
+    with monkeypatch.context() as broken:
+        broken.setattr(synthesis, "grow", None)
+        assert load_dataset("synthetic") == made
+        changed_generator(tmp_path, broken)
+        with pytest.raises(TypeError):
+            load_dataset("synthetic")
     # Nothing half-made stays where the failed call would have put it.
     assert len(list(cache.iterdir())) == 1
-
-
-def test_changed_generator_leaves_old_data_behind(cache, monkeypatch, tmp_path):
-    (old, _) = synthetic_pairs(**SMALL)
-    changed = tmp_path / "synthesis.py"
-    changed.write_text(Path(synthesis.__file__).read_text() + "\n# changed\n")
-    monkeypatch.setattr(synthesis, "__file__", str(changed))
-    (new, _) = synthetic_pairs(**SMALL)
-    assert new.image.parent != old.image.parent
-
-
-def test_embedded_data_set_is_found_by_its_name(cache, monkeypatch):
-    monkeypatch.setattr(datasets.synthetic_pairs, "__defaults__", (2, (24, 96, 96), "confocal", 0))
-    assert load_dataset("synthetic") == synthetic_pairs(2, (24, 96, 96))
+    changed_generator(tmp_path, monkeypatch)
+    assert load_dataset("synthetic")[0].image.parent != made[0].image.parent
 
 
 # ------------------------------------------------------------------------------ rendered
@@ -642,9 +641,7 @@ def test_only_what_has_changed_is_rendered_again(trees, monkeypatch, tmp_path):
     np.testing.assert_allclose(
         np.diff(read_swc(after[1].swc).xyz, axis=0), np.diff(bent(9).xyz, axis=0), atol=2e-4
     )
-    changed = tmp_path / "synthesis.py"
-    changed.write_text(Path(synthesis.__file__).read_text() + "\n# changed\n")
-    monkeypatch.setattr(synthesis, "__file__", str(changed))
+    changed_generator(tmp_path, monkeypatch)
     assert not {pair.image for pair in rendered_pairs(trees)} & {pair.image for pair in after}
 
 

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 
 from neurolib import blocking, files, swc, training, volume, weights
 from neurolib.course import runs, sweeps
-from neurolib.data import datasets
+from neurolib.data import datasets, formats
 from neurolib.errors import NeurolibError, SettingsError
 
 REPOSITORY = runs.REPOSITORY
@@ -307,7 +307,7 @@ def test_files_without_permission(tmp_path, checkpoint, count):
 
 
 def test_files_that_vanish_between_two_looks(tmp_path, checkpoint, count, monkeypatch):
-    begin, header = volume._begin, training._read_header
+    begin, header = formats._begin, training._read_header
 
     def vanishing(function):
         def found(path):
@@ -317,7 +317,7 @@ def test_files_that_vanish_between_two_looks(tmp_path, checkpoint, count, monkey
 
         return found
 
-    monkeypatch.setattr(volume, "_begin", vanishing(begin))
+    monkeypatch.setattr(formats, "_begin", vanishing(begin))
     monkeypatch.setattr(training, "_read_header", vanishing(header))
     for name, data, read in readers(checkpoint):
         if read in (volume.read_volume, training.load_checkpoint) and name != "a.zarr":

@@ -33,13 +33,7 @@ from neurolib.data.pairs import (
     trees_by_name,
 )
 from neurolib.errors import DataError, NeurolibError, SwcError
-from neurolib.files import (
-    atomic_path,
-    cache_folder,
-    sha256,
-    text_key,
-    write_text,
-)
+from neurolib.files import atomic_path, cache_folder, sha256, text_key, write_text
 from neurolib.swc import Tree, read_swc, write_swc
 from neurolib.volume import SUFFIXES, read_volume, write_volume
 
@@ -68,13 +62,6 @@ def load_dataset(name: str | Path) -> list[Pair]:
         ``synthetic``, ``fly-larva``, ``fly-larva-final``, ``bigneuron-janelia``,
         ``rendered:FOLDER`` (or ``rendered-STYLE:FOLDER``) for the SWC files of a folder, see
         `rendered_pairs`, or a folder of pairs. Folders are relative to the working directory.
-
-    Raises
-    ------
-    DataError
-        If the folder is missing or holds no pair, or a style is unknown.
-    SwcError
-        If an SWC file to be rendered is unusable.
     """
     if str(name) == "synthetic":
         return synthetic_pairs()
@@ -148,12 +135,6 @@ def split_by_neuron(
     train : int
         Neurons to train on, drawn from those that are left; 0 takes all. With one seed, fewer
         neurons are among the more.
-
-    Raises
-    ------
-    DataError
-        If no neuron is left to train on, a held-out name is unknown, or the pairs are a final
-        test set.
     """
     if any(pair.style == FINAL_STYLE for pair in pairs):
         raise DataError(
@@ -224,21 +205,13 @@ def _asked(
 
 def write_manifest(path: str | Path, split: Split, seed: int) -> Path:
     """Write which pair is in which split, with the hash of each file and the seed, as JSON."""
-    roles = zip(("train", "validation", "test"), split, strict=True)
-    entries = [
-        {
-            "name": pair.name,
-            "neuron": pair.neuron,
-            "split": role,
-            "style": pair.style,
-            "image": str(pair.image),
-            "image_sha256": _digest(pair.image),
-            "swc": str(pair.swc),
-            "swc_sha256": _digest(pair.swc),
-        }
-        for role, pairs in roles
-        for pair in pairs
-    ]
+    entries = []
+    for role, pairs in zip(("train", "validation", "test"), split, strict=True):
+        for pair in pairs:
+            entry = {"name": pair.name, "neuron": pair.neuron, "split": role, "style": pair.style}
+            for kind, file in (("image", pair.image), ("swc", pair.swc)):
+                entry |= {kind: str(file), f"{kind}_sha256": _digest(file)}
+            entries.append(entry)
     return write_text(path, json.dumps({"seed": seed, "pairs": entries}, indent=1))
 
 
@@ -254,10 +227,9 @@ def _digest(path: Path) -> str:
 def read_manifest(path: str | Path) -> Split:
     """Read a split back; refuse it if a file has changed since."""
     path = Path(path)
-    groups = {"train": [], "validation": [], "test": []}
+    groups = {"train": (), "validation": (), "test": ()}
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["pairs"]
-        for entry in entries:
+        for entry in json.loads(path.read_text(encoding="utf-8"))["pairs"]:
             files = Path(entry["image"]), Path(entry["swc"])
             pair = Pair(entry["name"], entry["neuron"], *files, entry["style"])
             for kind, file in zip(("image", "swc"), files, strict=True):
@@ -266,12 +238,12 @@ def read_manifest(path: str | Path) -> Split:
                         f"{file}: missing, or changed since {path} was written; run notebook 01 "
                         "again"
                     )
-            groups[entry["split"]].append(pair)
+            groups[entry["split"]] += (pair,)
     except DataError:
         raise
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{path}: no readable split; run notebook 01 first") from None
-    return Split(**{name: tuple(members) for name, members in groups.items()})
+    return Split(**groups)
 
 
 # The embedded data set: large enough to hold an arbor, small enough for two cores.
@@ -279,26 +251,21 @@ SYNTHETIC_COUNT = 6
 SYNTHETIC_SHAPE = (48, 192, 192)
 
 
-def synthetic_pairs(
-    count: int = SYNTHETIC_COUNT,
-    shape: tuple[int, int, int] = SYNTHETIC_SHAPE,
-    style: str = "confocal",
-    seed: int = 0,
-) -> list[Pair]:
+def synthetic_pairs() -> list[Pair]:
     """Generate the embedded data set, or find it in the cache.
 
     The cache folder is named by the settings and by the hash of the generator's own source:
     a changed generator never leaves old data in use.
     """
-    source = sha256(synthesis.__file__)[:12]
+    source, count, shape = sha256(synthesis.__file__)[:12], SYNTHETIC_COUNT, SYNTHETIC_SHAPE
     size = "x".join(map(str, shape))
-    folder = cache_folder() / f"synthetic-{style}-{size}-n{count}-s{seed}-{source}"
+    folder = cache_folder() / f"synthetic-confocal-{size}-n{count}-s0-{source}"
     if not folder.is_dir():
         with atomic_path(folder) as temporary:
             temporary.mkdir()
             for i in range(count):
-                tree = synthesis.grow(seed * 1000 + i, shape)
-                volume = synthesis.render(tree, shape, style=style, seed=seed * 1000 + i)
+                tree = synthesis.grow(i, shape)
+                volume = synthesis.render(tree, shape, style="confocal", seed=i)
                 write_volume(temporary / f"synthetic_{i}.tif", volume.data, volume.spacing)
                 write_swc(temporary / f"synthetic_{i}.swc", tree, "generated, not a real neuron")
     return folder_pairs(folder, style="synthetic")
@@ -325,16 +292,7 @@ def rendered_pairs(folder: str | Path, style: str = "flylight") -> list[Pair]:
     Returns
     -------
     list of Pair
-        Sorted by name.
-
-    Raises
-    ------
-    DataError
-        If the style is unknown, the folder is missing or holds no SWC, or two of one name.
-    SwcError
-        If a file that is not in the cache is no usable tree; nothing is rendered then.
-    SettingsError
-        If the cache cannot be written to.
+        Sorted by name. If a tree is unusable (`SwcError`), nothing is rendered.
 
     Notes
     -----
@@ -415,13 +373,6 @@ def measure(data: list[Pair] | str | Path) -> list[dict[str, float]]:
     list of dict
         For each neuron what `synthesis.statistics` and, where there are images, what
         `synthesis.image_statistics` return.
-
-    Raises
-    ------
-    DataError
-        If the folder is missing or holds no SWC file.
-    SwcError, VolumeError, SettingsError
-        If a file is unusable, a tree does not lie in its image, or an image is not uint8.
     """
     if not isinstance(data, list):
         trees = trees_by_name(Path(data))

@@ -56,13 +56,6 @@ def download(url: str, path: Path, sha256: str, limit: int, variable: str) -> No
         Largest number of bytes that it can have.
     variable : str
         Environment variable in which the user can name another address.
-
-    Raises
-    ------
-    DataError
-        If the server cannot be reached, gives up, or sends something else.
-    SettingsError
-        If the folder of `path` cannot be written to.
     """
     if not path.exists():
         _bring(url, path, limit, variable)

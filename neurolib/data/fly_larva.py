@@ -53,13 +53,6 @@ def load_fly_larva(name: str = NAME) -> list[Pair]:
 
     ``$NEUROLIB_DATA`` (a folder of finished pairs, or one with a folder for each data set) stands
     in for the download. Images and trees are compared with the known hashes wherever they lie.
-
-    Raises
-    ------
-    DataError
-        If the files cannot be had, or one of them is not the published one.
-    SettingsError
-        If the cache cannot be written to, or another process is filling it.
     """
     wanted, folder = _entries(name), stand_in(name)
     if folder is None:
@@ -98,12 +91,16 @@ def describe_fly_larva() -> str:
 
 def origin() -> str:
     """One line that says where the files come from."""
-    return ORIGIN.format(**json.loads(MANIFEST.read_text(encoding="utf-8")))
+    return ORIGIN.format(**_manifest())
+
+
+def _manifest() -> dict:
+    return json.loads(MANIFEST.read_text(encoding="utf-8"))
 
 
 def _entries(name: str) -> list[dict]:
-    pairs = json.loads(MANIFEST.read_text(encoding="utf-8"))["pairs"]
-    return [entry for entry in pairs if (entry["name"] in FINAL) == (name == FINAL_NAME)]
+    final = name == FINAL_NAME
+    return [entry for entry in _manifest()["pairs"] if (entry["name"] in FINAL) == final]
 
 
 def _paths(folder: Path, name: str) -> tuple[Path, Path]:
@@ -147,8 +144,7 @@ def _fetch(entries: list[dict]) -> Path:
     # Killed after a pair was whole, a call leaves its raw files.
     if not _lacking(entries, folder) and not any(raw.exists() for raw in left):
         return folder
-    commit = json.loads(MANIFEST.read_text(encoding="utf-8"))["commit"]
-    address = (os.environ.get(VARIABLE) or URL.format(commit=commit)).rstrip("/")
+    address = (os.environ.get(VARIABLE) or URL.format(**_manifest())).rstrip("/")
     with claim(folder / ".lock"):
         missing = _lacking(entries, folder)
         total = sum(1 + len(entry["slices"]) for entry in missing)

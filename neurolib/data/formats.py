@@ -225,22 +225,27 @@ def _first_line(error: Exception) -> str:
 
 def read_file(path: Path, channel: int | None) -> Stack:
     """Read a file by its suffix; see `FORMATS`."""
-    name = path.name
-    if path.is_dir():
-        raise VolumeError(f"{name}: is a folder, expected a file; give one image stack")
-    size, (signs, read) = path.stat().st_size, FORMATS[path.suffix.lower()]
-    with open(path, "rb") as file:
-        begin = file.read(1 << 16)
-    if not size:
-        raise VolumeError(f"{name}: the file is empty (0 bytes); copy or download it again")
+    begin, size = _begin(path)
+    signs, read = FORMATS[path.suffix.lower()]
     if not begin.startswith(signs):
         raise VolumeError(
-            f"{name}: does not begin like a {path.suffix} file; it is damaged or has the wrong "
-            "suffix"
+            f"{path.name}: does not begin like a {path.suffix} file; it is damaged or has the "
+            "wrong suffix"
         )
     if read is read_tiff:
         return read_tiff(path, channel)
     return _load(path, size, read(path, begin), channel)
+
+
+def _begin(path: Path) -> tuple[bytes, int]:
+    """First bytes and size of a file that can be read and is not empty."""
+    if path.is_dir():
+        raise VolumeError(f"{path.name}: is a folder, expected a file; give one image stack")
+    with open(path, "rb") as file:
+        begin = file.read(1 << 16)
+    if not begin:
+        raise VolumeError(f"{path.name}: the file is empty (0 bytes); copy or download it again")
+    return begin, path.stat().st_size
 
 
 def _load(path: Path, size: int, header: Header, channel: int | None) -> Stack:

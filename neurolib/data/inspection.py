@@ -48,12 +48,8 @@ def inspect_files(
     Yields
     ------
     str
-        One block of lines per file or pair, and one of the files that are in no pair.
-
-    Raises
-    ------
-    NeurolibError
-        After the last file, if some could not be read: how many, of how many.
+        One block of lines per file or pair, and one of the files that are in no pair. If files
+        could not be read, a `NeurolibError` says how many, after the last.
     """
     files = list(dict.fromkeys(file for path in paths for file in _expand(Path(path))))
     images, trees, problems = [], {}, 0

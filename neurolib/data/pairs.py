@@ -64,18 +64,8 @@ def folder_pairs(folder: str | Path, style: str = "real") -> list[Pair]:
 
     An optional ``neurons.csv`` with the columns ``name,neuron`` says which pairs show the same
     neuron. Without it, names that differ only in part words at their end (``_body``, ``_tail``,
-    ``_crop2``, ``_left_part1`` ...) are taken for one neuron. Neither cares about case.
-
-    Raises
-    ------
-    DataError
-        If the folder is missing or holds no pair, two files claim one name, or ``neurons.csv``
-        lacks its columns, names a pair that is not there, or gives one pair two neurons.
-
-    Warns
-    -----
-    NeurolibWarning
-        Which images and trees have no partner.
+    ``_crop2``, ``_left_part1`` ...) are taken for one neuron. Neither cares about case. A warning
+    says which images and trees have no partner.
     """
     folder = Path(folder)
     images, trees = files_of(folder, SUFFIXES), files_of(folder, TREES)
@@ -101,12 +91,8 @@ def pair_files(images: Sequence[Path], trees: Sequence[Path]) -> dict[str, tuple
 
     Equal are names without their suffix; of what is left, also names without further suffixes
     (``cell.ome.tif``, ``cell.tif.swc``, ``cell.CNG.swc``) and in any Unicode form; of what is
-    left then, also names in another case.
-
-    Raises
-    ------
-    DataError
-        If a tree has several images, or an image several trees.
+    left then, also names in another case. A tree of several images, or an image of several trees,
+    is a `DataError`.
     """
     pairs: dict[str, tuple[Path, Path]] = {}
     for key in (lambda name: _without(name, (*SUFFIXES, *TREES)), stem, same_name):
