@@ -516,7 +516,7 @@ def test_the_manifest_comes_with_the_package(published):
     hashes = [h for e in published["pairs"] for h in (*e["slices"].values(), *e["trees"])]
     assert all(len(h) == 64 for h in hashes)
     project = Path(cli.__file__).parents[2] / "pyproject.toml"
-    assert 'neurolib = ["*.json"]' in project.read_text()
+    assert '"neurolib.data" = ["*.json"]' in project.read_text()
 
 
 def test_importing_a_data_set_loads_no_torch():
