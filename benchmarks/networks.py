@@ -222,7 +222,7 @@ def training_steps(scale: Scale, fast: bool) -> Callable[[], float]:
     `fast`: bfloat16, compiled, channels last, fused AdamW, the batch on the device. Otherwise as
     one writes it first: float32, nothing compiled or fused, the batch copied in every step.
     """
-    device, options = scale.device, TrainingSettings(batch=scale.batch)
+    device, options = scale.device, TrainingSettings(batch=scale.batch, loss="dice+ce+skeleton")
     network = random_network(scale.network).train().to(device)
     side, depth = scale.network.block, scale.network.depth
     generator = torch.Generator().manual_seed(0)

@@ -1,8 +1,8 @@
 """Weight inflation: a patch embedding learnt on 2D colour images, made ready for 3D grey blocks.
 
 The functions follow notebook 02: fold the colours, inflate along z, and do both to a whole state
-dict, whose position embedding timm resizes. Source of the two strategies: Zhang et al.
-2022 (TransSeg), as used by Cheng et al.; folding exactly, `gaussian` and `random` are ours.
+dict, whose position embedding timm resizes. ``average`` and ``center`` are those of Zhang et al.
+2022 (TransSeg), as used by Cheng et al.; folding exactly, ``gaussian`` and ``random`` are ours.
 """
 
 import contextlib
@@ -52,11 +52,6 @@ def fold_rgb(
     -------
     weight : torch.Tensor, (E, 1, p, p)
     bias : torch.Tensor, (E,)
-
-    Raises
-    ------
-    SettingsError
-        If the shapes do not fit, or `fold` is unknown.
     """
     if weight.ndim != 4 or weight.shape[1] != len(mean) or len(mean) != len(std):
         raise SettingsError(
@@ -68,8 +63,7 @@ def fold_rgb(
         raise SettingsError(f"fold={fold!r}: expected 'exact' or 'sum'")
     # In float64: the bias is a difference of sums over 3·p² products.
     w = weight.double()
-    mean = torch.as_tensor(mean, dtype=w.dtype, device=w.device).view(1, -1, 1, 1)
-    std = torch.as_tensor(std, dtype=w.dtype, device=w.device).view(1, -1, 1, 1)
+    mean, std = (w.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
     folded = (w / std).sum(1, keepdim=True)
     shift = (w * mean / std).sum((1, 2, 3))
     return folded.to(weight.dtype), (bias.double() - shift).to(bias.dtype)
@@ -94,10 +88,7 @@ def slice_weights(depth: int, strategy: str) -> torch.Tensor:
 
 
 def inflate(
-    weight: torch.Tensor,
-    depth: int,
-    strategy: str,
-    generator: torch.Generator | None = None,
+    weight: torch.Tensor, depth: int, strategy: str, generator: torch.Generator | None = None
 ) -> torch.Tensor:
     """Inflate a 2D kernel along z.
 
@@ -150,8 +141,7 @@ class LoadReport:
         total = len(self.matched) + len(self.missing) + len(self.misshapen)
         lines = [f"{len(self.matched)} of {total} keys of the encoder matched ({self.share:.0%})"]
         for name in ("missing", "unexpected", "misshapen"):
-            keys = getattr(self, name)
-            if keys:
+            if keys := getattr(self, name):
                 more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
                 lines.append(f"{name}: {', '.join(keys[:4])}{more}")
         return "; ".join(lines)
@@ -163,7 +153,6 @@ def inflate_encoder(
     strategy: str,
     mean: Sequence[float],
     std: Sequence[float],
-    fold: str = "exact",
     generator: torch.Generator | None = None,
 ) -> LoadReport:
     """Put 2D weights into `encoder`, a timm ViT whose input channels are the D slices.
@@ -179,14 +168,10 @@ def inflate_encoder(
     weights : mapping of str to torch.Tensor
         2D state dict in timm's key layout (`neurolib.weights.load_pretrained`), or in that of
         DINOv2's own files with registers.
-    strategy, fold, generator
-        See `inflate` and `fold_rgb`.
+    strategy, generator
+        See `inflate`.
     mean, std : sequences of 3 floats
         The encoder's input normalisation.
-
-    Returns
-    -------
-    LoadReport
 
     Raises
     ------
@@ -207,12 +192,10 @@ def inflate_encoder(
         # timm renames DINOv2's registers and resizes the position embedding.
         weights = timm.models.vision_transformer.checkpoint_filter_fn(dict(weights), encoder)
     # CLIP's patch embedding has no bias of its own; folding gives it one.
-    grey, bias = fold_rgb(
-        kernel, weights.get(PATCH_BIAS, kernel.new_zeros(len(kernel))), mean, std, fold
-    )
+    bias = weights.get(PATCH_BIAS, kernel.new_zeros(len(kernel)))
+    grey, weights[PATCH_BIAS] = fold_rgb(kernel, bias, mean, std)
     depth = target[PATCH_WEIGHT].shape[1]
     weights[PATCH_WEIGHT] = inflate(grey, depth, strategy, generator)[:, 0]
-    weights[PATCH_BIAS] = bias
     fits = {k: v for k, v in weights.items() if k in target and v.shape == target[k].shape}
     report = LoadReport(
         matched=tuple(fits),

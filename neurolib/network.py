@@ -24,9 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from neurolib._timm import timm
 from neurolib.errors import SettingsError
 from neurolib.inflation import LoadReport, inflate_encoder
+from neurolib.parameters import check_range
 from neurolib.weights import load_pretrained
 
-PREDICT = ("center", "all")
 # The name, in place of an encoder's, of the peer, and its layout.
 UNET = "monai_unet"
 CHANNELS = (32, 64, 128, 256)
@@ -71,12 +71,12 @@ class NetworkSettings:
     contrast: bool = False  # local contrast in place of brightness
 
     def __post_init__(self):
-        if self.predict not in PREDICT:
-            raise SettingsError(f"predict={self.predict!r}: expected one of {', '.join(PREDICT)}")
-        if self.depth < 1 or self.depth % 2 == 0:
+        for name, value in asdict(self).items():
+            check_range(name, value)
+        if self.predict not in ("center", "all"):
+            raise SettingsError(f"predict={self.predict!r}: expected 'center' or 'all'")
+        if self.depth % 2 == 0:
             raise SettingsError(f"depth={self.depth}: expected an odd number of slices")
-        if self.block < 1 or self.size < 1:
-            raise SettingsError(f"block={self.block}, size={self.size}: expected at least 1 pixel")
         if self.width < 32 or self.width % 32:
             raise SettingsError(f"width={self.width}: expected a multiple of 32 channels")
         if self.encoder == UNET:
@@ -91,43 +91,49 @@ class NetworkSettings:
             raise SettingsError(f"encoder={self.encoder!r}: {error}") from None
 
 
+def convolution(inputs: int, outputs: int) -> nn.Sequential:
+    """3x3 convolution, GroupNorm over groups of 8 channels, GELU."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+        nn.GroupNorm(max(1, outputs // 8), outputs),
+        nn.GELU(),
+    )
+
+
+def resize_to(maps: torch.Tensor, size: Sequence[int], mode: str = "bilinear") -> torch.Tensor:
+    """Resize (B, C, h, w) to `size`, rows and columns, at least one of each."""
+    size = [max(1, int(side)) for side in size]
+    return F.interpolate(maps, size, mode=mode, align_corners=False)
+
+
 class Segmenter(nn.Module):
     """A vision transformer encoder with a light pyramid decoder.
 
-    Parameters
-    ----------
-    settings : NetworkSettings
-        ``depth=1`` is the 2D network: the same class, the same decoder.
-
-    Notes
-    -----
-    Input (B, 1, D, h, w), values in [0, 1]; h and w need not be `block`: larger tiles are
-    resized by the same factor, to the nearest multiple of the patch. Output: logits
-    (B, 1, h, w) for ``predict="center"``, (B, D, h, w) for ``"all"``.
+    Input (B, 1, D, h, w), values in [0, 1]; h and w need not be `block`: larger tiles are resized
+    by the same factor, to the nearest multiple of the patch. Output: logits (B, 1, h, w) for
+    ``predict="center"``, (B, D, h, w) for ``"all"``. ``depth=1`` is the 2D network.
     """
 
     def __init__(self, settings: NetworkSettings):
         super().__init__()
         self.settings = settings
         # How `build` made the network; a checkpoint of a frozen encoder makes it again.
-        self.initialisation, self.weights_file, self.seed, self.fold = "scratch", "", 0, "exact"
-        self.training_begun: tuple[str, str] | None = None  # written by `neurolib.training`
+        self.origin = {"initialisation": "scratch", "weights_file": "", "network_seed": 0}
+        self.training_begun = "", ""  # written by `neurolib.training`
+        options = {"num_classes": 0, "img_size": settings.size, "dynamic_img_size": True}
+        name = settings.encoder.split(".")[0]
         try:
-            self.encoder = timm.create_model(
-                settings.encoder.split(".")[0],
-                pretrained=False,
-                num_classes=0,
-                in_chans=settings.depth,
-                img_size=settings.size,
-                dynamic_img_size=True,
+            self.encoder = timm.create_model(name, in_chans=settings.depth, **options)
+            projection = self.encoder.patch_embed.proj
+            # A hybrid's first layer is a CNN's, and its patch embedding reads that CNN's channels.
+            plain = projection.in_channels == settings.depth and hasattr(self.encoder, "blocks")
+        except (TypeError, AttributeError):  # it has no such arguments, or no patch embedding
+            plain = False
+        if not plain:
+            raise SettingsError(
+                f"encoder={settings.encoder!r}: not a plain vision transformer, whose patch "
+                "embedding is one convolution over the image; choose a vit_..."
             )
-        except TypeError:  # it has no such arguments
-            raise _not_plain(settings) from None
-        projection = getattr(getattr(self.encoder, "patch_embed", None), "proj", None)
-        # A hybrid's first layer is a CNN's, and its patch embedding reads that CNN's channels.
-        sees_slices = getattr(projection, "in_channels", None) == settings.depth
-        if not sees_slices or not hasattr(self.encoder, "blocks"):
-            raise _not_plain(settings)
         if projection.bias is None:
             # CLIP's: the bias receives what folding the input normalisation leaves.
             projection.bias = nn.Parameter(torch.zeros(projection.out_channels))
@@ -149,13 +155,11 @@ class Segmenter(nn.Module):
         slices = blocks.squeeze(1)
         height, width = slices.shape[-2:]
         shown = local_contrast(slices) if self.settings.contrast else slices
-        pyramid = self._tokens(shown)
-        features = self.decoder(pyramid)
+        features = self.decoder(self._tokens(shown))
         # The encoder saw an enlarged block, or a padded one: its padding is cut off again, since
         # scaling it away would shift every voxel.
         area = [side + pad for side, pad in zip((height, width), self.padding(slices), strict=True)]
-        features = F.interpolate(features, area, mode="bilinear", align_corners=False)
-        features = features[..., :height, :width]
+        features = resize_to(features, area)[..., :height, :width]
         if self.stem is not None:
             views = [slices, shown] if self.settings.contrast else [slices]
             features = torch.cat([features, self.stem(torch.cat(views, dim=1))], dim=1)
@@ -176,11 +180,9 @@ class Segmenter(nn.Module):
         if self.pads:
             rows, columns = self.padding(slices)
             return F.pad(slices, (0, columns, 0, rows), mode="reflect")
-        factor = self.settings.size / self.settings.block
-        target = [
-            max(1, round(side * factor / self.patch)) * self.patch for side in slices.shape[-2:]
-        ]
-        return F.interpolate(slices, target, mode="bicubic", align_corners=False)
+        scale = self.settings.size / self.settings.block
+        sides = [max(1, round(side * scale / self.patch)) for side in slices.shape[-2:]]
+        return resize_to(slices, [side * self.patch for side in sides], "bicubic")
 
     @property
     def pads(self) -> bool:
@@ -191,24 +193,9 @@ class Segmenter(nn.Module):
         """Rows and columns that `resize` adds below and to the right of slices (B, D, h, w)."""
         return [-side % self.patch if self.pads else 0 for side in slices.shape[-2:]]
 
-    def load_encoder(
-        self, weights: dict, strategy: str, seed: int = 0, fold: str = "exact"
-    ) -> LoadReport:
-        """Fill the encoder with 2D weights inflated by `strategy`; see `inflate_encoder`."""
-        generator = torch.Generator().manual_seed(seed)
-        mean, std = normalisation(self.settings.encoder)
-        return inflate_encoder(self.encoder, weights, strategy, mean, std, fold, generator)
-
-
-def _not_plain(settings: NetworkSettings) -> SettingsError:
-    return SettingsError(
-        f"encoder={settings.encoder!r}: not a plain vision transformer, whose patch embedding is "
-        "one convolution over the image; choose a vit_..."
-    )
-
 
 class PyramidDecoder(nn.Module):
-    """Tokens of four layers to features of twice four times their resolution (B, width/2, 8h, 8w).
+    """Tokens of four layers (B, channels, h, w) to features (B, width/2, 8h, 8w).
 
     UPerNet (Xiao et al. 2018) on a plain ViT: the layers are brought to scales 4, 2, 1 and 1/2
     of the token grid, the coarsest is pooled at four sizes, a top-down path adds the coarse to
@@ -217,9 +204,8 @@ class PyramidDecoder(nn.Module):
 
     def __init__(self, channels: int, width: int):
         super().__init__()
-        self.scales = (4, 2, 1, 0.5)
+        self.scales, self.pools = (4, 2, 1, 0.5), (1, 2, 3, 6)
         self.laterals = nn.ModuleList(nn.Conv2d(channels, width, 1) for _ in self.scales)
-        self.pools = (1, 2, 3, 6)
         self.pooled = nn.ModuleList(nn.Conv2d(width, width // 4, 1) for _ in self.pools)
         self.bottleneck = convolution(2 * width, width)
         self.smooth = nn.ModuleList(convolution(width, width) for _ in self.scales[:-1])
@@ -227,22 +213,21 @@ class PyramidDecoder(nn.Module):
         self.refine = convolution(width, width // 2)
 
     def forward(self, tokens: Sequence[torch.Tensor]) -> torch.Tensor:
-        # In this order of memory a training step takes a tenth less time on a CPU.
-        tokens = [layer.contiguous(memory_format=torch.channels_last) for layer in tokens]
-        maps = [
-            resize_by(lateral(layer), scale)
-            for layer, lateral, scale in zip(tokens, self.laterals, self.scales, strict=True)
-        ]
-        coarse = maps[-1]
+        maps = []
+        for layer, lateral, scale in zip(tokens, self.laterals, self.scales, strict=True):
+            # In this order of memory a training step takes a tenth less time on a CPU.
+            level = lateral(layer.contiguous(memory_format=torch.channels_last))
+            maps.append(resize_to(level, [side * scale for side in level.shape[-2:]]))
+        coarse, area = maps[-1], maps[0].shape[-2:]
         context = [
-            resize_to(project(F.adaptive_avg_pool2d(coarse, size)), coarse)
+            resize_to(project(F.adaptive_avg_pool2d(coarse, size)), coarse.shape[-2:])
             for size, project in zip(self.pools, self.pooled, strict=True)
         ]
         maps[-1] = self.bottleneck(torch.cat([coarse, *context], dim=1))
-        for i in range(len(maps) - 2, -1, -1):
-            maps[i] = self.smooth[i](maps[i] + resize_to(maps[i + 1], maps[i]))
-        fused = self.fuse(torch.cat([resize_to(m, maps[0]) for m in maps], dim=1))
-        return self.refine(resize_by(fused, 2))
+        for i in (2, 1, 0):
+            maps[i] = self.smooth[i](maps[i] + resize_to(maps[i + 1], maps[i].shape[-2:]))
+        fused = self.fuse(torch.cat([resize_to(level, area) for level in maps], dim=1))
+        return self.refine(resize_to(fused, [2 * side for side in area]))
 
 
 class Stem(nn.Module):
@@ -270,23 +255,16 @@ class Stem(nn.Module):
             maps.append(down(F.max_pool2d(maps[-1], 2, ceil_mode=True)))
         features = maps.pop()
         for up, finer in zip(reversed(self.up), reversed(maps), strict=True):
-            features = up(torch.cat([resize_to(features, finer), finer], dim=1))
+            features = up(torch.cat([resize_to(features, finer.shape[-2:]), finer], dim=1))
         return features
 
 
 def local_contrast(slices: torch.Tensor) -> torch.Tensor:
     """Brightness relative to its surroundings, whatever the exposure and the background.
 
-    Parameters
-    ----------
-    slices : torch.Tensor, (B, D, h, w)
-
-    Returns
-    -------
-    torch.Tensor, (B, D, h, w)
-        In [0, 1]: x minus its mean over about 12 pixels, divided by the deviation over about 25
-        pixels plus the median of these deviations; -1.5 to 8 become 0 to 1. Means and deviations
-        are those of all slices together.
+    Slices (B, D, h, w) become (B, D, h, w) in [0, 1]: x minus its mean over about 12 pixels,
+    divided by the deviation over about 25 pixels plus the median of these deviations; -1.5 to 8
+    become 0 to 1. Means and deviations are those of all slices together.
     """
     slices = slices.float()
     above = slices - _surroundings(slices, 12)
@@ -300,42 +278,16 @@ def _surroundings(slices: torch.Tensor, pixels: int) -> torch.Tensor:
     """Mean over slices and about `pixels` rows and columns around each, (B, 1, h, w)."""
     cells = [max(1, round(side / pixels)) for side in slices.shape[-2:]]
     coarse = F.adaptive_avg_pool2d(slices.mean(1, keepdim=True), cells)
-    return resize_to(coarse, slices)
-
-
-def convolution(inputs: int, outputs: int) -> nn.Sequential:
-    """3x3 convolution, GroupNorm over groups of 8 channels, GELU."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-        nn.GroupNorm(max(1, outputs // 8), outputs),
-        nn.GELU(),
-    )
-
-
-def resize_by(maps: torch.Tensor, factor: float) -> torch.Tensor:
-    """Resize (B, C, h, w) bilinearly by `factor`; a side never falls under one."""
-    size = [max(1, int(side * factor)) for side in maps.shape[-2:]]
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
-
-
-def resize_to(maps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Resize (B, C, h, w) bilinearly to the rows and columns of `like`."""
-    return F.interpolate(maps, like.shape[-2:], mode="bilinear", align_corners=False)
+    return resize_to(coarse, slices.shape[-2:])
 
 
 def make(settings: NetworkSettings) -> nn.Module:
     """The network of these settings, with random weights: a `Segmenter`, or the peer's U-Net."""
-    if settings.encoder != UNET:
-        return Segmenter(settings)
-    return UNet(settings)
+    return UNet(settings) if settings.encoder == UNET else Segmenter(settings)
 
 
 def build(
-    settings: NetworkSettings,
-    initialisation: str,
-    weights_file: str = "",
-    seed: int = 0,
-    fold: str = "exact",
+    settings: NetworkSettings, initialisation: str, weights_file: str = "", seed: int = 0
 ) -> tuple[Segmenter, LoadReport | None]:
     """Build a network and initialise its encoder.
 
@@ -360,13 +312,8 @@ def build(
     """
     torch.manual_seed(seed)
     network = make(settings)
-    if network.encoder is None and initialisation != "scratch":
-        raise SettingsError(
-            f"initialisation={initialisation!r}: {settings.encoder} has no pre-trained weights; "
-            "expected 'scratch'"
-        )
-    network.initialisation = initialisation
-    network.weights_file, network.seed, network.fold = str(weights_file), seed, fold
+    origin = {"initialisation": initialisation, "weights_file": str(weights_file)}
+    network.origin = origin | {"network_seed": seed}
     if initialisation == "scratch":
         # Some architectures scale what a block adds, by 1e-5 at first: over a short training such
         # blocks remain without effect, and scratch would be no transformer at all.
@@ -374,13 +321,15 @@ def build(
             if "gamma" in name:
                 nn.init.ones_(scale)
         return network, None
+    if network.encoder is None:
+        raise SettingsError(
+            f"initialisation={initialisation!r}: {settings.encoder} has no pre-trained weights; "
+            "expected 'scratch'"
+        )
     weights = load_pretrained(settings.encoder, weights_file or None)
-    return network, network.load_encoder(weights, initialisation, seed, fold)
-
-
-def settings_of(network: Segmenter) -> dict:
-    """The settings as plain values, as they are stored in a checkpoint's header."""
-    return asdict(network.settings)
+    generator = torch.Generator().manual_seed(seed)
+    normal = normalisation(settings.encoder)
+    return network, inflate_encoder(network.encoder, weights, initialisation, *normal, generator)
 
 
 def normalisation(encoder: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -393,15 +342,8 @@ def normalisation(encoder: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def token_colours(network: Segmenter, slices: torch.Tensor) -> np.ndarray:
     """The last tokens of one block as an image: three principal components as red, green, blue.
 
-    Parameters
-    ----------
-    network : Segmenter
-    slices : torch.Tensor, (1, D, h, w)
-
-    Returns
-    -------
-    (rows, columns, 3) array
-        One pixel per token, each component stretched to [0, 1].
+    Slices (1, D, h, w) become an array (rows, columns, 3) with one pixel per token, in which each
+    component is stretched to [0, 1].
     """
     tokens = network.encode(slices)[-1][0]
     flat = tokens.flatten(1).T.double()
@@ -431,11 +373,6 @@ def attention(network: Segmenter, slices: torch.Tensor) -> torch.Tensor:
     -------
     torch.Tensor, (B, heads, N, N)
         Rows (who looks) add up to one; N counts class and register tokens, which come first.
-
-    Raises
-    ------
-    SettingsError
-        If the last block has no attention of timm's usual kind.
     """
     layer = getattr(network.encoder.blocks[-1], "attn", None)
     if not hasattr(layer, "fused_attn") or not hasattr(layer, "attn_drop"):
@@ -457,16 +394,9 @@ def attention(network: Segmenter, slices: torch.Tensor) -> torch.Tensor:
 def class_attention(network: Segmenter, slices: torch.Tensor) -> np.ndarray:
     """Where the class token looks in the encoder's last block, one map per head.
 
-    Parameters
-    ----------
-    network : Segmenter
-    slices : torch.Tensor, (1, D, h, w)
-
-    Returns
-    -------
-    (heads, rows, columns) array
-        Attention to each patch; what is missing to one goes to class and register tokens. Of an
-        encoder without class token: the mean over all tokens that look.
+    Slices (1, D, h, w) become an array (heads, rows, columns): attention to each patch; what is
+    missing to one goes to class and register tokens. Of an encoder without class token: the mean
+    over all tokens that look.
     """
     weights = attention(network, slices)[0]
     looks = weights.mean(1) if network.encoder.cls_token is None else weights[:, 0]
@@ -480,12 +410,8 @@ def cost(settings: NetworkSettings) -> dict[str, tuple[int, int]]:
     Counted by torch's `FlopCounterMode` on the meta device: nothing is computed, and no fused
     kernel hides its products from the counter, as attention's on a CPU does. A multiplication and
     an addition are two operations. Matrix products and convolutions are counted; norms,
-    activations and resizing, which are small beside them, are not.
-
-    Returns
-    -------
-    dict of part to (parameters, FLOPs)
-        ``patch embedding`` is a part of ``encoder``, and that of ``network``.
+    activations and resizing, which are small beside them, are not. Of the parts by name,
+    ``patch embedding`` is contained in ``encoder``, and that in ``network``.
     """
     with torch.device("meta"):
         network = Segmenter(settings).eval()
@@ -507,51 +433,29 @@ def costs(
 ) -> list[dict[str, int | float | str]]:
     """`cost` of networks that differ in their depth alone, as rows of a table.
 
-    Parameters
-    ----------
-    settings : NetworkSettings
-    depths : sequence of int
-        Odd numbers of slices; the last column compares with the first of them.
-
-    Returns
-    -------
-    list of rows
-        Millions of parameters, and 10⁹ FLOPs per block (GFLOPs).
+    Millions of parameters, and 10⁹ FLOPs per block (GFLOPs), compared with those of the first.
     """
-    rows, first = [], None
+    rows = []
     for depth in depths:
-        counts = cost(replace(settings, depth=depth))
         row = {"slices": depth}
-        for name, (parameters, flops) in counts.items():
+        for name, (parameters, flops) in cost(replace(settings, depth=depth)).items():
             row |= {f"{name}, M parameters": parameters / 1e6, f"{name}, GFLOPs": flops / 1e9}
-        first = first or row
-        ratio = row["network, GFLOPs"] / first["network, GFLOPs"]
+        ratio = row["network, GFLOPs"] / (rows or [row])[0]["network, GFLOPs"]
         rows.append(row | {f"GFLOPs over depth {depths[0]}": f"{ratio - 1:+.1%}"})
     return rows
 
 
-def describe_encoders(names: Sequence[str] = ENCODERS) -> list[dict[str, int | str]]:
-    """What timm knows about pre-trained encoders, as rows of a table.
+def describe_encoders() -> list[dict[str, int | str]]:
+    """What the installed timm knows about `ENCODERS`, as rows of a table.
 
-    Parameters
-    ----------
-    names : sequence of str
-        timm's names with their tags. Names that the installed timm does not have are left out.
-
-    Returns
-    -------
-    list of rows
-        Patch, width, layers, parameters in millions, side of the square images that timm gives the
-        encoder by default, licence of the weights as timm records it, and a link to the weights.
+    Patch, width, layers, parameters in millions, side of the square images that timm gives the
+    encoder by default, licence of the weights as timm records it, and a link to the weights.
     """
     rows = []
-    for name in names:
-        architecture = name.split(".")[0]
-        if not timm.is_model(architecture):
-            continue
+    for name in filter(lambda name: timm.is_model(name.split(".")[0]), ENCODERS):
         config = timm.get_pretrained_cfg(name)
         with torch.device("meta"):
-            model = timm.create_model(architecture, pretrained=False, num_classes=0)
+            model = timm.create_model(name.split(".")[0], num_classes=0)
         rows.append(
             {
                 "encoder": name,
@@ -576,20 +480,7 @@ def _flops(call: Callable, *inputs: torch.Tensor) -> int:
 class UNet(nn.Module):
     """The peer: MONAI's residual U-Net (Kerfoot et al. 2019) on the same blocks of slices.
 
-    Parameters
-    ----------
-    settings : NetworkSettings
-        Of which depth, block and predict matter.
-
-    Notes
-    -----
-    Input (B, 1, D, h, w), values in [0, 1]; output logits (B, 1, h, w) of the centre slice for
-    ``predict="center"``, (B, D, h, w) for ``"all"``, as of a `Segmenter`.
-
-    Raises
-    ------
-    SettingsError
-        If MONAI is not installed.
+    Of the settings, depth, block and predict matter; input and output are those of a `Segmenter`.
     """
 
     # There is no pre-trained part with a rate of its own.
@@ -604,27 +495,16 @@ class UNet(nn.Module):
                 f"encoder={settings.encoder!r}: needs MONAI; pip install monai"
             ) from None
         self.settings = settings
-        self.initialisation, self.weights_file, self.seed, self.fold = "scratch", "", 0, "exact"
-        self.training_begun = None
-        self.body = Residual(
-            spatial_dims=3,
-            in_channels=1,
-            out_channels=1,
-            channels=CHANNELS,
-            strides=STRIDES,
-            num_res_units=2,
-        )
+        self.origin = {"initialisation": "scratch", "weights_file": "", "network_seed": 0}
+        self.training_begun = "", ""
+        self.body = Residual(3, 1, 1, channels=CHANNELS, strides=STRIDES, num_res_units=2)
         last = [m for m in self.body.modules() if isinstance(m, nn.Conv3d) and m.out_channels == 1]
         nn.init.constant_(last[-1].bias, EMPTY_LOGIT)
 
     def forward(self, blocks: torch.Tensor) -> torch.Tensor:
-        height, width = blocks.shape[-2:]
-        step = 2 ** len(STRIDES)
-        pad = [-side % step for side in (width, height)]
+        depth, height, width = blocks.shape[-3:]
+        rows, columns = (-side % 2 ** len(STRIDES) for side in (height, width))
         # Slices as channels: only rows and columns are reflected.
-        flat = F.pad(blocks[:, 0], (0, pad[0], 0, pad[1]), mode="reflect")
+        flat = F.pad(blocks[:, 0], (0, columns, 0, rows), mode="reflect")
         logits = self.body(flat[:, None])[:, 0, :, :height, :width]
-        if self.settings.predict == "all":
-            return logits
-        middle = logits.shape[1] // 2
-        return logits[:, middle : middle + 1]
+        return logits if self.settings.predict == "all" else logits[:, depth // 2][:, None]

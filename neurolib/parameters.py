@@ -12,7 +12,9 @@ from neurolib.errors import SettingsError
 # The interval of each number, whichever option or parameter has that name.
 RANGES = {
     "accumulate": "[1, inf)",
+    "average": "[0, 1)",
     "batch": "[1, inf)",
+    "block": "[1, inf)",
     "bridge": "[0, inf)",
     "channel": "[0, inf)",
     "decoder_rate": "(0, inf)",
@@ -25,6 +27,7 @@ RANGES = {
     "negatives": "[0, inf)",
     "overlap": "[0, 0.9]",
     "patience": "[0, inf)",
+    "save_every": "[1, inf)",
     "seed": "[0, 4294967295]",  # what NumPy and PyTorch both take
     "size": "[1, inf)",
     "skip_empty": "[0, 100]",
@@ -36,6 +39,7 @@ RANGES = {
     "validate_every": "[1, inf)",
     "validation_blocks": "[1, inf)",
     "validation_neurons": "[0, inf)",
+    "warmup": "[0, 1]",
     "workers": "[0, inf)",
 }
 # As YAML 1.1 writes truth.

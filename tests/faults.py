@@ -215,6 +215,7 @@ def train(folder: Path) -> None:
 
     kind = NetworkSettings(encoder="test_vit", depth=3, block=48, size=48, width=32)
     how = {"steps": 4, "batch": 1, "validate_every": 2, "validation_blocks": 2, "save_every": 1}
+    how |= {"frozen": False, "loss": "dice+ce+skeleton", "negatives": 0.25}
     samples = []
     for seed in range(2):
         image = normalise(stack(seed))
@@ -502,7 +503,7 @@ def write_all(folder: Path, checkpoint: Path, limit: int) -> dict[str, tuple[str
 def weights_of(path: Path, tensors: dict) -> None:
     from neurolib.weights import save_weights
 
-    save_weights(path, tensors, "here")
+    save_weights(path, tensors, source="here")
 
 
 def use_hub(address: str) -> None:

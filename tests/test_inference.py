@@ -25,7 +25,7 @@ from neurolib.inference import (
     skipping,
 )
 from neurolib.network import NetworkSettings, Segmenter
-from neurolib.training import TrainingSettings, save_checkpoint
+from neurolib.training import save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -411,7 +411,7 @@ def test_device_is_found_by_name():
 def test_prediction_of_a_checkpoint_is_made_once(tmp_path, monkeypatch):
     torch.manual_seed(0)
     network = Segmenter(NetworkSettings("test_vit", 3, block=48, size=48, width=32))
-    facts = {"training": TrainingSettings().__dict__, "tau": 0.1}
+    facts = {"training": {"frozen": False}, "tau": 0.1}
     checkpoint = tmp_path / "checkpoint.safetensors"
     save_checkpoint(checkpoint, network, network.state_dict(), facts)
     image = volume((3, 40, 50))

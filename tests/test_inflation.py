@@ -46,6 +46,11 @@ def relative(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
+def fill(network, state, strategy):
+    normal = normalisation(network.settings.encoder)
+    return inflate_encoder(network.encoder, state, strategy, *normal)
+
+
 # --------------------------------------------------------------------------- folding
 
 
@@ -152,7 +157,7 @@ def pretrained():
 
 def inflated(pretrained, depth, strategy, **settings):
     network = Segmenter(NetworkSettings(depth=depth, **(AS_IS | settings)))
-    report = network.load_encoder(pretrained, strategy)
+    report = fill(network, pretrained, strategy)
     assert report.share == 1
     return network.eval()
 
@@ -234,7 +239,7 @@ def test_other_families_keep_the_identity_through_their_encoders(name, side):
     torch.manual_seed(0)
     rgb = timm.create_model(name, pretrained=False, num_classes=0, img_size=side).eval()
     network = Segmenter(NetworkSettings(encoder=name, block=side, size=side)).eval()
-    report = network.load_encoder(rgb.state_dict(), "center")
+    report = fill(network, rgb.state_dict(), "center")
     mean, std = normalisation(name)
     slices = grey(1, 5, side, side)
     with torch.inference_mode():
@@ -271,7 +276,7 @@ def test_small_encoders_of_the_table_keep_both_identities(name):
     repeated = slices[:, 2:3].expand(-1, 5, -1, -1)
     for strategy, block in (("average", repeated), ("center", slices)):
         network = Segmenter(NetworkSettings(encoder=name, block=side, size=side)).eval()
-        report = network.load_encoder(state, strategy)
+        report = fill(network, state, strategy)
         assert report.share == 1
         assert not report.unexpected
         with torch.inference_mode():
@@ -290,7 +295,7 @@ def test_large_encoders_of_the_table_are_filled_and_give_tokens(name):
     with torch.device("meta"):
         native = timm.create_model(name.split(".")[0], pretrained=False, num_classes=0)
         network = Segmenter(NetworkSettings(encoder=name))
-        report = network.load_encoder(native.state_dict(), "average")
+        report = fill(network, native.state_dict(), "average")
         layers = network.encode(torch.zeros(2, 5, 100, 100))
     assert report.share == 1
     assert not report.unexpected

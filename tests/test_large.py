@@ -31,7 +31,7 @@ from neurolib.inference import empty_level, predict_volume
 from neurolib.network import NetworkSettings, Segmenter
 from neurolib.swc import Tree, read_swc
 from neurolib.tracing import trace
-from neurolib.training import TrainingSettings, load_checkpoint, save_checkpoint
+from neurolib.training import load_checkpoint, save_checkpoint
 from neurolib.volume import create_zarr, limits, normalise, read_volume, write_volume
 
 SHAPE = (11, 75, 90)
@@ -71,7 +71,7 @@ def checkpoints(tmp_path_factory):
         torch.manual_seed(seed)
         kind = NetworkSettings("test_vit", 3, block=48, size=48, predict=predict, width=32)
         network = Segmenter(kind)
-        facts = {"training": TrainingSettings().__dict__, "tau": 0.1, "threshold": 0.5}
+        facts = {"training": {"frozen": False}, "tau": 0.1, "threshold": 0.5}
         paths[predict] = folder / f"{predict}.safetensors"
         save_checkpoint(paths[predict], network, network.state_dict(), facts)
     return paths

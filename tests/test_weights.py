@@ -181,7 +181,7 @@ def test_file_of_dinos_real_layout_fills_the_whole_encoder(tmp_path, dino):
 
 def test_file_in_the_users_folder_goes_before_every_other_source(tmp_path, small, monkeypatch):
     monkeypatch.setenv("NEUROLIB_WEIGHTS", str(tmp_path))
-    weights.save_weights(tmp_path / f"{weights.WHEEL_MODEL}.safetensors", small, "mine")
+    weights.save_weights(tmp_path / f"{weights.WHEEL_MODEL}.safetensors", small, source="mine")
     assert same(weights.load_pretrained(weights.WHEEL_MODEL), small)
     assert weights.provenance(weights.WHEEL_MODEL).startswith("mine")
 
