@@ -87,12 +87,12 @@ def grow(seed: int, shape: Sequence[int] = (48, 192, 192)) -> Tree:
     """Grow a fly-like neuron: soma, bare primary neurite, one to three arbors.
 
     Segment lengths, tortuosity and radii (in voxels) are those of real trees whatever the shape;
-    the number of branches grows with the volume.
+    the number of branches grows with the volume. The same seed and shape give the same tree, bit
+    for bit.
 
     Parameters
     ----------
     seed : int
-        Not negative. The same seed and shape give the same tree, bit for bit.
     shape : (int, int, int)
         Volume shape (z, y, x) that the tree must fit into, at least (24, 64, 64).
 
@@ -100,37 +100,11 @@ def grow(seed: int, shape: Sequence[int] = (48, 192, 192)) -> Tree:
     -------
     Tree
         One root (the soma, type 1), parents first, at least 6 voxels from every face.
-
-    Raises
-    ------
-    SettingsError
-        If the seed is negative or the shape too small.
     """
     rng = _generator(seed, "grow")
     shape = _checked_shape(shape, SMALLEST)
-    low = np.full(3, float(MARGIN))
-    high = np.array(shape[::-1]) - 1.0 - MARGIN
-    middle, half = (low + high) / 2, (high - low) / 2
-
-    # The soma lies at the rim of the field, as in the fly's brain, whose cell bodies form a
-    # rind around the neuropil; the arbors lie across the middle.
-    angle = rng.uniform(0, 2 * np.pi)
-    rim = np.array([np.cos(angle), np.sin(angle), rng.uniform(-0.6, 0.6)])
-    soma = middle + half * rim * 0.9
-    lobes = []
-    for _ in range(rng.integers(1, 4)):
-        # An ellipsoid, turned in the plane: the unit ball times `axes`.
-        size = np.minimum(
-            half * rng.uniform((0.25, 0.35, 0.5), (0.5, 0.8, 0.9)), rng.uniform(*LOBE)
-        )
-        turn = rng.uniform(0, np.pi)
-        axes = np.diag(size)
-        axes[:2] = [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]] @ axes[:2]
-        room = np.maximum(half - np.linalg.norm(axes, axis=1), 0)
-        place = rng.uniform(-1, 1, 3) * room
-        # Away from the soma, so that the primary neurite has a way to go.
-        place[:2] -= 0.3 * room[:2] * rim[:2]
-        lobes.append((middle + np.clip(place, -room, room), axes))
+    low, high = np.full(3, float(MARGIN)), np.array(shape[::-1]) - 1.0 - MARGIN
+    soma, lobes = _territories(rng, (low + high) / 2, (high - low) / 2)
     volumes = np.array([4 / 3 * np.pi * np.linalg.det(axes) for _, axes in lobes])
     density = np.exp(rng.uniform(*np.log(DENSITY)))
     cable = float(np.clip(volumes.sum() * density, *CABLE))
@@ -156,7 +130,6 @@ def grow(seed: int, shape: Sequence[int] = (48, 192, 192)) -> Tree:
             if len(path):
                 append(start, path)
                 start = len(xyz) - 1
-    # Only cable within a territory branches: the primary neurite of a fly neuron is bare.
     misses = 0
     while len(xyz) * STEP < cable and misses < MISSES:
         misses += 1
@@ -165,13 +138,7 @@ def grow(seed: int, shape: Sequence[int] = (48, 192, 192)) -> Tree:
         direction *= rng.uniform() ** (1 / 3) / np.linalg.norm(direction)
         target = np.clip(centre + axes @ direction, low, high)
         distance = np.linalg.norm(xyz - target, axis=1)
-        depth = [np.linalg.norm((xyz - c) @ np.linalg.inv(a).T, axis=1) for c, a in lobes]
-        inside = np.min(depth, axis=0) < 1
-        # New branches start at least two steps away from tips and other branch points, or at tips.
-        key = children != 1
-        taken = key | key[parent]
-        taken[parent[key]] = True
-        free = inside & (parent >= 0) & (~taken | (children == 0))
+        free = _free(xyz, parent, children, lobes)
         if distance.min() < CLEARANCE or not free.any():
             continue
         start = int(np.argmin(np.where(free, distance + BALANCE * way, np.inf)))
@@ -181,8 +148,42 @@ def grow(seed: int, shape: Sequence[int] = (48, 192, 192)) -> Tree:
         if len(path) * STEP >= TWIG:
             append(start, path)
             misses = 0
-    kind = np.where(parent < 0, 1, 3)
-    return Tree(xyz, _radii(rng, parent, xyz), kind, parent)
+    return Tree(xyz, _radii(rng, parent), np.where(parent < 0, 1, 3), parent)
+
+
+def _territories(rng, middle: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, list]:
+    """Place of the soma, and centre and axes of one to three ellipsoids, x, y, z."""
+    # The soma lies at the rim of the field, as in the fly's brain, whose cell bodies form a
+    # rind around the neuropil; the arbors lie across the middle.
+    angle = rng.uniform(0, 2 * np.pi)
+    rim = np.array([np.cos(angle), np.sin(angle), rng.uniform(-0.6, 0.6)])
+    lobes = []
+    for _ in range(rng.integers(1, 4)):
+        # An ellipsoid, turned in the plane: the unit ball times `axes`.
+        size = np.minimum(
+            half * rng.uniform((0.25, 0.35, 0.5), (0.5, 0.8, 0.9)), rng.uniform(*LOBE)
+        )
+        turn = rng.uniform(0, np.pi)
+        axes = np.diag(size)
+        axes[:2] = [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]] @ axes[:2]
+        room = np.maximum(half - np.linalg.norm(axes, axis=1), 0)
+        place = rng.uniform(-1, 1, 3) * room
+        # Away from the soma, so that the primary neurite has a way to go.
+        place[:2] -= 0.3 * room[:2] * rim[:2]
+        lobes.append((middle + np.clip(place, -room, room), axes))
+    return middle + half * rim * 0.9, lobes
+
+
+def _free(xyz, parent, children, lobes) -> np.ndarray:
+    """Nodes (n,) from which a branch may start: tips, and what is two steps off any branch point.
+
+    Only cable within a territory branches: the primary neurite of a fly neuron is bare.
+    """
+    depth = [np.linalg.norm((xyz - c) @ np.linalg.inv(a).T, axis=1) for c, a in lobes]
+    key = children != 1
+    taken = key | key[parent]
+    taken[parent[key]] = True
+    return (np.min(depth, axis=0) < 1) & (parent >= 0) & (~taken | (children == 0))
 
 
 def _walk(rng, start, target, heading, others, low, high) -> np.ndarray:
@@ -203,7 +204,7 @@ def _walk(rng, start, target, heading, others, low, high) -> np.ndarray:
     return np.array(path[1:]).reshape(-1, 3)
 
 
-def _radii(rng, parent, xyz) -> np.ndarray:
+def _radii(rng, parent) -> np.ndarray:
     """Radius of each node (n,): tapering with the number of tips it feeds, with varicosities."""
     feeds = np.zeros(len(parent))
     feeds[np.bincount(parent[1:], minlength=len(parent)) == 0] = 1
@@ -303,7 +304,7 @@ def render(
     style : {"confocal", "flylight"}
         A plain stack, or one masked to the neurite's surroundings as the Janelia extracts are.
     seed : int
-        Not negative; draws the staining, the surroundings and the noise.
+        Draws the staining, the surroundings and the noise.
     spacing : (float, float, float)
         Voxel size (dz, dy, dx). Tubes are round and the blur is that of `STYLES` in physical
         space, taking the plane's voxel size, sqrt(dy dx), as the unit.
@@ -315,16 +316,6 @@ def render(
     Volume
         uint8, with the given spacing. The centreline is not shifted: voxel centres lie at
         integer coordinates.
-
-    Raises
-    ------
-    SettingsError
-        If the style is unknown, seed or slimmer negative, or the shape not positive.
-    VolumeError
-        If the spacing is not three positive numbers.
-    SwcError
-        If the tree has no node inside the volume, coordinates that are not finite,
-        radii that are not positive, or a cycle.
     """
     rng = _generator(seed, "render")
     shape = _checked_shape(shape, (1, 1, 1))
@@ -345,8 +336,6 @@ def render(
     contrast = neurite - background
     psf = np.array(look.psf) / scale
 
-    if not 0 <= slimmer < np.inf:
-        raise SettingsError(f"slimmer {slimmer}: expected voxels, not negative")
     tree = replace(tree, radius=_slim(tree.radius, slimmer))
     light = _tubes(tree, _staining(rng, tree, look.unevenness), shape, scale)
     wide = _shrink(light)
@@ -369,22 +358,25 @@ def render(
     gaussian_filter(grain, psf, output=grain)
     light += grain
     del grain
-
     keep = None
     if look.halo is not None:
-        far = distance_transform_edt(wide == 0, sampling=scale * COARSE)
-        keep = far <= look.halo
-    z, y, x = (_hat(size) for size in shape)
-    data = np.zeros(shape, dtype=np.uint8)
-    for k in range(shape[0]):
+        keep = distance_transform_edt(wide == 0, sampling=scale * COARSE) <= look.halo
+    return Volume(_expose(rng, light, wide_field, look.photons, keep), spacing)
+
+
+def _expose(rng, light, wide_field, photons: float, keep) -> np.ndarray:
+    """The camera's counts (z, y, x) uint8 of light and, on the coarse grid, wide-field light."""
+    z, y, x = (_hat(size) for size in light.shape)
+    data = np.zeros(light.shape, dtype=np.uint8)
+    for k in range(len(light)):
         level = light[k] + y @ np.tensordot(z[k], wide_field, 1) @ x.T
-        counts = rng.poisson(np.maximum(level, 0) * look.photons) / look.photons
+        counts = rng.poisson(np.maximum(level, 0) * photons) / photons
         counts += rng.normal(0, READ_NOISE, counts.shape)
         data[k] = np.clip(np.rint(counts), 0, 255)
         if keep is not None:
             mask = keep[k // COARSE].repeat(COARSE, axis=0).repeat(COARSE, axis=1)
-            data[k][~mask[: shape[1], : shape[2]]] = 0
-    return Volume(data, spacing)
+            data[k][~mask[: light.shape[1], : light.shape[2]]] = 0
+    return data
 
 
 # Voxels between the tubes and every face of an extract: flylight's halo, 10, and the cells of 4
@@ -398,22 +390,13 @@ MAX_VOXELS = 2**28
 def extract_box(tree: Tree) -> tuple[np.ndarray, tuple[int, int, int]]:
     """The box that `render_extract` cuts out of the microscope's field for a tree.
 
-    Parameters
-    ----------
-    tree : Tree
-
     Returns
     -------
     lower : ndarray, (3,) int
         x, y, z of the box's first voxel in the frame of `tree`.
     shape : (int, int, int)
-        (z, y, x), in voxels. The tubes (nodes with their radii) keep `ROOM` voxels to each face.
-
-    Raises
-    ------
-    SwcError
-        If the tree has no node, coordinates that are not finite or radii that are not positive,
-        or the box more than `MAX_VOXELS` voxels.
+        (z, y, x), in voxels, at most `MAX_VOXELS` of them. The tubes (nodes with their radii) keep
+        `ROOM` voxels to each face.
     """
     _check_tree(tree)
     if not len(tree.parent):
@@ -437,25 +420,16 @@ def render_extract(tree: Tree, style: str = "flylight", seed: int = 0) -> tuple[
     ----------
     tree : Tree
         In voxels, wherever it lies.
-    style : {"confocal", "flylight"}
-        See `Style.slimmer` for what it makes of the radii.
-    seed : int
-        See `render`.
+    style, seed
+        As in `render`; `Style.slimmer` says what the style makes of the radii.
 
     Returns
     -------
     volume : Volume
-        uint8, spacing 1. Its shape is that of `extract_box`.
+        uint8, spacing 1, with the shape of `extract_box`.
     tree : Tree
         The tree in the frame of the stack: moved by whole voxels, so that the light lies on the
-        grid as it would in the field, and otherwise as it was.
-
-    Raises
-    ------
-    SettingsError
-        If the style is unknown or the seed negative.
-    SwcError
-        See `extract_box`; also if the tree has a cycle.
+        grid as it would in the field.
     """
     lower, shape = extract_box(tree)
     tree = replace(tree, xyz=tree.xyz - lower)
@@ -591,11 +565,7 @@ def _fragments(rng, shape, scale, unevenness: float, slimmer: float) -> np.ndarr
 
 
 def statistics(tree: Tree) -> dict[str, float]:
-    """Shape of a tree, as calibrated against `GOLD_RANGES`.
-
-    Parameters
-    ----------
-    tree : Tree
+    """Shape of a tree, as calibrated against `GOLD_RANGES`, in voxels.
 
     Returns
     -------
@@ -603,12 +573,7 @@ def statistics(tree: Tree) -> dict[str, float]:
         length; tips and branches (counts); segment_median and segment_mean, the length between
         neighbouring branch points or tips; tortuosity, the median over segments longer than 5
         voxels of length along the path / straight distance; radius_mean, radius_median,
-        radius_95 (percentile) and radius_max. Voxels.
-
-    Raises
-    ------
-    SwcError
-        If the tree has no edge, or a cycle.
+        radius_95 (percentile) and radius_max.
     """
     if not (tree.parent >= 0).any():
         raise SwcError("the tree has no edge; expected at least two connected nodes")
@@ -661,13 +626,6 @@ def image_statistics(volume: Volume, tree: Tree) -> dict[str, float]:
         within half a voxel of the centreline; near_50, near_95: from 2 to 6 voxels; far_50,
         far_95, far_99: elsewhere; dice: the best that any one threshold reaches against the
         tube, and threshold, where.
-
-    Raises
-    ------
-    SwcError
-        If no part of the tree lies inside the volume.
-    SettingsError
-        If the volume is not uint8.
     """
     data = np.asarray(volume.data)
     if data.dtype != np.uint8:
@@ -709,15 +667,17 @@ def calibration(
 ) -> list[dict[str, str]]:
     """Compare generated neurons with real ones, statistic by statistic.
 
+    It is a comparison of ranges, not a test: with few neurons, inside is easily reached and does
+    not mean alike. The embedded data set is known to be easier than the six real stacks: a
+    threshold finds more of it (`dice`), its dimmest stretches are brighter (`axis_5`), and, the
+    volume being small, more of it is neurite (`foreground`).
+
     Parameters
     ----------
-    found : sequence of mapping
-        What `statistics`, `image_statistics`, or both (``|``) give for each generated neuron;
-        see `neurolib.data.datasets.measure`.
-    real : sequence of mapping
-        The same for each real neuron. Statistics that none of them has are compared with
-        `GOLD_RANGES` (trees) and `REAL_RANGES` (stacks; these are of confocal ones: give the
-        ``flylight`` style real stacks of its own kind).
+    found, real : sequence of mapping
+        What `neurolib.data.datasets.measure` gives for each generated and each real neuron.
+        Statistics that no real neuron has are compared with `GOLD_RANGES` (trees) and
+        `REAL_RANGES` (confocal stacks: give ``flylight`` real stacks of its own kind).
 
     Returns
     -------
@@ -726,18 +686,6 @@ def calibration(
         ``generated`` and in ``real`` neurons; where the real range is ``from``, the values
         recorded here or n neurons measured now; how many generated neurons lie ``inside`` it,
         and whether the others lie ``below``, ``above``, or both, in ``outside``.
-
-    Raises
-    ------
-    SettingsError
-        If `found` is empty, or has a statistic that `real` lacks and nobody recorded.
-
-    Notes
-    -----
-    It is a comparison of ranges, not a test: with few neurons, inside is easily reached and does
-    not mean alike. The embedded data set is known to be easier than the six real stacks: a
-    threshold finds more of it (`dice`), its dimmest stretches are brighter (`axis_5`), and, the
-    volume being small, more of it is neurite (`foreground`).
     """
     if not found:
         raise SettingsError("no generated neuron to compare, expected at least one")
