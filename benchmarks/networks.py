@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from measure import Scale, compete, installed, line, missing, seconds, size
+from skipping import skipping
 from torch import nn
 
 from neurolib import blocking, inference
@@ -118,7 +119,7 @@ def bench_stitching(scale: Scale, repeats: int) -> list[dict]:
 def predict(network: nn.Module, image: np.ndarray, overlap: float, device: str, **options):
     """`predict_volume`, as all peers are called."""
     return inference.predict_volume(
-        network, image, overlap, BATCH, device, progress=False, **options
+        network, image, overlap=overlap, batch=BATCH, device=device, progress=False, **options
     )
 
 
@@ -167,7 +168,7 @@ def bench_skipping(scale: Scale, repeats: int) -> list[dict]:
     image = normalise(synthesis.render(tree, scale.sparse, "flylight", 0).data)
     mask = blocking.make_target(tree, scale.sparse)[1]
     network = random_network(scale.small_network)
-    saved = inference.skipping(image, mask, 0.0, scale.small_network, 0.0)
+    saved = skipping(image, mask, 0.0, scale.small_network, 0.0)
     # Nothing in it is exactly zero: every tile is run.
     whole = np.maximum(image, 1e-6)
     ours, theirs = (

@@ -2,10 +2,11 @@
 
 Masks are boolean arrays (z, y, x), trees are in voxels. Distances, tolerances and lengths are in
 the unit of `spacing`: µm, or voxels with the default (`length_unit` chooses one for a table).
-Every number comes with what it is undefined for: an empty mask, a tree without edges.
+Every number comes with what it is undefined for: an empty mask, a tree without edges. Masks that
+are not boolean, or differ in shape, are refused (VolumeError), and trees without nodes (SwcError).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from scipy.spatial import KDTree
 
 from neurolib.data.formats import check_spacing
 from neurolib.errors import SettingsError, SwcError, VolumeError
-from neurolib.swc import Tree, branch_points, edges, tips
+from neurolib.swc import Tree, edges
 
 if TYPE_CHECKING:
     from neurolib.blocking import Sample
@@ -64,13 +65,8 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
     Parameters
     ----------
     a, b : boolean arrays of one shape (any number of dimensions)
-
-    Raises
-    ------
-    VolumeError
-        If the masks are not boolean or differ in shape.
     """
-    a, b = _check_masks(a, b)
+    a, b = _check_masks(a, b, dimensions=None)
     total = np.count_nonzero(a) + np.count_nonzero(b)
     return 2 * np.count_nonzero(a & b) / total if total else 1.0
 
@@ -99,15 +95,8 @@ def hd95(
     float
         0 if both masks are empty, inf if one is; `statistics.aggregate` takes means over
         such values.
-
-    Raises
-    ------
-    VolumeError
-        If the masks are not boolean, not 3D, or differ in shape, or the spacing is not positive.
-    SettingsError
-        If the method has another name.
     """
-    a, b = _check_masks(a, b, dimensions=3)
+    a, b = _check_masks(a, b)
     spacing = check_spacing(spacing)
     if method not in ("monai", "medpy"):
         raise SettingsError(f'hd95: method is "monai" or "medpy", got {method!r}')
@@ -150,17 +139,13 @@ def surface_dice(
     -------
     float
         0 to 1; 1 if both masks are empty, 0 if one is.
-
-    Raises
-    ------
-    VolumeError
-        If the masks are not boolean, not 3D, or differ in shape, or the spacing is not positive.
-    SettingsError
-        If the tolerance is negative or not finite.
     """
-    a, b = _check_masks(a, b, dimensions=3)
+    a, b = _check_masks(a, b)
     spacing = check_spacing(spacing)
-    reach = _tolerance(tolerance, spacing)
+    tolerance = 2 * np.min(spacing) if tolerance is None else tolerance
+    if not 0 <= tolerance < np.inf:
+        raise SettingsError(f"tolerance={tolerance}: expected a distance, at least 0")
+    reach = float(tolerance * (1 + 1e-9))  # no rounding decides about equal distances
     if not a.any() or not b.any():
         return 1.0 if a.any() == b.any() else 0.0
     (points_a, areas_a), (points_b, areas_b) = (_surface_elements(m, spacing) for m in (a, b))
@@ -210,21 +195,12 @@ def surface_shares(mask: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.
 
     Where the share passes 0.95 lies the directed 95th percentile, one of the two of `hd95`.
 
-    Parameters
-    ----------
-    mask, truth : boolean arrays (z, y, x) of one shape, not empty
-
     Returns
     -------
     (distances, shares)
         (n,) each, ascending: the distances that occur, after a 0, and the share up to each.
-
-    Raises
-    ------
-    VolumeError
-        If the masks are not boolean, not 3D, empty, or differ in shape.
     """
-    mask, truth = _check_masks(mask, truth, dimensions=3)
+    mask, truth = _check_masks(mask, truth)
     if not mask.any() or not truth.any():
         raise VolumeError("an empty mask has no surface; expected two masks with foreground")
     distances = KDTree(surface_voxels(truth)).query(surface_voxels(mask))[0]
@@ -236,16 +212,9 @@ def surface_shares(mask: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.
 def surface_voxels(mask: np.ndarray) -> np.ndarray:
     """Indices (n, 3) of the foreground voxels with a face neighbour that is not foreground.
 
-    Parameters
-    ----------
-    mask : boolean array (z, y, x); outside of it is background
-
-    Raises
-    ------
-    VolumeError
-        If the mask is not boolean or not 3D.
+    What lies outside the mask (z, y, x) is background.
     """
-    mask = _check_mask(mask, dimensions=3)
+    (mask,) = _check_masks(mask)
     box = bounding_box(mask)
     if box is None:
         return np.zeros((0, 3), dtype=np.intp)
@@ -278,27 +247,14 @@ def cl_dice(a: np.ndarray, b: np.ndarray) -> float:
     Shit et al., "clDice: a novel topology-preserving loss function for tubular structure
     segmentation", CVPR 2021; skeletons by Lee's 3D thinning (scikit-image). 1 if both masks are
     empty, 0 if one is.
-
-    Parameters
-    ----------
-    a, b : boolean arrays (z, y, x) of one shape
-
-    Raises
-    ------
-    VolumeError
-        If the masks are not boolean, not 3D, or differ in shape.
     """
-    a, b = _check_masks(a, b, dimensions=3)
+    a, b = _check_masks(a, b)
     if not a.any() or not b.any():
         return 1.0 if a.any() == b.any() else 0.0
-    precision, recall = _skeleton_share(a, b), _skeleton_share(b, a)
+    thin_a, thin_b = skeleton(a), skeleton(b)
+    precision = np.count_nonzero(thin_a & b) / np.count_nonzero(thin_a)
+    recall = np.count_nonzero(thin_b & a) / np.count_nonzero(thin_b)
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
-
-
-def _skeleton_share(mask: np.ndarray, other: np.ndarray) -> float:
-    """Share of the skeleton voxels of `mask` that lie inside `other`."""
-    thin = skeleton(mask)
-    return np.count_nonzero(thin & other) / np.count_nonzero(thin)
 
 
 def skeleton(mask: np.ndarray) -> np.ndarray:
@@ -307,24 +263,10 @@ def skeleton(mask: np.ndarray) -> np.ndarray:
     Lee, Kashyap and Chu, "Building skeleton models via 3-D medial surface/axis thinning
     algorithms", CVGIP 1994, as scikit-image has it. Its thinning removes some pieces altogether,
     among them all tubes of 2 × 2 and 4 × 4 voxels; those are thinned once more on a finer grid.
-
-    Parameters
-    ----------
-    mask : boolean array (z, y, x)
-
-    Returns
-    -------
-    ndarray
-        (z, y, x) bool, a part of the mask.
-
-    Raises
-    ------
-    VolumeError
-        If the mask is not boolean or not 3D.
     """
     from skimage.morphology import skeletonize  # half a second to import: only where it is used
 
-    mask = _check_mask(mask, dimensions=3)
+    (mask,) = _check_masks(mask)
     thin = np.zeros_like(mask)
     box = bounding_box(mask)
     if box is None:
@@ -352,24 +294,10 @@ def skeleton(mask: np.ndarray) -> np.ndarray:
 
 
 def betti0_error(a: np.ndarray, b: np.ndarray) -> int:
-    """Difference of the numbers of connected components (26 neighbours) of two masks.
-
-    Parameters
-    ----------
-    a, b : boolean arrays (z, y, x) of one shape
-
-    Raises
-    ------
-    VolumeError
-        If the masks are not boolean, not 3D, or differ in shape.
-    """
-    a, b = _check_masks(a, b, dimensions=3)
-    return abs(_count_components(a) - _count_components(b))
-
-
-def _count_components(mask: np.ndarray) -> int:
-    box = bounding_box(mask)
-    return 0 if box is None else ndimage.label(mask[box], structure=FULL_CONNECTIVITY)[1]
+    """Difference of the numbers of connected components (26 neighbours) of two masks."""
+    a, b = _check_masks(a, b)
+    one, two = (ndimage.label(mask, FULL_CONNECTIVITY)[1] for mask in (a, b))
+    return abs(one - two)
 
 
 def volume_diagonal(
@@ -378,35 +306,26 @@ def volume_diagonal(
     """Length of the diagonal of a volume, edge to edge: no two voxels of it are farther apart.
 
     Takes the place of an infinite `hd95` in a mean (`neurolib.course.statistics.aggregate`).
-
-    Parameters
-    ----------
-    shape : (z, y, x) in voxels
-    spacing : (dz, dy, dx); the result is in its unit
     """
     return float(np.linalg.norm(np.multiply(shape, check_spacing(spacing))))
 
 
-def _check_mask(mask: np.ndarray, dimensions: int | None = None) -> np.ndarray:
-    mask = np.asarray(mask)
-    if mask.dtype != bool:
+def _check_masks(*masks: np.ndarray, dimensions: int | None = 3) -> list[np.ndarray]:
+    masks = [np.asarray(mask) for mask in masks]
+    for mask in masks:
+        if mask.dtype != bool:
+            raise VolumeError(
+                f"expected a boolean mask, got {mask.dtype}; threshold it first (for example "
+                "p >= 0.5)"
+            )
+        if dimensions is not None and mask.ndim != dimensions:
+            raise VolumeError(f"expected a {dimensions}D mask (z, y, x), got shape {mask.shape}")
+    if len({mask.shape for mask in masks}) > 1:
         raise VolumeError(
-            f"expected a boolean mask, got {mask.dtype}; threshold it first (for example p >= 0.5)"
+            "two masks of one volume must have one shape, got "
+            + " and ".join(str(mask.shape) for mask in masks)
         )
-    if dimensions is not None and mask.ndim != dimensions:
-        raise VolumeError(f"expected a {dimensions}D mask (z, y, x), got shape {mask.shape}")
-    return mask
-
-
-def _check_masks(
-    a: np.ndarray, b: np.ndarray, dimensions: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    a, b = _check_mask(a, dimensions), _check_mask(b, dimensions)
-    if a.shape != b.shape:
-        raise VolumeError(
-            f"two masks of one volume must have one shape, got {a.shape} and {b.shape}"
-        )
-    return a, b
+    return masks
 
 
 # --- Trees -------------------------------------------------------------------------------------
@@ -414,14 +333,10 @@ def _check_masks(
 
 @dataclass(frozen=True)
 class TreeDistance:
-    """Distances of two trees (esa, dsa) and shares (pds); see `tree_distance`."""
+    """Distances of two trees (esa, dsa) and a share (pds); see `tree_distance`."""
 
-    esa_12: float
-    esa_21: float
     esa: float
     dsa: float
-    pds_12: float
-    pds_21: float
     pds: float
 
 
@@ -435,8 +350,7 @@ def tree_distance(
 
     Every edge of one tree is sampled with int(1 + length + 0.5) points, both its nodes included
     (so a node counts once per edge at it), its length in voxels of the finest axis. The distance of
-    a point is that to the nearest edge of the other tree. Direction 12 samples `tree`, direction 21
-    samples `reference`.
+    a point is that to the nearest edge of the other tree.
 
     - esa, "entire structure average": mean distance, averaged over the two directions;
     - dsa, "different structure average": mean of the distances of at least `threshold`, averaged
@@ -452,13 +366,6 @@ def tree_distance(
     threshold : distance, in the unit of `spacing`, from which a point counts as different;
         default: 2 voxels of the finest axis, Vaa3D's
     spacing : (dz, dy, dx); esa and dsa are in its unit
-
-    Raises
-    ------
-    SwcError
-        If a tree has no node. A tree of isolated nodes is compared by its nodes.
-    VolumeError
-        If the spacing is not positive.
     """
     _check_trees(tree, reference)
     tree, reference, voxel = finest_voxels(spacing, tree, reference)
@@ -467,16 +374,11 @@ def tree_distance(
     there = distance_to_tree(sample_edges(tree), reference)
     back = distance_to_tree(sample_edges(reference), tree)
     apart = [distances[distances >= threshold] for distances in (there, back)]
-    pds_12, pds_21 = len(apart[0]) / len(there), len(apart[1]) / len(back)
     means = [distances.mean() for distances in apart if len(distances)]
     return TreeDistance(
-        esa_12=float(there.mean()) * voxel,
-        esa_21=float(back.mean()) * voxel,
         esa=float(there.mean() + back.mean()) / 2 * voxel,
         dsa=float(np.mean(means)) * voxel if means else 0.0,
-        pds_12=pds_12,
-        pds_21=pds_21,
-        pds=(pds_12 + pds_21) / 2,
+        pds=(len(apart[0]) / len(there) + len(apart[1]) / len(back)) / 2,
     )
 
 
@@ -487,19 +389,30 @@ def finest_voxels(spacing: tuple[float, float, float], *trees: Tree) -> tuple:
     return *scaled, float(scale.min())
 
 
+def _cut_edges(tree: Tree, count_of: Callable[[np.ndarray], np.ndarray]) -> tuple:
+    """Edges from child to parent, repeated as often as `count_of` says of their lengths.
+
+    Returns, of each repetition, start and step (m, 3) of the edge, its number within the edge, how
+    many there are, the edge's length and the row of its child.
+    """
+    child, parent = edges(tree)
+    start, step = tree.xyz[child], tree.xyz[parent] - tree.xyz[child]
+    length = np.linalg.norm(step, axis=1)
+    count = count_of(length)
+    edge = np.repeat(np.arange(len(child)), count)
+    number = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count)
+    return start[edge], step[edge], number, count[edge], length[edge], child[edge]
+
+
 def sample_edges(tree: Tree) -> np.ndarray:
     """Points (m, 3), as x, y, z: int(1 + length + 0.5) per edge, from the child to the parent.
 
     A tree without any edge gives its nodes.
     """
-    child, parent = edges(tree)
-    if len(child) == 0:
+    if (tree.parent < 0).all():
         return tree.xyz
-    start, step = tree.xyz[child], tree.xyz[parent] - tree.xyz[child]
-    count = (1 + np.linalg.norm(step, axis=1) + 0.5).astype(int)
-    edge = np.repeat(np.arange(len(child)), count)
-    number = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count)
-    return start[edge] + step[edge] * (number / np.maximum(count[edge] - 1, 1))[:, None]
+    start, step, number, count, *_ = _cut_edges(tree, lambda x: (1 + x + 0.5).astype(int))
+    return start + step * (number / np.maximum(count - 1, 1))[:, None]
 
 
 def distance_to_tree(points: np.ndarray, tree: Tree) -> np.ndarray:
@@ -543,18 +456,14 @@ def distance_to_tree(points: np.ndarray, tree: Tree) -> np.ndarray:
 
 def _edge_pieces(tree: Tree) -> tuple[np.ndarray, np.ndarray]:
     """Start and step (p, 3) of the edges, those longer than the mean cut into equal pieces."""
-    child, parent = edges(tree)
-    if len(child) == 0:
+    if (tree.parent < 0).all():
         return tree.xyz, np.zeros_like(tree.xyz)
-    start, step = tree.xyz[child], tree.xyz[parent] - tree.xyz[child]
-    length = np.linalg.norm(step, axis=1)
     # Pieces of the mean length at most double the number of edges, whatever the unit.
-    count = np.ceil(length / length.mean()).astype(int) if length.any() else np.ones_like(child)
-    count = np.maximum(count, 1)
-    edge = np.repeat(np.arange(len(child)), count)
-    number = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count)
-    step = step[edge] / count[edge, None]
-    return start[edge] + step * number[:, None], step
+    start, step, number, count, *_ = _cut_edges(
+        tree, lambda x: np.maximum(np.ceil(x / (x.mean() or 1)), 1).astype(int)
+    )
+    step = step / count[:, None]
+    return start + step * number[:, None], step
 
 
 def _distance_to_pieces(points: np.ndarray, start: np.ndarray, step: np.ndarray) -> np.ndarray:
@@ -566,20 +475,10 @@ def _distance_to_pieces(points: np.ndarray, start: np.ndarray, step: np.ndarray)
 
 @dataclass(frozen=True)
 class TreeScores:
-    """Scores of a tree against a reference; see `tree_scores`."""
+    """Shares of the lengths of two trees; see `tree_scores`."""
 
     precision: float
     recall: float
-    f1: float
-    length: float
-    reference_length: float
-    length_ratio: float
-    tips: int
-    reference_tips: int
-    branch_points: int
-    reference_branch_points: int
-    trees: int
-    reference_trees: int
 
 
 def tree_scores(
@@ -588,56 +487,32 @@ def tree_scores(
     threshold: float | None = None,
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> TreeScores:
-    """Length-weighted precision and recall of a tree, and counts of its parts.
+    """Length-weighted precision and recall of a tree.
 
     Precision is the share of the length of `tree` that lies within `threshold` of the reference,
-    recall the share of the reference's length within `threshold` of `tree`. Tips are nodes with
-    at most one neighbour and branch points nodes with three or more, wherever the root is.
+    recall the share of the reference's length within `threshold` of `tree`. The length of a tree
+    without edges counts by its nodes.
 
     Parameters
     ----------
     tree, reference : trees in voxel coordinates
     threshold : distance, in the unit of `spacing`, up to which two trees agree; default: 2 voxels
         of the finest axis
-    spacing : (dz, dy, dx); lengths are in its unit
-
-    Raises
-    ------
-    SwcError
-        If a tree has no node. The length of a tree without edges counts by its nodes.
-    VolumeError
-        If the spacing is not positive.
+    spacing : (dz, dy, dx)
     """
     _check_trees(tree, reference)
     tree, reference, voxel = finest_voxels(spacing, tree, reference)
     threshold = (2.0 if threshold is None else threshold / voxel) * (1 + 1e-9)
-    precision, length = _length_within(tree, reference, threshold)
-    recall, reference_length = _length_within(reference, tree, threshold)
-    length, reference_length = length * voxel, reference_length * voxel
     return TreeScores(
-        precision=precision,
-        recall=recall,
-        f1=2 * precision * recall / (precision + recall) if precision + recall else 0.0,
-        length=length,
-        reference_length=reference_length,
-        length_ratio=length / reference_length if reference_length else float("nan"),
-        tips=len(tips(tree)),
-        reference_tips=len(tips(reference)),
-        branch_points=len(branch_points(tree)),
-        reference_branch_points=len(branch_points(reference)),
-        trees=int((tree.parent < 0).sum()),
-        reference_trees=int((reference.parent < 0).sum()),
+        _share_within(tree, reference, threshold), _share_within(reference, tree, threshold)
     )
 
 
-def _length_within(tree: Tree, other: Tree, threshold: float) -> tuple[float, float]:
-    """Share of the length of `tree` within `threshold` of `other`, and that length."""
+def _share_within(tree: Tree, other: Tree, threshold: float) -> float:
     points, lengths, _ = short_pieces(tree)
-    total = float(lengths.sum())
-    if total == 0:
-        return float((distance_to_tree(tree.xyz, other) <= threshold).mean()), 0.0
-    within = distance_to_tree(points, other) <= threshold
-    return float(np.average(within, weights=lengths)), total
+    if not lengths.any():
+        return float((distance_to_tree(tree.xyz, other) <= threshold).mean())
+    return float(np.average(distance_to_tree(points, other) <= threshold, weights=lengths))
 
 
 def short_pieces(tree: Tree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -648,14 +523,10 @@ def short_pieces(tree: Tree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     (middles, lengths, rows)
         (m, 3) x, y, z, (m,), and the row (m,) of the node at whose edge to its parent each lies.
     """
-    child, parent = edges(tree)
-    start, step = tree.xyz[child], tree.xyz[parent] - tree.xyz[child]
-    length = np.linalg.norm(step, axis=1)
-    count = np.maximum(np.ceil(2 * length), 1).astype(int)
-    edge = np.repeat(np.arange(len(child)), count)
-    number = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count)
-    middles = start[edge] + step[edge] * ((number + 0.5) / count[edge])[:, None]
-    return middles, length[edge] / count[edge], child[edge]
+    start, step, number, count, length, child = _cut_edges(
+        tree, lambda x: np.maximum(np.ceil(2 * x), 1).astype(int)
+    )
+    return start + step * ((number + 0.5) / count)[:, None], length / count, child
 
 
 def _check_trees(*trees: Tree) -> None:
@@ -683,7 +554,7 @@ def compare(
         "PDS": distance.pds,
         "precision": scores.precision,
         "recall": scores.recall,
-        "trees": scores.trees,
+        "trees": int((tree.parent < 0).sum()),
     }
 
 
@@ -705,7 +576,6 @@ def choose_cut(
     min_size : int
         One of `SIZES`: pieces of fewer voxels are dropped.
     dice : float
-
     """
     candidates = np.asarray(candidates)
     curves = []

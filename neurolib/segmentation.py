@@ -1,7 +1,7 @@
 """From an image to a tree, in one call: read, normalise, predict, trace."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import psutil
 
 from neurolib.errors import SettingsError
 from neurolib.files import SHIPPED, checkpoint_file
-from neurolib.inference import MIN_SIZE, OVERLAP, empty_level, predict_volume
+from neurolib.inference import MIN_SIZE, Tiling, empty_level, predict_volume
 from neurolib.network import Segmenter
 from neurolib.parameters import check_range
 from neurolib.swc import Tree
@@ -26,7 +26,9 @@ def segment(
     min_size: int | None = None,
     bridge: float = 15.0,
     seed: Sequence[float] | None = None,
-    **options: object,
+    skip_empty: float = 0.0,
+    progress: bool = True,
+    **tiling: object,
 ) -> Tree:
     """Segment an image and trace it.
 
@@ -42,28 +44,26 @@ def segment(
         Smaller pieces are dropped, in voxels; by default as chosen on the validation neurons.
     bridge, seed
         As in `neurolib.tracing.trace`; the seed is (z, y, x).
-    **options
-        Of `predict_image`.
+    skip_empty, progress
+        As in `predict_image`.
+    **tiling
+        Attributes of `neurolib.inference.Tiling`, as ``overlap`` and ``device``.
 
     Returns
     -------
     Tree
         In voxels of the image, see `neurolib.tracing.trace`.
 
-    Raises
-    ------
-    NeurolibError
-        If a file is unusable or a parameter is out of range, and if nothing is found.
-
     Examples
     --------
     >>> tree = neurolib.segment("cell.tif", "runs/mine")  # doctest: +SKIP
     """
-    given = {"threshold": threshold, "min_size": min_size, "bridge": bridge, **options}
+    given = {"threshold": threshold, "min_size": min_size, "bridge": bridge}
     for name, value in given.items():
         check_range(name, value)
+    tiles = Tiling(**tiling)
     network, facts = load_checkpoint(checkpoint_file(checkpoint))
-    found = predict_image(image, network, **options)
+    found = predict_image(image, network, tiles, skip_empty, progress)
     cut = facts["threshold"] if threshold is None else threshold
     size = facts.get("min_size", MIN_SIZE) if min_size is None else min_size
     return trace(found.data, found.spacing, seed, cut, size, bridge)
@@ -72,9 +72,7 @@ def segment(
 def predict_image(
     image: str | Path | Volume | np.ndarray,
     network: Segmenter,
-    overlap: float = OVERLAP,
-    device: str = "auto",
-    flips: bool = False,
+    tiling: Tiling,
     skip_empty: float = 0.0,
     progress: bool = True,
     **reading: object,
@@ -85,17 +83,13 @@ def predict_image(
     ----------
     image : path, Volume, or (z, y, x) array
     network : Segmenter
-    overlap, device, flips, progress
-        As in `neurolib.inference.predict_volume`.
+    tiling : Tiling
     skip_empty : float
         Percentile of the image; tiles with no voxel above it are not run. 0 runs all of them.
+    progress : bool
+        Show a progress bar over tiles.
     **reading
         Of `neurolib.volume.read_volume`, as ``channel``.
-
-    Raises
-    ------
-    VolumeError, SettingsError
-        If the image is unusable, or image and probability do not fit in memory.
     """
     if isinstance(image, np.ndarray):
         image = Volume(image)
@@ -103,9 +97,9 @@ def predict_image(
     volume = image if isinstance(image, Volume) else read_volume(image, **reading)
     _check_fits(name, volume.data.shape)
     scaled = normalise(volume.data)
-    level = empty_level(scaled, skip_empty) if skip_empty else 0.0
-    options = {"device": device, "flips": flips, "progress": progress}
-    found = predict_volume(network, scaled, overlap, skip_below=min(level, 1 - 1e-6), **options)
+    if skip_empty:
+        tiling = replace(tiling, skip_below=empty_level(scaled, skip_empty))
+    found = predict_volume(network, scaled, progress=progress, **asdict(tiling))
     return replace(volume, data=found)
 
 

@@ -292,7 +292,8 @@ exercises.q3(parents_first)
 # the reference's length that is found, *precision* the share of the traced length that is right, both
 # within 2 voxels; ESA is explained below. Beside the tracer stand the same with pieces under 200 voxels
 # dropped, and plain thinning (Lee et al., 1994), whose voxels are joined to trees and nothing else.
-# Where kimimaro is installed, it is in the picture, too.
+# Any function that is called like `tracing.trace` can join them; `benchmarks/trees.py` has one for
+# kimimaro (Silversmith et al., 2021).
 
 
 # %%
@@ -300,7 +301,8 @@ def strict(*arguments, **options):
     return tracing.trace(*arguments, **options, min_size=200)
 
 
-tracers = robustness.installed() | {"pieces ≥ 200": strict}
+tracers = {"neurolib": tracing.trace, "thinning": robustness.trace_skeleton}
+tracers |= {"pieces ≥ 200": strict}
 rows = robustness.robustness(sample.mask, sample.tree, tracers, sample.spacing)
 
 # %% tags=["nbval-ignore-output"]
@@ -431,7 +433,7 @@ plotting.show(plotting.dots(recall, "recall of the tree"), "real-recall", alt, r
 # ## Your own segmentation
 #
 # The tracer does not ask where a mask is from. A mask or labels of nnU-Net, ilastik or Cellpose, or a
-# probability, go through the command line; `--tracer kimimaro` hands it to another tracer:
+# probability, go through the command line:
 #
 # ```
 # neurolib trace cell_labels.tif --out cell.swc --seed 120,88,14

@@ -318,11 +318,13 @@ def segment_regions(folder: Path, checkpoint: Path, image: Path) -> None:
     """A Zarr on disk into another, one region at a time."""
     from neurolib import volume
     from neurolib.course import large
+    from neurolib.inference import Tiling
 
     volume.CHUNKS = (3, 32, 32)
     folder.mkdir(exist_ok=True)
     out = folder / "out.zarr"
-    large.predict_large(image, checkpoint, out, region=(3, 32, 64), device="cpu", progress=False)
+    large.REGION = (3, 32, 64)
+    large.predict_large(image, checkpoint, out, Tiling(device="cpu"))
 
 
 def download(folder: Path, hub: str, archive: str, wait: float = 0.0, limit: int = 0) -> None:

@@ -4,11 +4,14 @@ import importlib
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from neurolib.course.runs import REPOSITORY
+from neurolib.inference import predict_volume
 from neurolib.swc import Tree
 
 STORED = json.loads((REPOSITORY / "data/results/bench.json").read_text(encoding="utf-8"))
@@ -128,3 +131,46 @@ def test_what_there_is_not_is_refused(load, arguments, capsys):
         load("bench").main(arguments)
     assert ended.value.code == 2
     assert "expected at least 1" in (said := capsys.readouterr().err) or "choose from" in said
+
+
+@pytest.mark.parametrize("predict", ["center", "all"])
+@pytest.mark.parametrize("overlap", [0, 0.5])
+def test_the_cost_of_skipped_tiles_is_counted(predict, overlap, load):
+    class Identity(torch.nn.Module):
+        settings, tiles = SimpleNamespace(depth=3, block=10, predict=predict), 0
+
+        def forward(self, blocks):
+            self.tiles += len(blocks)
+            return torch.logit(blocks[:, 0] if predict == "all" else blocks[:, 0, 1:2])
+
+    rng, skipping = np.random.default_rng(3), load("skipping").skipping
+    image = rng.uniform(0.01, 0.3, (9, 34, 27)).astype(np.float32)
+    bright = rng.random(image.shape) < 0.001
+    image[bright] = 0.9
+    mask = rng.random(image.shape) < 0.02
+    options = {"overlap": overlap, "device": "cpu", "progress": False}
+    counted, kept = Identity(), Identity()
+    predict_volume(counted, image, **options)
+    found = predict_volume(kept, image, skip_below=0.5, **options)
+    cost = skipping(image, mask, 0.5, kept.settings, overlap)
+    assert cost.tiles == pytest.approx(1 - kept.tiles / counted.tiles)
+    assert 0.1 < cost.tiles < 0.9
+    # The identity gives back the share of a voxel's votes that were cast.
+    lost = 1 - found[mask] / image[mask]
+    assert cost.foreground == pytest.approx(lost.mean(), abs=1e-4)
+    assert cost.foreground > 0.05
+    np.testing.assert_allclose(found[bright], image[bright], atol=1e-5)
+    assert skipping(image, bright, 0.5, kept.settings, overlap).foreground < 1e-6
+    assert skipping(image, mask & False, 0.5, kept.settings, overlap).foreground == 0
+
+
+def test_kimimaro_joins_gaps_up_to_the_bridge(load):
+    pytest.importorskip("kimimaro")
+    mask = np.zeros((12, 30, 60), bool)
+    mask[3:6, 8:11, 5:50] = True
+    mask[:, :, 30:36] = False
+    trace = load("trees").trace_kimimaro
+    assert [(trace(mask, bridge=gap).parent < 0).sum() for gap in (0, 15)] == [2, 1]
+    xyz = trace(mask, (6.0, 2.0, 2.0)).xyz
+    assert np.abs(xyz[:, 1:] - (9, 4)).max() <= 1.5
+    assert np.ptp(xyz[:, 0]) > 35

@@ -332,8 +332,6 @@ def test_trace_of_one_slice_and_of_one_voxel(tmp_path, capsys):
         (BAR, ["--spacing", "wide"], "three numbers"),
         (BAR, ["--min-size", "500"], "lower the threshold or min_size"),
         (BAR, ["--bridge", "-1"], "--bridge -1.0: expected at least 0"),
-        (BAR, ["--tracer", "best"], "kimimaro"),
-        (BAR, ["--tracer", "app2"], "expected one of neurolib, kimimaro"),
         (BAR, ["--channel", "1"], "channel"),
     ],
 )

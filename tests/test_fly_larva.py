@@ -392,7 +392,7 @@ def test_a_finished_checkpoint_is_evaluated_on_the_final_neurons(own, monkeypatc
     assert name == FINAL[0]
     network, facts = training.load_checkpoint(checkpoint)
     sample = blocking.read_sample(split.test[0])
-    mask = inference.predict_volume(network, sample.image, 0.25) >= facts["threshold"]
+    mask = inference.predict_volume(network, sample.image) >= facts["threshold"]
     mask = baselines.drop_small(mask, 200)
     score = run.metrics()["neurons"][name]["Dice"]
     assert score == pytest.approx(evaluation.dice(mask, sample.mask))

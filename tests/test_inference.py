@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,17 +18,19 @@ from neurolib import inference
 from neurolib.devices import pick_device
 from neurolib.errors import SettingsError, VolumeError, WeightsError
 from neurolib.inference import (
+    Tiling,
     empty_level,
     predict_box,
     predict_slices,
     predict_volume,
     predicted,
-    skipping,
 )
 from neurolib.network import NetworkSettings, Segmenter
 from neurolib.training import save_checkpoint
 
 ROOT = Path(__file__).parents[1]
+
+QUIET = {"device": "cpu", "progress": False}
 
 steady = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -75,7 +78,7 @@ def volume(shape, seed=0):
 def test_identity_gives_every_volume_back(shape, depth, overlap, batch, predict):
     image = volume(shape)
     network = Identity(depth, 10, predict)
-    found = predict_volume(network, image, overlap, batch, "cpu", progress=False)
+    found = predict_volume(network, image, overlap=overlap, batch=batch, **QUIET)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, image, atol=1e-5)
 
@@ -106,7 +109,7 @@ def test_a_sample_of_slices_needs_a_network_that_predicts_one():
 @pytest.mark.parametrize("predict", ["center", "all"])
 def test_slices_come_in_order_without_gap(predict):
     image = volume((23, 14, 11))
-    pieces = list(predict_slices(Identity(5, 10, predict), image, 0.5, 3, "cpu", progress=False))
+    pieces = list(predict_slices(Identity(5, 10, predict), image, Tiling(0.5, 3, "cpu")))
     assert [first for first, _ in pieces] == [
         sum(len(p) for _, p in pieces[:i]) for i in range(len(pieces))
     ]
@@ -114,15 +117,19 @@ def test_slices_come_in_order_without_gap(predict):
     np.testing.assert_allclose(np.concatenate([p for _, p in pieces]), image, atol=1e-5)
 
 
-def test_every_slice_gets_the_votes_of_all_blocks_that_contain_it():
-    """13 slices, blocks of five every three slices: centres at 0, 3, 6, 9, 12."""
-    found = predict_volume(
-        Voter(5, 10, "all"), volume((13, 10, 10)), 0, device="cpu", progress=False
-    )
+def test_slices_near_the_middle_of_a_block_count_more_than_those_at_its_ends():
+    """13 slices, blocks of five every three slices: centres at 0, 3, 6, 9, 12.
+
+    The weights are a Gaussian whose standard deviation is 1/8 of the depth, as in y and x.
+    """
+    found = predict_volume(Voter(5, 10, "all"), volume((13, 10, 10)), overlap=0, **QUIET)
     centres = np.array([0, 3, 6, 9, 12])
     for z in range(13):
-        votes = [(z - c + 3) / 10 for c in centres if abs(z - c) <= 2]
-        np.testing.assert_allclose(found[z], np.mean(votes), rtol=1e-5)
+        near = centres[abs(centres - z) <= 2]
+        weights = np.exp(-0.5 * ((z - near) / (5 / 8)) ** 2)
+        np.testing.assert_allclose(
+            found[z], np.average((z - near + 3) / 10, weights=weights), rtol=1e-5
+        )
 
 
 def test_a_voxel_far_from_the_middle_of_a_tile_counts_less_than_one_in_it():
@@ -136,7 +143,7 @@ def test_a_voxel_far_from_the_middle_of_a_tile_counts_less_than_one_in_it():
 
     image = np.full((1, 10, 15), 0.3, np.float32)
     image[..., 5:] = 0.7
-    found = predict_volume(Sides(), image, 0.5, device="cpu", progress=False)[0]
+    found = predict_volume(Sides(), image, overlap=0.5, **QUIET)[0]
     np.testing.assert_allclose(found[:, :5], 0.2, rtol=1e-5)
     np.testing.assert_allclose(found[:, 10:], 0.8, rtol=1e-5)
     across = found[5]
@@ -149,7 +156,7 @@ def test_tiles_without_signal_are_not_run_and_give_zero(predict):
     image = np.zeros((9, 30, 30), np.float32)
     image[3:6, 2:8, 2:8] = volume((3, 6, 6))
     network = Identity(3, 10, predict)
-    found = predict_volume(network, image, 0, batch=4, device="cpu", progress=False)
+    found = predict_volume(network, image, overlap=0, batch=4, **QUIET)
     # Blocks of 3 slices see the signal from centres 2 to 6, in one of nine places; 81 in all.
     assert network.tiles == 5
     np.testing.assert_allclose(found, image, atol=1e-5)
@@ -191,31 +198,6 @@ def test_flips_average_the_four_mirrored_predictions():
     assert np.ptp(plain) > 0.09
 
 
-@pytest.mark.parametrize("predict", ["center", "all"])
-@pytest.mark.parametrize("overlap", [0, 0.5])
-def test_a_level_skips_the_tiles_below_it_and_its_cost_is_counted(predict, overlap):
-    rng = np.random.default_rng(3)
-    image = rng.uniform(0.01, 0.3, (9, 34, 27)).astype(np.float32)
-    bright = rng.random(image.shape) < 0.001
-    image[bright] = 0.9
-    mask = rng.random(image.shape) < 0.02
-    options = {"overlap": overlap, "device": "cpu", "progress": False}
-    counted = Identity(3, 10, predict)
-    predict_volume(counted, image, **options)
-    kept = Identity(3, 10, predict)
-    found = predict_volume(kept, image, skip_below=0.5, **options)
-    cost = skipping(image, mask, 0.5, kept.settings, overlap)
-    assert cost.tiles == pytest.approx(1 - kept.tiles / counted.tiles)
-    assert 0.1 < cost.tiles < 0.9
-    # The identity gives back the share of a voxel's votes that were cast.
-    lost = 1 - found[mask] / image[mask]
-    assert cost.foreground == pytest.approx(lost.mean(), abs=1e-4)
-    assert cost.foreground > 0.05
-    np.testing.assert_allclose(found[bright], image[bright], atol=1e-5)
-    assert skipping(image, bright, 0.5, kept.settings, overlap).foreground < 1e-6
-    assert skipping(image, mask & False, 0.5, kept.settings, overlap).foreground == 0
-
-
 @steady
 @given(st.integers(0, 100), st.integers(0, 99), st.integers(1, 400))
 def test_the_level_of_emptiness_is_a_percentile(percentile, seed, size):
@@ -251,13 +233,13 @@ def test_a_box_is_that_part_of_the_whole(shape, overlap, depth, predict, data):
             return 4 * mean - place + slices
 
     image, network = volume(shape), Slices(depth, 10, predict)
-    options = {"overlap": overlap, "device": "cpu", "batch": data.draw(st.integers(1, 9))}
+    tiling = Tiling(overlap, data.draw(st.integers(1, 9)), "cpu")
     box = []
     for size in shape:
         start = data.draw(st.integers(0, size - 1))
         box.append(slice(start, data.draw(st.integers(start + 1, size))))
-    whole = predict_volume(network, image, progress=False, **options)
-    found = predict_box(network, image, tuple(box), **options)
+    whole = predict_volume(network, image, progress=False, **asdict(tiling))
+    found = predict_box(network, image, tuple(box), tiling)
     np.testing.assert_allclose(found, whole[tuple(box)], atol=2e-6)
 
 
@@ -266,7 +248,7 @@ BIG = """
 import json, sys
 import numpy as np, psutil, torch
 from types import SimpleNamespace
-from neurolib.inference import predict_volume
+from neurolib.inference import Tiling, predict_slices
 from neurolib.volume import read_volume
 
 process, peak = psutil.Process(), 0
@@ -296,10 +278,12 @@ class Watched:
 torch.set_num_threads(1)
 image = read_volume(sys.argv[1], check=False).data
 network = Cheap()
-predict_volume(network, np.full((3, 120, 120), 0.5, np.float32), 0, 4, "cpu", progress=False)
+tiling = Tiling(0, 4, "cpu")
+list(predict_slices(network, np.full((3, 120, 120), 0.5, np.float32), tiling))
 before = look()
 out = np.lib.format.open_memmap(sys.argv[2], "w+", np.float32, image.shape)
-predict_volume(network, Watched(image), 0, 4, "cpu", progress=False, out=out)
+for z, slices in predict_slices(network, Watched(image), tiling):
+    out[z : z + len(slices)] = slices
 wrong = max(float(np.abs(a - b).max()) for a, b in zip(out, image, strict=True))
 print(json.dumps({"grown": peak - before, "wrong": wrong}))
 """
@@ -326,13 +310,6 @@ def test_a_volume_ten_times_larger_than_the_memory_allowed_is_predicted(tmp_path
     assert found["grown"] < allowed
 
 
-def test_result_is_written_to_a_memory_map(tmp_path):
-    image = volume((6, 12, 14))
-    out = np.lib.format.open_memmap(tmp_path / "p.npy", "w+", np.float32, image.shape)
-    assert predict_volume(Identity(), image, device="cpu", progress=False, out=out) is out
-    np.testing.assert_allclose(np.load(tmp_path / "p.npy"), image, atol=1e-5)
-
-
 def test_image_of_any_layout_and_float_type_is_read_and_left_as_it_is():
     image = volume((6, 12, 14))
     expected = predict_volume(Identity(), image, device="cpu", progress=False)
@@ -349,7 +326,7 @@ def test_memory_grows_with_the_slice_and_not_with_the_number_of_slices(predict):
         image = volume((slices, 60, 60))
         network = Identity(5, 30, predict)
         tracemalloc.start()
-        for _ in predict_slices(network, image, 0.5, 4, "cpu", progress=False):
+        for _ in predict_slices(network, image, Tiling(0.5, 4, "cpu")):
             pass
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
@@ -366,7 +343,7 @@ def test_real_network_covers_a_volume_smaller_than_a_block(predict, depth):
     network = Segmenter(
         NetworkSettings("test_vit", depth, block=48, size=48, predict=predict, width=32)
     )
-    found = predict_volume(network, volume((2, 30, 60)), 0.25, device="cpu", progress=False)
+    found = predict_volume(network, volume((2, 30, 60)), **QUIET)
     assert found.shape == (2, 30, 60)
     assert ((found > 0) & (found < 1)).all()
     assert not network.training

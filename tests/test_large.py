@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,7 +28,7 @@ from neurolib.course.large import (
 from neurolib.data.formats import LazyStack
 from neurolib.errors import NeurolibError, SettingsError
 from neurolib.evaluation import tree_scores
-from neurolib.inference import empty_level, predict_volume
+from neurolib.inference import Tiling, empty_level, predict_volume
 from neurolib.network import NetworkSettings, Segmenter
 from neurolib.swc import Tree, read_swc
 from neurolib.tracing import trace
@@ -35,12 +36,13 @@ from neurolib.training import load_checkpoint, save_checkpoint
 from neurolib.volume import create_zarr, limits, normalise, read_volume, write_volume
 
 SHAPE = (11, 75, 90)
-OPTIONS = {"device": "cpu", "progress": False, "region": (4, 32, 64)}
+TILING = Tiling(device="cpu")
 
 
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     monkeypatch.setattr(volume, "CHUNKS", (4, 32, 32))
+    monkeypatch.setattr(large, "REGION", (4, 32, 64))
 
 
 class Placed(torch.nn.Module):
@@ -92,7 +94,7 @@ def image(tmp_path):
 
 def expected(network, **options):
     scaled = normalise(stack())
-    return predict_volume(network, scaled, 0.25, device="cpu", progress=False, **options)
+    return predict_volume(network, scaled, device="cpu", progress=False, **options)
 
 
 def sparse(dtype=np.uint8, shape=(11, 130, 160)):
@@ -117,10 +119,10 @@ def test_where_the_input_has_no_chunks_nothing_is_read_run_or_written(
     monkeypatch.setattr(large, "_network", lambda checkpoint, digest: Dim(checkpoint.stem))
     image = write_volume(tmp_path / "in.zarr", sparse(), (2.0, 0.5, 0.5))
     assert len(chunk_files(image)) < 30
-    whole = predict_volume(Dim(predict), normalise(sparse()), 0.25, device="cpu", progress=False)
+    whole = predict_volume(Dim(predict), normalise(sparse()), device="cpu", progress=False)
     regions, predict_box = [], large.predict_box
     monkeypatch.setattr(large, "predict_box", lambda *a: regions.append(a[2]) or predict_box(*a))
-    out = predict_large(image, checkpoints[predict], tmp_path / "out.zarr", **OPTIONS)
+    out = predict_large(image, checkpoints[predict], tmp_path / "out.zarr", TILING)
     found = read_volume(out).data
     np.testing.assert_allclose(found[:], whole, atol=1e-6)
     assert 0 < len(chunk_files(out)) < 3 * 5 * 5
@@ -129,7 +131,7 @@ def test_where_the_input_has_no_chunks_nothing_is_read_run_or_written(
     (tmp_path / "out.zarr").rename(tmp_path / "out.zarr.part")
     next(iter(chunk_files(tmp_path / "out.zarr.part"))).unlink()
     regions.clear()
-    predict_large(image, checkpoints[predict], out, **OPTIONS)
+    predict_large(image, checkpoints[predict], out, TILING)
     assert len(regions) == 1
     np.testing.assert_allclose(read_volume(out).data[:], whole, atol=1e-6)
 
@@ -139,8 +141,8 @@ def test_a_missing_chunk_that_is_not_the_darkest_is_run(checkpoints, tmp_path, m
     data = sparse(np.int16)
     data[:, 40:60, 40:60] = -100  # so that zero is grey
     image = write_volume(tmp_path / "in.zarr", data)
-    whole = predict_volume(Dim("center"), normalise(data), 0.25, device="cpu", progress=False)
-    out = predict_large(image, checkpoints["center"], tmp_path / "out.zarr", **OPTIONS)
+    whole = predict_volume(Dim("center"), normalise(data), device="cpu", progress=False)
+    out = predict_large(image, checkpoints["center"], tmp_path / "out.zarr", TILING)
     np.testing.assert_allclose(read_volume(out).data[:], whole, atol=1e-6)
     assert len(chunk_files(out)) == 3 * 5 * 5
 
@@ -210,7 +212,7 @@ def chunk_files(folder):
 
 
 def test_the_network_is_that_of_the_checkpoint(checkpoints, image, tmp_path):
-    out = predict_large(image, checkpoints["all"], tmp_path / "out.zarr", **OPTIONS)
+    out = predict_large(image, checkpoints["all"], tmp_path / "out.zarr", TILING)
     network, _ = load_checkpoint(checkpoints["all"])
     np.testing.assert_allclose(read_volume(out).data[:], expected(network), atol=1e-5)
 
@@ -218,7 +220,7 @@ def test_the_network_is_that_of_the_checkpoint(checkpoints, image, tmp_path):
 @pytest.mark.usefixtures("cheap")
 @pytest.mark.parametrize("predict", ["center", "all"])
 def test_regions_together_are_the_prediction_of_the_whole(predict, checkpoints, image, tmp_path):
-    out = predict_large(image, checkpoints[predict], tmp_path / "out.zarr", **OPTIONS)
+    out = predict_large(image, checkpoints[predict], tmp_path / "out.zarr", TILING)
     found = read_volume(out)
     assert found.spacing == (2.0, 0.5, 0.5)
     assert found.data.dtype == np.float32
@@ -229,8 +231,8 @@ def test_regions_together_are_the_prediction_of_the_whole(predict, checkpoints, 
 
 @pytest.mark.usefixtures("cheap")
 def test_flips_and_skipping_are_those_of_the_whole(checkpoints, image, tmp_path):
-    options = OPTIONS | {"flips": True, "skip_empty": 99.0}
-    out = predict_large(image, checkpoints["center"], tmp_path / "out.zarr", **options)
+    out = tmp_path / "out.zarr"
+    predict_large(image, checkpoints["center"], out, replace(TILING, flips=True), 99.0)
     level = empty_level(normalise(stack()), 99.0)
     whole = expected(Placed("center"), flips=True, skip_below=level)
     np.testing.assert_allclose(read_volume(out).data[:], whole, atol=1e-5)
@@ -286,7 +288,7 @@ def test_an_interrupted_call_goes_on_with_the_chunks_that_are_missing(
 
     monkeypatch.setattr(large, "predict_box", some)
     with pytest.raises(Stop):
-        predict_large(image, checkpoints["center"], out, **OPTIONS)
+        predict_large(image, checkpoints["center"], out, TILING)
     assert not out.exists()
     assert len(boxes) == after
     done = chunk_files(part)
@@ -297,7 +299,7 @@ def test_an_interrupted_call_goes_on_with_the_chunks_that_are_missing(
         del done[lost]
     boxes.clear()
     monkeypatch.setattr(large, "predict_box", lambda *a: boxes.append(a[2]) or predict(*a))
-    predict_large(image, checkpoints["center"], out, **OPTIONS)
+    predict_large(image, checkpoints["center"], out, TILING)
     total = 3 * 3 * 2  # regions
     assert len(boxes) == total - after + bool(lost)
     again = chunk_files(out)
@@ -312,36 +314,35 @@ def test_a_finished_call_is_not_repeated_and_other_settings_are_another_result(
     checkpoints, image, tmp_path, monkeypatch
 ):
     out = tmp_path / "out.zarr"
-    predict_large(image, checkpoints["center"], out, **OPTIONS)
+    predict_large(image, checkpoints["center"], out, TILING)
     before = chunk_files(out)
-    predict_large(image, checkpoints["center"], out, **OPTIONS)
+    predict_large(image, checkpoints["center"], out, TILING)
     assert chunk_files(out) == before
 
-    def stopped(**options):
+    def stopped(tiling=TILING):
         with monkeypatch.context() as patch:
             patch.setattr(large, "predict_box", None)
             with pytest.raises(TypeError):
-                predict_large(image, checkpoints["all"], out, **(OPTIONS | options))
+                predict_large(image, checkpoints["all"], out, tiling)
 
     stopped()
     assert chunk_files(out) == before
-    for options, word in (
-        ({"overlap": 0.5}, "options"),
-        ({"flips": True}, "options"),
-        ({"skip_empty": 50.0}, "options"),
-    ):
-        with pytest.raises(SettingsError, match=word) as error:
-            predict_large(image, checkpoints["all"], out, **(OPTIONS | options))
+    other = replace(TILING, overlap=0.5)
+    for options in ((other,), (replace(TILING, flips=True),), (TILING, 50.0)):
+        with pytest.raises(SettingsError, match="options") as error:
+            predict_large(image, checkpoints["all"], out, *options)
         assert "out.zarr.part" in str(error.value)
     with pytest.raises(SettingsError, match="another checkpoint;"):
-        predict_large(image, checkpoints["center"], out, **OPTIONS)
+        predict_large(image, checkpoints["center"], out, TILING)
     # How much is done at a time is no other result.
-    predict_large(image, checkpoints["all"], out, **(OPTIONS | {"batch": 3, "region": (5, 99, 9)}))
+    with monkeypatch.context() as patch:
+        patch.setattr(large, "REGION", (5, 99, 9))
+        predict_large(image, checkpoints["all"], out, replace(TILING, batch=3))
     np.testing.assert_allclose(read_volume(out).data[:], expected(Placed("all")), atol=1e-5)
-    stopped(overlap=0.5)
+    stopped(other)
     write_volume(image, stack() + np.uint16(1))
     with pytest.raises(SettingsError, match="another input"):
-        predict_large(image, checkpoints["all"], out, **(OPTIONS | {"overlap": 0.5}))
+        predict_large(image, checkpoints["all"], out, other)
 
 
 @pytest.mark.usefixtures("cheap")
@@ -356,8 +357,8 @@ def test_no_more_is_read_than_a_region_and_its_margin(checkpoints, image, tmp_pa
 
     monkeypatch.setattr(LazyStack, "__getitem__", watched)
     monkeypatch.setattr(LazyStack, "__array__", None)
-    options = OPTIONS | {"region": (4, 32, 32), "skip_empty": 10.0}
-    predict_large(image, checkpoints["center"], tmp_path / "out.zarr", **options)
+    monkeypatch.setattr(large, "REGION", (4, 32, 32))
+    predict_large(image, checkpoints["center"], tmp_path / "out.zarr", TILING, skip_empty=10.0)
     # Tiles of 48 that begin before a region of 32 or end after it, and a slice on either side.
     assert max(sizes) <= 6 * (32 + 2 * 47) ** 2
     # 27 regions, a pass over 27 chunks for one of the statistics, and one over what is stored.
@@ -368,11 +369,8 @@ def test_no_more_is_read_than_a_region_and_its_margin(checkpoints, image, tmp_pa
     ("change", "words"),
     [
         ({"out": "out.tif"}, ".zarr"),
-        ({"overlap": 0.95}, "overlap"),
-        ({"batch": 0}, "batch"),
         ({"skip_empty": 101.0}, "percentile"),
         ({"workers": -1}, "workers"),
-        ({"region": (0, 8, 8)}, "region"),
         ({"image": "no.zarr"}, "no.zarr"),
         ({"checkpoint": "no.safetensors"}, "checkpoint"),
     ],
@@ -380,7 +378,7 @@ def test_no_more_is_read_than_a_region_and_its_margin(checkpoints, image, tmp_pa
 )
 def test_unusable_settings_leave_nothing(change, words, checkpoints, image, tmp_path):
     paths = {"image": image, "checkpoint": checkpoints["center"], "out": "out.zarr"}
-    arguments = paths | OPTIONS | change
+    arguments = paths | {"tiling": TILING} | change
     arguments["out"] = tmp_path / arguments["out"]
     with pytest.raises(NeurolibError, match=words) as error:
         predict_large(**arguments)
@@ -395,7 +393,8 @@ def test_what_is_mapped_has_no_chunks_unless_its_data_have():
 @pytest.mark.skipif(
     not os.environ.get("NEUROLIB_FAULTS"), reason="starts a cluster; set NEUROLIB_FAULTS=1"
 )
-def test_a_killed_worker_loses_nothing(checkpoints, image, tmp_path):
+def test_a_killed_worker_loses_nothing(checkpoints, image, tmp_path, monkeypatch):
+    monkeypatch.setattr(large, "REGION", (4, 32, 32))
     distributed = pytest.importorskip("distributed")
     out = tmp_path / "out.zarr"
     part = tmp_path / "out.zarr.part"
@@ -413,9 +412,8 @@ def test_a_killed_worker_loses_nothing(checkpoints, image, tmp_path):
 
         thread = threading.Thread(target=kill, daemon=True)
         thread.start()
-        options = OPTIONS | {"region": (4, 32, 32)}
         address = cluster.scheduler_address
-        predict_large(image, checkpoints["center"], out, scheduler=address, **options)
+        predict_large(image, checkpoints["center"], out, TILING, scheduler=address)
         thread.join()
     assert 3 <= killed[0] < 27
     assert len(chunk_files(out)) == 27

@@ -5,11 +5,13 @@ import sys
 import numpy as np
 import pytest
 from scipy.spatial import KDTree
+from skimage.morphology import skeletonize
 
 from neurolib.course import plotting, robustness
+from neurolib.course.robustness import trace_skeleton
 from neurolib.errors import SettingsError, VolumeError
-from neurolib.evaluation import tree_scores
-from neurolib.swc import Tree, length
+from neurolib.evaluation import distance_to_tree, tree_distance, tree_scores
+from neurolib.swc import Tree, length, tips
 from neurolib.tracing import trace
 
 SHAPE = (24, 50, 90)
@@ -111,12 +113,47 @@ def test_agreement_divides_the_length_of_both_trees():
     assert 1 - length(some["missed"]) / length(tree) == pytest.approx(recall, abs=0.05)
 
 
-def test_tracers_that_are_there_are_compared(monkeypatch):
-    monkeypatch.setitem(sys.modules, "kimimaro", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert list(robustness.installed()) == ["neurolib", "thinning"]
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert list(robustness.installed()) == ["neurolib", "thinning", "kimimaro"]
+# --- Plain thinning ------------------------------------------------------------------------------
+
+
+def test_a_thinned_tree_is_a_forest_in_our_frame():
+    mask = MASK.copy()
+    mask[20, 45, 80:84] = True  # a speck
+    tree = trace_skeleton(mask)
+    assert (tree.parent < np.arange(len(tree.parent))).all()
+    assert (tree.parent < 0).sum() == 1  # the speck is dropped
+    assert (trace_skeleton(mask, min_size=1).parent < 0).sum() == 2
+    assert distance_to_tree(tree.xyz, TREE).max() <= 1.5
+    assert tree_scores(tree, TREE).recall > 0.95
+    assert np.median(tree.radius) == pytest.approx(2.5, abs=0.6)
+    turned = trace_skeleton(mask.transpose(2, 0, 1))
+    assert tree_distance(Tree(turned.xyz[:, [2, 0, 1]], *[None] * 2, turned.parent), tree).esa < 0.7
+    # The spacing changes radii and not coordinates.
+    assert (trace_skeleton(mask, (6.0, 2.0, 2.0)).xyz == tree.xyz).all()
+    with pytest.raises(VolumeError, match="nothing to trace"):
+        trace_skeleton(np.zeros(SHAPE, bool))
+    whole = trace_skeleton(mask, min_size=1).xyz[:, ::-1].astype(int)
+    assert {tuple(v) for v in whole} == {tuple(v) for v in np.argwhere(skeletonize(mask))}
+
+
+@pytest.mark.parametrize("size", [(2, 2), (4, 4), (4, 6), (3, 4)])
+def test_tubes_that_thinning_removes_are_traced(size):
+    mask = np.zeros((20, 20, 60), bool)
+    mask[5 : 5 + size[0], 5 : 5 + size[1], 5:55] = True
+    tree = trace_skeleton(mask)
+    assert (tree.parent < 0).sum() == 1
+    assert length(tree) == pytest.approx(50, abs=6)
+    middle = 4.5 + np.array(size) / 2
+    assert np.abs(tree.xyz[:, [2, 1]] - middle).max() <= 1
+
+
+def test_loops_are_opened_once():
+    ring = np.zeros((5, 20, 20), bool)
+    ring[2, 3:17, 3:17] = True
+    ring[2, 6:14, 6:14] = False
+    tree = trace_skeleton(ring)
+    assert (tree.parent < 0).sum() == 1
+    assert len(tips(tree)) == 2
 
 
 # --- Its figures ---------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from neurolib.errors import NeurolibError, NeurolibWarning, SettingsError
 from neurolib.files import SHIPPED
 
 if TYPE_CHECKING:
+    from neurolib.inference import Tiling
     from neurolib.swc import Tree
     from neurolib.volume import Volume
 
@@ -250,6 +251,7 @@ def segment(
 
     from neurolib.devices import pick_device
     from neurolib.files import check_outputs, checkpoint_file
+    from neurolib.inference import Tiling
     from neurolib.training import load_checkpoint
 
     if out is not None and out.suffix.lower() == ".zarr":
@@ -273,13 +275,13 @@ def segment(
     if (workers or scheduler) and not in_parts:
         raise SettingsError("--workers and --scheduler write parts; give --probability NAME.zarr")
     loaded = load_checkpoint(checkpoint)
-    predicting = {"overlap": overlap, "device": device, "flips": flips, "skip_empty": skip_empty}
-    predicting |= {"channel": channel}
-    steps = _three("spacing", spacing)
+    steps, tiling = _three("spacing", spacing), Tiling(overlap, device=device, flips=flips)
+    predicting = {"skip_empty": skip_empty, "channel": channel}
     sharing = {"workers": workers, "scheduler": scheduler}
     job = functools.partial(
-        _segment_one, checkpoint, loaded, threshold, min_size, units, steps, predicting, sharing
-    )
+        _segment_one, checkpoint, loaded, threshold, min_size, units, steps, tiling, predicting,
+        sharing,
+    )  # fmt: skip
     if len(places) == 1:
         job(*next(iter(places.items())))
         return
@@ -359,6 +361,7 @@ def _segment_one(
     min_size: int | None,
     units: str,
     spacing: tuple[float, float, float] | None,
+    tiling: "Tiling",
     predicting: dict,
     sharing: dict,
     image: Path,
@@ -382,14 +385,15 @@ def _segment_one(
     size = facts.get("min_size", MIN_SIZE) if min_size is None else min_size
     in_parts = probability is not None and probability.suffix.lower() == ".zarr"
     if in_parts and (any(sharing.values()) or image.suffix.lower() == ".zarr"):
-        predict_large(image, checkpoint, probability, **predicting, **sharing)
+        predict_large(image, checkpoint, probability, tiling, **predicting, **sharing)
         volume = read_volume(probability, check=False, spacing=spacing)
     else:
-        volume = predict_image(image, network, **predicting, spacing=spacing)
+        volume = predict_image(image, network, tiling, **predicting, spacing=spacing)
     _say(remarks(volume, image.name))
     # Names, not paths: a result does not depend on the folder in which it was made.
     made = {"image": image.name, "checkpoint": f"{checkpoint.name}, sha256 {sha256(checkpoint)}"}
-    made |= {"spacing (z, y, x)": volume.spacing, **predicting}
+    made |= {"spacing (z, y, x)": volume.spacing, "overlap": tiling.overlap}
+    made |= {"device": tiling.device, "flips": tiling.flips, **predicting}
     if probability:
         if not in_parts or isinstance(volume.data, np.ndarray):
             about = provenance("probability", **made)
@@ -473,7 +477,6 @@ def trace(
     bridge: Annotated[
         float, typer.Option(help="Longest gap to close, in voxels of the finest axis; 0: none.")
     ] = 15.0,
-    tracer: Annotated[str, typer.Option(help="neurolib or kimimaro.")] = "neurolib",
     channel: Annotated[int | None, typer.Option(help="Channel of a multi-channel image.")] = None,
     units: UnitsOption = "voxels",
     overwrite: Annotated[
@@ -487,10 +490,11 @@ def trace(
 
     Example: neurolib trace cell_mask.tif --out cell.swc --seed 120,88,14
     """
-    from neurolib.course.adapters import TRACERS, as_probability
+    from neurolib.course.adapters import as_probability
     from neurolib.course.large import segmentation, stored_boxes
     from neurolib.data.formats import LazyStack
     from neurolib.files import check_outputs, provenance
+    from neurolib.tracing import trace as trace_volume
     from neurolib.volume import read_volume, remarks
 
     _check_output(out, ".swc")
@@ -500,12 +504,10 @@ def trace(
     check_outputs([out], [volume], overwrite)
     if label is not None and threshold is not None:
         raise SettingsError("--label and --threshold: give one; labels have no threshold")
-    if tracer not in TRACERS:
-        raise SettingsError(f"--tracer {tracer}: expected one of {', '.join(TRACERS)}")
     steps, point = _three("spacing", spacing), _three("seed", seed)
     stack = read_volume(volume, channel=channel, check=False, spacing=steps)
     known = _known(stack, units, volume.name)
-    in_parts = tracer == "neurolib" and isinstance(stack.data, LazyStack)
+    in_parts = isinstance(stack.data, LazyStack)
     read = segmentation if in_parts else as_probability
     found, meaning = read(stack.data, label, threshold, volume.name)
     if point and not all(
@@ -516,7 +518,7 @@ def trace(
             "(x, y, z); voxels count from 0"
         )
     options = {"regions": stored_boxes(found)} if in_parts else {}
-    tree = TRACERS[tracer](
+    tree = trace_volume(
         found,
         stack.spacing,
         point and point[::-1],
@@ -528,7 +530,7 @@ def trace(
     print(f"{volume.name}: {meaning}")
     _say(remarks(stack, volume.name))
     made = {"image": f"{volume}, {meaning}", "spacing (z, y, x)": stack.spacing}
-    made |= {"tracer": tracer, "threshold": threshold, "label": label, "channel": channel}
+    made |= {"threshold": threshold, "label": label, "channel": channel}
     made |= {"seed (x, y, z)": point, "min_size": min_size, "bridge": bridge}
     _write_tree(out, tree, provenance("trace", **made), units, known)
 

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,9 @@ from neurolib.files import (
     workplace,
     write_text,
 )
-from neurolib.inference import OVERLAP, Box, box_of_tiles, check_options, empty_level, predict_box
-from neurolib.network import NetworkSettings, Segmenter
+from neurolib.inference import Box, Tiling, box_of_tiles, empty_level, predict_box
+from neurolib.network import Segmenter
+from neurolib.parameters import check_range
 from neurolib.training import load_checkpoint
 from neurolib.volume import Volume, create_zarr, limits, pieces, read_volume, rescale
 
@@ -171,15 +172,17 @@ def _stored(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]] | None:
     return stored, step
 
 
-def _blank(image: Mapped, settings: NetworkSettings, overlap: float) -> Callable[[Box], bool]:
+@functools.lru_cache(1)
+def _blank_of(job: "_Job") -> Callable[[Box], bool]:
     """Whether everything that the tiles of a box see is known, without reading it, to be zero."""
+    image, settings = _image(job), _network(job.checkpoint, job.digest).settings
     found = _stored(image)
     if found is None:
         return lambda box: False
     stored, step = found
 
     def blank(box: Box) -> bool:
-        around, _ = box_of_tiles(settings, image.shape, box, overlap)
+        around, _ = box_of_tiles(settings, image.shape, box, job.tiling.overlap)
         cells = (slice(s.start // n, -(-s.stop // n)) for s, n in zip(around, step, strict=True))
         return not stored[tuple(cells)].any()
 
@@ -201,11 +204,7 @@ class _Job:
     part: Path
     low: float
     high: float
-    overlap: float
-    batch: int
-    device: str
-    flips: bool
-    skip_below: float
+    tiling: Tiling
     threads: int  # of PyTorch; 0: PyTorch's default
 
 
@@ -213,16 +212,11 @@ def predict_large(
     image: str | Path,
     checkpoint: str | Path,
     out: str | Path,
-    overlap: float = OVERLAP,
-    batch: int = 8,
-    device: str = "auto",
-    flips: bool = False,
+    tiling: Tiling,
     skip_empty: float = 0.0,
     channel: int | None = None,
     workers: int = 0,
     scheduler: str = "",
-    region: tuple[int, int, int] = REGION,
-    progress: bool = True,
 ) -> Path:
     """Predict the probability of neurite of an image on disk, into an OME-Zarr on disk.
 
@@ -237,8 +231,8 @@ def predict_large(
     checkpoint : path
     out : path
         Ends in ``.zarr``: float32, in chunks, with the spacing of the image.
-    overlap, batch, device, flips
-        As in `neurolib.inference.predict_volume`.
+    tiling : Tiling
+        All slices are predicted.
     skip_empty : float
         Percentile of the normalised image; tiles with no voxel above it are skipped (see
         `neurolib.inference.empty_level`). 0: skip only tiles that are exactly zero.
@@ -249,61 +243,49 @@ def predict_large(
     scheduler : str
         Address of a Dask cluster instead, such as ``tcp://10.0.0.1:8786``. Its workers must see the
         files under the same absolute paths.
-    region : (int, int, int)
-        Voxels (z, y, x) predicted at once, rounded up to whole chunks.
-    progress : bool
-        Show a progress bar over regions.
 
     Returns
     -------
     Path
         `out`.
-
-    Raises
-    ------
-    VolumeError, WeightsError
-        If image or checkpoint cannot be read.
-    SettingsError
-        If an option is out of range; if ``OUT.part`` was begun with another checkpoint, input or
-        other options, or another process is working on it; if the disk is full; if Dask is not
-        installed or cannot be reached, or if a worker keeps dying.
     """
     image, checkpoint, out = (Path(path).absolute() for path in (image, checkpoint, out))
-    check_options(overlap, batch, 0.0)
+    check_range("workers", workers)
     if out.suffix.lower() != ".zarr":
         raise SettingsError(f"{out.name}: expected a name that ends in .zarr")
-    if workers < 0 or min(region) < 1:
-        raise SettingsError(f"workers={workers}, region={region}: expected no negative number")
     digest = sha256(checkpoint) if checkpoint.is_file() else ""
     _network(checkpoint, digest)
     read_volume(image, channel, check=False)
     source = fingerprint(image)
-    options = {"overlap": overlap, "flips": flips, "skip_empty": skip_empty, "channel": channel}
+    options = {"overlap": tiling.overlap, "flips": tiling.flips}
+    options |= {"skip_empty": skip_empty, "channel": channel}
     wanted = {"checkpoint": digest, "input": source, "options": options}
     part = out.with_name(f"{out.name}.part")
     with claim(out.with_name(f".{out.name}.lock"), part):
         if not part.exists():
-            if out.exists() and _same(_manifest(out), wanted):
+            if out.exists() and wanted.items() <= _manifest(out).items():
                 return out
             _begin(part, out.stem, read_volume(image, channel), wanted)
         found = _manifest(part)
-        if not _same(found, wanted):
-            differs = [key for key in wanted if found.get(key) != wanted[key]]
+        differs = [key for key in wanted if found.get(key) != wanted[key]]
+        if differs:
             raise SettingsError(
                 f"{part.name}: begun with another {' and '.join(differs)}; go on with the same, or "
                 f"remove {part} to begin anew"
             )
         threads = max(1, (os.cpu_count() or 1) // workers) if workers and not scheduler else 0
-        job = _Job(
-            *(image, channel, source, checkpoint, digest, part, found["low"], found["high"]),
-            *(overlap, batch, device, flips, found["skip_below"], threads),
-        )
-        blank = _blank_of(job)
-        todo = [box for box in _regions(part, region) if _missing(part, box, blank)]
-        done = _predict_regions(job, todo, workers, scheduler)
-        for _ in tqdm(done, "regions", len(todo), mininterval=2, disable=not progress):
+        tiling = replace(tiling, skip_below=found["skip_below"])
+        limits = found["low"], found["high"]
+        job = _Job(image, channel, source, checkpoint, digest, part, *limits, tiling, threads)
+        todo = [box for box in _regions(part) if _missing(job, box)]
+        for _ in tqdm(_predict_regions(job, todo, workers, scheduler), "regions", len(todo)):
             pass
-        _finish(part, out)
+        for left in part.rglob("*.partial"):  # left by killed writes
+            left.unlink(missing_ok=True)
+        with workplace(out) as folder:
+            if out.exists():
+                os.replace(out, folder / out.name)
+            os.replace(part, out)
     return out
 
 
@@ -339,11 +321,17 @@ def _begin(part: Path, name: str, volume: Volume, wanted: dict) -> None:
     skip = wanted["options"]["skip_empty"]
     level = empty_level(normalised(volume.data, low, high), skip) if skip else 0.0
     with atomic_path(part) as temporary:
-        shape = tuple(volume.data.shape)
         about = provenance("probability", checkpoint=wanted["checkpoint"], **wanted["options"])
         options = {"known": not volume.unknown, "about": about}
-        create_zarr(temporary, name, shape, np.dtype(np.float32), volume.spacing, **options)
-        facts = wanted | {"low": low, "high": high, "skip_below": min(level, 1 - 1e-6)}
+        create_zarr(
+            temporary,
+            name,
+            tuple(volume.data.shape),
+            np.dtype(np.float32),
+            volume.spacing,
+            **options,
+        )
+        facts = wanted | {"low": low, "high": high, "skip_below": level}
         write_text(temporary / MANIFEST, json.dumps(facts, indent=1))
 
 
@@ -355,10 +343,6 @@ def _manifest(folder: Path) -> dict:
         return {}
 
 
-def _same(found: dict, wanted: dict) -> bool:
-    return {key: found.get(key) for key in wanted} == wanted
-
-
 def _array(part: Path) -> Any:
     """The array of an output; chunks of zeros are written too, so that they count as done."""
     import zarr
@@ -366,32 +350,27 @@ def _array(part: Path) -> Any:
     return zarr.open_array(part / "0", mode="r+").with_config({"write_empty_chunks": True})
 
 
-def _regions(part: Path, region: tuple[int, int, int]) -> Iterator[Box]:
+def _regions(part: Path) -> Iterator[Box]:
     """Boxes of whole chunks that cover an output."""
     array = _array(part)
-    step = [-(-n // chunk) * chunk for n, chunk in zip(region, array.chunks, strict=True)]
-    yield from boxes((0, 0, 0), array.shape, step)
+    step = [-(-n // chunk) * chunk for n, chunk in zip(REGION, array.chunks, strict=True)]
+    return boxes((0, 0, 0), array.shape, step)
 
 
-def _missing(part: Path, box: Box, blank: Callable[[Box], bool]) -> list[Box]:
+def _missing(job: _Job, box: Box) -> list[Box]:
     """The chunks of a region that still need a file; a chunk without one means zeros."""
-    chunks = _array(part).chunks
+    blank, chunks, missing = _blank_of(job), _array(job.part).chunks, []
     lower, upper = ([getattr(s, end) for s in box] for end in ("start", "stop"))
-    return [
-        chunk
-        for chunk in boxes(lower, upper, chunks)
-        if not (_chunk_file(part, chunk, chunks).exists() or blank(chunk))
-    ]
-
-
-def _chunk_file(part: Path, chunk: Box, chunks: tuple[int, ...]) -> Path:
-    place = (str(s.start // n) for s, n in zip(chunk, chunks, strict=True))
-    return part.joinpath("0", "c", *place)
+    for chunk in boxes(lower, upper, chunks):
+        place = (str(s.start // n) for s, n in zip(chunk, chunks, strict=True))
+        if not (job.part.joinpath("0", "c", *place).exists() or blank(chunk)):
+            missing.append(chunk)
+    return missing
 
 
 def _predict_region(job: _Job, box: Box) -> None:
     """Predict the chunks of a region that are missing."""
-    missing = _missing(job.part, box, _blank_of(job))
+    missing = _missing(job, box)
     if not missing:
         return
     if job.threads:
@@ -400,11 +379,8 @@ def _predict_region(job: _Job, box: Box) -> None:
         slice(min(c[axis].start for c in missing), max(c[axis].stop for c in missing))
         for axis in range(3)
     )
-    data = _image(job)
-    found = predict_box(
-        *(_network(job.checkpoint, job.digest), data, around, job.overlap, job.batch),
-        *(job.device, job.flips, job.skip_below),
-    )
+    network = _network(job.checkpoint, job.digest)
+    found = predict_box(network, _image(job), around, job.tiling)
     array, origin = _array(job.part), [s.start for s in around]
     for chunk in missing:
         here = (slice(s.start - o, s.stop - o) for s, o in zip(chunk, origin, strict=True))
@@ -424,20 +400,5 @@ def _read(image: Path, channel: int | None, source: str) -> Volume:
 
 
 @functools.lru_cache(1)
-def _blank_of(job: _Job) -> Callable[[Box], bool]:
-    return _blank(_image(job), _network(job.checkpoint, job.digest).settings, job.overlap)
-
-
-@functools.lru_cache(1)
 def _network(checkpoint: Path, digest: str) -> Segmenter:
     return load_checkpoint(checkpoint)[0]
-
-
-def _finish(part: Path, out: Path) -> None:
-    """Give a complete output its name, and replace what had that name as a whole."""
-    for left in part.rglob("*.partial"):  # left by killed writes
-        left.unlink(missing_ok=True)
-    with workplace(out) as folder:
-        if out.exists():
-            os.replace(out, folder / out.name)
-        os.replace(part, out)

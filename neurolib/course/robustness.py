@@ -1,22 +1,29 @@
 """Where tracing fails: masks made worse step by step, traced, and compared with the reference."""
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from scipy import ndimage
+from scipy import ndimage, sparse
+from scipy.sparse import csgraph
 from scipy.spatial import KDTree
 
-from neurolib.course.adapters import trace_kimimaro, trace_skeleton
 from neurolib.errors import SettingsError, VolumeError
-from neurolib.evaluation import compare, distance_to_tree, in_unit
+from neurolib.evaluation import compare, distance_to_tree, in_unit, skeleton
 from neurolib.swc import Tree, densify
-from neurolib.tracing import NOTHING, trace
+from neurolib.tracing import (
+    HALF_VOXEL,
+    NOTHING,
+    UNDEFINED,
+    find_foreground,
+    measure_radius,
+    rooted,
+)
 
 GAP = 3.5  # voxels: radius of a ball cut out of a neurite, so that a cut is 7 long
 SPECK = (1.8, 3.2)  # voxels: radii of specks; balls of 27 to 123 voxels
 CLEAR = 8.0  # voxels from the centre of a speck to the neurite
+NEAR = 2.0  # voxels: how far apart two trees may be that agree
 BLUR = 1.5  # voxels: the blur under which thresholds are compared
 
 # What is done to the mask: the name of its amount, and amounts from harmless to hopeless.
@@ -29,12 +36,34 @@ DAMAGE = {
 }
 
 
-def installed() -> dict[str, Callable[..., Tree]]:
-    """The tracers that can be compared here: ours, plain thinning, and kimimaro if it is there."""
-    found = {"neurolib": trace, "thinning": trace_skeleton}
-    if importlib.util.find_spec("kimimaro"):
-        found["kimimaro"] = trace_kimimaro
-    return found
+def trace_skeleton(
+    probability: np.ndarray,
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    threshold: float = 0.5,
+    min_size: int = 20,
+) -> Tree:
+    """The simplest tracer: scikit-image's thinning (Lee et al., 1994), its voxels joined to trees.
+
+    A minimum spanning tree over neighbouring voxels opens loops; nothing is pruned and no gap
+    closed. Thinning ignores the spacing (`neurolib.evaluation.skeleton`). Parameters and tree are
+    those of `neurolib.tracing.trace`; each root is an end of its tree.
+    """
+    foreground = find_foreground(probability, spacing, threshold, min_size)
+    mask = np.zeros(foreground.shape, bool)
+    mask[tuple(foreground.voxels.T)] = True
+    thin = find_foreground(skeleton(mask), spacing, min_size=1)
+    radius = (measure_radius(foreground, thin.points) + HALF_VOXEL) / np.sqrt(
+        thin.scale[1] * thin.scale[2]
+    )
+    n, (one, other) = len(thin.points), sparse.triu(thin.neighbours).nonzero()
+    length = np.linalg.norm(thin.points[one] - thin.points[other], axis=1)
+    graph = csgraph.minimum_spanning_tree(sparse.csr_array((length, (one, other)), shape=(n, n)))
+    _, group = csgraph.connected_components(graph, directed=False)
+    order = np.lexsort([np.bincount(np.concatenate(graph.nonzero()), minlength=n), group])
+    roots = order[np.flatnonzero(np.diff(group[order], prepend=-1))]
+    xyz = (thin.points / thin.scale)[:, ::-1].astype(float)
+    tree = Tree(xyz, radius, np.full(n, UNDEFINED), np.full(n, -1))
+    return rooted(tree, np.stack(graph.nonzero()), roots)
 
 
 def degrade(
@@ -56,8 +85,7 @@ def degrade(
     ----------
     mask : (z, y, x) bool
         A faultless one: the target of `tree`.
-    tree : Tree
-    kind, amount : str, float
+    tree, kind, amount
     seed : int
         A larger amount with the same seed adds to what a smaller one does.
 
@@ -65,11 +93,6 @@ def degrade(
     -------
     probability : (z, y, x), bool or float32
     threshold : float
-
-    Raises
-    ------
-    SettingsError
-        If there is no such damage.
     """
     if kind not in DAMAGE:
         raise SettingsError(f"damage {kind!r}: expected one of {', '.join(DAMAGE)}")
@@ -110,7 +133,6 @@ def robustness(
     tracers: Mapping[str, Callable[..., Tree]],
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
     damage: Mapping[str, Sequence[float]] | None = None,
-    seed: int = 0,
 ) -> list[dict]:
     """Trace a mask under growing damage of every kind, with several tracers.
 
@@ -120,24 +142,21 @@ def robustness(
     tree : Tree
         The reference, in voxels of `mask`.
     tracers : mapping of name to function
-        Called like `neurolib.tracing.trace`, as those of `neurolib.course.adapters` are.
+        Called like `neurolib.tracing.trace`.
     spacing : (dz, dy, dx)
     damage : mapping of kind to amounts, optional
         Those of `DAMAGE` by default.
-    seed : int
-        Same seed, same rows.
 
     Returns
     -------
     list of dict
-        ``damage``, ``amount``, ``tracer``, and what `neurolib.evaluation.compare` gives: ESA, DSA,
-        PDS, precision, recall (of length, within 2 voxels) and trees, in voxels of the finest axis.
-        Where nothing is left to trace, recall is 0, distances are infinite and the rest is NaN.
+        ``damage``, ``amount``, ``tracer``, and what `neurolib.evaluation.compare` gives, in voxels
+        of the finest axis.
     """
     rows = []
     for kind, amounts in (damage or {k: amounts for k, (_, amounts) in DAMAGE.items()}).items():
         for amount in amounts:
-            probability, threshold = degrade(mask, tree, kind, amount, seed)
+            probability, threshold = degrade(mask, tree, kind, amount)
             for name, tracer in tracers.items():
                 try:
                     traced = tracer(probability, spacing, threshold=threshold)
@@ -149,38 +168,28 @@ def robustness(
 
 
 def agreement(
-    tree: Tree,
-    reference: Tree,
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    threshold: float = 2.0,
+    tree: Tree, reference: Tree, spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
 ) -> dict[str, Tree]:
     """What of two trees is near the other: the edges that are correct, false and missed.
-
-    Parameters
-    ----------
-    tree, reference : Tree
-        In the same voxels; edges of a voxel or two, as tracers make them.
-    spacing : (dz, dy, dx)
-    threshold : float
-        Distance, in voxels of the finest axis, up to which the middle of an edge is near the other
-        tree.
 
     Returns
     -------
     dict
-        ``correct`` and ``false``, parts of `tree`, and ``missed``, a part of `reference`. All nodes
-        are kept; those whose edge belongs elsewhere are roots.
+        ``correct`` and ``false``, parts of `tree`, and ``missed``, a part of `reference`: edges (of
+        a voxel or two, as tracers make them) whose middle is within `NEAR` voxels of the finest
+        axis of the other tree, or is not. All nodes are kept; those whose edge belongs elsewhere
+        are roots.
     """
     scale = np.array(in_unit(spacing, "voxels"))[::-1]
-    near, far = _parts(tree, reference, scale, threshold)
-    return {"correct": near, "false": far, "missed": _parts(reference, tree, scale, threshold)[1]}
+    near, far = _parts(tree, reference, scale)
+    return {"correct": near, "false": far, "missed": _parts(reference, tree, scale)[1]}
 
 
-def _parts(tree: Tree, other: Tree, scale: np.ndarray, threshold: float) -> tuple[Tree, Tree]:
+def _parts(tree: Tree, other: Tree, scale: np.ndarray) -> tuple[Tree, Tree]:
     child = np.flatnonzero(tree.parent >= 0)
     middle = (tree.xyz[child] + tree.xyz[tree.parent[child]]) / 2 * scale
     near = np.zeros(len(tree.parent), bool)
-    near[child] = distance_to_tree(middle, replace(other, xyz=other.xyz * scale)) <= threshold
+    near[child] = distance_to_tree(middle, replace(other, xyz=other.xyz * scale)) <= NEAR
     return tuple(
         replace(tree, parent=np.where(chosen, tree.parent, -1)) for chosen in (near, ~near)
     )

@@ -8,22 +8,17 @@ from scipy import stats
 
 from neurolib.errors import SettingsError
 
-EXACT = 16  # differences up to which all 2ⁿ sign flips are tried
-RANDOM_FLIPS = 99_999  # beyond
+EXACT, RANDOM_FLIPS = 16, 99_999  # differences up to which all 2ⁿ sign flips are tried; beyond
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over n neurons with its interval; NaN at both ends if n is 1.
-
-    misses counts the values that were infinite and were replaced (see `aggregate`).
-    """
+    """A mean over n neurons with its interval; NaN at both ends if n is 1."""
 
     mean: float
     low: float
     high: float
     n: int
-    misses: int = 0
 
 
 def t_interval(values: np.ndarray, level: float = 0.95) -> Interval:
@@ -40,11 +35,6 @@ def t_interval(values: np.ndarray, level: float = 0.95) -> Interval:
     ----------
     values : (n,) one finite value or paired difference per neuron, or (n, k) of k seeds
     level : share of experiments whose interval holds the true mean
-
-    Raises
-    ------
-    SettingsError
-        If there are no values or some are not finite.
     """
     values = _check_values(values)
     (n, k), mean = values.shape, float(values.mean())
@@ -87,7 +77,7 @@ def _mean_squares(values: np.ndarray) -> tuple[float, float, float]:
     return float(k * rows.var(ddof=1)), float(n * columns.var(ddof=1)), left
 
 
-def sign_flip_p(differences: np.ndarray, seed: int = 0) -> float:
+def sign_flip_p(differences: np.ndarray) -> float:
     """Two-sided p of paired differences, by flipping their signs.
 
     If neither method were better, each difference could as well have the other sign. Up to 16
@@ -96,13 +86,7 @@ def sign_flip_p(differences: np.ndarray, seed: int = 0) -> float:
 
     Parameters
     ----------
-    differences : (n,) one finite difference per neuron
-    seed : of the patterns, where they are drawn
-
-    Raises
-    ------
-    SettingsError
-        If there are no differences or some are not finite.
+    differences : (n,) one finite difference per neuron, or (n, k) of k seeds
     """
     values = _check_values(differences).mean(axis=1)
     if len(values) == 1:
@@ -114,7 +98,7 @@ def sign_flip_p(differences: np.ndarray, seed: int = 0) -> float:
         vectorized=True,
         n_resamples=np.inf if len(values) <= EXACT else RANDOM_FLIPS,
         batch=10_000,
-        random_state=np.random.default_rng(seed),
+        random_state=np.random.default_rng(0),
     )
     return float(found.pvalue)
 
@@ -127,16 +111,6 @@ def aggregate(values: np.ndarray, penalty: float | np.ndarray | None = None) -> 
     values : (n,) one score per volume; inf where it is undefined (`hd95` with one mask empty)
     penalty : what takes the place of an infinite value, per volume or for all: the volume's
         diagonal (`neurolib.evaluation.volume_diagonal`), so that a miss never improves the mean
-
-    Returns
-    -------
-    Interval
-        With the number of replaced values in `misses`.
-
-    Raises
-    ------
-    SettingsError
-        If there are no values, some are NaN, or some are infinite and no penalty is given.
     """
     values = np.asarray(values, dtype=float)
     missed = np.isposinf(values)
@@ -145,8 +119,7 @@ def aggregate(values: np.ndarray, penalty: float | np.ndarray | None = None) -> 
             f"{missed.sum()} of {values.size} values are infinite (an empty mask); give the "
             "volumes' diagonals as penalty"
         )
-    found = t_interval(np.where(missed, penalty if missed.any() else 0.0, values))
-    return Interval(found.mean, found.low, found.high, found.n, int(missed.sum()))
+    return t_interval(np.where(missed, penalty if missed.any() else 0.0, values))
 
 
 Score = float | Mapping[str, float]  # of one neuron: one number, or one per seed
@@ -167,11 +140,6 @@ def compare_networks(values: Mapping[str, Mapping[str, Score]], baseline: str) -
         Per method: ``mean`` (over neurons of means over seeds), ``difference``, ``low`` and
         ``high`` (95 % t interval, see `t_interval`), ``p`` (exact sign flips of the neurons'
         means), ``n`` neurons; with several seeds ``sd neurons`` and ``sd seeds`` (`spreads`).
-
-    Raises
-    ------
-    SettingsError
-        If there is no such method.
     """
     if baseline not in values:
         raise SettingsError(f"baseline={baseline!r}: expected one of {', '.join(values)}")
@@ -190,13 +158,7 @@ def compare_networks(values: Mapping[str, Mapping[str, Score]], baseline: str) -
 
 
 def differences(ours: Mapping[str, Score], theirs: Mapping[str, Score]) -> np.ndarray:
-    """Paired differences of the n neurons that both have, seed by seed, as `by_neuron` gives them.
-
-    Raises
-    ------
-    SettingsError
-        If they have no neuron in common.
-    """
+    """Paired differences of the n neurons that both have, seed by seed, as `by_neuron` has them."""
     shared = [neuron for neuron in ours if neuron in theirs]
     if not shared:
         raise SettingsError("the two methods were not measured on a common neuron")
