@@ -343,7 +343,8 @@ def download(folder: Path, hub: str, archive: str, wait: float = 0.0, limit: int
     if archive:
         url, digest = archive.split("#")
         downloading.PAUSE = 0.0
-        bigneuron.fetch_janelia(url, digest)
+        os.environ |= {"NEUROLIB_BIGNEURON_URL": url, "NEUROLIB_BIGNEURON_SHA256": digest}
+        bigneuron.fetch_janelia()
 
 
 def download_pairs(folder: Path, manifest: Path, address: str) -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import os
+import shutil
 import struct
 import zipfile
 
@@ -11,7 +13,6 @@ import servers
 
 from neurolib import blocking
 from neurolib.data import bigneuron, datasets, download
-from neurolib.data.bigneuron import fetch_janelia
 from neurolib.data.pairs import folder_pairs
 from neurolib.errors import DataError, SettingsError
 
@@ -60,20 +61,27 @@ def server(release):
 
 
 @pytest.fixture(autouse=True)
-def impatient(monkeypatch):
-    """Waiting times of tests; the user's addresses must not be asked."""
+def cache(tmp_path, monkeypatch):
+    """Waiting times of tests, no address of the user's, and a cache of the test's own."""
     servers.hurry(monkeypatch)
-    for name in ("URL", "SHA256"):
-        monkeypatch.delenv(f"NEUROLIB_BIGNEURON_{name}", raising=False)
+    # All of them are set, so that what tests set in their place is undone.
+    for name, value in (("CACHE", tmp_path), ("BIGNEURON_URL", ""), ("BIGNEURON_SHA256", "")):
+        monkeypatch.setenv(f"NEUROLIB_{name}", str(value))
+    return tmp_path / "bigneuron"
+
+
+def fetch_janelia(url, sha256=""):
+    os.environ |= {"NEUROLIB_BIGNEURON_URL": url, "NEUROLIB_BIGNEURON_SHA256": sha256}
+    return bigneuron.fetch_janelia()
 
 
 def hash_of(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def refused(*args, error=DataError, **kwargs):
+def refused(*args, error=DataError):
     with pytest.raises(error) as caught:
-        fetch_janelia(*args, **kwargs)
+        fetch_janelia(*args)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -86,8 +94,8 @@ def leftovers(cache):
 # ---------------------------------------------------------------------------- the good way
 
 
-def test_release_becomes_a_folder_of_pairs_of_whole_neurons(server, release, tmp_path):
-    folder = fetch_janelia(server.url("good"), hash_of(release), tmp_path)
+def test_release_becomes_a_folder_of_pairs_of_whole_neurons(server, release):
+    folder = fetch_janelia(server.url("good"), hash_of(release))
     pairs = folder_pairs(folder)
     assert len(pairs) == 45
     assert len(list(folder.iterdir())) == 90
@@ -102,30 +110,26 @@ def test_release_becomes_a_folder_of_pairs_of_whole_neurons(server, release, tmp
     assert sample.mask.any()
 
 
-def test_second_call_asks_no_server(server, release, tmp_path):
-    folder = fetch_janelia(server.url("good"), hash_of(release), tmp_path)
+def test_second_call_asks_no_server(server, release, cache):
+    folder = fetch_janelia(server.url("good"), hash_of(release))
     asked = len(server.requests)
-    assert fetch_janelia(server.url("good"), hash_of(release), tmp_path) == folder
-    assert fetch_janelia(server.url("good"), cache=tmp_path) == folder
+    assert fetch_janelia(server.url("good"), hash_of(release)) == folder
+    assert fetch_janelia(server.url("good")) == folder
     assert len(server.requests) == asked == 1
-    assert not list(tmp_path.glob("*.zip")), "the archive is kept beside what was in it"
+    assert not list(cache.glob("*.zip")), "the archive is kept beside what was in it"
 
 
-def test_address_hash_and_cache_come_from_the_environment(server, release, tmp_path, monkeypatch):
-    monkeypatch.setenv("NEUROLIB_CACHE", str(tmp_path))
-    monkeypatch.setenv("NEUROLIB_BIGNEURON_URL", server.url("good"))
-    monkeypatch.setenv("NEUROLIB_BIGNEURON_SHA256", hash_of(release).upper())
+def test_the_data_set_is_found_by_its_name_and_its_hash_holds(server, release, cache):
+    fetch_janelia(server.url("good"), hash_of(release).upper())
     pairs = datasets.load_dataset("bigneuron-janelia")
     assert len(pairs) == 45
-    assert pairs[0].image.is_relative_to(tmp_path / "bigneuron")
-    monkeypatch.setenv("NEUROLIB_BIGNEURON_SHA256", "0" * 64)
-    assert "downloaded before" in refused()
-    monkeypatch.setenv("NEUROLIB_BIGNEURON_SHA256", "12")
-    assert "hexadecimal" in refused()
+    assert pairs[0].image.is_relative_to(cache)
+    assert "downloaded before" in refused(server.url("good"), "0" * 64)
+    assert "hexadecimal" in refused(server.url("good"), "12")
 
 
-def test_the_papers_numbers_of_neurons_can_be_split_off(server, release, tmp_path):
-    pairs = folder_pairs(fetch_janelia(server.url("good"), hash_of(release), tmp_path))
+def test_the_papers_numbers_of_neurons_can_be_split_off(server, release):
+    pairs = folder_pairs(fetch_janelia(server.url("good"), hash_of(release)))
     split = datasets.split_by_neuron(pairs, test=4, validation=3)
     assert [len(part) for part in split] == [38, 3, 4]
 
@@ -133,51 +137,52 @@ def test_the_papers_numbers_of_neurons_can_be_split_off(server, release, tmp_pat
 # ----------------------------------------------------------------------------- transfers
 
 
-def test_dropped_connections_are_resumed_where_they_stopped(server, release, tmp_path):
-    fetch_janelia(server.url("drops"), hash_of(release), tmp_path)
+def test_dropped_connections_are_resumed_where_they_stopped(server, release):
+    fetch_janelia(server.url("drops"), hash_of(release))
     starts = [int(asked[6:-1]) if asked else 0 for _, asked in server.requests]
     step = len(release) // 10 + 1
     assert starts == [step * i for i in range(10)]
 
 
-def test_a_later_call_goes_on_with_what_an_earlier_one_left(server, release, tmp_path, monkeypatch):
+def test_a_later_call_goes_on_with_what_an_earlier_one_left(server, release, cache, monkeypatch):
     monkeypatch.setattr(download, "MAX_CONNECTIONS", 4)
-    message = refused(server.url("drops"), hash_of(release), tmp_path)
+    message = refused(server.url("drops"), hash_of(release))
     assert "4 connections" in message
     assert "run it again to resume" in message
-    assert leftovers(tmp_path) == []
+    assert leftovers(cache) == []
     monkeypatch.setattr(download, "MAX_CONNECTIONS", 100)
-    fetch_janelia(server.url("drops"), hash_of(release), tmp_path)
+    fetch_janelia(server.url("drops"), hash_of(release))
     assert len(server.requests) == 10
 
 
-def test_transfer_that_was_whole_but_not_yet_renamed_is_recognised(server, release, tmp_path):
-    fetch_janelia(server.url("good"), hash_of(release), tmp_path)
-    (record,) = tmp_path.glob("*.json")
-    bigneuron.shutil.rmtree(next(tmp_path.glob("janelia*")))
+def test_transfer_that_was_whole_but_not_yet_renamed_is_recognised(server, release, cache):
+    fetch_janelia(server.url("good"), hash_of(release))
+    (record,) = cache.glob("*.json")
+    shutil.rmtree(next(cache.glob("janelia*")))
     record.with_suffix(".part").write_bytes(release)
-    folder = fetch_janelia(server.url("good"), cache=tmp_path)
+    folder = fetch_janelia(server.url("good"))
     assert len(list(folder.iterdir())) == 90
     # More bytes than the server has are of something else: it starts again.
-    bigneuron.shutil.rmtree(folder)
+    shutil.rmtree(folder)
     record.with_suffix(".part").write_bytes(release + b"more")
-    assert len(list(fetch_janelia(server.url("good"), cache=tmp_path).iterdir())) == 90
+    assert len(list(fetch_janelia(server.url("good")).iterdir())) == 90
 
 
-def test_a_server_that_asks_to_wait_gets_its_time(server, release, tmp_path, monkeypatch):
+def test_a_server_that_asks_to_wait_gets_its_time(server, release, cache, monkeypatch):
     waits = []
     monkeypatch.setattr(download.time, "sleep", waits.append)
-    fetch_janelia(server.url("asks_to_wait"), hash_of(release), tmp_path)
+    fetch_janelia(server.url("asks_to_wait"), hash_of(release))
     assert [wait for wait in waits if wait] == [1.0]
     monkeypatch.setattr(download, "MAX_WAIT", 0.5)
     server.requests.clear()
-    fetch_janelia(server.url("asks_to_wait"), hash_of(release), tmp_path / "other")
+    shutil.rmtree(cache)
+    fetch_janelia(server.url("asks_to_wait"), hash_of(release))
     assert [wait for wait in waits if wait] == [1.0, 0.5]
 
 
 @pytest.mark.parametrize("way", ["drops_once", "busy", "unannounced"])
-def test_servers_without_ranges_lengths_or_time_are_borne_with(server, release, tmp_path, way):
-    folder = fetch_janelia(server.url(way), hash_of(release), tmp_path)
+def test_servers_without_ranges_lengths_or_time_are_borne_with(server, release, way):
+    folder = fetch_janelia(server.url(way), hash_of(release))
     assert len(list(folder.iterdir())) == 90
 
 
@@ -194,89 +199,86 @@ def test_servers_without_ranges_lengths_or_time_are_borne_with(server, release, 
         ("loop", "redirect"),
     ],
 )
-def test_servers_that_never_deliver_come_to_an_end(server, release, tmp_path, way, part):
-    message = refused(server.url(way), hash_of(release), tmp_path)
+def test_servers_that_never_deliver_come_to_an_end(server, release, cache, way, part):
+    message = refused(server.url(way), hash_of(release))
     assert part in message
     assert server.url(way) in message
-    assert leftovers(tmp_path) == []
+    assert leftovers(cache) == []
     assert len(server.requests) <= (31 if way == "loop" else 10)
 
 
-def test_server_that_never_stops_is_stopped(server, release, tmp_path, monkeypatch):
+def test_server_that_never_stops_is_stopped(server, release, cache, monkeypatch):
     monkeypatch.setattr(bigneuron, "MAX_ARCHIVE", 10 << 20)
-    assert "more bytes" in refused(server.url("endless"), hash_of(release), tmp_path)
-    assert sum(p.stat().st_size for p in tmp_path.iterdir()) <= 10 << 20
+    assert "more bytes" in refused(server.url("endless"), hash_of(release))
+    assert sum(p.stat().st_size for p in cache.iterdir()) <= 10 << 20
 
 
-def test_no_server_and_no_address_are_data_errors(server, tmp_path):
+def test_no_server_and_no_address_are_data_errors(server):
     nobody = "http://127.0.0.1:9/gold166.zip"
-    assert nobody in refused(nobody, cache=tmp_path)
+    assert nobody in refused(nobody)
     for bad in ("gold166.zip", "ftp://127.0.0.1/gold166.zip", "http://", "http://[/"):
-        assert "check the address" in refused(bad, cache=tmp_path)
+        assert "check the address" in refused(bad)
 
 
-def test_archive_that_does_not_fit_on_the_disk_is_not_begun(server, release, tmp_path, monkeypatch):
+def test_archive_that_does_not_fit_on_the_disk_is_not_begun(server, release, monkeypatch):
     full = bigneuron.shutil._ntuple_diskusage(100, 99, 1)
     monkeypatch.setattr(bigneuron.shutil, "disk_usage", lambda _: full)
-    assert "do not fit" in refused(server.url("good"), hash_of(release), tmp_path)
+    assert "do not fit" in refused(server.url("good"), hash_of(release))
 
 
 # --------------------------------------------------------------------------------- content
 
 
 @pytest.mark.parametrize("way", ["altered", "short", "page"])
-def test_wrong_bytes_are_refused_and_not_kept(server, release, tmp_path, way):
-    assert "expected " + hash_of(release) in refused(server.url(way), hash_of(release), tmp_path)
-    assert list(tmp_path.iterdir()) == []
+def test_wrong_bytes_are_refused_and_not_kept(server, release, cache, way):
+    assert "expected " + hash_of(release) in refused(server.url(way), hash_of(release))
+    assert list(cache.iterdir()) == []
 
 
 @pytest.mark.filterwarnings("ignore:.*no hash of this archive")
 @pytest.mark.parametrize("way", ["altered", "short", "page"])
-def test_damaged_archive_without_known_hash_is_neither_kept_nor_remembered(server, tmp_path, way):
-    assert "cannot be unpacked" in refused(server.url(way), cache=tmp_path)
-    assert list(tmp_path.iterdir()) == []
+def test_damaged_archive_without_known_hash_is_neither_kept_nor_remembered(server, cache, way):
+    assert "cannot be unpacked" in refused(server.url(way))
+    assert list(cache.iterdir()) == []
 
 
-def test_unknown_hash_is_recorded_at_the_first_download_and_enforced_later(
-    server, release, tmp_path
-):
+def test_unknown_hash_is_recorded_at_the_first_download_and_enforced_later(server, release, cache):
     with pytest.warns(UserWarning, match=hash_of(release)):
-        folder = fetch_janelia(server.url("good"), cache=tmp_path)
-    bigneuron.shutil.rmtree(folder)
+        folder = fetch_janelia(server.url("good"))
+    shutil.rmtree(folder)
     server.data = archive_of(neuron("another"))
-    assert "expected " + hash_of(release) in refused(server.url("good"), cache=tmp_path)
+    assert "expected " + hash_of(release) in refused(server.url("good"))
     server.data = release
-    assert fetch_janelia(server.url("good"), cache=tmp_path) == folder
-    (record,) = tmp_path.glob("*.json")
+    assert fetch_janelia(server.url("good")) == folder
+    (record,) = cache.glob("*.json")
     record.write_text("{")
-    assert "not a readable record" in refused(server.url("good"), cache=tmp_path)
+    assert "not a readable record" in refused(server.url("good"))
 
 
 @pytest.mark.parametrize(
     "name", ["../evil.swc", "/evil.swc", "gold166/../../evil.swc", "..\\evil.swc", "C:/evil.swc"]
 )
-def test_members_that_point_outside_are_refused(server, tmp_path, name):
+def test_members_that_point_outside_are_refused(server, cache, name):
     server.data = archive_of(neuron("cell") | {name: b"evil"})
-    cache = tmp_path / "deep" / "cache"
-    assert "points outside" in refused(server.url("good"), hash_of(server.data), cache)
-    assert not list(tmp_path.rglob("*evil*"))
+    assert "points outside" in refused(server.url("good"), hash_of(server.data))
+    assert not list(cache.parents[1].rglob("*evil*"))
     assert leftovers(cache) == []
 
 
-def test_archive_that_would_unpack_far_beyond_the_release_is_refused(server, tmp_path, monkeypatch):
+def test_archive_that_would_unpack_far_beyond_the_release_is_refused(server, cache, monkeypatch):
     monkeypatch.setattr(bigneuron, "MAX_UNPACKED", 1 << 20)
     server.data = archive_of(neuron("bomb", content=bytes(2 << 20)))
     assert len(server.data) < 1 << 16
-    assert "unpacked" in refused(server.url("good"), hash_of(server.data), tmp_path)
-    assert leftovers(tmp_path) == []
+    assert "unpacked" in refused(server.url("good"), hash_of(server.data))
+    assert leftovers(cache) == []
 
 
-def test_archive_without_janelia_neurons_is_refused(server, tmp_path):
+def test_archive_without_janelia_neurons_is_refused(server):
     server.data = archive_of(neuron("cell", "gold166/p_checked7_taiwan_flycirciut"))
-    assert "not the gold166" in refused(server.url("good"), hash_of(server.data), tmp_path)
+    assert "not the gold166" in refused(server.url("good"), hash_of(server.data))
 
 
-def test_encrypted_archive_is_refused(server, tmp_path):
+def test_encrypted_archive_is_refused(server):
     data = bytearray(archive_of(neuron("cell")))
     # The flag "encrypted" in the local header and in the central directory of each member.
     for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
@@ -285,14 +287,12 @@ def test_encrypted_archive_is_refused(server, tmp_path):
             data[at + offset] |= 1
             at = data.find(signature, at + 1)
     server.data = bytes(data)
-    assert "cannot be unpacked" in refused(server.url("good"), hash_of(server.data), tmp_path)
+    assert "cannot be unpacked" in refused(server.url("good"), hash_of(server.data))
 
 
-def test_cache_that_cannot_be_written_is_a_settings_error(server, release, tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    message = refused(
-        server.url("good"), hash_of(release), tmp_path / "file" / "x", error=SettingsError
-    )
+def test_cache_that_cannot_be_written_is_a_settings_error(server, release, cache):
+    cache.write_text("not a folder")
+    message = refused(server.url("good"), hash_of(release), error=SettingsError)
     assert "cannot write here" in message
 
 
@@ -300,12 +300,12 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def fetch(server, tmp_path, members):
+def fetch(server, members):
     server.data = archive_of(members)
-    return fetch_janelia(server.url("good"), hash_of(server.data), tmp_path)
+    return fetch_janelia(server.url("good"), hash_of(server.data))
 
 
-def test_gold_tree_is_told_from_automatic_ones_and_images_from_copies(server, tmp_path):
+def test_gold_tree_is_told_from_automatic_ones_and_images_from_copies(server):
     members = neuron("cell_1", suffix=".v3dpbd", content=b"compressed")
     members |= {
         f"{ROOT}/cell_1/cell_1.tif": b"a copy",
@@ -314,16 +314,15 @@ def test_gold_tree_is_told_from_automatic_ones_and_images_from_copies(server, tm
         f"{ROOT}/plain/plain.v3dpbd": b"image",
         f"{ROOT}/plain/proofread.swc": SWC,
     }
-    folder = fetch(server, tmp_path, members)
+    folder = fetch(server, members)
     assert names(folder) == ["cell_1.swc", "cell_1.v3dpbd", "plain.swc", "plain.v3dpbd"]
     assert (folder / "cell_1.swc").read_bytes() == SWC
     assert (folder / "cell_1.v3dpbd").read_bytes() == b"compressed"
 
 
-def test_images_that_share_a_folder_keep_their_own_trees(server, tmp_path):
+def test_images_that_share_a_folder_keep_their_own_trees(server):
     folder = fetch(
         server,
-        tmp_path,
         {
             f"{ROOT}/n1.tif": b"one",
             f"{ROOT}/n10.tif": b"ten",
@@ -335,7 +334,7 @@ def test_images_that_share_a_folder_keep_their_own_trees(server, tmp_path):
     assert (folder / "n10.swc").read_bytes().startswith(b"# ten")
 
 
-def test_images_without_a_sure_tree_are_left_out_and_named(server, tmp_path):
+def test_images_without_a_sure_tree_are_left_out_and_named(server):
     members = neuron("good")
     members |= {
         f"{ROOT}/lonely/lonely.v3dpbd": b"image",
@@ -344,13 +343,13 @@ def test_images_without_a_sure_tree_are_left_out_and_named(server, tmp_path):
         f"{ROOT}/two/two.v3dpbd_b.swc": SWC,
     }
     with pytest.warns(UserWarning, match="2 images .*lonely, two"):
-        folder = fetch(server, tmp_path, members)
+        folder = fetch(server, members)
     assert names(folder) == ["good.swc", "good.v3draw"]
 
 
-def test_names_are_made_safe_and_an_image_in_two_parts_is_one_neuron(server, tmp_path):
+def test_names_are_made_safe_and_an_image_in_two_parts_is_one_neuron(server):
     again = ROOT.replace("part1", "part2")
     members = neuron("a cell*") | neuron("same") | neuron("same", again, content=v3draw(9))
-    folder = fetch(server, tmp_path, members)
+    folder = fetch(server, members)
     assert names(folder) == ["a_cell_.swc", "a_cell_.v3draw", "same.swc", "same.v3draw"]
     assert (folder / "same.v3draw").read_bytes() == v3draw()

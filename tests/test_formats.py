@@ -155,37 +155,11 @@ def test_tiff_of_slices_written_one_by_one(tmp_path):
         assert np.array_equal(read_volume(tmp_path / "a.tif").data, data)
 
 
-@pytest.mark.parametrize(
-    ("unit", "factor"),
-    [("um", 1), ("micron", 1), ("\\u00B5m", 1), ("nm", 1e-3), ("mm", 1e3), ("pixel", 1), ("", 1)],
-)
-def test_imagej_spacing_and_units(tmp_path, unit, factor):
-    path = tmp_path / "a.tif"
-    metadata = {"axes": "ZYX", "spacing": 2.5, "unit": unit}
-    tifffile.imwrite(path, stack(), imagej=True, resolution=(4, 2), metadata=metadata)
-    dz, dy, dx = read_volume(path).spacing
-    assert (dz, dy, dx) == pytest.approx((2.5 * factor, 0.5 * factor, 0.25 * factor))
-
-
 def test_imagej_negative_spacing_is_a_distance(tmp_path):
     path = tmp_path / "a.tif"
     metadata = {"axes": "ZYX", "spacing": -2.0, "unit": "um"}
     tifffile.imwrite(path, stack(), imagej=True, metadata=metadata)
     assert read_volume(path).spacing == (2, 1, 1)
-
-
-def test_ome_spacing_and_units(tmp_path):
-    path = tmp_path / "a.ome.tif"
-    metadata = {
-        "axes": "ZYX",
-        "PhysicalSizeX": 250.0,
-        "PhysicalSizeXUnit": "nm",
-        "PhysicalSizeY": 0.5,
-        "PhysicalSizeZ": 0.002,
-        "PhysicalSizeZUnit": "mm",
-    }
-    tifffile.imwrite(path, stack(), metadata=metadata)
-    assert read_volume(path).spacing == pytest.approx((2, 0.5, 0.25))
 
 
 def test_printing_resolution_is_no_spacing(tmp_path):
@@ -675,10 +649,6 @@ def test_nrrd(tmp_path, encoding, dtype, order):
         ("spacings: 0.25 0.5 2\n", (2, 0.5, 0.25)),
         ("space directions: (0.25,0,0) (0,0.5,0) (0,0,2)\n", (2, 0.5, 0.25)),
         ("space directions: (3,4,0) (0,0.5,0) (0,0,-2)\n", (2, 0.5, 5)),
-        (
-            'space directions: (250,0,0) (0,500,0) (0,0,2000)\nspace units: "nm" "nm" "nm"\n',
-            (2, 0.5, 0.25),
-        ),
         ("spacings: 0.25 0.5\n", (1, 1, 1)),
         ("spacings: nan 0.5 0\n", (1, 1, 1)),
     ],
@@ -828,10 +798,6 @@ def test_zarr_channels(tmp_path, ngff):
 
 def test_zarr_spacing(tmp_path):
     path = tmp_path / "a.zarr"
-    ome_zarr(path, stack(), multiscales(scale=(2000, 500, 250), unit="nanometer"))
-    assert read_volume(path).spacing == pytest.approx((2, 0.5, 0.25))
-    ome_zarr(path, stack(), multiscales(unit="pixel"))
-    assert read_volume(path).spacing == (2, 0.5, 0.25)
     # A scale of all levels comes on top of that of the level.
     common = {"coordinateTransformations": [{"type": "scale", "scale": [1, 2, 4]}]}
     ome_zarr(path, stack(), multiscales() | common)
@@ -1134,18 +1100,13 @@ def absurd(name):
         if name == "gzip.nrrd":
             return (head + "encoding: gzip\n\n").encode() + gzip.compress(bytes(100_000))
         return (head + "encoding: raw\n\n").encode() + bytes(100)
-    buffer = io.BytesIO()
     if name == "images.tif":
-        tifffile.imwrite(buffer, stack(shape=(16, 16, 16)), imagej=True, metadata={"axes": "ZYX"})
-        content = buffer.getvalue()
+        cube = stack(shape=(16, 16, 16))
+        content = saved(tifffile.imwrite, cube, imagej=True, metadata={"axes": "ZYX"})
         return content.replace(b"images=16\nslices=16\n", b"images=99\nslices=99\n")
-    compression = "zlib" if name == "packed.tif" else None
-    tifffile.imwrite(
-        buffer, stack(shape=(3, 16, 16)), photometric="minisblack", compression=compression
-    )
-    content = bytearray(buffer.getvalue())
-    buffer.seek(0)
-    with tifffile.TiffFile(buffer) as tif:
+    options = {"photometric": "minisblack", "compression": "zlib" if name == "packed.tif" else None}
+    content = bytearray(saved(tifffile.imwrite, stack(shape=(3, 16, 16)), **options))
+    with tifffile.TiffFile(io.BytesIO(content)) as tif:
         for page in tif.pages:
             for code in (256, 257, 278):
                 # Width, length and rows per strip, given as 4-byte integers.
@@ -1154,20 +1115,10 @@ def absurd(name):
     return bytes(content)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "a.v3draw",
-        "a.v3dpbd",
-        "a.npy",
-        "wrap.npy",
-        "a.nrrd",
-        "gzip.nrrd",
-        "plain.tif",
-        "packed.tif",
-        "images.tif",
-    ],
-)
+ABSURD = ["a.v3draw", "a.v3dpbd", "a.npy", "wrap.npy", "a.nrrd", "gzip.nrrd", "plain.tif"]
+
+
+@pytest.mark.parametrize("name", [*ABSURD, "packed.tif", "images.tif"])
 def test_absurd_claims_are_refused_without_allocating(tmp_path, name):
     path = save(tmp_path, absurd(name), name)
     assert path.stat().st_size < 50_000
@@ -1202,125 +1153,87 @@ def test_real_projections_are_refused():
 # Fuzz ---------------------------------------------------------------------------------------
 
 
-def mutate(content: bytes, rng: random.Random) -> bytes:
+def mutate(content, rng, words=(b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"9999")):
     """Damage a file; half of the time near its beginning, where the header is."""
     data = bytearray(content)
     for _ in range(rng.randint(1, 3)):
         limit = len(data) if rng.random() < 0.5 else min(len(data), 400)
-        at = rng.randrange(max(1, limit))
-        kind = rng.randrange(5)
+        at, kind = rng.randrange(max(1, limit)), rng.randrange(6)
         if kind == 0:
             del data[at:]
         elif kind == 1 and data:
             data[min(at, len(data) - 1)] ^= 1 << rng.randrange(8)
-        elif kind == 2:
-            extreme = [
-                b"\xff\xff\xff\xff",
-                b"\xff\xff\xff\x7f",
-                b"\0\0\0\x80",
-                b"\0\0\0\0",
-                b"9999",
-            ]
-            data[at : at + 4] = rng.choice(extreme)
-        elif kind == 3:
-            data[at:at] = data[: rng.randint(1, 40)]
+        elif kind in (2, 3):
+            data[at : at + 4 * (kind == 2)] = rng.choice(words)
         elif kind == 4:
+            data[at:at] = data[at : at + rng.randint(1, 40)]
+        elif kind == 5:
             del data[at : at + rng.randint(1, 40)]
     return bytes(data)
 
 
-def healthy(name):
-    data = stack("uint16", (3, 16, 17))
+def fuzz(cases, damaged, read, error=VolumeError):
+    """Number of damaged files that are refused, each with one line; the others must read well."""
+    said = []
+    for _ in range(cases):
+        path = damaged()
+        try:
+            read(path)
+        except error as caught:
+            said.append(str(caught))
+    assert [text for text in said if "\n" in text] == []
+    return len(said)
+
+
+def read_well(path):
+    volume = read_volume(path)
+    part = volume.data[:4, :20, :20]
+    assert part.ndim == 3
+    assert np.isfinite(part).all()
+    assert all(np.isfinite(d) and d > 0 for d in volume.spacing)
+
+
+DATA_16 = stack("uint16", (3, 16, 17))
+OPTIONS = {
+    "plain.tif": {},
+    "imagej.tif": {"imagej": True, "metadata": {"axes": "ZYX", "unit": "um"}},
+    "packed.tif": {"imagej": True, "compression": "zlib", "metadata": {"axes": "ZYX"}},
+    "ome.tif": {"ome": True, "bigtiff": True, "metadata": {"axes": "ZYX", "PhysicalSizeX": 0.5}},
+}
+OTHERS = {
+    "a.npy": lambda: saved(np.save, DATA_16),
+    "a.v3draw": lambda: v3draw(DATA_16),
+    "8.v3dpbd": lambda: v3dpbd(0, (1, 3, 16, 17), 1)[0],
+    "16.v3dpbd": lambda: v3dpbd(0, (1, 3, 16, 17), 2)[0],
+    "raw.nrrd": lambda: nrrd(DATA_16, extra="spacings: 1 1 2\n"),
+    "gzip.nrrd": lambda: nrrd(DATA_16, "gzip"),
+}
+
+
+def saved(write, data, **options):
     buffer = io.BytesIO()
-    options = {
-        "plain.tif": {},
-        "imagej.tif": {
-            "imagej": True,
-            "resolution": (4, 4),
-            "metadata": {"axes": "ZYX", "unit": "um"},
-        },
-        "packed.tif": {"imagej": True, "compression": "zlib", "metadata": {"axes": "ZYX"}},
-        "ome.tif": {
-            "ome": True,
-            "bigtiff": True,
-            "metadata": {"axes": "ZYX", "PhysicalSizeX": 0.5},
-        },
-    }
-    if name in options:
-        tifffile.imwrite(buffer, data, photometric="minisblack", **options[name])
-        return buffer.getvalue()
-    if name == "a.npy":
-        np.save(buffer, data)
-        return buffer.getvalue()
-    return {
-        "a.v3draw": lambda: v3draw(data),
-        "8.v3dpbd": lambda: v3dpbd(0, (1, 3, 16, 17), 1)[0],
-        "16.v3dpbd": lambda: v3dpbd(0, (1, 3, 16, 17), 2)[0],
-        "raw.nrrd": lambda: nrrd(data, extra="spacings: 1 1 2\n"),
-        "gzip.nrrd": lambda: nrrd(data, "gzip"),
-    }[name]()
+    write(buffer, data, **options)
+    return buffer.getvalue()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "plain.tif",
-        "imagej.tif",
-        "packed.tif",
-        "ome.tif",
-        "a.npy",
-        "a.v3draw",
-        "8.v3dpbd",
-        "16.v3dpbd",
-        "raw.nrrd",
-        "gzip.nrrd",
-    ],
-)
+@pytest.mark.parametrize("name", [*OPTIONS, *OTHERS])
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_files_are_refused_or_read(tmp_path, name, caplog, count_damaged):
     # tifffile reports what it skips over; here that is expected by the thousand.
     caplog.set_level("CRITICAL", logger="tifffile")
-    source = healthy(name)
+    if name in OPTIONS:
+        source = saved(tifffile.imwrite, DATA_16, photometric="minisblack", **OPTIONS[name])
+    else:
+        source = OTHERS[name]()
     assert read_volume(save(tmp_path, source, name)).data.shape == (3, 16, 17)
     rng = random.Random(json.dumps(name))
-    stopped = several_lines = 0
-    for case in range(CASES):
-        content = mutate(source, rng)
-        path = save(tmp_path, content, name)
-        try:
-            volume = read_volume(path)
-        except VolumeError as error:
-            stopped += 1
-            several_lines += "\n" in str(error)
-            continue
-        assert volume.data.ndim == 3, case
-        assert np.isfinite(volume.data).all(), case
-        assert all(np.isfinite(d) and d > 0 for d in volume.spacing), case
-    assert stopped > 0
-    assert several_lines == 0
+    assert fuzz(CASES, lambda: save(tmp_path, mutate(source, rng), name), read_well) > 0
     count_damaged(CASES)
 
 
 # What JSON can hold in place of something sensible.
-ODD = [
-    None,
-    True,
-    -1,
-    0,
-    1,
-    3,
-    1e308,
-    float("nan"),
-    1 << 40,
-    1 << 70,
-    10**400,
-    "",
-    "x",
-    "..",
-    [],
-    {},
-]
-ODD += [[1] * 5, [1 << 20] * 3, {"a": 1}, "uint64", "complex128", "r7", "|O", "gzip", "../../a"]
+ODD = [None, True, -1, 0, 1, 3, 1e308, float("nan"), 1 << 40, 1 << 70, 10**400, "", "x", "..", []]
+ODD += [{}, [1] * 5, [1 << 20] * 3, {"a": 1}, "uint64", "complex128", "r7", "|O", "gzip", "../../a"]
 
 
 def mutate_json(content: bytes, rng: random.Random) -> bytes:
@@ -1356,29 +1269,22 @@ ZARRS = {
 @pytest.mark.parametrize("kind", ZARRS)
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_zarrs_are_refused_or_read(tmp_path, kind, count_damaged):
-    data = stack("uint16", (3, 16, 17))
-    path = ome_zarr(tmp_path / "a.zarr", data, chunks=(2, 16, 9), **ZARRS[kind])
+    path = ome_zarr(tmp_path / "a.zarr", DATA_16, chunks=(2, 16, 9), **ZARRS[kind])
     metadata = sorted(p for p in path.rglob("*") if p.is_file() and p.name[-1].isalpha())
     files = {file: file.read_bytes() for file in [*metadata, *chunk_files(path)]}
     rng = random.Random(kind)
-    stopped = several_lines = 0
-    for case in range(ZARR_CASES):
+
+    def damaged():
+        for file, content in files.items():
+            file.write_bytes(content)
         part = metadata if rng.random() < 0.5 else list(files)[len(metadata) :]
         file = rng.choice(part)
         change = mutate_json if part is metadata else mutate
         file.write_bytes(change(files[file], rng))
-        try:
-            volume = read_volume(path)
-            corner = volume.data[:4, :20, :20]
-        except VolumeError as error:
-            stopped += 1
-            several_lines += "\n" in str(error)
-        else:
-            assert corner.ndim == 3, case
-            assert np.isfinite(corner).all(), case
-            assert all(np.isfinite(d) and d > 0 for d in volume.spacing), case
-        file.write_bytes(files[file])
-    assert 0 < stopped < ZARR_CASES
-    assert several_lines == 0
+        return path
+
+    assert 0 < fuzz(ZARR_CASES, damaged, read_well) < ZARR_CASES
     count_damaged(ZARR_CASES)
-    assert np.array_equal(read_volume(path).data, data)
+    for file, content in files.items():
+        file.write_bytes(content)
+    assert np.array_equal(read_volume(path).data, DATA_16)

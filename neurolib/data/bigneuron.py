@@ -24,13 +24,13 @@ from neurolib.data.download import download
 from neurolib.errors import DataError, NeurolibWarning, SettingsError
 
 URL = "https://github.com/BigNeuron/Data/releases/download/Gold166_v1/gold166.zip"
+VARIABLE = "NEUROLIB_BIGNEURON_URL"
 GROUP = "janelia_flylight"
 # Best first, where a folder holds one image in several formats: the release's own goes first.
 IMAGES = (".v3dpbd", ".v3draw", ".tif", ".tiff")
 # Vaa3D names a proofread tree after its image and the time at which it was saved:
 # "cell.v3dpbd_stamp_2015_06_15_18_06.swc", "cell.v3dpbd.ano_stamp_2015_06_17_11_23.swc".
 GOLD = re.compile(r"_stamp_[\d_]+\.swc$", re.IGNORECASE)
-
 # The archive is a few gigabytes, its Janelia part less than fifty when unpacked; what claims to
 # be far larger is not it, and must not fill a disk.
 MAX_ARCHIVE = 40 << 30
@@ -39,40 +39,24 @@ MAX_UNPACKED = 100 << 30
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 
 
-def fetch_janelia(
-    url: str | None = None, sha256: str | None = None, cache: str | Path | None = None
-) -> Path:
+def fetch_janelia() -> Path:
     """Folder of the Janelia image/SWC pairs, downloaded and unpacked at the first call.
 
-    Parameters
-    ----------
-    url, sha256 : str, optional
-        Address of the archive and its hash; by default ``$NEUROLIB_BIGNEURON_URL``, else the
-        release's own (`URL`), and ``$NEUROLIB_BIGNEURON_SHA256``. The release publishes no hash:
-        without one, that of the first download is recorded in the cache and enforced later.
-    cache : path, optional
-        By default the folder ``bigneuron`` of `neurolib.files.cache_folder`.
+    The archive comes from ``$NEUROLIB_BIGNEURON_URL``, else the release's own address (`URL`), and
+    must have the hash ``$NEUROLIB_BIGNEURON_SHA256``. The release publishes none: without one, that
+    of the first download is recorded in the cache and enforced later.
 
     Returns
     -------
     Path
         Folder with an image and ``<name>.swc`` for every neuron, there whole or not at all.
-
-    Raises
-    ------
-    DataError
-        If the archive cannot be had, has another hash, is damaged, holds names that point outside
-        it, is far larger than the release, or has no Janelia neuron.
-    SettingsError
-        If the cache cannot be written to.
     """
-    url = url or os.environ.get("NEUROLIB_BIGNEURON_URL") or URL
-    expected = (sha256 or os.environ.get("NEUROLIB_BIGNEURON_SHA256") or "").lower()
-    if expected and not re.fullmatch(r"[0-9a-f]{64}", expected):
+    url = os.environ.get(VARIABLE) or URL
+    expected = os.environ.get("NEUROLIB_BIGNEURON_SHA256", "").lower()
+    if not re.fullmatch(r"([0-9a-f]{64})?", expected):
         raise DataError(f"sha256 {expected!r}: expected 64 hexadecimal digits")
-    cache = Path(cache) if cache else files.cache_folder() / "bigneuron"
     # Two addresses may hold two versions: each has a folder and a record of its own.
-    key = hashlib.sha256(url.encode()).hexdigest()[:8]
+    cache, key = files.cache_folder() / "bigneuron", hashlib.sha256(url.encode()).hexdigest()[:8]
     folder, record = cache / f"{GROUP}-{key}", cache / f"archive-{key}.json"
     known = _recorded(record)
     if expected and known and known != expected:
@@ -94,7 +78,7 @@ def fetch_janelia(
 
 def _fetch(url: str, archive: Path, folder: Path, expected: str, record: Path) -> None:
     """Download, check and unpack the archive."""
-    download(url, archive, expected, MAX_ARCHIVE, "NEUROLIB_BIGNEURON_URL")
+    download(url, archive, expected, MAX_ARCHIVE, VARIABLE)
     found = expected or files.sha256(archive)
     if not expected:
         warnings.warn(
@@ -181,16 +165,20 @@ def _pairs(members: list[zipfile.ZipInfo]) -> tuple[dict[str, tuple], list[str]]
         if GROUP in str(path.parent).lower() and not hidden:
             folders[path.parent].append(member)
     pairs, unpaired = {}, []
-    for folder in sorted(folders):
-        images = {}
+    for _, inside in sorted(folders.items()):
         # Of several formats of one image, the first of IMAGES comes last, and stays.
-        for suffix in reversed(IMAGES):
-            found = [m for m in folders[folder] if _path(m).suffix.lower() == suffix]
-            images |= {_path(m).stem: m for m in found}
-        trees = [m for m in folders[folder] if _path(m).suffix.lower() == ".swc"]
+        images = {
+            _path(m).stem: m
+            for suffix in reversed(IMAGES)
+            for m in inside
+            if _path(m).suffix.lower() == suffix
+        }
+        trees = [m for m in inside if _path(m).suffix.lower() == ".swc"]
         for stem, image in sorted(images.items()):
-            # Alone in its folder an image may have a tree of any name.
-            own = [t for t in trees if len(images) == 1 or _belongs(_path(t).name, stem)]
+            # Alone in its folder an image may have a tree of any name; "cell_1" is not the image
+            # of "cell_10.swc".
+            named = (f"{stem}.", f"{stem}_")
+            own = [t for t in trees if len(images) == 1 or _path(t).name.startswith(named)]
             gold = [t for t in own if GOLD.search(_path(t).name)] or own
             name = re.sub(r"[^\w.+-]", "_", stem)
             if len(gold) != 1:
@@ -199,8 +187,3 @@ def _pairs(members: list[zipfile.ZipInfo]) -> tuple[dict[str, tuple], list[str]]
                 # The same image in two parts is one neuron: the first is kept.
                 pairs.setdefault(name, (image, gold[0]))
     return pairs, unpaired
-
-
-def _belongs(tree: str, stem: str) -> bool:
-    """Whether an SWC is named after an image: "cell_1" is not the image of "cell_10.swc"."""
-    return tree.startswith((f"{stem}.", f"{stem}_"))
