@@ -12,7 +12,7 @@ small U-Net at full resolution: a token of 14 pixels at this scale is 6 voxels w
 4. `contrast=True` shows the encoder local contrast instead of brightness, and the stem both.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -339,21 +339,26 @@ def normalisation(encoder: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 @torch.inference_mode()
-def token_colours(network: Segmenter, slices: torch.Tensor) -> np.ndarray:
-    """The last tokens of one block as an image: three principal components as red, green, blue.
+def token_colours(networks: Mapping[str, Segmenter], slices: torch.Tensor) -> dict[str, np.ndarray]:
+    """The last tokens of a block as images: three principal components as red, green, blue.
 
-    Slices (1, D, h, w) become an array (rows, columns, 3) with one pixel per token, in which each
-    component is stretched to [0, 1].
+    Slices (1, D, h, w) become an array (rows, columns, 3) per network, a pixel per token. The
+    components are common to all networks, each network's tokens being centred and of one spread;
+    each component is stretched to [0, 1].
     """
-    tokens = network.encode(slices)[-1][0]
-    flat = tokens.flatten(1).T.double()
-    flat = flat - flat.mean(0)
-    _, _, directions = torch.linalg.svd(flat, full_matrices=False)
+    tokens = {name: network.encode(slices)[-1][0] for name, network in networks.items()}
+    flat = torch.stack([found.flatten(1).T.double() for found in tokens.values()])
+    flat = flat - flat.mean(1, keepdim=True)
+    flat = flat / flat.std(dim=(1, 2), keepdim=True)
+    _, _, directions = torch.linalg.svd(flat.flatten(0, 1), full_matrices=False)
     # The sign of a direction is arbitrary: fix it, so that a picture can be made again.
     signs = directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
     parts = flat @ (directions * signs)[:3].T
-    low, high = parts.min(0).values, parts.max(0).values
-    return ((parts - low) / (high - low)).reshape(*tokens.shape[1:], 3).numpy()
+    low, high = parts.amin((0, 1)), parts.amax((0, 1))
+    return {
+        name: ((part - low) / (high - low)).reshape(*tokens[name].shape[1:], 3).numpy()
+        for name, part in zip(tokens, parts, strict=True)
+    }
 
 
 @torch.inference_mode()

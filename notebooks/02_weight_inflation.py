@@ -25,7 +25,7 @@
 # - prove that the inflated network still is the 2D one, and count what the third dimension costs
 # - look at the tokens and at the attention of an encoder before any training
 #
-# **Before this:** [01 Data blocking](01_data_blocking.ipynb), and having met a vision transformer.
+# **Before this:** [01 Data blocking](01_data_blocking.ipynb).
 #
 # **Takes** under a minute and 1.0 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
@@ -52,6 +52,7 @@ if "google.colab" in sys.modules and not Path("../neurolib").is_dir():  # on Col
 
 # %%
 import ipywidgets
+import numpy as np
 import torch
 import torch.nn.functional as F
 from IPython.display import Markdown, display
@@ -64,12 +65,33 @@ from neurolib.course.exercises import inflation as exercises
 run = runs.open_run(run_dir)
 
 # %% [markdown]
-# ## The only layer that knows about pixels
+# ## A vision transformer in five sentences
 #
 # A vision transformer cuts an image into patches of $p \times p$ pixels and maps each to a vector, a
-# *token*, with one linear layer, the *patch embedding*: $E$ kernels of shape $(3, p, p)$. Everything
-# behind it works on tokens. To read a block of $D$ grey slices, only the patch embedding has to
-# change.
+# *token*, with one linear layer, the *patch embedding*: $E$ kernels of shape $(3, p, p)$. It adds a
+# *position embedding* to each token, since nothing else says where a patch was, and puts one more
+# token in front, the *class token*, which stands for the whole image. Then come a dozen equal *blocks*. In
+# each, *attention* lets every token ask all others: a token's query is compared with their keys, and the
+# softmax of these similarities says how much of each value it takes. A small network (MLP) then works on
+# each token by itself.
+#
+# If you never met one, [Vaswani et al. 2017](https://arxiv.org/abs/1706.03762) explain attention,
+# [Dosovitskiy et al. 2021](https://arxiv.org/abs/2010.11929) bring it to images, and
+# [The Illustrated Transformer](https://jalammar.github.io/illustrated-transformer/) draws every step.
+#
+# ### What DINO learns from
+#
+# DINO learns from photographs without a label. Two copies of the network, a student and a teacher, see
+# different crops of one photograph, and the student learns to give the description that the teacher
+# gives; the teacher is a running average of the student, and its answers are centred and sharpened, so that
+# both cannot agree on one answer for everything. To describe a small crop as the teacher describes the
+# whole, the student must recognise what the crop belongs to, and its attention learns to follow objects.
+# DINOv2, which this course uses, adds that patches are hidden and their tokens must be guessed.
+#
+# ## The only layer that knows about pixels
+#
+# Everything behind the patch embedding works on tokens. To read a block of $D$ grey slices, only the
+# patch embedding has to change.
 
 # %%
 state = weights.load_pretrained(encoder, weights_file or None)
@@ -197,8 +219,8 @@ for strategy in ("average", "center"):
 kernels = {s: inflation.inflate(grey, depth, s) for s in ("average", "center", "gaussian")}
 strongest = int(F.avg_pool2d(grey, 5).flatten(1).norm(dim=1).argmax())
 panels = {"colour": plotting.colour_kernel(weight[strongest]), "grey": grey[strongest, 0]}
-alt = "A patch kernel in colour, with fine structure, and the grey kernel folded from it."
-plotting.show(plotting.images(panels, cmap="viridis"), "folding", alt, run.figures)
+alt = "A patch kernel in colour, and the grey kernel folded from it: blue above zero, red below."
+plotting.show(plotting.images(panels, shared=True), "folding", alt, run.figures)
 
 # %% [markdown]
 # Then the same kernel, inflated in three ways:
@@ -209,7 +231,7 @@ panels = {
     for name, kernel in kernels.items()
     for i in range(depth)
 }
-figure = plotting.images(panels, columns=depth, cmap="viridis", shared=True)
+figure = plotting.images(panels, columns=depth, shared=True)
 alt = "Three rows of slices: average repeats a faint kernel, center has it in the middle alone."
 plotting.show(figure, "kernels", alt, run.figures)
 
@@ -222,7 +244,8 @@ plotting.show(figure, "kernels", alt, run.figures)
 # %%
 response = inflation.tube_response(kernels, size)
 lines = {name: (range(-(depth // 2), depth // 2 + 1), values) for name, values in response.items()}
-figure = plotting.curves(lines, "depth of the tube in the block", "change of the tokens (norm)")
+panels = {"change of the tokens (norm)": lines}
+figure = plotting.curves(panels, "depth of the tube in the block")
 alt = "Token change against tube depth: flat for average, a single peak at zero for center."
 plotting.show(figure, "depths", alt, run.figures)
 
@@ -324,6 +347,33 @@ for name, found in (("average on a repeated slice", same), ("center on any block
     print(f"{name} equals 2D to 1e-4: {bool(error < 1e-4)}")
 
 # %% [markdown]
+# ### Where a patch was
+#
+# One more thing had to fit: the position embedding. It was learnt for the larger images of the
+# pre-training and is *resized* to the patches that we have, as one resizes an image (bicubic). The
+# picture shows how similar the embedding of one place is to those of all other places, before and after:
+
+
+# %%
+def likeness(positions):
+    side = int(positions.shape[1] ** 0.5)  # behind the class token, a square
+    grid = F.normalize(positions[0, -(side**2) :], dim=1).reshape(side, side, -1)
+    return grid @ grid[side // 3, side // 3]
+
+
+before, after = state.get(inflation.POSITION), center.encoder.pos_embed
+if before is not None and after is not None:  # DINOv3 has rotary positions
+    found = [likeness(part.detach()) for part in (before, after)]
+    panels = {f"{len(part)} x {len(part)} places": part for part in found}
+    alt = "Likeness of one place to all others, before and after resizing: near ones are alike."
+    figure = plotting.images(panels, cmap="viridis", shared=True)
+    plotting.show(figure, "positions", alt, run.figures)
+
+# %% [markdown]
+# Near places are alike, far ones are not, and resizing keeps that: the network still knows what is
+# beside what. The identities above hold because both networks, 2D and 3D, have the same resized positions.
+
+# %% [markdown]
 # ## What it costs
 #
 # The patch embedding has $D$ times the weights and $D$ times the products, everything behind it is the
@@ -342,9 +392,8 @@ display(Markdown(runs.table(network.costs(settings))))
 # ## What the tokens know before any training
 #
 # A slice of a neuron through the encoder, with random weights and with pre-trained ones. The three
-# strongest directions among the tokens are shown as red, green and blue. Below them is the *attention*
-# of the last block: how much the class token, which in pre-training had to describe the whole image,
-# takes from each patch.
+# strongest directions among the tokens of all three networks are shown as red, green and blue: equal
+# colours are equal directions.
 
 # %%
 sample = blocking.read_sample(datasets.load_dataset(data)[0])
@@ -355,45 +404,69 @@ target = blocking.read_block(sample.mask, fullest, (1, 100, 100))[0]
 
 # %%
 networks = {"random": build("scratch", depth), "center": center, "average": average}
-maps = {name: network.class_attention(net, real) for name, net in networks.items()}
-panels = {"slice": real[0, depth // 2].numpy()}
-panels |= {f"tokens, {name}": network.token_colours(net, real) for name, net in networks.items()}
-panels["target"] = target
-panels |= {f"attention, {name}": plotting.heat(found.mean(0)) for name, found in maps.items()}
-alt = "A slice, its tokens in colour, its target, and the class token's attention to each patch."
-figure = plotting.images(panels, columns=4)
-plotting.scale_bar(figure.axes[0], real.shape[-1], 1.0, "voxels")
+panels = {"slice": real[0, depth // 2].numpy(), "target": target}
+colours = network.token_colours(networks, real)
+panels |= {f"tokens, {name}": found for name, found in colours.items()}
+figure = plotting.images(panels, columns=5)
+plotting.scale_bar(figure.axes[0], real.shape[-1])
+alt = "A slice, its target, and the tokens of three networks in colours that they share."
 plotting.show(figure, "tokens", alt, run.figures)
 
 # %% [markdown]
-# Random weights give bright and dark patches different tokens, and attend everywhere alike. Pre-trained
-# ones attend to what stands out, here the neurite, though they were trained on photographs. In numbers,
-# for this slice: the patches that the target touches, and the share of attention that goes to them:
+# Below is the *attention* of the last block: how much the class token, which in pre-training had to
+# describe the whole image, takes from each patch. All three maps have one scale.
 
 # %%
-touched = F.adaptive_max_pool2d(torch.from_numpy(target)[None].float(), maps["center"].shape[1:])
-on_target = touched[0].numpy() > 0
-print(f"patches on the target: {on_target.mean():.0%}")
-for name, found in maps.items():
-    print(f"attention to them, {name}: {found[:, on_target].sum() / found.sum():.0%}")
+maps = {name: network.class_attention(net, real) for name, net in networks.items()}
+panels = {name: found.mean(0) for name, found in maps.items()}
+alt = "The class token's attention to each patch: even with random weights, in spots with others."
+figure = plotting.images(panels, cmap="viridis", shared=True)
+plotting.show(figure, "attention", alt, run.figures)
 
 # %% [markdown]
+# Random weights attend everywhere alike; pre-trained ones to some patches more than to others. To the
+# neurite? Or merely to what is bright? That needs a control: for each patch on the target, take the patch
+# off the target whose brightest voxel is most like it.
+
+# %%
+grid = maps["center"].shape[1:]
+touched = F.adaptive_max_pool2d(torch.from_numpy(target)[None].float(), grid)
+on_target = touched[0].numpy() > 0
+bright = F.adaptive_max_pool2d(real[:, depth // 2], grid)[0].numpy()
+apart = np.abs(bright[on_target][:, None] - bright[~on_target])
+
+# %%
+print(f"patches on the target: {on_target.mean():.0%} of all")
+print(f"mean difference in brightness: {apart.min(axis=1).mean():.3f}")
+for name, found in maps.items():
+    look = found.mean(0) / found.mean()
+    twins = look[~on_target][apart.argmin(axis=1)].mean()
+    print(f"{name}: on it {look[on_target].mean():.2f}, as bright {twins:.2f}")
+
+# %% [markdown]
+# One is the mean of all patches. In the stored run, pre-trained networks look four times as hard at patches
+# with neurite as at the mean patch, and at patches that are as bright, but without neurite, less than at
+# the mean. So it is not the bright voxel that draws attention. It may still be any bright thread: one
+# image, and one control, cannot tell more.
+#
 # The heads do not all look at the same:
 
 # %%
-heads = {f"head {i}": plotting.heat(head) for i, head in enumerate(maps["center"])}
-alt = "Attention of each head of the pre-trained encoder: most follow the neurite, not all."
-plotting.show(plotting.images(heads, columns=6), "heads", alt, run.figures)
+heads = {f"head {i}": head for i, head in enumerate(maps["center"])}
+alt = "Attention of each head of the pre-trained encoder, on one scale: each has its own spots."
+figure = plotting.images(heads, columns=6, cmap="viridis", shared=True)
+plotting.show(figure, "heads", alt, run.figures)
 
 # %% [markdown]
-# A patch of 14 pixels is 6 voxels of the block, and a neurite is 2 to 4 voxels wide: attention says
-# where the neurite is, it does not draw it. That is left to the decoder and to training.
+# A patch of 14 pixels is 6 voxels of the block, and a neurite is 2 to 4 voxels wide: whatever attention
+# knows, it does not draw the neurite. That is left to the decoder and to training.
 
 # %% [markdown]
 # ## Checkpoint
 #
-# You now have a network whose encoder is the pre-trained one to the last bit but for its first layer,
-# and a report that says which keys were filled:
+# You now have a network whose encoder is the pre-trained one to the last bit, but for two tensors: the
+# patch embedding, which was inflated, and the position embedding, which was resized. A report says which keys
+# were filled:
 
 # %%
 _, report = network.build(network.NetworkSettings(encoder=encoder), "center", weights_file)

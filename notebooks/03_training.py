@@ -179,8 +179,8 @@ exercises.q1(draw)
 # ### One picture per term
 #
 # An answer that is right but for two mistakes, both made with confidence: a gap in the neurite, and a blob
-# where there is none. Blue: the term wants more here, red: less (minus its gradient by the logit; each
-# picture has its own scale).
+# where there is none. Each picture shows where one term pulls: minus its gradient by the logit, divided
+# by its largest pull.
 
 # %%
 _, responses = source.batch(0, 16)
@@ -201,11 +201,21 @@ blob = np.clip(100 - gap, 10, 89)
 answer = torch.where((mask & ~disk(*gap, 6)) | disk(*blob, 4), 0.8, 0.05)
 
 # %%
+names = {"ce": "cross-entropy", "skeleton": "skeleton recall"}
+names |= {"dice": "soft Dice", "cldice": "soft clDice"}
 pulls = training.pulls(answer.logit(), wanted, target["tau"])
-panels = {"target": mask[0, 0].float(), "answer": answer[0, 0]}
-panels |= {name: plotting.signed(pull[0, 0].numpy()) for name, pull in pulls.items()}
+
+# %%
+panels = {"target": mask[0, 0], "answer": answer[0, 0]}
+panels = {name: plotting.grey(part.numpy()) for name, part in panels.items()}
+for name, pull in pulls.items():
+    panels[names.get(name, name)] = pull[0, 0] / pull.abs().max()
+
+# %%
 alt = "Target, answer with a gap and a blob, and where each of five terms wants more or less."
-plotting.show(plotting.images(panels, columns=4), "terms", alt, run.figures)
+scale = "less wanted (red), more wanted (blue)"
+figure = plotting.images(panels, columns=4, shared=True, label=scale)
+plotting.show(figure, "terms", alt, run.figures)
 
 # %% [markdown]
 # Cross-entropy and focal loss pull hardest at the two mistakes. Dice pulls at all of the neurite, and
@@ -260,18 +270,9 @@ exercises.q2(soft_dice)
 #
 # Five slices go in, one mask comes out. In between, the picture becomes *tokens*: a patch of 14 × 14
 # pixels is turned into 384 numbers, and twelve transformer blocks let the patches tell each other what
-# they see. (New to transformers? [Vaswani et al.](https://arxiv.org/abs/1706.03762) explain attention,
-# [Dosovitskiy et al.](https://arxiv.org/abs/2010.11929) how pictures are cut into patches.)
-#
-# ```
-# block (5, 100, 100)
-#   ├─ enlarged to (5, 224, 224)
-#   │    └─ inflated patch embedding: 16 × 16 tokens of 384 numbers
-#   │         └─ 12 transformer blocks; the tokens after blocks 3, 6, 9 and 12 are taken out
-#   │              └─ decoder: a pyramid of four scales, fused: (32, 128, 128) → (32, 100, 100)
-#   └─ stem, a small U-Net at full resolution: (16, 100, 100)
-#        both together → head: two convolutions → (1, 100, 100), the logits of the centre slice
-# ```
+# they see ([02](02_weight_inflation.ipynb) has a recap). At four *taps* the tokens are taken out; a
+# decoder fuses them to features, and a head of two convolutions turns these into logits. The drawing
+# below is made from the shapes of a real forward pass.
 #
 # A token is 6 voxels wide at this scale and a neurite 2 to 4: the stem places what the tokens have
 # recognised. It is our addition and no part of the paper's rows in [06 Table 1](06_table1.ipynb).
@@ -279,6 +280,7 @@ exercises.q2(soft_dice)
 # %%
 shape = network.NetworkSettings(encoder, depth, 100, size, predict, stem, contrast=contrast)
 net, report = network.build(shape, initialisation, weights_file, seed)
+# %%
 print(report or "scratch: random weights, asked for by name")
 if start_from:
     training.restore(net, start_from)
@@ -340,6 +342,15 @@ for name, value in stages.items():
     print(f"{name}: {tuple(value.shape)}")
 
 # %%
+if stages:
+    shapes = {name: value.shape[1:] for name, value in stages.items()}
+    shapes["tokens"] = shapes[f"tokens after block {net.taps[-1] + 1}"]
+    figure = plotting.architecture(shapes, net.taps)
+    alt = "The network as boxes and arrows: a block is enlarged, embedded and passed through the "
+    alt += "transformer, whose four taps feed the decoder; with the stem's features, to the head."
+    plotting.show(figure, "network", alt, run.figures)
+
+# %%
 panels = {name: value[0, depth // 2] for name, value in stages.items() if value.shape[1] == depth}
 panels |= {name: v[0].std(dim=0) for name, v in stages.items() if v.shape[1] > depth}
 panels |= (
@@ -372,9 +383,11 @@ settings = training.TrainingSettings(**rates, **passes, **checks, **chosen, **ot
 
 # %%
 shares = [training.schedule(step, settings) for step in range(steps)]
-layers = [] if frozen else training.layer_rates(net, settings)
-figure = plotting.rates(shares, layers, decoder_rate)
+panels = {"share of the peak rate": {"": (range(steps), shares)}}
+layers = training.layer_rates(net, replace(settings, frozen=False))
+panels |= {"peak rate of an encoder that is trained": {"": (range(len(layers)), layers)}}
 alt = "Left: the share of the rate rises, then falls as a cosine; right: rates grow with the layer."
+figure = plotting.curves(panels, ["step", "layer, from the pixels up"])
 plotting.show(figure, "rates", alt, run.figures)
 
 # %% [markdown]

@@ -322,7 +322,8 @@ values = {
     "Hd95, voxels": [evaluation.hd95(mask, sample.mask) for mask in masks],
 }
 # %%
-figure = plotting.stacked(sides, values, "side of the speck, voxels")
+panels = {name: {"": (sides, found)} for name, found in values.items()}
+figure = plotting.curves(panels, "side of the speck, voxels")
 alt = (
     "Against the side of a speck, the Dice sinks slowly; Hd95 is zero and then leaps to the corner."
 )
@@ -337,7 +338,8 @@ shares = {
     f"speck of {side}": evaluation.surface_shares(speckled(side), sample.mask) for side in (6, 18)
 }
 # %%
-figure = plotting.curves(shares, "distance, voxels", "share of the surface", line=0.95)
+panels = {"share of the surface": shares}
+figure = plotting.curves(panels, "distance, voxels", line=0.95)
 alt = "Two step curves: one crosses 95 % at distance zero, the other only at the distance of the speck."
 plotting.show(figure, "shares", alt, run.figures)
 
@@ -402,7 +404,7 @@ found = {name: statistics.t_interval(values) for name, values in four.items()}
 ends = {name: (interval.low, interval.high) for name, interval in found.items()}
 # %%
 figure = plotting.dots(groups, "Dice", ends)
-alt = "Dice of two methods on four neurons, joined per neuron; the intervals of the means overlap."
+alt = "Dice of two methods side by side on four neurons; the intervals of the means overlap."
 plotting.show(figure, "four", alt, run.figures)
 
 # %%

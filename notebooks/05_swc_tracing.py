@@ -53,6 +53,8 @@ if "google.colab" in sys.modules and not Path("../neurolib").is_dir():  # on Col
     site.main()  # lets this running Python see the package just installed
 
 # %%
+import heapq
+
 import ipywidgets
 import numpy as np
 from IPython.display import Markdown, display
@@ -100,9 +102,9 @@ centre = xy[crowd.argmax()][::-1]
 
 # %%
 foreground = tracing.find_foreground(mask, sample.spacing, min_size=20)
-pieces = tracing.project(foreground, 1 + foreground.component)
-alt = "The mask in pieces: the largest is dark, the others brighter, separated by gaps."
-plotting.show(plotting.zoomed(pieces, centre, label="piece"), "pieces", alt, run.figures)
+pieces = plotting.categories(tracing.project(foreground, foreground.component))
+alt = "The mask in pieces, separated by gaps; neighbouring pieces differ in colour."
+plotting.show(plotting.zoomed(pieces, centre), "pieces", alt, run.figures)
 
 # %% [markdown]
 # ### 2. Radius
@@ -115,35 +117,6 @@ radius = tracing.measure_radius(foreground)
 thick = tracing.project(foreground, radius)
 alt = "The radius: neurites are bright in their middle and dark at their edges."
 plotting.show(plotting.zoomed(thick, centre, label="radius, voxels"), "radius", alt, run.figures)
-
-# %% [markdown]
-# ### Exercise 1: voxels that are no cubes
-#
-# Write the function that gives each voxel of a mask `(z, y, x)` its distance to the nearest background
-# voxel, for a spacing `(dz, dy, dx)`. `scipy.ndimage` has what you need.
-
-
-# %% tags=["exercise"]
-def distance(mask, spacing):
-    return ...
-
-
-exercises.q1(distance)
-
-# %% [markdown] tags=["solution"]
-# <details><summary>Solution</summary>
-#
-# ```python
-# from scipy import ndimage
-#
-#
-# def distance(mask, spacing):
-#     return ndimage.distance_transform_edt(mask, sampling=spacing)
-# ```
-#
-# The spacing is in the order of the array's axes. The edge of the mask is half a voxel nearer than the
-# centre of the first background voxel; `measure_radius` takes that off.
-# </details>
 
 # %% [markdown]
 # ### 3. Cost
@@ -166,9 +139,10 @@ plotting.show(figure, "cost", alt, run.figures)
 # %% [markdown]
 # ### 4. Paths
 #
-# From the root (a cell body if there is one, else an end of the longest path), the cheapest path to the
-# farthest voxel; what lies within $1.5 r + 3$ of it is explained; then to the farthest that is left,
-# until all is. This is TEASAR (Sato et al., 2000), in each piece by itself.
+# Voxels that touch are neighbours in a graph. From the root (a cell body if there is one, else an end of
+# the longest path) the tracer takes the cheapest path to the farthest voxel. It counts everything
+# within $1.5 r + 3$ of that path as explained, goes on to the farthest voxel that is left, and stops when
+# none is. This is TEASAR (Sato et al., 2000), in each piece by itself.
 
 # %%
 paths = tracing.find_paths(foreground, radius, cost)
@@ -177,6 +151,80 @@ lines = {"first path": flat[:1], "all others": flat[1:]}
 alt = f"{len(paths)} paths over the mask, the first and longest in blue."
 figure = plotting.zoomed(mask.max(axis=0), centre, lines)
 plotting.show(figure, "paths", alt, run.figures)
+
+# %% [markdown]
+# The whole method fits on a page. *Dijkstra's algorithm* visits voxels in the order of what it costs to
+# reach them from the root, and remembers for each the voxel before it:
+
+
+# %% tags=["method"]
+def dijkstra(graph, toll, root):
+    """Cost of the cheapest way from the root to each voxel, and the voxel before it."""
+    price = np.full(graph.shape[0], np.inf)
+    home = np.full(graph.shape[0], root)
+    price[root], queue = 0, [(0.0, root)]
+    while queue:
+        so_far, here = heapq.heappop(queue)
+        if so_far > price[here]:
+            continue  # a cheaper way was found since
+        for edge in range(*graph.indptr[here : here + 2]):
+            there, total = graph.indices[edge], so_far + toll[edge]
+            if total < price[there]:
+                price[there], home[there] = total, here
+                heapq.heappush(queue, (total, there))
+    return price, home
+
+
+# %% [markdown]
+# *Backtracking* follows `home` from the farthest voxel until it meets an earlier path. *Invalidation*
+# strikes out what the new path explains:
+
+
+# %% tags=["method"]
+def paths_by_hand(piece, radius, cost, root):
+    graph, points = piece.neighbours, piece.points
+    start = np.repeat(np.arange(len(points)), np.diff(graph.indptr))
+    toll = graph.data * (cost[start] + cost[graph.indices]) / 2
+    price, home = dijkstra(graph, toll, root)
+    way = np.zeros(len(points))  # length of the way home
+    for voxel in np.argsort(price)[1:]:
+        step = np.linalg.norm(points[voxel] - points[home[voxel]])
+        way[voxel] = way[home[voxel]] + step
+    live, on_path, paths = np.ones(len(points), bool), {root}, []
+    nearby = KDTree(points)
+    for tip in np.argsort(-way, kind="stable"):
+        if live[tip]:
+            path = [tip]
+            while path[-1] not in on_path:  # backtracking
+                path.append(home[path[-1]])
+            reach = 1.5 * radius[path] + 3
+            for ball in nearby.query_ball_point(points[path], reach):
+                live[ball] = False  # invalidation
+            on_path.update(path)
+            paths.append(path[::-1])
+    return paths
+
+
+# %%
+alone = np.zeros(mask.shape, bool)
+alone[tuple(foreground.voxels[foreground.component == 0].T)] = True
+piece = tracing.find_foreground(alone, sample.spacing)
+
+# %%
+inner = tracing.measure_radius(piece)
+tolls = tracing.path_cost(piece, inner)
+theirs = tracing.find_paths(piece, inner, tolls)
+by_hand = paths_by_hand(piece, inner, tolls, theirs[0][0])
+
+# %%
+equal = [np.array_equal(a, b) for a, b in zip(by_hand, theirs, strict=False)]
+if not equal[0]:  # two ways may cost the same: then either is right
+    assert np.isclose(tolls[by_hand[0]].sum(), tolls[theirs[0]].sum(), rtol=0.01)
+print(f"{sum(equal)} of {len(theirs)} paths are the library's, voxel for voxel")
+
+# %% [markdown]
+# The library adds one rule: a path does not explain a voxel whose way to it through the mask is more
+# than twice as long as it may be. So a neurite that runs close beside another one is traced, too.
 
 # %% [markdown]
 # ### 5. Pruning
@@ -224,7 +272,7 @@ plotting.show(figure, "bridging", alt, run.figures)
 print(f"{np.sum(pieces.parent < 0)} trees before, {np.sum(joined.parent < 0)} after bridging")
 
 # %% [markdown]
-# ### Exercise 2: a bridge or not?
+# ### Exercise 1: a bridge or not?
 #
 # Two ends `a` and `b`, as points, and the steps `out_a` and `out_b` in which their neurites would go on,
 # of any length. Say whether to bridge them: at most 15 voxels apart, each pointing at the other to
@@ -236,7 +284,7 @@ def justified(a, out_a, b, out_b):
     return ...
 
 
-exercises.q2(justified)
+exercises.q1(justified)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
@@ -250,6 +298,30 @@ exercises.q2(justified)
 # ```
 #
 # The cosine of 60 degrees is 1/2. Neurites that run side by side are near, but point past each other.
+# </details>
+
+# %% [markdown]
+# ### Exercise 2: a cut that the tracer cannot mend
+#
+# A neurite of radius 2 comes from (x, y) = (10, 10), runs along x to (60, 10), turns there, and runs
+# along y to (60, 60). You cut one ball of radius 4 out of it. Where must its centre be, so that the
+# traced neurite stays in two pieces? Predict `(x, y)`: the check cuts, traces, and says what happened.
+
+# %% tags=["exercise"]
+place = ...
+
+exercises.q2(place)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# place = (60, 10)
+# ```
+#
+# At the turn each end points 45 degrees past the other. One alone would be allowed; both together
+# are off by 90 degrees, and the tracer accepts 80. Anywhere else the ends face each other. On your own
+# data, look at turns and at branching points first: that is where cuts stay open.
 # </details>
 
 # %% [markdown]
@@ -290,10 +362,11 @@ exercises.q3(parents_first)
 #
 # Now spoil the faultless mask, more and more, in five ways, and trace each. *Recall* is the share of
 # the reference's length that is found, *precision* the share of the traced length that is right, both
-# within 2 voxels; ESA is explained below. Beside the tracer stand the same with pieces under 200 voxels
-# dropped, and plain thinning (Lee et al., 1994), whose voxels are joined to trees and nothing else.
-# Any function that is called like `tracing.trace` can join them; `benchmarks/trees.py` has one for
-# kimimaro (Silversmith et al., 2021).
+# within 2 voxels; ESA, explained below, is the mean distance of the two trees. Each panel shows the
+# measure that its damage changes; the others hardly move. The tracer stands beside itself with pieces
+# under 200 voxels dropped, and beside plain thinning (Lee et al., 1994), which joins the voxels of the
+# skeleton to trees and does nothing else. Any function that is called like
+# `tracing.trace` can join them; `benchmarks/trees.py` has one for kimimaro (Silversmith et al., 2021).
 
 
 # %%
@@ -306,19 +379,28 @@ tracers |= {"pieces ≥ 200": strict}
 rows = robustness.robustness(sample.mask, sample.tree, tracers, sample.spacing)
 
 # %% tags=["nbval-ignore-output"]
-titles = {kind: words for kind, (words, _) in robustness.DAMAGE.items()}
-limits = {"recall": (0, 1.05), "precision": (0, 1.05), "ESA": (0, 4)}
-figure = plotting.multiples(rows, titles, limits)
-alt = "Recall, precision and ESA of the tracers against five kinds of growing damage."
-plotting.show(figure, "robustness", alt, run.figures)
+shown = {"cuts": "recall", "specks": "precision", "noise": "ESA"}
+shown |= {"blur": "recall", "threshold": "recall"}
+
+
+def line(kind, tracer):
+    points = [r for r in rows if (r["damage"], r["tracer"]) == (kind, tracer)]
+    return [r["amount"] for r in points], [r[shown[kind]] for r in points]
+
+
+# %% tags=["nbval-ignore-output"]
+panels = {f"{kind}: {shown[kind]}": {name: line(kind, name) for name in tracers} for kind in shown}
+amounts = [robustness.DAMAGE[kind][0] for kind in shown]
+alt = "One panel for each of five kinds of damage: the measure that it changes, by tracer."
+plotting.show(plotting.curves(panels, amounts), "robustness", alt, run.figures)
 
 # %% [markdown]
-# Read it by column. *Cuts* cost recall; bridges give some of it back, and dropping small pieces costs
-# most, since what lies between two cuts is small. *Specks* cost precision, and nothing but the size of
-# a piece tells them from neurites: the same rule that is wrong for cuts is right here. *Noise* costs
-# little. *Blur* and a *threshold* that is too high are harmless up to a point and then take everything:
-# a neurite four voxels wide has no reserve. So look at the number of pieces before you choose
-# `min_size`, and prefer a threshold that is too low.
+# *Cuts* cost recall. Bridges give some of it back, and dropping small pieces costs most, since what
+# lies between two cuts is small. *Specks* cost precision, and only the size of a piece tells them
+# from neurites: the rule that is wrong for cuts is right here. *Noise* costs little: even with half of
+# the voxels gone, trees are about one voxel apart. *Blur* and a *threshold* that is too high are
+# harmless up to a point and then take everything, because a neurite four voxels wide has no reserve. So
+# look at the number of pieces before you choose `min_size`, and prefer a threshold that is too low.
 #
 # ## Two trees compared
 #
@@ -367,6 +449,7 @@ groups = {
     f"traced from the {origin}": robustness.agreement(of[name], sample.tree, sample.spacing)
     for origin, of in found.items()
 }
+# %%
 alt = "Two trees over three projections each: correct parts blue, false orange, missed purple."
 figure = plotting.judged(sample.image, groups, sample.spacing)
 plotting.show(figure, "traced", alt, run.figures)
@@ -423,8 +506,11 @@ display(Markdown(runs.table([{column: row[column] for column in columns} for row
 
 # %%
 recall = sweeps.by_network(measured, "recall")
-alt = "Recall of each real neuron's tree, traced from the masks of filters and of networks."
-plotting.show(plotting.dots(recall, "recall of the tree"), "real-recall", alt, run.figures)
+levels = {name: of for name, of in recall.items() if name in baselines.FILTERS}
+learnt = {name: of for name, of in recall.items() if name not in levels}
+figure = plotting.dots(learnt, "recall of the tree", references=levels)
+alt = "Recall of each real neuron's tree: a dot for a network, lines for three filters."
+plotting.show(figure, "real-recall", alt, run.figures)
 
 # %% [markdown]
 # These trees are far from done. From the targets of the same kind of neurons, this tracer's trees have

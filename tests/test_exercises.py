@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage, stats
+from scipy import stats
 
 from neurolib.course import exercises
 from neurolib.course.exercises import (
@@ -139,10 +139,6 @@ def rise(k, w):
 SHARED = np.random.default_rng(0)
 
 
-def edt(mask, spacing=None):
-    return ndimage.distance_transform_edt(mask, sampling=spacing)
-
-
 def angle(a, b):
     """Its cosine."""
     return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
@@ -225,55 +221,51 @@ WRONG = [
     (evaluation.q3, lambda a, b: student(a), "one method"),
     (evaluation.q3, lambda a, b: ends(means(a - b)), "percentile bootstrap"),
     (evaluation.q3, lambda a, b: (0, 1), "plus and minus"),
-    (tracing.q1, lambda m, s: edt(m), "You count voxels"),
-    (tracing.q1, lambda m, s: edt(m, s[::-1]), "Do not turn it round"),
-    (tracing.q1, lambda m, s: edt(m) * s[0], "One factor does not do"),
-    (tracing.q1, lambda m, s: edt(m) * np.mean(s), "One factor does not do"),
-    (tracing.q1, lambda m, s: edt(m, s) ** 2, "take the root"),
-    (tracing.q1, lambda m, s: edt(~m, s), "It is 0 in all of the foreground"),
-    (tracing.q1, lambda m, s: edt(m, s) - 0.5, "the nearest background voxel is"),
-    (tracing.q1, lambda m, s: edt(m, s).max(), "one each"),
-    (tracing.q1, lambda m: m, "raises TypeError"),
-    (tracing.q2, lambda a, p, b, q: near(a, b), "Near is not enough"),
+    (tracing.q2, 5, "two numbers"),
+    (tracing.q2, (20, 40), "no neurite to cut"),
+    (tracing.q2, (10, 10), "leaves one piece"),
+    (tracing.q2, (35, 10), "mended it"),
+    (tracing.q2, (60, 35), "mended it"),
+    (tracing.q1, lambda a, p, b, q: near(a, b), "Near is not enough"),
     (
-        tracing.q2,
+        tracing.q1,
         lambda a, p, b, q: min(angle(p, b - a), angle(q, a - b)) >= 0.5,
         "100 voxels apart",
     ),
-    (tracing.q2, lambda a, p, b, q: near(a, b) and angle(p, b - a) >= 0.5, "The second end"),
-    (tracing.q2, lambda a, p, b, q: near(a, b) and angle(q, a - b) >= 0.5, "The first end"),
+    (tracing.q1, lambda a, p, b, q: near(a, b) and angle(p, b - a) >= 0.5, "The second end"),
+    (tracing.q1, lambda a, p, b, q: near(a, b) and angle(q, a - b) >= 0.5, "The first end"),
     (
-        tracing.q2,
+        tracing.q1,
         lambda a, p, b, q: near(a, b) and min(angle(p, b - a), angle(q, b - a)) >= 0.5,
         "is a - b, not b - a",
     ),
     (
-        tracing.q2,
+        tracing.q1,
         lambda a, p, b, q: near(a, b) and min(angle(p, a - b), angle(q, b - a)) >= 0.5,
         "away from each other",
     ),
     (
-        tracing.q2,
+        tracing.q1,
         lambda a, p, b, q: near(a, b) and min(abs(angle(p, b - a)), abs(angle(q, b - a))) >= 0.5,
         "no absolute value",
     ),
     (
-        tracing.q2,
+        tracing.q1,
         lambda a, p, b, q: near(a, b) and min(p @ (b - a), q @ (a - b)) >= 0.5,
         "steps of length 1",
     ),
     (
-        tracing.q2,
+        tracing.q1,
         lambda a, p, b, q: near(a, b) and min(p @ (b - a), q @ (a - b)) >= 0,
         "half of all directions",
     ),
     (
-        tracing.q2,
+        tracing.q1,
         lambda a, p, b, q: near(a, b) and max(angle(p, b - a), angle(q, a - b)) >= 0.5,
         "Both ends must",
     ),
-    (tracing.q2, lambda a, p, b, q: bool(a[0] < b[0]), "degrees off the way"),
-    (tracing.q2, lambda a, p, b, q: np.linalg.norm(b - a), "True or False"),
+    (tracing.q1, lambda a, p, b, q: bool(a[0] < b[0]), "degrees off the way"),
+    (tracing.q1, lambda a, p, b, q: np.linalg.norm(b - a), "True or False"),
     (tracing.q3, lambda parent: np.arange(len(parent)), "before its parent"),
     (tracing.q3, lambda parent: np.argsort(parent, kind="stable"), "before its parent"),
     (tracing.q3, lambda parent: by_depth(parent)[::-1], "Children come first"),
@@ -443,8 +435,12 @@ QUESTIONS = [
 ]
 
 
+# Their answers are no functions.
+VALUES = (tracing.q2,)
+
+
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_dots_are_not_attempted(question, capsys):
-    for answer in (..., lambda *_: ...):
+    for answer in (..., lambda *_: ...)[: 1 if question in VALUES else 2]:
         question(answer)
         assert "not attempted" in capsys.readouterr().out

@@ -292,12 +292,22 @@ def test_token_colours_are_an_image_of_the_three_main_components():
     y, x = torch.meshgrid(torch.arange(6.0), torch.arange(8.0), indexing="ij")
     tokens[0, 3], tokens[0, 40], tokens[0, 7] = 4 * x, 2 * y, ((x + y) % 2) / 2
     network._tokens = lambda slices: [tokens]
-    image = token_colours(network, torch.zeros(1, 5, 100, 100))
+    image = token_colours({"one": network}, torch.zeros(1, 5, 100, 100))["one"]
     assert image.shape == (6, 8, 3)
     np.testing.assert_allclose(image[..., 0], x / 7, atol=1e-6)
     np.testing.assert_allclose(image[..., 1], y / 5, atol=1e-6)
     assert image.min() == 0
     assert image.max() == 1
+
+
+def test_token_colours_of_several_networks_share_their_components():
+    networks = {name: network_of(size=112) for name in ("left to right", "right to left")}
+    ramp = torch.zeros(1, 64, 6, 8)
+    ramp[0, 3] = torch.arange(8.0)
+    for network, tokens in zip(networks.values(), (ramp, -3 * ramp), strict=True):
+        network._tokens = lambda slices, tokens=tokens: [tokens]
+    first, second = token_colours(networks, torch.zeros(1, 5, 100, 100)).values()
+    np.testing.assert_allclose(first[..., 0], 1 - second[..., 0], atol=1e-6)
 
 
 # ------------------------------------------------------------------------------ attention

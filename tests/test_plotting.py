@@ -81,26 +81,40 @@ def test_show_keeps_id_and_alternative_text(capsys, tmp_path, monkeypatch):
     assert png.startswith(b"\x89PNG")
 
 
-def test_dots_show_every_neuron_of_every_group():
+def test_dots_stand_side_by_side_on_each_neuron_and_the_mean_has_its_interval():
     groups = {"a": {"n1": 0.1, "n2": 0.2}, "b": {"n1": 0.3, "n2": 0.4}}
-    axes = plotting.dots(groups, "Dice", {"a": (0.1, 0.2)}).get_axes()[0]
-    drawn = {line.get_label(): line.get_ydata().tolist() for line in axes.lines}
-    assert drawn == {"n1": [0.1, 0.3], "n2": [0.2, 0.4]}
+    filters = {"threshold": {"n2": 0.25, "elsewhere": 0.9}}
+    figure = plotting.dots(groups, "Dice", {"a": (0.05, 0.25)}, references=filters)
+    axes = figure.get_axes()[0]
+    for name, values in groups.items():
+        (line,) = (line for line in axes.lines if line.get_label() == name)
+        assert line.get_linestyle() == "None"  # methods and neurons have no order to join
+        assert line.get_ydata().tolist() == list(values.values())
+        assert np.rint(line.get_xdata()).tolist() == [0, 1]
+    means = [line for line in axes.lines if len(line.get_xdata()) == 1]
+    assert [line.get_ydata()[0] for line in means] == pytest.approx([0.15, 0.35])
+    spans = [part.get_segments()[0] for part in axes.collections]
+    interval, level = spans
+    assert interval[:, 0].tolist() == [means[0].get_xdata()[0]] * 2  # at its mean
+    assert interval[:, 1].tolist() == [0.05, 0.25]
+    assert level[:, 1].tolist() == [0.25, 0.25]
+    assert np.rint(level[:, 0].mean()) == 1
+    assert axes.get_ylim()[0] == 0
 
 
-def test_stacked_rows_share_an_axis_and_begin_at_zero():
-    rows = {"Dice": [1.0, 0.9], "Hd95": [0.0, 80.0]}
-    grid = plotting.stacked([0, 4], rows, "side").get_axes()
-    for axes, (label, values) in zip(grid, rows.items(), strict=True):
+def test_panels_begin_at_zero_and_a_label_has_one_colour_in_all():
+    panels = {"Dice": {"a": ([0, 4], [1.0, 0.9])}, "Hd95": {"a": ([0, 4], [0.0, np.inf])}}
+    panels |= {"gain": {"b": ([0, 4], [-1, 1]), "a": ([0, 4], [0, 1])}}
+    grid = plotting.curves(panels, ["side", "side", "x"]).get_axes()
+    for axes, (label, lines) in zip(grid, panels.items(), strict=True):
         assert axes.get_ylabel() == label
-        assert axes.lines[0].get_ydata().tolist() == values
-        assert axes.get_ylim()[0] == 0
-        assert axes.get_ylim()[1] > max(values)
-    assert grid[0].get_shared_x_axes().joined(*grid)
+        assert [line.get_ydata().tolist() for line in axes.lines] == [y for _, y in lines.values()]
+    assert [axes.get_ylim()[0] == 0 for axes in grid] == [True, True, False]
+    assert [axes.get_xlabel() for axes in grid] == ["side", "side", "x"]
 
 
 def test_curves_may_be_compared_with_a_line():
-    axes = plotting.curves({"a": ([0, 1], [0.5, 1.0])}, "x", "y", line=0.95).get_axes()[0]
+    axes = plotting.curves({"y": {"a": ([0, 1], [0.5, 1.0])}}, "x", line=0.95).get_axes()[0]
     assert [list(line.get_ydata()) for line in axes.lines] == [[0.5, 1.0], [0.95, 0.95]]
 
 
@@ -124,29 +138,33 @@ def test_inflated_kernel_stands_over_its_response_slice_by_slice():
     assert [bar.get_x() + bar.get_width() / 2 for bar in bars.patches] == [-1, 0, 1]
 
 
-def test_heat_goes_from_zero_to_the_maximum():
-    rgb = plotting.heat(np.array([[0.0, 1.0], [2.0, 4.0]]))
-    viridis = matplotlib.colormaps["viridis"]
-    assert rgb.shape == (2, 2, 3)
-    np.testing.assert_allclose(rgb[1, 1], viridis(1.0)[:3])
-    np.testing.assert_allclose(rgb[1, 0], viridis(0.5)[:3])
-    np.testing.assert_allclose(plotting.heat(np.zeros((2, 2)))[0, 0], viridis(0.0)[:3])
+def test_shared_panels_have_one_scale_with_white_at_zero_where_values_are_signed():
+    kernel = np.array([[-1.0, 0.0], [0.5, 2.0]])
+    *panels, bar = plotting.images({"a": kernel, "b": kernel / 4}, shared=True).get_axes()
+    assert [axes.images[0].get_clim() for axes in panels] == [(-2, 2)] * 2
+    assert min(panels[0].images[0].to_rgba(0.0)[:3]) > 0.95
+    *panels, bar = plotting.images({"a": abs(kernel)}, shared=True, cmap="viridis").get_axes()
+    assert panels[0].images[0].get_clim() == (0, 2)
+    assert bar.get_ylim() == (0, 2)
 
 
-def test_signed_is_white_at_zero_blue_above_and_red_below():
-    rgb = plotting.signed(np.array([[-1.0, 0.0, 4.0]]))
-    assert rgb[0, 1].min() > 0.95
-    assert rgb[0, 2, 2] > 2 * rgb[0, 2, 0]
-    assert rgb[0, 0, 0] > rgb[0, 0, 2]
-    assert np.allclose(plotting.signed(np.zeros((2, 2))), rgb[0, 1])
+def test_pieces_side_by_side_differ_in_colour_and_nothing_is_white():
+    rgb = plotting.categories(np.array([[0.0, 1.0, 5.0, 6.0, np.nan]]))[0]
+    assert len({tuple(colour) for colour in rgb}) == 4  # the seventh piece has the first colour
+    assert rgb[4].tolist() == [1, 1, 1]
 
 
-def test_rates_are_drawn_by_step_and_by_layer_with_the_decoder_last():
-    left, right = plotting.rates([0.5, 1.0, 0.1], [1e-5, 1e-4], 1e-3).get_axes()
-    assert left.lines[0].get_xydata().tolist() == [[1, 0.5], [2, 1.0], [3, 0.1]]
-    assert [bar.get_height() for bar in right.patches] == [1e-5, 1e-4, 1e-3]
-    _, frozen = plotting.rates([1.0], [], 1e-3).get_axes()
-    assert [bar.get_height() for bar in frozen.patches] == [1e-3]
+def test_the_drawing_of_the_network_names_every_shape_and_tap():
+    shapes = {"slices": (5, 100, 100), "enlarged": (5, 224, 224), "tokens": (384, 16, 16)}
+    shapes |= {"decoder": (32, 100, 100), "logits": (1, 100, 100)}
+    for stem in ({}, {"stem": (16, 100, 100)}):
+        drawn = plotting.architecture(shapes | stem, [2, 5, 8, 11]).get_axes()[0]
+        words = " ".join(text.get_text() for text in drawn.texts)
+        for shape in (shapes | stem).values():
+            assert " × ".join(map(str, shape)) in words
+        assert all(f"tap {i}" in words for i in (1, 2, 3, 4))
+        assert "blocks 10 to 12" in words
+        assert ("stem" in words) == bool(stem)
 
 
 def test_pipeline_piles_the_slices_with_the_first_in_front():

@@ -159,25 +159,6 @@ def test_loops_are_opened_once():
 # --- Its figures ---------------------------------------------------------------------------------
 
 
-def test_multiples_show_each_value_of_each_tracer():
-    rows = [
-        {"damage": d, "amount": a, "tracer": t, "recall": a / 10 + (t == "b"), "ESA": np.inf}
-        for d in ("cuts", "noise")
-        for a in (0, 5)
-        for t in ("a", "b")
-    ]
-    figure = plotting.multiples(
-        rows, {"cuts": "n", "noise": "p"}, {"recall": (0, 1), "ESA": (0, 2)}
-    )
-    axes = figure.get_axes()
-    assert len(axes) == 4
-    first, second = axes[0].lines
-    assert first.get_xydata().tolist() == [[0, 0], [5, 0.5]]
-    assert second.get_ydata().tolist() == [1, 1.5]
-    assert np.isnan(axes[2].lines[0].get_ydata().astype(float)).all()
-    assert [ax.get_title() for ax in axes[:2]] == ["cuts", "noise"]
-
-
 def test_a_window_shows_its_part_of_the_whole():
     plane = np.full((60, 100), np.nan)
     plane[40, 90] = 3.0

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from neurolib.files import atomic_path
@@ -24,6 +26,7 @@ BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 RED, PURPLE, SKY, BLACK = "#D55E00", "#CC79A7", "#56B4E9", "#000000"
 CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK)
 DPI = 80
+Spacing = tuple[float, float, float]
 
 # Three projections of a (z, y, x) volume: the axes that go down, across, and into the page.
 VIEWS = {"xy": (1, 2, 0), "zy": (1, 0, 2), "xz": (0, 2, 1)}
@@ -37,12 +40,10 @@ def show(figure: Figure, name: str, alt: str, folder: str | Path | None = None) 
     figure : matplotlib Figure
         Closed afterwards.
     name : str
-        Id of the figure, unique in its notebook; also its file name.
+        Id of the figure, unique in its notebook; also the name of ``<name>.png`` in `folder`.
     alt : str
         What the figure shows, for readers who cannot see it. Unlike the metadata of an image
         output it survives the conversion of a notebook to HTML.
-    folder : path, optional
-        Where ``<name>.png`` is written.
     """
     from IPython.display import HTML, display
 
@@ -75,37 +76,54 @@ def markup(data: bytes, name: str, alt: str) -> str:
 
 
 def projections(
-    layers: Mapping[str, np.ndarray],
-    trees: Mapping[str, Tree] | None = None,
+    layers: Mapping[str, np.ndarray], trees: Mapping[str, Tree] | None = None
 ) -> Figure:
     """Maximum projections of volumes along z, x and y, with trees drawn over them.
 
-    Parameters
-    ----------
-    layers : mapping of title to (z, y, x) array
-        Side by side, grey values in [0, 1] or bool, all of one shape.
-    trees : mapping of label to Tree, optional
-        Drawn over every layer, each in a colour of its own.
+    `layers` (title: array) stand side by side; `trees` (label: Tree) are drawn over every layer.
     """
-    trees = trees or {}
+    groups = {title: trees or {} for title in layers}
+    colours = dict(zip(trees or {}, CYCLE[1:], strict=False))
+    return _trees_over(layers, groups, colours, (1.0, 1.0, 1.0), 1.0)
+
+
+# What `neurolib.course.robustness.agreement` tells apart, in the colours of `overlay`.
+JUDGED = {"correct": SKY, "false": ORANGE, "missed": PURPLE}
+
+
+def judged(
+    image: np.ndarray,
+    groups: Mapping[str, Mapping[str, Tree]],
+    spacing: Spacing = (1.0, 1.0, 1.0),
+) -> Figure:
+    """Trees over three projections of their image: what is correct, false and missed.
+
+    `groups` maps a title to what `neurolib.course.robustness.agreement` gives.
+    """
+    return _trees_over(dict.fromkeys(groups, image), groups, JUDGED, spacing, 0.5)
+
+
+def _trees_over(layers, groups, colours, spacing: Spacing, brightness: float) -> Figure:
     shape = next(iter(layers.values())).shape
-    figure, panels = _views(shape, (1.0, 1.0, 1.0), len(layers))
+    figure, panels = _views(shape, spacing, len(layers))
     for (title, volume), views in zip(layers.items(), panels, strict=True):
         for view, axes in views.items():
             down, across, along = VIEWS[view]
-            image = _project(volume.max(axis=along), view)
-            _draw_image(axes, image.astype(np.float32), 1.0)
-            for (label, tree), colour in zip(trees.items(), CYCLE[1:], strict=False):
-                draw_tree(axes, tree, down, across, colour, label)
+            grey = _project(volume.max(axis=along), view).astype(np.float32)
+            top = max(1e-6, float(grey.max())) / brightness
+            aspect = spacing[down] / spacing[across]
+            axes.imshow(grey, cmap="gray", vmin=0, vmax=top, aspect=aspect, interpolation="nearest")
+            for label, tree in groups[title].items():
+                draw_tree(axes, tree, down, across, colours[label], label, 1.5)
         views["xy"].set_title(title, fontsize=9)
-        scale_bar(views["xy"], shape[2], 1.0, "voxels")
-        if trees:
+        scale_bar(views["xy"], shape[2])
+        if groups[title]:
             views["xy"].legend(loc="lower right", fontsize=7, framealpha=0.8)
     return figure
 
 
 def _views(
-    shape: tuple[int, int, int], spacing: tuple[float, float, float], count: int
+    shape: tuple[int, int, int], spacing: Spacing, count: int
 ) -> tuple[Figure, list[dict[str, Axes]]]:
     """A figure with `count` groups of three views: xy, zy right of it, xz below it."""
     z, y, x = (size * step for size, step in zip(shape, spacing, strict=True))
@@ -133,38 +151,36 @@ def _project(image: np.ndarray, view: str) -> np.ndarray:
     return np.swapaxes(image, 0, 1) if down > across else image
 
 
-def _draw_image(axes: Axes, image: np.ndarray, aspect: float) -> None:
-    top = max(1e-6, float(image.max()))
-    axes.imshow(image, cmap="gray", vmin=0, vmax=top, aspect=aspect, interpolation="nearest")
-
-
 def draw_tree(
     axes: Axes, tree: Tree, down: int, across: int, colour: str, label: str = "", width: float = 1.0
 ) -> None:
     """Draw a tree's edges into a projection; `down`, `across` are axes of (z, y, x)."""
-    child = np.flatnonzero(tree.parent >= 0)
-    flat = tree.xyz[:, [2 - across, 2 - down]]
-    lines = np.stack([flat[child], flat[tree.parent[child]]], axis=1)
+    lines = _edges(tree.xyz[:, [2 - across, 2 - down]], tree)
     axes.add_collection(LineCollection(lines, colors=colour, linewidths=width, label=label))
 
 
-def tree_3d(trees: Mapping[str, Tree], spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)):
-    """Trees in a 3D box, z upwards, equal scales on the three axes."""
+def _edges(points: np.ndarray, tree: Tree) -> np.ndarray:
+    child = np.flatnonzero(tree.parent >= 0)
+    return np.stack([points[child], points[tree.parent[child]]], axis=1)
+
+
+def tree_3d(trees: Mapping[str, Tree], spacing: Spacing = (1.0, 1.0, 1.0)) -> Figure:
+    """Trees in a 3D box that fills the picture, z upwards, equal scales on the three axes."""
     from mpl_toolkits.mplot3d.art3d import Line3DCollection
 
-    figure = plt.figure(figsize=(7, 6), layout="constrained")
-    axes = figure.add_subplot(projection="3d")
-    scale = np.asarray(spacing)[::-1]
-    points = []
+    figure = plt.figure(figsize=(8, 4.8))
+    axes = figure.add_axes((0, 0, 1, 1), projection="3d", proj_type="ortho")
+    points = {label: tree.xyz * np.asarray(spacing)[::-1] for label, tree in trees.items()}
     for (label, tree), colour in zip(trees.items(), CYCLE, strict=False):
-        xyz = tree.xyz * scale
-        child = np.flatnonzero(tree.parent >= 0)
-        lines = np.stack([xyz[child], xyz[tree.parent[child]]], axis=1)
-        axes.add_collection(Line3DCollection(lines, colors=colour, linewidths=1, label=label))
-        points.append(xyz)
-    low, high = np.concatenate(points).min(0), np.concatenate(points).max(0)
+        lines = _edges(points[label], tree)
+        axes.add_collection(Line3DCollection(lines, colors=colour, linewidths=1.8, label=label))
+    every = np.concatenate(list(points.values()))
+    low, high = every.min(0), every.max(0)
     axes.set(xlim=(low[0], high[0]), ylim=(high[1], low[1]), zlim=(low[2], high[2]))
-    axes.set_box_aspect(np.maximum(high - low, 1))
+    axes.set_box_aspect(np.maximum(high - low, 1), zoom=1.25)
+    axes.view_init(elev=40, azim=-70)
+    for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
+        axis.set_major_locator(plt.MultipleLocator(20))
     axes.set(xlabel="x", ylabel="y", zlabel="z")
     axes.legend(loc="upper left", fontsize=8)
     return figure
@@ -174,12 +190,11 @@ def overlay(
     image: np.ndarray,
     mask: np.ndarray,
     target: np.ndarray,
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    spacing: Spacing = (1.0, 1.0, 1.0),
 ) -> Figure:
     """Prediction against target in three projections.
 
-    Blue: both; orange: predicted only; purple: missed. A projected pixel has the colour of which
-    there is most along its line of sight.
+    A pixel has the colour of which there is most along its line of sight.
     """
     classes = {
         "both": (mask & target, BLUE),
@@ -193,11 +208,10 @@ def overlay(
         rgb = np.repeat(0.6 * (grey / max(1e-6, grey.max()))[..., None], 3, axis=2)
         counts = np.stack([_project(part.sum(axis=along), view) for part, _ in classes.values()])
         for number, (_, colour) in enumerate(classes.values()):
-            rgb[(counts.argmax(axis=0) == number) & counts.any(axis=0)] = _rgb(colour)
+            rgb[(counts.argmax(axis=0) == number) & counts.any(axis=0)] = to_rgb(colour)
         axes.imshow(rgb, interpolation="nearest", aspect=spacing[down] / spacing[across])
-    scale_bar(views["xy"], image.shape[2], 1.0, "voxels")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for _, colour in classes.values()]
-    views["xy"].legend(handles, classes, loc="lower right", fontsize=7)
+    scale_bar(views["xy"], image.shape[2])
+    _squares(views["xy"], {name: colour for name, (_, colour) in classes.items()})
     return figure
 
 
@@ -207,11 +221,13 @@ def images(
     cmap: str = "gray",
     shared: bool = False,
     bar: bool = False,
+    label: str = "",
 ) -> Figure:
     """A row-wise grid of 2D arrays (y, x) or (y, x, 3) with titles.
 
-    `shared`: one range of values for all panels, symmetric around zero if any is negative.
-    `bar`: a scale bar in voxels, for panels that show tissue.
+    `shared`: one range of values and a colour bar for all arrays (y, x) but the grey ones, from
+    zero, or symmetric around zero on a diverging map if any is negative; `label` names it. `bar`: a
+    scale bar in voxels, for panels that show tissue.
     """
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
@@ -220,68 +236,55 @@ def images(
     )
     limits = {}
     if shared:
-        top = max(float(np.abs(panel).max()) for panel in panels.values())
-        low = min(float(panel.min()) for panel in panels.values())
-        limits = {"vmin": -top if low < 0 else 0, "vmax": top}
+        values = [np.asarray(panel) for panel in panels.values() if np.ndim(panel) == 2]
+        top = max(float(np.abs(panel).max()) for panel in values)
+        signed = min(float(panel.min()) for panel in values) < 0
+        limits = {"vmin": -top if signed else 0, "vmax": top}
+        cmap = "RdBu" if signed else cmap
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
+    picture = None
     for axes, (title, panel) in zip(grid.flat, panels.items(), strict=False):
-        axes.imshow(panel, cmap=cmap, interpolation="nearest", **limits)
+        drawn = axes.imshow(panel, cmap=cmap, interpolation="nearest", **limits)
+        picture = drawn if np.ndim(panel) == 2 else picture
         bare(axes, title)
         if bar:
-            scale_bar(axes, panel.shape[1], 1.0, "voxels")
+            scale_bar(axes, panel.shape[1])
+    if shared:
+        figure.colorbar(picture, ax=grid, shrink=0.6, pad=0.02, aspect=30, label=label)
     return figure
 
 
 def layered(
-    image: np.ndarray,
-    masks: Mapping[str, np.ndarray],
-    z: int,
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    image: np.ndarray, masks: Mapping[str, np.ndarray], z: int, spacing: Spacing = (1.0, 1.0, 1.0)
 ) -> Figure:
-    """Slice z of a volume, alone and with masks laid over it, each in a colour of its own.
-
-    Parameters
-    ----------
-    image : (z, y, x) array
-        Grey values in [0, 1].
-    masks : mapping of label to (z, y, x) bool array
-    z : int
-    spacing : (dz, dy, dx)
-        For the aspect; the scale bar is in voxels.
-    """
+    """Slice z of a volume (z, y, x) in [0, 1], alone and with masks over it in colours."""
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9, 4.7 * image.shape[1] / image.shape[2]), layout="constrained"
     )
-    rgb = np.repeat(np.clip(image[z], 0, 1)[..., None].astype(float), 3, axis=2)
-    left.imshow(rgb, interpolation="nearest", aspect=spacing[1] / spacing[2])
-    colours = (SKY, ORANGE, PURPLE)
-    for mask, colour in zip(masks.values(), colours, strict=False):
-        rgb[mask[z]] = 0.35 * rgb[mask[z]] + 0.65 * np.array(_rgb(colour))
-    right.imshow(rgb, interpolation="nearest", aspect=spacing[1] / spacing[2])
-    for axes, title in ((left, f"slice {z}"), (right, f"with {' and '.join(masks)}")):
+    colours = dict(zip(masks, (SKY, ORANGE, PURPLE), strict=False))
+    plain, mixed = grey(image[z]), grey(image[z])
+    for name, mask in masks.items():
+        mixed[mask[z]] = 0.35 * mixed[mask[z]] + 0.65 * np.array(to_rgb(colours[name]))
+    titles = (f"slice {z}", f"with {' and '.join(masks)}")
+    for axes, rgb, title in zip((left, right), (plain, mixed), titles, strict=True):
+        axes.imshow(rgb, interpolation="nearest", aspect=spacing[1] / spacing[2])
         bare(axes, title)
-        scale_bar(axes, image.shape[2], 1.0, "voxels")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c, _ in zip(colours, masks, strict=False)]
-    right.legend(handles, masks, loc="lower right", fontsize=7)
+        scale_bar(axes, image.shape[2])
+    _squares(right, colours)
     return figure
 
 
 def blocks(
     image: np.ndarray, mask: np.ndarray, grid: np.ndarray, chosen: np.ndarray, z: int
 ) -> Figure:
-    """Slice z with its target (blue) and the outlines of its blocks, the chosen ones in orange.
+    """Slice z with its target in blue and the outlines of its blocks, the chosen ones in orange.
 
-    Parameters
-    ----------
-    image, mask : (z, y, x) arrays
-    grid, chosen : (n, 3) int arrays
-        Block positions: centre slice, first row, first column; blocks of 100 x 100.
-    z : int
+    `grid` and `chosen` (n, 3) are centre slice, first row and first column of each block.
     """
     figure, axes = plt.subplots(figsize=(5, 5 * image.shape[1] / image.shape[2]))
-    rgb = np.repeat(np.clip(image[z], 0, 1)[..., None].astype(float), 3, axis=2)
-    rgb[mask[z]] = _rgb(SKY)
+    rgb = grey(image[z])
+    rgb[mask[z]] = to_rgb(SKY)
     axes.imshow(rgb, interpolation="nearest")
     for places, colour, width in ((grid, "white", 0.5), (chosen, ORANGE, 2.0)):
         for _, y, x in places[places[:, 0] == z]:
@@ -289,29 +292,23 @@ def blocks(
             frame = plt.Rectangle((x + 1, y + 1), 97, 97, fill=False, ec=colour, lw=width)
             axes.add_patch(frame)
     bare(axes, f"slice {z}")
-    scale_bar(axes, image.shape[2], 1.0, "voxels")
+    scale_bar(axes, image.shape[2])
     return figure
 
 
-def pipeline(block: np.ndarray, kernel: np.ndarray, probability: np.ndarray, tree: Tree) -> Figure:
-    """The course in a row: a block, an inflated kernel, a probability, a tree, joined by arrows.
+ARROW = {"arrowstyle": "-|>", "color": BLACK, "shrinkA": 0, "shrinkB": 0}
 
-    Parameters
-    ----------
-    block : (D, h, w) array
-        Values in [0, 1]; drawn as a pile of slices, as is the kernel.
-    kernel : (D, p, p) array
-        Of one token.
-    probability : (y, x) array
-        A projection, in [0, 1].
-    tree : Tree
-        Drawn over the frame of `probability`.
+
+def pipeline(block: np.ndarray, kernel: np.ndarray, probability: np.ndarray, tree: Tree) -> Figure:
+    """The course in a row: block (D, h, w), inflated kernel (D, p, p), probability (y, x), tree.
+
+    Block and kernel are drawn as piles of slices, the tree over the frame of the probability.
     """
     figure, panels = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained")
     limit = float(np.abs(kernel).max())
     figure.get_layout_engine().set(wspace=0.16)  # room for the arrows
     _pile(panels[0], block, "gray", 0, 1, 0.14)
-    _pile(panels[1], kernel, "viridis", -limit, limit, 0.4)
+    _pile(panels[1], kernel, "RdBu", -limit, limit, 0.4)
     panels[2].imshow(probability, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     panels[3].imshow(np.zeros_like(probability), cmap="gray", vmin=0, vmax=1)
     draw_tree(panels[3], tree, 1, 2, ORANGE, width=1.5)
@@ -319,14 +316,8 @@ def pipeline(block: np.ndarray, kernel: np.ndarray, probability: np.ndarray, tre
     for axes, title in zip(panels, titles, strict=True):
         bare(axes, title)
     for axes in panels[:3]:
-        axes.annotate(
-            "",
-            (1.14, 0.5),
-            (1.02, 0.5),
-            xycoords="axes fraction",
-            arrowprops={"arrowstyle": "-|>", "color": BLACK},
-            annotation_clip=False,
-        )
+        place = {"xycoords": "axes fraction", "annotation_clip": False}
+        axes.annotate("", (1.14, 0.5), (1.02, 0.5), arrowprops=ARROW, **place)
     return figure
 
 
@@ -339,11 +330,57 @@ def _pile(axes: Axes, slices: np.ndarray, cmap: str, low: float, high: float, st
         axes.imshow(
             slices[z], cmap=cmap, vmin=low, vmax=high, extent=extent, interpolation="nearest"
         )
-        corner = plt.Rectangle((extent[0], extent[3]), w, h, fill=False, ec="white", lw=1.5)
+        corner = plt.Rectangle((extent[0], extent[3]), w, h, fill=False, ec="0.6", lw=1.2)
         axes.add_patch(corner)
     top = step * (depth - 1)
     axes.set(xlim=(0, (1 + top) * w), ylim=(h, -top * h))
     axes.set_frame_on(False)
+
+
+def architecture(shapes: Mapping[str, Sequence[int]], taps: Sequence[int]) -> Figure:
+    """The network from a block to its logits, with the four taps and the shape of every stage.
+
+    `shapes` names ``slices``, ``enlarged``, ``tokens``, ``decoder``, ``logits``, and ``stem`` if
+    there is one; `taps` are the transformer blocks, from 0, after which tokens are taken out.
+    """
+    figure, axes = plt.subplots(figsize=(11, 4.6), layout="constrained")
+    axes.set(xlim=(0, 110), ylim=(0, 46))
+    axes.axis("off")
+
+    def box(x: float, y: float, text: str, stage: str, colour: str, width: float = 13) -> None:
+        patch = plt.Rectangle((x, y), width, 9, fc=colour, ec=BLACK, alpha=0.35)
+        axes.add_patch(patch)
+        shape = " × ".join(map(str, shapes[stage])) if stage in shapes else stage
+        axes.text(x + width / 2, y + 5.8, text, ha="center", va="center", fontsize=9)
+        axes.text(x + width / 2, y + 2.4, shape, ha="center", va="center", fontsize=8)
+
+    def arrows(*steps: tuple[float, float, float, float]) -> None:
+        for x, y, to_x, to_y in steps:
+            axes.annotate("", (to_x, to_y), (x, y), arrowprops=ARROW)
+
+    box(0, 34, "block", "slices", "white")
+    box(18, 34, "enlarged", "enlarged", "white")
+    box(36, 34, "inflated patch\nembedding", "", ORANGE)
+    arrows((13, 38.5, 18, 38.5), (31, 38.5, 36, 38.5), (49, 38.5, 53, 38.5))
+    first = 0
+    for number, tap in enumerate(taps):
+        x = 53 + 14.5 * number
+        box(x, 34, f"blocks {first + 1} to {tap + 1}", "attention, MLP", SKY, 12)
+        arrows((x + 6, 34, x + 6, 26))
+        axes.text(x + 6.8, 30, f"tap {number + 1}", fontsize=8, va="center")
+        if number:
+            arrows((x - 2.5, 38.5, x, 38.5))
+        first = tap + 1
+    box(53, 17, "decoder: the four taps as a pyramid of scales, fused", "decoder", GREEN, 55.5)
+    tokens = " × ".join(map(str, shapes["tokens"]))
+    axes.text(80, 44.5, f"tokens at each tap: {tokens}", ha="center", fontsize=9)
+    box(74, 2, "head", "two convolutions", PURPLE)
+    box(95, 2, "logits", "logits", "white", 13.5)
+    arrows((80.5, 17, 80.5, 11), (87, 6.5, 95, 6.5))
+    if "stem" in shapes:
+        box(18, 2, "stem: a small U-Net", "stem", BLUE, 20)
+        arrows((6.5, 34, 6.5, 6.5), (6.5, 6.5, 18, 6.5), (38, 6.5, 74, 6.5))
+    return figure
 
 
 def colour_kernel(weight: np.ndarray) -> np.ndarray:
@@ -353,96 +390,50 @@ def colour_kernel(weight: np.ndarray) -> np.ndarray:
 
 
 def curves(
-    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    xlabel: str,
-    ylabel: str,
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
+    xlabel: str | Sequence[str],
     line: float | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> Figure:
-    """Lines over a common axis, one colour and label each; a dashed one at `line`, if given."""
-    figure, axes = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
-    for (label, (x, y)), colour in zip(lines.items(), CYCLE, strict=False):
-        axes.plot(x, y, color=colour, label=label, marker="o" if len(x) < 20 else None, ms=4)
-    if line is not None:
-        axes.axhline(line, color=BLACK, lw=1, ls="--")
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    return figure
+    """Panels side by side, lines in each, one colour and mark per label in all of them.
 
-
-def stacked(x: Sequence[float], rows: Mapping[str, Sequence[float]], xlabel: str) -> Figure:
-    """Quantities of different units over one axis, a row each, from zero."""
-    figure, grid = plt.subplots(
-        len(rows), 1, figsize=(6.5, 1.8 * len(rows)), sharex=True, layout="constrained"
-    )
-    for axes, (label, values), colour in zip(
-        np.atleast_1d(grid), rows.items(), CYCLE, strict=False
-    ):
-        axes.plot(x, values, color=colour, marker="o", ms=4)
-        axes.set(ylabel=label, ylim=(0, 1.1 * max(1e-6, *values)), xticks=x)
-        axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel(xlabel)
-    return figure
+    Parameters
+    ----------
+    panels : mapping of the panel's y label to mapping of line's label to (x, y)
+    xlabel : str, or one per panel
+    line : a dashed line to compare with, in every panel
+    limits : of y, in every panel; else from zero where no value is negative
+    """
+    wide = {1: 6.5, 2: 5.0}.get(len(panels), 2.6)
+    size = (wide * len(panels), 3.4)
+    figure, grid = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    words = [xlabel] * len(panels) if isinstance(xlabel, str) else xlabel
+    for axes, (ylabel, lines), under in zip(grid[0], panels.items(), words, strict=True):
+        looks = zip(CYCLE, "os^DvPX", strict=True)
+        for (label, (x, y)), (colour, mark) in zip(lines.items(), looks, strict=False):
+            few = {"marker": mark, "ms": 4} if len(x) < 20 else {}
+            axes.plot(x, y, color=colour, label=label, lw=1.5, **few)
+        if line is not None:
+            axes.axhline(line, color=BLACK, lw=1, ls="--")
+        axes.set(xlabel=under, ylabel=ylabel, ylim=limits or axes.get_ylim())
+        if limits is None and axes.dataLim.ymin >= 0:
+            axes.set_ylim(bottom=0)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    if len(panels) > 2:
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
+    elif any(labels):
+        grid[0, 0].legend(frameon=False, fontsize=8)
+    return _open(figure)
 
 
 def learning(history: Sequence[Mapping[str, float]]) -> Figure:
-    """Learning curves: the loss and its terms per step, and the Dice of the validation blocks.
-
-    Parameters
-    ----------
-    history : sequence of rows
-        Of `neurolib.training.train`: ``step``, ``loss``, its terms, ``validation_dice`` where one
-        was taken.
-    """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    """Rows of `neurolib.training.train`: the loss and its terms, and Dice on validation blocks."""
     terms = [key for key in history[0] if key not in ("step", "validation_dice", "threshold")]
-    for term, colour in zip(terms, CYCLE, strict=False):
-        left.plot(
-            [r["step"] for r in history],
-            [r[term] for r in history],
-            color=colour,
-            label=term,
-            lw=2 if term == "loss" else 1,
-        )
+    steps = [row["step"] for row in history]
+    losses = {term: (steps, [row[term] for row in history]) for term in terms}
     checks = [row for row in history if "validation_dice" in row]
-    right.plot(
-        [r["step"] for r in checks],
-        [r["validation_dice"] for r in checks],
-        color=BLUE,
-        marker="o",
-        ms=4,
-    )
-    left.set(xlabel="step", ylabel="loss")
-    right.set(xlabel="step", ylabel="Dice, validation blocks", ylim=(0, 1))
-    left.legend(frameon=False, fontsize=8)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def rates(shares: Sequence[float], layers: Sequence[float], decoder: float) -> Figure:
-    """Learning rates: the share of the peak at each step, and the peak of each layer.
-
-    Parameters
-    ----------
-    shares : sequence of float
-        Of the peak rate, step by step.
-    layers : sequence of float
-        Peak rates of the encoder from the pixels up; may be empty.
-    decoder : float
-        Peak rate of everything behind the encoder.
-    """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3), layout="constrained")
-    left.plot(range(1, len(shares) + 1), shares, color=BLUE)
-    left.set(xlabel="step", ylabel="share of the peak rate", ylim=(0, 1.05))
-    right.bar(range(len(layers)), layers, color=BLUE, label="encoder")
-    right.bar([len(layers)], [decoder], color=ORANGE, label="decoder")
-    right.set_yscale("log")
-    right.set(xlabel="layer, from the pixels up", ylabel="peak rate")
-    right.legend(frameon=False, fontsize=8)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure
+    found = [row["step"] for row in checks], [row["validation_dice"] for row in checks]
+    return curves({"loss": losses, "Dice, validation blocks": {"": found}}, "step")
 
 
 def dots(
@@ -450,86 +441,94 @@ def dots(
     ylabel: str,
     intervals: Mapping[str, tuple[float, float]] | None = None,
     line: float | None = None,
+    references: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Figure:
-    """One dot per neuron and group, joined per neuron; a bar marks the mean, a line its interval.
+    """Methods side by side on each neuron, and their means with intervals.
 
     Parameters
     ----------
-    groups : mapping of group to mapping of neuron to value
+    groups : mapping of method to mapping of neuron to value
+        A dot each, in the order of the methods; one column per neuron and one for the means.
     ylabel : str
-    intervals : mapping of group to (low, high), optional
+    intervals : mapping of method to (low, high), optional
+        Of its mean.
     line : float, optional
-        A value to compare with, as zero where the values are differences.
+        A value to compare with, as zero where the values are differences; the axis shows zero.
+    references : mapping of method to mapping of neuron to value, optional
+        What must be beaten, as lines across a neuron's column.
     """
-    figure, axes = plt.subplots(figsize=(1.6 * len(groups) + 3, 3.8), layout="constrained")
+    references = references or {}
+    both = [*groups.values(), *references.values()]
+    neurons = list(dict.fromkeys(n for values in groups.values() for n in values))
+    figure, axes = plt.subplots(figsize=(1.5 * len(neurons) + 4.5, 3.8), layout="constrained")
+    places = np.linspace(-0.28, 0.28, len(groups)) if len(groups) > 1 else np.zeros(1)
+    looks = zip(places, CYCLE * 3, "o" * 7 + "s" * 7 + "^" * 7, strict=False)
+    for (name, values), (place, colour, mark) in zip(groups.items(), looks, strict=False):
+        at = [neurons.index(neuron) + place for neuron in values]
+        axes.plot(at, list(values.values()), mark, color=colour, ms=6, label=name)
+        end, mean = len(neurons) + place, float(np.mean(list(values.values())))
+        axes.plot([end], [mean], mark, color=colour, ms=8, mec=BLACK)
+        if intervals and name in intervals:
+            axes.vlines(end, *intervals[name], color=colour, lw=2, zorder=1)
+    for (name, values), style in zip(references.items(), ("--", ":", "-."), strict=False):
+        for neuron in [n for n in values if n in neurons]:
+            at = neurons.index(neuron)
+            axes.hlines(values[neuron], at - 0.4, at + 0.4, color="0.35", ls=style)
+        axes.plot([], [], color="0.35", ls=style, label=name)
+    axes.axvline(len(neurons) - 0.5, color="0.8", lw=0.8)
     if line is not None:
         axes.axhline(line, color="0.6", lw=0.8, zorder=0)
-    names = list(groups)
-    neurons = list(dict.fromkeys(n for values in groups.values() for n in values))
-    for neuron, colour in zip(neurons, CYCLE * (len(neurons) // len(CYCLE) + 1), strict=False):
-        at = [i for i, name in enumerate(names) if neuron in groups[name]]
-        values = [groups[names[i]][neuron] for i in at]
-        axes.plot(at, values, color=colour, marker="o", ms=5, lw=0.7, alpha=0.8, label=neuron)
-    for i, name in enumerate(names):
-        mean = float(np.mean(list(groups[name].values())))
-        axes.hlines(mean, i - 0.2, i + 0.2, color=BLACK, lw=2)
-        if intervals and name in intervals:
-            axes.vlines(i + 0.25, *intervals[name], color=BLACK, lw=1)
-    axes.set_xticks(range(len(names)), names)
-    axes.set(ylabel=ylabel, xlim=(-0.5, len(names) - 0.5))
-    axes.spines[["top", "right"]].set_visible(False)
+    elif all(value >= 0 for values in both for value in values.values()):
+        axes.set_ylim(bottom=0)
+    labels = [neuron.replace("_", "\n", 1) for neuron in neurons]
+    axes.set_xticks(range(len(neurons) + 1), [*labels, "mean"], fontsize=8)
+    axes.set(ylabel=ylabel, xlim=(-0.5, len(neurons) + 0.5))
     axes.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    return figure
+    return _open(figure)
 
 
 def bare(axes: Axes, title: str = "") -> None:
     """No ticks; a small title."""
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=9)
 
 
-def scale_bar(axes: Axes, pixels: int, spacing: float, unit: str) -> None:
+def _open(figure: Figure) -> Figure:
+    """A figure whose axes have no lines at the top and on the right."""
+    for axes in figure.get_axes():
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _squares(axes: Axes, colours: Mapping[str, str]) -> None:
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
+    axes.legend(handles, colours, loc="lower right", fontsize=7)
+
+
+def grey(plane: np.ndarray) -> np.ndarray:
+    """A slice (y, x) with values in [0, 1] as RGB (y, x, 3), to be painted on."""
+    return np.repeat(np.clip(plane, 0, 1)[..., None].astype(float), 3, axis=2)
+
+
+def scale_bar(axes: Axes, pixels: int, spacing: float = 1.0, unit: str = "voxels") -> None:
     """A bar of a round length, about a fifth of the image, with its length written over it."""
     wanted = pixels * spacing / 5
     power = 10.0 ** np.floor(np.log10(wanted))
     length = max(step * power for step in (1, 2, 5) if step * power <= wanted)
-    end = length / spacing
-    axes.plot(
-        [0.04 * pixels, 0.04 * pixels + end],
-        [0.04, 0.04],
-        color="white",
-        lw=3,
-        transform=axes.get_xaxis_transform(),
-        solid_capstyle="butt",
-    )
-    axes.text(
-        0.04 * pixels,
-        0.06,
-        f"{length:g} {unit}",
-        color="white",
-        fontsize=7,
-        ha="left",
-        va="bottom",
-        transform=axes.get_xaxis_transform(),
-    )
-
-
-def _rgb(colour: str) -> tuple[float, float, float]:
-    return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    start, across = axes.get_xlim()[0] + 0.04 * pixels, axes.get_xaxis_transform()
+    ends = [start, start + length / spacing]
+    # White with a dark rim: seen on tissue and on white.
+    rim = [patheffects.withStroke(linewidth=2, foreground="0.3")]
+    look = {"color": "white", "transform": across, "path_effects": rim}
+    axes.plot(ends, [0.04, 0.04], lw=3, solid_capstyle="butt", **look)
+    axes.text(start, 0.06, f"{length:g} {unit}", fontsize=7, va="bottom", **look)
 
 
 def inflated(kernel: np.ndarray, response: Sequence[float], limit: float) -> Figure:
     """The slices of an inflated kernel, and under each what a tube in that slice evokes.
 
-    Parameters
-    ----------
-    kernel : (D, p, p) array
-        Of one token.
-    response : D numbers
-        Response of all tokens to a tube in each slice; 1 is that of the 2D kernel.
-    limit : float
-        Values from -limit to limit share the colours, so that a faint slice looks faint.
+    A response of 1 is that of the 2D kernel; colours go from -limit to limit, so that a faint
+    slice looks faint.
     """
     depth = len(kernel)
     # One size for all depths: a picture that answers to a slider must not jump.
@@ -537,7 +536,7 @@ def inflated(kernel: np.ndarray, response: Sequence[float], limit: float) -> Fig
     grid = figure.add_gridspec(2, depth, height_ratios=(1, 1.4))
     for z, part in enumerate(kernel):
         axes = figure.add_subplot(grid[0, z])
-        axes.imshow(part, cmap="viridis", vmin=-limit, vmax=limit, interpolation="nearest")
+        axes.imshow(part, cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
         bare(axes, f"{z - depth // 2:+d}")
     axes = figure.add_subplot(grid[1, :])
     axes.bar(np.arange(depth) - depth // 2, response, width=0.5, color=BLUE)
@@ -550,15 +549,11 @@ def inflated(kernel: np.ndarray, response: Sequence[float], limit: float) -> Fig
     return figure
 
 
-def heat(values: np.ndarray) -> np.ndarray:
-    """An array (y, x) from zero to its maximum as *viridis* colours (y, x, 3), for `images`."""
-    return plt.get_cmap("viridis")(values / max(1e-12, float(values.max())))[..., :3]
-
-
-def signed(values: np.ndarray) -> np.ndarray:
-    """Array (y, x) as colours (y, x, 3) for `images`: blue above zero, white at it, red below."""
-    limit = max(1e-12, float(np.abs(values).max()))
-    return plt.get_cmap("RdBu")(0.5 + 0.5 * np.asarray(values) / limit)[..., :3]
+def categories(labels: np.ndarray) -> np.ndarray:
+    """Whole numbers (y, x) as colours (y, x, 3), neighbouring numbers unlike; NaN is white."""
+    numbers = np.nan_to_num(labels, nan=-1).astype(int)
+    colours = np.array([*map(to_rgb, CYCLE[:6]), (1, 1, 1)])
+    return colours[np.where(numbers < 0, 6, numbers % 6)]
 
 
 def zoomed(
@@ -568,12 +563,13 @@ def zoomed(
     label: str = "",
     size: int = 64,
 ) -> Figure:
-    """A projection, whole and with a window of it enlarged, and lines drawn over both.
+    """A projection, as far as there is anything, a window of it enlarged, and lines over both.
 
     Parameters
     ----------
-    plane : (y, x) array
-        Values with a colour bar if `label` says what they are, else grey; NaN is black.
+    plane : (y, x) or (y, x, 3) array
+        Values with a colour bar if `label` says what they are, NaN in black; colours; or a mask,
+        which is drawn in light grey on white, so that lines stand out.
     centre : (y, x)
         Of the window, `size` voxels wide.
     lines : mapping of label to sequence of (m, 2) arrays
@@ -581,29 +577,34 @@ def zoomed(
     label : str
     size : int
     """
-    colours = (SKY, ORANGE, PURPLE)
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    cmap = plt.get_cmap("viridis" if label else "gray").with_extremes(bad="black")
-    low = float(np.nanmin(plane)) if label else 0.0
-    # Grey is half as bright as it could be, so that lines stand out.
-    high = float(np.nanmax(plane)) if label else 2 * max(1e-6, float(np.nanmax(plane)))
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
+    look = {"cmap": plt.get_cmap("viridis").with_extremes(bad="black")}
+    seen = np.isfinite(plane) if label else plane > 0
+    if plane.ndim == 3:
+        look, seen = {}, (plane < 1).any(axis=2)
+    elif not label:
+        look = {"cmap": "gray_r", "vmin": 0, "vmax": 4 * max(1e-6, float(plane.max()))}
     first = [
         float(np.clip(middle - size / 2, 0, max(0, side - size)))
-        for middle, side in zip(centre, plane.shape, strict=True)
+        for middle, side in zip(centre, plane.shape[:2], strict=True)
     ]
-    for axes, title in zip(panels, ("whole", "window"), strict=True):
-        picture = axes.imshow(plane, cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
-        for (name, parts), colour in zip((lines or {}).items(), colours, strict=False):
+    for axes, width in zip(panels, (1.5, 3.0), strict=True):
+        picture = axes.imshow(plane, interpolation="nearest", **look)
+        for (name, parts), colour in zip((lines or {}).items(), (BLUE, RED, GREEN), strict=False):
             flat = [part[:, ::-1] for part in parts]
-            width = 1.0 if title == "whole" else 2.0
             axes.add_collection(LineCollection(flat, colors=colour, linewidths=width, label=name))
-        bare(axes, title)
-    whole, window = panels
-    corner = (first[1] - 0.5, first[0] - 0.5)
-    whole.add_patch(plt.Rectangle(corner, size, size, fill=False, ec="white", lw=1))
-    scale_bar(whole, plane.shape[1], 1.0, "voxels")
-    top, left = first
+    (whole, window), (top, left) = panels, first
+    bare(whole, "whole")
+    bare(window, "window")
+    frame = plt.Rectangle((left - 0.5, top - 0.5), size, size, fill=False, ec="0.5", lw=1.5)
+    whole.add_patch(frame)
+    rows, columns = np.nonzero(seen)
+    if len(rows):
+        low, high = np.minimum((rows.min(), columns.min()), first), (rows.max(), columns.max())
+        high = np.maximum(high, np.add(first, size))
+        whole.set(xlim=(low[1] - 3, high[1] + 3), ylim=(high[0] + 3, low[0] - 3))
     window.set(xlim=(left - 0.5, left + size - 0.5), ylim=(top + size - 0.5, top - 0.5))
+    scale_bar(window, size)
     if lines:
         window.legend(loc="upper right", fontsize=8)
     if label:
@@ -611,116 +612,23 @@ def zoomed(
     return figure
 
 
-# What `neurolib.course.robustness.agreement` tells apart, in the colours of `overlay`.
-JUDGED = {"correct": SKY, "false": ORANGE, "missed": PURPLE}
-
-
-def judged(
-    image: np.ndarray,
-    groups: Mapping[str, Mapping[str, Tree]],
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
-) -> Figure:
-    """Trees over three projections of their image: what is correct, false and missed.
-
-    Parameters
-    ----------
-    image : (z, y, x) array
-        Shown at half its brightness.
-    groups : mapping of title to mapping of ``correct``, ``false``, ``missed`` to Tree
-        Side by side; see `neurolib.course.robustness.agreement`.
-    spacing : (dz, dy, dx)
-        For the aspect; the scale bar is in voxels.
-    """
-    figure, panels = _views(image.shape, spacing, len(groups))
-    for (title, parts), views in zip(groups.items(), panels, strict=True):
-        for view, axes in views.items():
-            down, across, along = VIEWS[view]
-            grey = _project(image.max(axis=along), view).astype(np.float32)
-            top = 2 * max(1e-6, float(grey.max()))
-            aspect = spacing[down] / spacing[across]
-            axes.imshow(grey, cmap="gray", vmin=0, vmax=top, aspect=aspect, interpolation="nearest")
-            for name, tree in parts.items():
-                draw_tree(axes, tree, down, across, JUDGED[name], name, 1.5)
-        views["xy"].set_title(title, fontsize=9)
-        scale_bar(views["xy"], image.shape[2], 1.0, "voxels")
-        views["xy"].legend(loc="lower right", fontsize=7, framealpha=0.8)
-    return figure
-
-
-def multiples(
-    rows: Sequence[Mapping],
-    titles: Mapping[str, str],
-    values: Mapping[str, tuple[float, float]],
-) -> Figure:
-    """Small multiples of `robustness.robustness`: a column per damage, a row per value.
-
-    Parameters
-    ----------
-    rows : sequence of rows
-        ``damage``, ``amount``, ``tracer`` and the values; what is not finite leaves a gap.
-    titles : mapping of damage to the name of its amount
-    values : mapping of value to its limits
-        The same in all columns, so that they can be compared.
-    """
-    figure, grid = plt.subplots(
-        len(values),
-        len(titles),
-        figsize=(2.3 * len(titles), 1.8 * len(values)),
-        sharex="col",
-        sharey="row",
-        squeeze=False,
-        layout="constrained",
-    )
-    tracers = list(dict.fromkeys(row["tracer"] for row in rows))
-    for (value, limits), line in zip(values.items(), grid, strict=True):
-        for (damage, words), axes in zip(titles.items(), line, strict=True):
-            for tracer, colour, mark in zip(tracers, CYCLE, "os^Dv", strict=False):
-                chosen = [r for r in rows if r["damage"] == damage and r["tracer"] == tracer]
-                heights = [r[value] if np.isfinite(r[value]) else np.nan for r in chosen]
-                amounts = [r["amount"] for r in chosen]
-                axes.plot(amounts, heights, color=colour, marker=mark, ms=4, lw=1.2, label=tracer)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.set_ylim(limits)
-            if value == next(iter(values)):
-                axes.set_title(damage, fontsize=9)
-            if value == list(values)[-1]:
-                axes.set_xlabel(words, fontsize=8)
-        line[0].set_ylabel(value)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
-    return figure
-
-
-def scene(
-    image: np.ndarray,
-    trees: Mapping[str, Tree],
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
-):
-    """A volume and its trees to turn with the mouse, by k3d; None where k3d is not installed.
-
-    Parameters
-    ----------
-    image : (z, y, x) array
-        In [0, 1].
-    trees : mapping of label to Tree
-    spacing : (dz, dy, dx)
-    """
+def scene(image: np.ndarray, trees: Mapping[str, Tree], spacing: Spacing = (1.0, 1.0, 1.0)):
+    """A volume (z, y, x) in [0, 1] and its trees in a k3d view; None where k3d is not installed."""
     try:
         k3d = importlib.import_module("k3d")
     except ImportError:
         return None
+    step = np.asarray(spacing)[::-1]
     # Half a voxel before the first centre to half a voxel behind the last one.
-    bounds = [
-        edge
-        for n, d in zip(image.shape[::-1], spacing[::-1], strict=True)
-        for edge in (-d / 2, (n - 0.5) * d)
-    ]
+    bounds = np.stack([-step / 2, (np.array(image.shape[::-1]) - 0.5) * step], axis=1).ravel()
     plot = k3d.plot()
-    plot += k3d.volume(image.astype(np.float16), bounds=bounds, color_range=[0.15, 1], name="image")
+    plot += k3d.volume(
+        image.astype(np.float16), bounds=bounds.tolist(), color_range=[0.15, 1], name="image"
+    )
     for (label, tree), colour in zip(trees.items(), CYCLE[1:], strict=False):
         child = np.flatnonzero(tree.parent >= 0)
         plot += k3d.lines(
-            (tree.xyz * np.asarray(spacing)[::-1]).astype(np.float32),
+            (tree.xyz * step).astype(np.float32),
             np.stack([child, tree.parent[child]], axis=1).astype(np.uint32),
             indices_type="segment",
             color=int(colour[1:], 16),

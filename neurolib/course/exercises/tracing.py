@@ -1,46 +1,15 @@
-"""Questions of notebook 05: radius, bridges, the order of an SWC file."""
+"""Questions of notebook 05: bridges, a cut that has none, the order of an SWC file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy import ndimage
 
+from neurolib import tracing
 from neurolib.course.exercises import call, question
+from neurolib.evaluation import distance_to_tree
+from neurolib.swc import Tree
 
 LONGEST, ANGLE = 15.0, 60.0  # of a bridge, in voxels and degrees
-
-
-@question("distances are in the unit of the spacing, whatever the shape of a voxel.")
-def q1(radius: Callable) -> str:
-    """A mask (z, y, x) and a spacing (dz, dy, dx) give the distance to the background."""
-    rng = np.random.default_rng(1)
-    for spacing in [(1.0, 1.0, 1.0), (3.0, 1.0, 1.0), (2.0, 0.5, 0.25), (1.0, 2.0, 4.0)]:
-        mask = ndimage.binary_dilation(rng.random((9, 10, 11)) < 0.02, iterations=3)
-        mask[0, 0, 0] = False
-        found = np.asarray(call(radius, mask.copy(), spacing), float)
-        if found.shape != mask.shape:
-            return f"The mask has the shape {mask.shape}, your answer {found.shape}: one each."
-        exact = ndimage.distance_transform_edt(mask, sampling=spacing)
-        if np.allclose(found[mask], exact[mask]):
-            continue
-        plain, step = ndimage.distance_transform_edt(mask), np.array(spacing)
-        mistakes = [
-            (exact**2, "That is the square of the distance: take the root."),
-            (ndimage.distance_transform_edt(mask, sampling=spacing[::-1]), "Do not turn it round."),
-            (plain, "You count voxels; a step along z is longer than one along x."),
-            *((plain * f, "One factor does not do: axes differ.") for f in {*step, step.mean()}),
-        ]
-        for wrong, hint in mistakes:
-            if np.allclose(found[mask], wrong[mask]):
-                return f"Spacing {spacing}, as the array's axes (z, y, x): {hint}"
-        if not found[mask].any():
-            return "It is 0 in all of the foreground: ask for the distance of the foreground."
-        worst = np.unravel_index(np.argmax(np.where(mask, np.abs(found - exact), 0)), mask.shape)
-        return (
-            f"Spacing {spacing}: at {tuple(map(int, worst))} you say {found[worst]:.2f}; the "
-            f"nearest background voxel is {exact[worst]:.2f} away."
-        )
-    return ""
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -60,7 +29,7 @@ def _is_faced(a, out_a, b, out_b) -> bool:
 
 
 @question("near, and each end points at the other: that is worth a guess.")
-def q2(justified: Callable) -> str:
+def q1(justified: Callable) -> str:
     """Two ends and their outward steps, each (3,) in voxels, give whether to bridge."""
     rng = np.random.default_rng(2)
     cases = []
@@ -106,6 +75,31 @@ def q2(justified: Callable) -> str:
         f"Ends {np.linalg.norm(b - a):.1f} voxels apart, {angles[0]:.0f} and {angles[1]:.0f} "
         f"degrees off the way to each other: {bool(exact[k])} is expected."
     )
+
+
+@question("at a turn both ends point past the gap, and no rule about single ends can tell.")
+def q2(place: Sequence[float]) -> str:
+    """Centre (x, y) of a ball of radius 4 whose removal leaves the turning neurite in two trees."""
+    if np.shape(place) != (2,):
+        return f"Give two numbers, x and y; you gave {place!r}."
+    corners = np.array([[10, 10, 8], [60, 10, 8], [60, 60, 8]], float)
+    neurite = Tree(corners, np.full(3, 2.0), np.zeros(3, int), np.array([-1, 0, 1]))
+    grid = np.moveaxis(np.indices((17, 71, 71)), 0, -1)[..., ::-1].astype(float)
+    away = distance_to_tree(grid.reshape(-1, 3), neurite).reshape(grid.shape[:3])
+    mask = away <= 2
+    cut = np.linalg.norm(grid - [*map(float, place), 8], axis=-1) <= 4
+    if not (mask & cut).any():
+        return f"At {tuple(place)} there is no neurite to cut."
+    before, after = (tracing.find_foreground(m).component.max() for m in (mask, mask & ~cut))
+    if after == before:
+        return "The ball takes an end away and leaves one piece: cut where there is more behind it."
+    log: list = []
+    if (tracing.trace(mask & ~cut, log=log).parent < 0).sum() == 1:
+        return (
+            f"The tracer mended it with a bridge of {log[0].length:.1f} voxels: there the ends "
+            "face each other. Where do they not?"
+        )
+    return ""
 
 
 @question("any forest can be written as an SWC file now.")
