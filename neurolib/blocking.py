@@ -13,10 +13,10 @@ from math import prod
 import numpy as np
 
 from neurolib.data.formats import check_spacing
-from neurolib.data.pairs import Pair
+from neurolib.data.pairs import Pair, read_pair
 from neurolib.errors import DataError, NeurolibWarning, SettingsError, VolumeError
-from neurolib.swc import Tree, check_pair, read_swc
-from neurolib.volume import normalise, read_volume
+from neurolib.swc import Tree, check_pair
+from neurolib.volume import normalise
 
 BLOCK = (5, 100, 100)
 STRIDE = (1, 100, 100)
@@ -57,8 +57,7 @@ def read_sample(pair: Pair, kind: str = "sironi", tau: float = 0.1) -> Sample:
     VolumeError, SwcError, DataError
         If a file is unusable, or most of the tree lies outside the image.
     """
-    volume = read_volume(pair.image)
-    tree = read_swc(pair.swc, volume.known_spacing)
+    volume, tree = read_pair(pair)
     if told := "; ".join(repair for repair in tree.repairs if "reordered" not in repair):
         warnings.warn(f"{pair.swc.name}: {told}", NeurolibWarning, stacklevel=2)
     check_pair(tree, volume.data.shape, pair.name)

@@ -100,3 +100,20 @@ def read_as(default: object, value: object, shown: str) -> object:
     elif kind is float and type(value) is int:
         return float(value)
     raise SettingsError(f"{shown}: expected {kind.__name__} as in {default!r}, got {value!r}")
+
+
+def three_numbers(
+    text: str, shown: str, positive: bool = False
+) -> tuple[float, float, float] | None:
+    """Three numbers with commas between them; None of nothing, SettingsError of anything else."""
+    if not text:
+        return None
+    try:
+        first, second, third = map(float, text.split(","))
+    except ValueError:
+        first = second = third = math.nan
+    numbers = first, second, third
+    if not all((number > 0 or not positive) and math.isfinite(number) for number in numbers):
+        kind = "positive numbers" if positive else "numbers"
+        raise SettingsError(f"{shown}{text}: expected three {kind}, as in 3,1,1")
+    return numbers

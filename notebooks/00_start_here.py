@@ -32,6 +32,8 @@
 # %% tags=["parameters"]
 run_dir = "../runs/small"  # folder in which this and the following notebooks leave their results
 data = "synthetic"  # "synthetic", "bigneuron-janelia", "rendered:FOLDER" of SWC files, or a folder of image/SWC pairs
+channel = -1  # of multi-channel images, counted from 0; -1: they have one
+spacing = ""  # Z,Y,X in µm, edge lengths of a voxel; empty: what the images say
 
 # %% tags=["bootstrap"]
 import sys
@@ -54,7 +56,7 @@ from neurolib.course.exercises import start_here as exercises
 from neurolib.course.cli import check_environment
 from neurolib.data.datasets import load_dataset
 
-run = runs.open_run(run_dir)
+run = runs.open_run(run_dir, "00_start_here", globals())
 
 # %% [markdown]
 # ## The question
@@ -64,7 +66,7 @@ run = runs.open_run(run_dir)
 # course, as three maximum projections, and the tree that we want a computer to find in it.
 
 # %%
-sample = blocking.read_sample(load_dataset(data)[0])
+sample = blocking.read_sample(load_dataset(data, channel, spacing)[0])
 figure = plotting.projections({sample.pair.name: sample.image}, {"reference tree": sample.tree})
 alt = "Three maximum projections of a volume; the reference tree follows its bright threads."
 plotting.show(figure, "neuron", alt, run.figures)

@@ -44,6 +44,8 @@ target = "sironi"  # or its other name "scale_space"; or "radius"
 tau = 0.1  # threshold of the target's response
 gold = ""  # folder of gold-standard SWC files, to compare the synthetic trees with
 stacks = ""  # folder of real image/SWC pairs, to compare the synthetic stacks with
+channel = -1  # of multi-channel images, counted from 0; -1: they have one
+spacing = ""  # Z,Y,X in µm, edge lengths of a voxel; empty: what the images say
 
 # %% tags=["bootstrap"]
 import sys
@@ -72,7 +74,7 @@ from neurolib.data import datasets, inspection, synthesis
 from neurolib.course.exercises import blocking as exercises
 from neurolib.volume import Volume
 
-run = runs.open_run(run_dir)
+run = runs.open_run(run_dir, "01_data_blocking", globals())
 
 # %% [markdown]
 # ## A stack and a tree
@@ -84,7 +86,7 @@ run = runs.open_run(run_dir)
 # flipped in y: the classic mistake, and one that no error message will tell you about.
 
 # %%
-pairs = datasets.load_dataset(data)
+pairs = datasets.load_dataset(data, channel, spacing)
 sample = blocking.read_sample(pairs[0], target, tau)
 print(f"{len(pairs)} pairs; {sample.pair.name}: {sample.pair.style}, shape {sample.image.shape}")
 print(f"{len(sample.tree.xyz)} nodes, {swc.length(sample.tree):.0f} voxels of neurite")

@@ -37,6 +37,8 @@ weights_file = ""  # your own file of 2D weights; empty: cache, model hub, packa
 depth = 5  # slices of a block, odd
 size = 224  # rows and columns that the encoder sees
 seed = 0  # of the random initialisations
+channel = -1  # of multi-channel images, counted from 0; -1: they have one
+spacing = ""  # Z,Y,X in µm, edge lengths of a voxel; empty: what the images say
 
 # %% tags=["bootstrap"]
 import sys
@@ -62,7 +64,7 @@ from neurolib.course import plotting, runs, widgets
 from neurolib.data import datasets
 from neurolib.course.exercises import inflation as exercises
 
-run = runs.open_run(run_dir)
+run = runs.open_run(run_dir, "02_weight_inflation", globals())
 
 # %% [markdown]
 # ## A vision transformer in five sentences
@@ -396,7 +398,7 @@ display(Markdown(runs.table(network.costs(settings))))
 # colours are equal directions.
 
 # %%
-sample = blocking.read_sample(datasets.load_dataset(data)[0])
+sample = blocking.read_sample(datasets.load_dataset(data, channel, spacing)[0])
 grid = blocking.block_grid(sample.image.shape, (depth, 100, 100))
 fullest = max(grid, key=lambda at: blocking.read_block(sample.mask, at, (1, 100, 100)).sum())
 real = torch.from_numpy(blocking.read_block(sample.image, fullest, (depth, 100, 100)).copy())[None]

@@ -85,7 +85,7 @@ from neurolib import blocking, inference, network, training, weights
 from neurolib.course import plotting, runs, widgets
 from neurolib.course.exercises import training as exercises
 
-run = runs.open_run(run_dir)
+run = runs.open_run(run_dir, "03_training", globals())
 target = runs.target_of(run)
 
 # %% [markdown]

@@ -66,7 +66,7 @@ from neurolib import blocking, devices, evaluation, inference, training
 from neurolib.course import baselines, plotting, runs, statistics, widgets
 from neurolib.course.exercises import evaluation as exercises
 
-run = runs.open_run(run_dir)
+run = runs.open_run(run_dir, "04_evaluation", globals())
 target = runs.target_of(run)
 
 # %% [markdown]

@@ -64,7 +64,7 @@ from neurolib import blocking, evaluation, inference, swc, tracing, training
 from neurolib.course import baselines, plotting, robustness, runs, sweeps, widgets
 from neurolib.course.exercises import tracing as exercises
 
-run = runs.open_run(run_dir)
+run = runs.open_run(run_dir, "05_swc_tracing", globals())
 target = runs.target_of(run)
 
 # %% tags=["nbval-ignore-output"]

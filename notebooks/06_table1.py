@@ -53,7 +53,7 @@ from IPython.display import Markdown, display
 from neurolib.course import baselines, plotting, runs, statistics, sweeps, widgets
 from neurolib.course.exercises import table1 as exercises
 
-run = runs.open_run(run_dir)
+run = runs.open_run(run_dir, "06_table1", globals())
 rows = sweeps.read_results(results)
 neurons = list(dict.fromkeys(row["neuron"] for row in rows))
 print(f"{len(rows)} measurements on {len(neurons)} neurons: {', '.join(neurons)}")

@@ -245,6 +245,7 @@ def notebooks(folder: Path) -> None:
     folder.mkdir(parents=True)
     one = "test_neurons = 1\nvalidation_neurons = 1\nseed = 0\nheld_out = ''\nvalidate_on = ''\n"
     one += "train_neurons = 0\ntarget = 'sironi'\ntau = 0.1\nrun_dir = ''\ndata = ''\n"
+    one += "channel = -1\nspacing = ''\n"
     three = "run_dir = ''\ndata = ''\nseed = 0\nencoder_rate = 1.0\n"
     three += "held_out = ''\nvalidate_on = ''\n"
     for name, parameters in (("01_data_blocking", one), ("03_training", three)):

@@ -329,7 +329,7 @@ def test_trace_of_one_slice_and_of_one_voxel(tmp_path, capsys):
         (BAR, ["--seed", "nan,3,3"], "--seed nan,3,3"),
         (BAR, ["--seed", "3,3"], "three numbers"),
         (BAR, ["--spacing", "0,1,1"], "three positive numbers"),
-        (BAR, ["--spacing", "wide"], "three numbers"),
+        (BAR, ["--spacing", "wide"], "three positive numbers"),
         (BAR, ["--min-size", "500"], "lower the threshold or min_size"),
         (BAR, ["--bridge", "-1"], "--bridge -1.0: expected at least 0"),
         (BAR, ["--channel", "1"], "channel"),

@@ -114,7 +114,7 @@ def imported_modules(source):
 
 # Who may import whom: the course everything, the method itself and the data, the data only what
 # both of them stand on.
-GROUND = {"neurolib", "errors", "files", "volume", "swc"}
+GROUND = {"neurolib", "errors", "files", "parameters", "volume", "swc"}
 
 
 def package_imports():

@@ -11,12 +11,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tifffile
 
-from neurolib import swc, volume
+from neurolib import blocking, swc, volume
 from neurolib.course import runs, sweeps
 from neurolib.course.baselines import FILTERS
 from neurolib.data import datasets, pairs, synthesis
-from neurolib.errors import DataError, SettingsError, WeightsError
+from neurolib.errors import DataError, SettingsError, VolumeError, WeightsError
 
 GRID = """\
 data: somewhere
@@ -492,7 +493,7 @@ def test_a_run_stops_on_misplaced_trees(data, tmp_path, capsys):
         runs.run_course(str(data), "empty", "x", tmp_path / "runs", parameters, ())
     assert not (tmp_path / "runs").exists()
     runs.run_course(str(data), "empty", "x", tmp_path / "runs", parameters, (), True)
-    assert "cell1.tif: spacing not known" in capsys.readouterr().out
+    assert "cell0.tif: spacing not known" in capsys.readouterr().out
 
 
 def test_trees_in_micrometres_lie_in_their_images(data, tmp_path, capsys):
@@ -508,6 +509,65 @@ def test_trees_in_micrometres_lie_in_their_images(data, tmp_path, capsys):
     assert "spacing" not in capsys.readouterr().out
     found = [found["length"] for found in datasets.measure(data)]
     assert found == pytest.approx(lengths, rel=1e-3)
+
+
+def test_channel_and_spacing_of_a_run_reach_every_notebook(data, tmp_path):
+    for path in data.glob("*.tif"):
+        stack = volume.read_volume(path).data
+        tifffile.imwrite(path, np.stack([stack[::-1], stack], 1), imagej=True)
+    call = str(data), "empty", "x", tmp_path / "runs"
+    with pytest.raises(VolumeError, match=r"2 channels .*channel="):
+        runs.run_course(*call, {"held_out": "cell0"}, ())
+    with pytest.raises(SettingsError, match="spacing=2,1: expected three positive"):
+        runs.run_course(*call, {"channel": "1", "spacing": "2,1"}, ())
+    parameters = {"held_out": "cell0", "channel": "1", "spacing": "2,0.5,0.5"}
+    run = runs.run_course(*call, parameters, ())
+    sample = blocking.read_sample(runs.split_of(run, str(data)).test[0])
+    assert (sample.spacing, sample.unknown) == ((2.0, 0.5, 0.5), "")
+    stack = tifffile.imread(data / "cell0.tif")[:, 1]
+    np.testing.assert_array_equal(sample.image, volume.normalise(stack))
+
+
+def test_a_trained_network_is_not_replaced_by_one_of_other_settings(data, tmp_path):
+    call = str(data), "empty", "x", tmp_path / "runs"
+    run = runs.run_course(*call, {"held_out": "cell0"}, ())
+    run.path("checkpoint.safetensors").write_text("hours of work")
+    for parameters, words in (
+        ({"held_out": "cell1"}, "held_out='cell0'"),
+        ({"held_out": "cell0", "tau": "0.2"}, "tau=0.1"),
+    ):
+        with pytest.raises(SettingsError, match=f"x: .*{words}.*--name.*--overwrite"):
+            runs.run_course(*call, parameters, ())
+    # The value that is declared, given as text: the network is the same.
+    runs.run_course(*call, {"held_out": "cell0", "tau": ".10"}, ())
+    tree = swc.read_swc(data / "cell2.swc")
+    swc.write_swc(data / "cell2.swc", replace(tree, radius=tree.radius + 1))
+    with pytest.raises(SettingsError, match="other files"):
+        runs.run_course(*call, {"held_out": "cell0"}, ())
+    runs.run_course(*call, {"held_out": "cell0"}, (), overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("steps", "abc", "'steps': expected int as in 200, got 'abc'"),
+        ("frozen", "maybe", "expected bool"),
+        ("size", 22.5, "expected int"),
+        ("batch", 0, "batch=0: expected at least 1"),
+        ("encoder_rate", "1e-4", 1e-4),
+        ("frozen", "no", False),
+        ("decoder_rate", 1, 1.0),
+    ],
+)
+def test_parameters_of_papermill_are_read_as_declared(tmp_path, name, value, expected):
+    names = runs.notebook_parameters(runs.notebook_path("03_training")) | {name: value}
+    if isinstance(expected, str):
+        with pytest.raises(SettingsError, match=re.escape(expected)):
+            runs.open_run(tmp_path / "run", "03_training", names)
+        assert not (tmp_path / "run").exists()
+    else:
+        runs.open_run(tmp_path / "run", "03_training", names)
+        assert (names[name], type(names[name])) == (expected, type(expected))
 
 
 def test_a_run_in_which_nothing_is_found_goes_on_to_its_report(data, tmp_path, monkeypatch):

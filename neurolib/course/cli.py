@@ -2,7 +2,6 @@
 
 import functools
 import importlib.metadata
-import math
 import os
 import platform
 import re
@@ -49,6 +48,10 @@ IgnoreFramesOption = Annotated[
     bool,
     typer.Option("--ignore-frames", help="Go on with trees that lie beside their neurites."),
 ]
+RetrainOption = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace a network of other settings or data in this run."),
+]
 SpacingOption = Annotated[
     str, typer.Option(help="Z,Y,X in µm: edge lengths of a voxel; default: those of the file.")
 ]
@@ -87,6 +90,7 @@ def run(
     folder: RunsOption = Path("runs"),
     set_: ParametersOption = None,
     ignore_frames: IgnoreFramesOption = False,
+    overwrite: RetrainOption = False,
 ) -> None:
     """Execute notebooks 00 to 05 on a data set and leave runs/NAME with report.html.
 
@@ -96,9 +100,8 @@ def run(
     """
     from neurolib.course.runs import run_course, summary
 
-    done = run_course(
-        data, profile, name, folder, dict(map(_assignment, set_ or [])), ignore_frames=ignore_frames
-    )
+    how = {"ignore_frames": ignore_frames, "overwrite": overwrite}
+    done = run_course(data, profile, name, folder, dict(map(_assignment, set_ or [])), **how)
     print(f"\n{summary(done)}\n\nreport: {done.path('report.html')}")
 
 
@@ -110,6 +113,7 @@ def train(
     folder: RunsOption = Path("runs"),
     set_: ParametersOption = None,
     ignore_frames: IgnoreFramesOption = False,
+    overwrite: RetrainOption = False,
 ) -> None:
     """Train only, on several GPUs or machines; `neurolib run` with the same options goes on.
 
@@ -117,7 +121,8 @@ def train(
     """
     from neurolib.course.runs import train_run
 
-    done = train_run(data, profile, name, folder, dict(map(_assignment, set_ or [])), ignore_frames)
+    how = {"ignore_frames": ignore_frames, "overwrite": overwrite}
+    done = train_run(data, profile, name, folder, dict(map(_assignment, set_ or [])), **how)
     print(f"checkpoint: {done.path('checkpoint.safetensors')}")
 
 
@@ -711,17 +716,9 @@ def _say(lines: Iterable[str]) -> None:
 
 
 def _three(name: str, text: str) -> tuple[float, float, float] | None:
-    """Three numbers with commas between them; None of nothing."""
-    if not text:
-        return None
-    try:
-        first, second, third = map(float, text.split(","))
-    except ValueError:
-        raise SettingsError(f"--{name} {text}: expected three numbers, as in 3,1,1") from None
-    numbers = first, second, third
-    if name == "spacing" and not all(0 < number < math.inf for number in numbers):
-        raise SettingsError(f"--{name} {text}: expected three positive numbers, as in 3,1,1")
-    return numbers
+    from neurolib.parameters import three_numbers
+
+    return three_numbers(text, f"--{name} ", positive=name == "spacing")
 
 
 def _assignment(text: str) -> tuple[str, str]:

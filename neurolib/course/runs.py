@@ -37,7 +37,7 @@ from neurolib.data.datasets import (
     split_by_neuron,
     write_manifest,
 )
-from neurolib.data.pairs import GENERATED, NAMED, Pair
+from neurolib.data.pairs import GENERATED, NAMED, Pair, read_pair
 from neurolib.errors import DataError, NeurolibError, SettingsError, WeightsError
 from neurolib.evaluation import name_unit
 from neurolib.files import (
@@ -52,8 +52,8 @@ from neurolib.files import (
     write_text,
 )
 from neurolib.parameters import check_range, read_as
-from neurolib.swc import check_frame, check_pair, read_swc
-from neurolib.volume import read_volume, remarks
+from neurolib.swc import check_frame, check_pair
+from neurolib.volume import remarks
 
 # Imported only where it is used, because it costs every notebook two seconds.
 if TYPE_CHECKING:
@@ -171,8 +171,22 @@ def checkpoint_of(run: Run) -> Path:
     return SHIPPED
 
 
-def open_run(folder: str | Path) -> Run:
-    """Open a run folder; make it if necessary."""
+def open_run(folder: str | Path, notebook: str = "", names: dict | None = None) -> Run:
+    """Open a run folder; make it if necessary.
+
+    Parameters
+    ----------
+    folder : path
+    notebook, names : str and dict, optional
+        A notebook and its ``globals()``. Its parameters, which papermill may have set to anything,
+        are read as the types that are declared, or refused (SettingsError).
+    """
+    for name, default in (notebook_parameters(notebook_path(notebook)) if notebook else {}).items():
+        # papermill takes the name 003 for a number.
+        if not (isinstance(default, str) and isinstance(names[name], int)):
+            names[name] = read_as(default, names[name], f"parameter {name!r}")
+        if names[name] != default:
+            check_range(name, names[name])
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -231,14 +245,13 @@ def read_yaml(path: Path) -> object:
 
 def notebook_parameters(path: Path) -> dict:
     """Names and default values in the one cell tagged ``parameters`` (literals only)."""
-    import nbformat
-
-    notebook = nbformat.read(path, as_version=4)
-    cells = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    # Without nbformat, whose import takes a notebook a second.
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    cells = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
     if len(cells) != 1:
         raise SettingsError(f"{path.name}: {len(cells)} cells tagged 'parameters', expected one")
     defaults = {}
-    for statement in ast.parse(cells[0].source).body:
+    for statement in ast.parse("".join(cells[0]["source"])).body:
         if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
             raise SettingsError(f"{path.name}: its parameters cell holds more than assignments")
         defaults[statement.targets[0].id] = ast.literal_eval(statement.value)
@@ -331,6 +344,7 @@ def run_course(
     parameters: dict | None = None,
     notebooks: tuple[str, ...] = COURSE,
     ignore_frames: bool = False,
+    overwrite: bool = False,
 ) -> Run:
     """Execute the notebooks on a data set; skip what is done, and resume an interrupted run.
 
@@ -351,6 +365,8 @@ def run_course(
         Notebooks to run. Without 01, its split and target are made here, from the same parameters.
     ignore_frames : bool
         Go on with trees that do not lie on the neurites of their images.
+    overwrite : bool
+        Train anew in a folder whose network was trained with other settings or data.
 
     Returns
     -------
@@ -380,7 +396,7 @@ def run_course(
         defaults[DATA_NOTEBOOK]["tau"] = _tau_of(checkpoint, path)
     splits = [] if checkpoint else [defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK]]
     check_data(data, splits, ignore_frames)
-    check_run(path, data)
+    check_run(path, data, None if overwrite else given)
     run = open_run(path)
     with claim(run.path(".lock")):
         before = data_key(data)
@@ -408,6 +424,7 @@ def train_run(
     folder: str | Path = "runs",
     parameters: dict | None = None,
     ignore_frames: bool = False,
+    overwrite: bool = False,
 ) -> Run:
     """Train as notebook 03 does, without its pictures, on all devices that torchrun provides.
 
@@ -427,7 +444,7 @@ def train_run(
     first = fabric.is_global_zero
     if first:
         check_data(data, [split], ignore_frames)
-        check_run(path, data)
+        check_run(path, data, None if overwrite else given)
     run = open_run(path)
     with claim(run.path(".lock")) if first else contextlib.nullcontext():
         if first:
@@ -456,8 +473,11 @@ def _given(profile: str | Path, parameters: dict | None) -> dict:
     return values
 
 
-def check_run(folder: Path, data: str) -> None:
-    """Refuse a folder that is in use for something else (SettingsError)."""
+def check_run(folder: Path, data: str, given: dict | None = None) -> None:
+    """Refuse a folder that is in use for something else (SettingsError).
+
+    That is also a network that was trained with other parameters than `given`, or on other files.
+    """
     if not folder.is_dir():
         return
     if not (folder / "metrics.json").is_file():
@@ -470,6 +490,21 @@ def check_run(folder: Path, data: str) -> None:
     if made and made["folder"] != _absolute(data) and made["key"] != text_key(data_key(data)):
         raise SettingsError(
             f"{folder}: a run on {made['folder']}, not on {_absolute(data)}; choose another --name"
+        )
+    old = made.get("parameters", {})
+    if given is None or "checkpoint" in {**old, **given} or not (folder / CHECKPOINT).is_file():
+        return
+    parts = [notebook_parameters(notebook_path(name)) for name in (DATA_NOTEBOOK, "03_training")]
+    before, now = (
+        {k: read_as(v, values.get(k, v), k) for part in parts for k, v in part.items()}
+        for values in (old, given)
+    )
+    changed = [f"{k}={before[k]!r}" for k in now if now[k] != before[k]]
+    changed += ["other files"] if made and made["key"] != text_key(data_key(data)) else []
+    if changed:
+        raise SettingsError(
+            f"{folder}: its network was trained with {', '.join(changed)}; choose another --name, "
+            "or give --overwrite to train anew"
         )
 
 
@@ -526,14 +561,16 @@ def check_data(data: str, choices: Iterable[dict], ignore_frames: bool = False) 
     """
     if data in GENERATED:
         return
-    pairs = load_dataset(data)
+    choices = list(choices)
+    said: set[str] = set()
+    ways = {(v["channel"], v["spacing"]) for v in choices} or {(-1, "")}
     for values in choices:
-        _split(pairs, values)
-    for pair in pairs:
-        volume = read_volume(pair.image)
-        tree = read_swc(pair.swc, volume.known_spacing)
-        for remark in remarks(volume, pair.image.name):
-            print(remark, flush=True)
+        _split(load_dataset(data), values)
+    for pair in (pair for way in sorted(ways) for pair in load_dataset(data, *way)):
+        volume, tree = read_pair(pair)
+        for remark in set(remarks(volume, "")) - said:  # once, not for every image
+            print(f"{pair.image.name}{remark.replace('--spacing ', '-p spacing=')}", flush=True)
+            said.add(remark)
         check_pair(tree, volume.data.shape, pair.name)
         if ignore_frames:
             continue
@@ -557,7 +594,7 @@ def _prepare(run: Run, data: str, values: dict, checkpoint: str = "") -> str:
     # Notebooks resolve paths from another folder than this process does.
     pairs = [
         replace(pair, image=pair.image.resolve(), swc=pair.swc.resolve())
-        for pair in load_dataset(data)
+        for pair in load_dataset(data, values["channel"], values["spacing"])
     ]
     split = Split((), (), tuple(pairs)) if checkpoint else _split(pairs, values)
     write_manifest(run.path("split.json"), split, values["seed"])
@@ -624,6 +661,10 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
         for path in run.path("swc").glob("*.swc"):
             if is_sealed(path):
                 path.unlink()
+    # What ends early is not done, and a checkpoint of other settings is nobody's result.
+    records = run.metrics().get("notebooks", {})
+    records.pop(notebook, None)
+    run.record("notebooks", records)
     started = time.monotonic()
     # Progress bars of several workers would overwrite each other.
     alone = multiprocessing.parent_process() is None
@@ -657,7 +698,6 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
                 cell.outputs = list(settled(cell.outputs))
         nbformat.write(executed, temporary)
     run.path(f"{notebook}.failed.ipynb").unlink(missing_ok=True)
-    records = run.metrics().get("notebooks", {})
     records[notebook] = {
         "key": key,
         "seconds": round(time.monotonic() - started, 1),

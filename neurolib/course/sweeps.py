@@ -311,7 +311,7 @@ def _run_cell(data: str, folder: Path, chain: tuple[str, ...], where: Path, cell
     """Run one cell; in `where`, since data may be named relative to it."""
     with contextlib.chdir(where):
         profile = PROFILES / "empty.yaml"
-        return run_course(data, profile, cell.name, folder, cell.parameters, chain, True)
+        return run_course(data, profile, cell.name, folder, cell.parameters, chain, True, True)
 
 
 def _execute(
@@ -401,7 +401,8 @@ def _rows(run: Run, cell: Cell, data: str, measure: str) -> list[dict]:
         return [common | {"neuron": curve["neurons"]} | point for point in curve["points"]]
     rows = []
     for pair in read_manifest(run.path("split.json")).test:
-        volume, scores = read_volume(pair.image), metrics["neurons"][pair.name]
+        volume = read_volume(pair.image, pair.channel, spacing=pair.spacing)
+        scores = metrics["neurons"][pair.name]
         # In the unit of the distances.
         scale = in_unit(volume.spacing, scores.get("unit", "µm"))
         diagonal = volume_diagonal(volume.data.shape, scale)

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ from neurolib.data.pairs import (
 )
 from neurolib.errors import DataError, NeurolibError, SwcError
 from neurolib.files import atomic_path, cache_folder, sha256, text_key, write_text
+from neurolib.parameters import three_numbers
 from neurolib.swc import Tree, read_swc, write_swc
 from neurolib.volume import SUFFIXES, read_volume, write_volume
 
@@ -53,7 +54,7 @@ class Split:
         return iter((self.train, self.validation, self.test))
 
 
-def load_dataset(name: str | Path) -> list[Pair]:
+def load_dataset(name: str | Path, channel: int = -1, spacing: str = "") -> list[Pair]:
     """Pairs of a data set.
 
     Parameters
@@ -62,7 +63,17 @@ def load_dataset(name: str | Path) -> list[Pair]:
         ``synthetic``, ``fly-larva``, ``fly-larva-final``, ``bigneuron-janelia``,
         ``rendered:FOLDER`` (or ``rendered-STYLE:FOLDER``) for the SWC files of a folder, see
         `rendered_pairs`, or a folder of pairs. Folders are relative to the working directory.
+    channel : int
+        Of multi-channel images, from 0; -1 where they have one.
+    spacing : str
+        Z,Y,X in µm, in place of what the images record; empty: theirs.
     """
+    how = {"channel": None if channel < 0 else channel}
+    how["spacing"] = three_numbers(spacing, "spacing=", positive=True)
+    return [replace(pair, **how) for pair in _pairs_of(name)]
+
+
+def _pairs_of(name: str | Path) -> list[Pair]:
     if str(name) == "synthetic":
         return synthetic_pairs()
     if str(name) == "bigneuron-janelia":
@@ -211,6 +222,7 @@ def write_manifest(path: str | Path, split: Split, seed: int) -> Path:
             entry = {"name": pair.name, "neuron": pair.neuron, "split": role, "style": pair.style}
             for kind, file in (("image", pair.image), ("swc", pair.swc)):
                 entry |= {kind: str(file), f"{kind}_sha256": _digest(file)}
+            entry |= {"channel": pair.channel, "spacing": pair.spacing}
             entries.append(entry)
     return write_text(path, json.dumps({"seed": seed, "pairs": entries}, indent=1))
 
@@ -231,7 +243,10 @@ def read_manifest(path: str | Path) -> Split:
     try:
         for entry in json.loads(path.read_text(encoding="utf-8"))["pairs"]:
             files = Path(entry["image"]), Path(entry["swc"])
-            pair = Pair(entry["name"], entry["neuron"], *files, entry["style"])
+            # Older splits have neither.
+            channel, spacing = entry.get("channel"), entry.get("spacing")
+            pair = Pair(entry["name"], entry["neuron"], *files, entry["style"], channel)
+            pair = replace(pair, spacing=tuple(spacing)) if spacing else pair
             for kind, file in zip(("image", "swc"), files, strict=True):
                 if not file.exists() or _digest(file) != entry[f"{kind}_sha256"]:
                     raise DataError(

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from neurolib.errors import DataError, NeurolibWarning
 from neurolib.files import decode, named_folder
-from neurolib.volume import SUFFIXES
+from neurolib.swc import Tree, read_swc
+from neurolib.volume import SUFFIXES, Volume, read_volume
 
 # Part words by which people name several crops of one neuron: they never go into two splits.
 PART = re.compile(
@@ -35,13 +36,24 @@ FINAL_STYLE = "real, final test set"
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and its tree: `name`, the `neuron` it shows, both files, and how it was made."""
+    """An image and its tree: `name`, the `neuron` it shows, both files, and how it was made.
+
+    channel, spacing: of the image, where they are not left to the file; see `read_volume`.
+    """
 
     name: str
     neuron: str
     image: Path
     swc: Path
     style: str
+    channel: int | None = None
+    spacing: tuple[float, float, float] | None = None
+
+
+def read_pair(pair: Pair) -> tuple[Volume, Tree]:
+    """Read a pair: image, and tree in the voxels of the image."""
+    volume = read_volume(pair.image, pair.channel, spacing=pair.spacing)
+    return volume, read_swc(pair.swc, volume.known_spacing)
 
 
 def stand_in(name: str) -> Path | None:
