@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 import tifffile
+from scipy import ndimage
 
 import neurolib
 from neurolib import __version__
@@ -240,6 +241,23 @@ def test_segment_writes_a_valid_tree(checkpoint, tmp_path, capsys):
     assert (tree.parent < np.arange(len(tree.parent))).all()
     assert tifffile.imread(mask).shape == SHAPE
     assert str(out) in capsys.readouterr().out
+
+
+def test_the_mask_loses_the_pieces_that_the_tree_loses(checkpoint, tmp_path, capsys):
+    path, mask, found = (tmp_path / name for name in ("scan.tif", "mask.tif", "p.tif"))
+    tifffile.imwrite(path, image())
+    outputs = ["--mask", mask, "--probability", found]
+    assert call("segment", path, "--checkpoint", checkpoint, "--probability", found) == 0
+    cut = float(np.quantile(tifffile.imread(found), 0.97))
+    label, count = ndimage.label(tifffile.imread(found) >= cut, np.ones((3, 3, 3)))
+    sizes = np.bincount(label.ravel())[1:]
+    size = int(sizes.max())
+    arguments = ["--checkpoint", checkpoint, "--threshold", repr(cut), "--min-size", size]
+    assert count > 1
+    assert call("segment", path, *arguments, *outputs) == 0
+    wanted = np.isin(label, 1 + np.flatnonzero(sizes >= size))
+    np.testing.assert_array_equal(tifffile.imread(mask) > 0, wanted)
+    assert f"in pieces of at least {size}" in capsys.readouterr().out
 
 
 BAR = np.zeros((9, 24, 48), np.uint8)

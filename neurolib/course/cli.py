@@ -375,6 +375,7 @@ def _segment_one(
     import numpy as np
 
     from neurolib.course.large import predict_large, stored_boxes, thresholded
+    from neurolib.evaluation import drop_small
     from neurolib.files import provenance, sha256
     from neurolib.inference import MIN_SIZE
     from neurolib.segmentation import predict_image
@@ -407,12 +408,14 @@ def _segment_one(
         print(f"{probability}: written")
     made |= {"threshold": cut}
     if mask:
-        binary = thresholded(volume.data, cut)
-        lazy = mask.suffix.lower() == ".zarr"
-        about = provenance("mask", **made)
-        binary, known = binary if lazy else binary[:], not volume.unknown
+        binary, kept = thresholded(volume.data, cut), ""
+        if isinstance(volume.data, np.ndarray):
+            binary, kept = drop_small(binary[:], size), f" in pieces of at least {size}"
+        elif mask.suffix.lower() != ".zarr":
+            binary = binary[:]
+        about, known = provenance("mask", **made, min_size=size if kept else 1), not volume.unknown
         write_volume(mask, binary, volume.spacing, known=known, about=about)
-        print(f"{mask}: voxels of at least {cut:g}")
+        print(f"{mask}: voxels of at least {cut:g}{kept}")
     if out:
         options = {"threshold": cut, "min_size": size, "regions": stored_boxes(volume.data)}
         tree = trace(volume.data, volume.spacing, **options)
