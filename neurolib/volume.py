@@ -23,10 +23,8 @@ SUFFIXES = (*formats.FORMATS, ".zarr")
 
 # Voxels so many times longer along one axis than along another are more likely a wrong field.
 ANISOTROPY = 20
-
 # Voxels looked at together: temporaries of 8 bytes each stay at 32 MB, whatever the volume.
 SLAB = 1 << 22
-
 # Voxels whose percentiles stand for those of a larger float volume.
 SAMPLE = 1 << 24
 
@@ -447,23 +445,9 @@ def create_zarr(
 ) -> Any:
     """Make an OME-Zarr image (https://ngff.openmicroscopy.org/0.5) of one level, without chunks.
 
-    Parameters
-    ----------
-    path : Path
-        A folder that does not exist.
-    name : str
-        Of the image, in its metadata.
-    shape, dtype
-        Of the image (z, y, x).
-    spacing : (dz, dy, dx)
-        In µm, or without a unit if not `known`.
-    about : str
-        What the image is made with, for its metadata.
-
-    Returns
-    -------
-    zarr.Array
-        To be written to; chunks that are not hold zeros.
+    It gets `name`, the `spacing` (dz, dy, dx; in µm, or without a unit if not `known`) and `about`
+    as its metadata. The `zarr.Array` that is returned is there to be written to; chunks that are
+    not hold zeros.
     """
     import zarr
 

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from tqdm.auto import tqdm
 
 from neurolib import files
-from neurolib.data.download import download
+from neurolib.data.download import download, read_record
 from neurolib.errors import DataError, NeurolibWarning, SettingsError
 
 URL = "https://github.com/BigNeuron/Data/releases/download/Gold166_v1/gold166.zip"
@@ -58,7 +58,7 @@ def fetch_janelia() -> Path:
     # Two addresses may hold two versions: each has a folder and a record of its own.
     cache, key = files.cache_folder() / "bigneuron", hashlib.sha256(url.encode()).hexdigest()[:8]
     folder, record = cache / f"{GROUP}-{key}", cache / f"archive-{key}.json"
-    known = _recorded(record)
+    known = read_record(record).get("sha256", "")
     if expected and known and known != expected:
         raise DataError(
             f"{url}: the archive was downloaded before with sha256 {known[:16]}..., expected "
@@ -104,15 +104,6 @@ def _fetch(url: str, archive: Path, folder: Path, expected: str, record: Path) -
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise DataError(f"{url}: the archive cannot be unpacked ({reason}); try again") from None
-
-
-def _recorded(record: Path) -> str:
-    try:
-        return str(json.loads(record.read_text(encoding="utf-8"))["sha256"])
-    except (FileNotFoundError, NotADirectoryError):
-        return ""
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{record}: not a readable record; delete it and call again") from None
 
 
 def _unpack(archive: Path, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Download a file over HTTP: resume where it stopped, limit time and size, check the hash."""
 
+import json
 import os
 import re
 import shutil
@@ -165,3 +166,13 @@ def _transfer(url: str, part: Path, limit: int, variable: str) -> None:
                     window, since = 0, time.monotonic()
     if total is not None and size < total:
         raise _Interrupted(f"the connection closed at {size} of {total} bytes")
+
+
+def read_record(path: Path) -> dict[str, str]:
+    """Hashes that were recorded beside downloads; none where there is no record."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, TypeError):
+        raise DataError(f"{path}: not a readable record; delete it and call again") from None

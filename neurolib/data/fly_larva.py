@@ -24,11 +24,11 @@ from scipy.sparse.csgraph import connected_components, depth_first_order, minimu
 from scipy.spatial import KDTree
 from tqdm.auto import tqdm
 
-from neurolib.data.download import download
+from neurolib.data.download import download, read_record
 from neurolib.data.pairs import FINAL_STYLE, Pair, folder_pairs, stand_in
 from neurolib.errors import DataError, NeurolibWarning
 from neurolib.files import cache_folder, claim, sha256, write_text
-from neurolib.swc import Tree, write_swc
+from neurolib.swc import Tree, take, write_swc
 from neurolib.volume import read_volume, write_volume
 
 NAME, FINAL_NAME = "fly-larva", "fly-larva-final"
@@ -66,7 +66,7 @@ def load_fly_larva(name: str = NAME) -> list[Pair]:
             raise DataError(f"{told}; unset NEUROLIB_DATA to download them")
         warnings.warn(f"{told}; going on without them", NeurolibWarning, stacklevel=3)
     style = "real" if name == NAME else FINAL_STYLE
-    made = _recorded(folder)
+    made = read_record(folder / RECORD)
     pairs = []
     for entry in wanted:
         if pair := found.get(entry["name"]):
@@ -109,15 +109,6 @@ def _paths(folder: Path, name: str) -> tuple[Path, Path]:
 
 def _lacking(entries: list[dict], folder: Path) -> list[dict]:
     return [e for e in entries if not all(path.exists() for path in _paths(folder, e["name"]))]
-
-
-def _recorded(folder: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError):
-        raise DataError(f"{folder / RECORD}: not readable; delete it") from None
 
 
 def _check(path: Path, digest: str, known: tuple[str, ...]) -> None:
@@ -169,7 +160,9 @@ def _make_pair(entry: dict, folder: Path, address: str, bar: tqdm) -> None:
     tree, joined = repair_trace((raw / "trace.swc").read_bytes(), stack.shape[1], entry["z_shift"])
     image, swc = _paths(folder, name)
     write_swc(swc, tree, f"{name}: y flipped, {joined} gaps joined, voxel units\n{origin()}")
-    write_text(folder / RECORD, json.dumps(_recorded(folder) | {name: sha256(swc)}, indent=1))
+    write_text(
+        folder / RECORD, json.dumps(read_record(folder / RECORD) | {name: sha256(swc)}, indent=1)
+    )
     write_volume(image, stack)  # last: with it, the pair is whole
     shutil.rmtree(raw)
 
@@ -234,7 +227,4 @@ def _rooted(graph, component: np.ndarray, xyz: np.ndarray, radius: np.ndarray) -
         visited, before = depth_first_order(graph, root, directed=False)
         order.append(visited)
         parent[visited[1:]] = before[visited[1:]]
-    order = np.concatenate(order)
-    row = np.empty(len(xyz) + 1, int)
-    row[order], row[-1] = np.arange(len(xyz)), -1
-    return Tree(xyz[order], radius[order], np.full(len(xyz), 3), row[parent[order]])
+    return take(Tree(xyz, radius, np.full(len(xyz), 3), parent), np.concatenate(order))

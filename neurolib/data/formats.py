@@ -416,16 +416,11 @@ def _check_imagej(name: str, tif: tifffile.TiffFile, slices: int) -> None:
     if not tif.is_imagej:
         return
     claimed, pages = _number((tif.imagej_metadata or {}).get("images", 1)), len(tif.pages)
-    if claimed > slices:
-        raise VolumeError(
-            f"{name}: ImageJ's header claims {claimed:.0f} slices, found {slices}; the file is "
-            "truncated or damaged"
-        )
     # Beyond 4 GiB, ImageJ writes one page for all.
-    if 1 < claimed < pages:
+    if claimed > slices or 1 < claimed < pages:
         raise VolumeError(
-            f"{name}: ImageJ's header claims {claimed:.0f} slices, found {pages} pages; "
-            "it is not of this stack, save the file again with ImageJ"
+            f"{name}: ImageJ's header claims {claimed:.0f} slices, found {max(slices, pages)}; the "
+            "file is truncated, or the header another stack's: save it again with ImageJ"
         )
 
 
@@ -442,19 +437,18 @@ def _check_pages(
             names = re.findall(r'FileName="([^"]*)"', tif.ome_metadata)
             lost = [file for file in dict.fromkeys(names) if not (path.parent / file).exists()]
             raise VolumeError(
-                f"{name}: slice {number} of its set of files is missing"
-                f"{': ' + ', '.join(lost) + ' not found' if lost else ''}; put all files of the "
-                "set into one folder"
+                f"{name}: slice {number} of its set of files is missing: "
+                f"{', '.join(lost) or 'none'} not found; put all files of the set into one folder"
             )
         # In a set of OME files, most pages are in another file.
-        file = page.parent.filehandle if page is not None else tif.filehandle
-        counts = page.databytecounts if page is not None else ()
-        offsets = page.dataoffsets if page is not None else ()
+        file = (tif.pages.first if page is None else page).parent.filehandle
+        counts = () if page is None else page.databytecounts
+        offsets = () if page is None else page.dataoffsets
         ends = [o + n for o, n in zip(offsets, counts, strict=False)]
         if not ends or min(counts) <= 0 or max(ends) > file.size:
             raise VolumeError(
-                f"{name}: the data of page {number} are not within the file of {file.size} bytes"
-                f"{'' if file.name == name else f' ({file.name})'}; it is truncated or damaged"
+                f"{name}: the data of page {number} are not within {file.name}, of {file.size} "
+                "bytes; it is truncated or damaged"
             )
         compression = int(page.keyframe.compression)
         available += sum(counts) * EXPANSION.get(compression, EXPANSION_OTHER)
