@@ -210,16 +210,19 @@ def test_neurons_file_is_matched_tolerantly(tmp_path, rows, code):
 
 
 @pytest.mark.parametrize(
-    ("rows", "words"),
+    ("table", "words"),
     [
-        ("x1,X\nx3,X\n", "row 3: no pair named 'x3'; there are x1, x2"),
-        (",X\n", "row 2: no pair named ''"),
-        ("x1,X\nX1.tif,Y\n", "row 3: 'X1.tif' shows 'X' in an earlier row and 'Y' here"),
+        ("", "expected the columns name,neuron"),
+        ("name;neuron\nx1;X\n", "expected the columns name,neuron"),
+        ("a,b\n1,2\n", "expected the columns name,neuron"),
+        ("name,neuron\nx1,X\nx3,X\n", "row 3: no pair named 'x3'; there are x1, x2"),
+        ("name,neuron\n,X\n", "row 2: no pair named ''"),
+        ("name,neuron\nx1,X\nX1.tif,Y\n", "row 3: 'X1.tif' shows 'X' in an earlier row and"),
     ],
 )
-def test_rows_that_cannot_hold_are_refused(tmp_path, rows, words):
+def test_tables_that_cannot_hold_are_refused(tmp_path, table, words):
     empty_pairs(tmp_path, "x1", "x2")
-    (tmp_path / "neurons.csv").write_text(f"name,neuron\n{rows}")
+    (tmp_path / "neurons.csv").write_text(table)
     assert words in refused(DataError, folder_pairs, tmp_path)
 
 
@@ -256,13 +259,6 @@ def test_names_may_be_numbers_and_hold_commas(tmp_path, asked, found):
     assert "no neuron 'c'" in refused(DataError, split_by_neuron, pairs, held_out="b,c")
 
 
-@pytest.mark.parametrize("table", ["", "name;neuron\nx1;X\n", "a,b\n1,2\n"])
-def test_neurons_file_without_its_columns_is_refused(tmp_path, table):
-    empty_pairs(tmp_path, "x1")
-    (tmp_path / "neurons.csv").write_text(table)
-    assert "name,neuron" in refused(DataError, folder_pairs, tmp_path)
-
-
 def test_folders_without_pairs_are_refused(tmp_path):
     assert "no such folder" in refused(DataError, folder_pairs, tmp_path / "missing")
     assert "0 images and 0 SWC" in refused(DataError, folder_pairs, tmp_path)
@@ -273,18 +269,17 @@ def test_folders_without_pairs_are_refused(tmp_path):
     assert "no such folder" in refused(DataError, folder_pairs, tmp_path / "a.tif")
 
 
-def test_two_images_of_one_name_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ("cell.v3draw", "two images named cell (cell.tif, cell.v3draw)"),
+        ("cell.eswc", "two trees named cell"),
+    ],
+)
+def test_two_files_of_one_name_are_refused(tmp_path, other, words):
     empty_pairs(tmp_path, "cell")
-    (tmp_path / "cell.v3draw").touch()
-    assert "two images named cell (cell.tif, cell.v3draw)" in refused(
-        DataError, folder_pairs, tmp_path
-    )
-
-
-def test_two_trees_of_one_name_are_refused(tmp_path):
-    empty_pairs(tmp_path, "cell")
-    (tmp_path / "cell.eswc").touch()
-    assert "two trees named cell" in refused(DataError, folder_pairs, tmp_path)
+    (tmp_path / other).touch()
+    assert words in refused(DataError, folder_pairs, tmp_path)
 
 
 # ------------------------------------------------------------------------------- splits
@@ -364,9 +359,7 @@ def test_fewer_training_neurons_are_among_the_more():
 
 def test_a_sample_of_slices_keeps_its_place_in_space():
     image = np.arange(7 * 2 * 2, dtype=np.float32).reshape(7, 2, 2)
-    tree = Tree(np.zeros((1, 3)), np.ones(1), np.ones(1, int), np.array([-1]))
-    pair = Pair("a", "a", Path("a.tif"), Path("a.swc"), "real")
-    whole = Sample(pair, image, (2.0, 1.0, 1.0), tree, image, image > 3)
+    whole = Sample(pairs_of("a")[0], image, (2.0, 1.0, 1.0), TREE, image, image > 3)
     third = every_slice(whole, 3)
     assert third.image[:, 0, 0].tolist() == [0, 12, 24]
     assert third.spacing == (6.0, 1.0, 1.0)

@@ -69,6 +69,15 @@ def same(a, b):
     return all(np.array_equal(getattr(a, k), getattr(b, k)) for k in ("xyz", "type", "parent"))
 
 
+def tree_of(points, parent, radius=1.0, kind=1):
+    n = len(points)
+    xyz, radius = np.reshape(points, (n, 3)).astype(float), np.resize(radius, n).astype(float)
+    return Tree(xyz, radius, np.resize(kind, n), np.array(parent, dtype=int))
+
+
+NOTHING, LONE = tree_of([], []), tree_of([[0, 0, 0]], [-1])
+
+
 def forest(seed, n, roots=2, spread=40.0):
     """A random forest with short edges, parents first."""
     rng = np.random.default_rng(seed)
@@ -488,18 +497,9 @@ def test_micrometres_come_back_as_voxels(tmp_path_factory, tree, spacing, given)
 
 def stack_tree():
     """A soma and three neurites; its edges run along all axes."""
-    xyz = [
-        [20, 20, 5],
-        [25, 20, 5],
-        [40, 24, 9],
-        [60, 24, 12],
-        [20, 28, 5],
-        [20, 50, 14],
-        [10, 9, 1],
-    ]
-    parent = [-1, 0, 1, 2, 0, 4, 0]
+    points = [[20, 20, 5], [25, 20, 5], [40, 24, 9], [60, 24, 12], [20, 28, 5], [20, 50, 14]]
     radius = [4, 1, 1.5, 1, 1, 0.5, 1]
-    return Tree(np.array(xyz, float), np.array(radius), np.array([1] + [0] * 6), np.array(parent))
+    return tree_of([*points, [10, 9, 1]], [-1, 0, 1, 2, 0, 4, 0], radius, [1, 0, 0, 0, 0, 0, 0])
 
 
 @pytest.mark.parametrize("name", ["morphio", "neurom", "navis"])
@@ -537,7 +537,7 @@ def test_units_need_their_spacing(tmp_path, units):
 
 
 def test_write_refuses_what_is_no_forest(tmp_path):
-    ok = Tree(np.zeros((2, 3)), np.ones(2), np.ones(2, int), np.array([-1, 0]))
+    ok = tree_of(np.zeros((2, 3)), [-1, 0])
     bad = {
         "its own ancestor": {"parent": np.array([1, 0])},
         "expected -1 to 1": {"parent": np.array([-1, 5])},
@@ -549,12 +549,12 @@ def test_write_refuses_what_is_no_forest(tmp_path):
         with pytest.raises(SwcError, match=words):
             write_swc(tmp_path / "bad.swc", Tree(**{**vars(ok), **change}))
     with pytest.raises(SwcError, match="without nodes"):
-        write_swc(tmp_path / "bad.swc", Tree(np.zeros((0, 3)), *[np.zeros(0, int)] * 3))
+        write_swc(tmp_path / "bad.swc", NOTHING)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_small_radii_and_negative_zero_survive(tmp_path):
-    tree = Tree(np.array([[-1e-9, 0, 0]]), np.array([1.25e-5]), np.array([3]), np.array([-1]))
+    tree = tree_of([[-1e-9, 0, 0]], [-1], 1.25e-5)
     path = write_swc(tmp_path / "a.swc", tree)
     assert "-0.0000" not in path.read_text()
     assert read_swc(path).radius.tolist() == [1.25e-5]
@@ -570,9 +570,8 @@ def test_tips_and_branch_points_do_not_depend_on_the_root(tmp_path):
     turned = Tree(tree.xyz, tree.radius, tree.type, np.array([1, -1, 1, 1]))
     assert tips(turned).tolist() == [0, 2, 3]
     assert branch_points(turned).tolist() == [1]
-    lone = Tree(np.zeros((1, 3)), np.ones(1), np.ones(1, int), np.array([-1]))
-    assert tips(lone).tolist() == [0]
-    assert branch_points(lone).tolist() == []
+    assert tips(LONE).tolist() == [0]
+    assert branch_points(LONE).tolist() == []
 
 
 def test_length_in_voxels_and_micrometres(tmp_path):
@@ -631,12 +630,7 @@ def test_densify_covers_every_edge(step):
 
 
 def test_densify_in_micrometres():
-    tree = Tree(
-        np.array([[0.0, 0, 0], [0, 0, 3], [4, 0, 3]]),
-        np.array([2.0, 2, 2]),
-        np.ones(3, int),
-        np.array([-1, 0, 1]),
-    )
+    tree = tree_of([[0, 0, 0], [0, 0, 3], [4, 0, 3]], [-1, 0, 1], 2)
     points, radius = densify(tree, 0.5, spacing=(2.0, 0.5, 0.5))
     # 6 µm along z and 2 µm along x.
     assert len(points) == 1 + 12 + 4
@@ -670,12 +664,8 @@ def test_resample_keeps_key_points_and_stays_on_the_tree(step):
 
 
 def test_resample_of_a_straight_line_is_even_with_linear_radius():
-    tree = Tree(
-        np.array([[0.0, 0, 0], [1, 0, 0], [9, 0, 0], [10, 0, 0]]),
-        np.array([1.0, 1.1, 1.9, 2.0]),
-        np.array([1, 2, 3, 4]),
-        np.array([-1, 0, 1, 2]),
-    )
+    points = [[0, 0, 0], [1, 0, 0], [9, 0, 0], [10, 0, 0]]
+    tree = tree_of(points, [-1, 0, 1, 2], [1, 1.1, 1.9, 2], [1, 2, 3, 4])
     new = resample(tree, 2.0)
     assert np.allclose(new.xyz[:, 0], [0, 2, 4, 6, 8, 10])
     assert np.allclose(new.radius, [1, 1.2, 1.4, 1.6, 1.8, 2])
@@ -684,12 +674,10 @@ def test_resample_of_a_straight_line_is_even_with_linear_radius():
 
 
 def test_resample_survives_coincident_and_lone_nodes():
-    xyz = np.array([[5.0, 5, 5], [5, 5, 5], [5, 5, 5], [9, 9, 9]])
-    tree = Tree(xyz, np.ones(4), np.ones(4, int), np.array([-1, 0, 1, -1]))
+    tree = tree_of([[5, 5, 5], [5, 5, 5], [5, 5, 5], [9, 9, 9]], [-1, 0, 1, -1])
     new = resample(tree, 1.0)
     assert sorted(map(tuple, new.xyz)) == [(5, 5, 5), (5, 5, 5), (9, 9, 9)]
-    lone = Tree(xyz[:1], np.ones(1), np.ones(1, int), np.array([-1]))
-    assert same(resample(lone, 1.0), lone)
+    assert same(resample(LONE, 1.0), LONE)
 
 
 @pytest.mark.parametrize("step", [0, -1, np.nan, np.inf])
@@ -704,7 +692,7 @@ def test_steps_must_be_positive(step):
 
 
 def test_transform_in_its_documented_order():
-    tree = Tree(np.array([[3.0, 8.0, 30.0]]), np.array([2.0]), np.array([3]), np.array([-1]))
+    tree = tree_of([[3, 8, 30]], [-1], 2)
     moved = transform(tree, spacing=(3, 2, 0.5), origin=1)
     assert moved.xyz.tolist() == [[5, 3, 9]]
     assert moved.radius.tolist() == [2.0]
@@ -734,8 +722,8 @@ def painted(tree, shape):
 
 @pytest.fixture(scope="module")
 def pair():
-    points = np.array([[6.0, 5, 6], [20, 9, 8], [34, 20, 12], [25, 24, 20], [42, 8, 16]])
-    tree = Tree(points, np.ones(5), np.ones(5, int), np.array([-1, 0, 1, 2, 1]))
+    points = [[6, 5, 6], [20, 9, 8], [34, 20, 12], [25, 24, 20], [42, 8, 16]]
+    tree = tree_of(points, [-1, 0, 1, 2, 1])
     return tree, painted(tree, (26, 34, 50))
 
 
@@ -754,24 +742,6 @@ def test_fit_of_the_right_frame_has_no_hint(pair):
         ({"origin": (3.5, 0, 0)}, "offset by 3.5 in z?"),
         ({"origin": (2, 0, 0)}, "offset by 2 in z?"),
         ({"origin": (0, -4, 0)}, "offset by -4 in y?"),
-    ],
-)
-def test_fit_names_the_frame_that_was_lost(pair, change, hint):
-    tree, volume = pair
-    report = fit(transform(tree, **change), volume)
-    assert report.contrast < fit(tree, volume).contrast / 1.1
-    found = report.hint.split()
-    wanted = hint.split()
-    assert found[0] == wanted[0]
-    assert found[-1] == wanted[-1]
-    if found[0] == "offset":
-        # Along a bright tube two voxels wide, the best shift is known to a voxel.
-        assert abs(float(found[2]) - float(wanted[2])) <= 1
-
-
-@pytest.mark.parametrize(
-    ("change", "hint"),
-    [
         ({"flip_y": 34, "origin": (0, 0, 4)}, "flip y, offset by 4 in x?"),
         ({"origin": (0, -4, 4)}, "offset by -4 in y and 4 in x?"),
         ({"flip_y": 34, "origin": (-3, 4, 0)}, "flip y, offset by -3 in z and 4 in y?"),
@@ -779,11 +749,13 @@ def test_fit_names_the_frame_that_was_lost(pair, change, hint):
 )
 def test_fit_names_every_change_of_a_frame(pair, change, hint):
     tree, volume = pair
-    found = fit(transform(tree, **change), volume).hint
+    report = fit(transform(tree, **change), volume)
+    assert report.contrast < fit(tree, volume).contrast / 1.1
     number = re.compile(r"-?\d+(\.\d+)?")
-    assert number.sub("_", found) == number.sub("_", hint)
-    sizes = [[float(m[0]) for m in number.finditer(text)] for text in (found, hint)]
-    assert np.abs(np.subtract(*sizes)).max() <= 1.5, found
+    assert number.sub("_", report.hint) == number.sub("_", hint)
+    found, wanted = ([float(m[0]) for m in number.finditer(t)] for t in (report.hint, hint))
+    # Along a bright tube two voxels wide, the best shift is known to a voxel, or so for two axes.
+    assert np.abs(np.subtract(found, wanted)).max(initial=0) <= (1 if len(wanted) < 2 else 1.5)
 
 
 def test_fit_sees_coordinates_in_micrometres(pair):
@@ -866,7 +838,7 @@ def test_check_pair(pair):
     with pytest.raises(DataError, match=r"a: 0% .* x 500 to 536"):
         check_pair(transform(tree, origin=(0, 0, -494)), volume.data.shape, "a")
     with pytest.raises(DataError, match="no nodes"):
-        check_pair(Tree(np.zeros((0, 3)), *[np.zeros(0, int)] * 3), (5, 5, 5), "a")
+        check_pair(NOTHING, (5, 5, 5), "a")
 
 
 # Real data ----------------------------------------------------------------------------------
