@@ -151,28 +151,30 @@ plotting.show(figure, "pipeline", alt, run.figures)
 # Exercises look like this: put your answer in place of the dots and run the cell. It says what is wrong
 # with it, or that it is right; a solution is folded below.
 #
-# ### Exercise 1: a block
+# ### Exercise 1: how little there is to find
 #
-# A volume is an array `(z, y, x)`. Return the block of 5 × 100 × 100 voxels whose centre is slice `z`
-# and which begins at row `y` and column `x`.
+# A tree is `length` voxels long, its neurites have the `radius` given, and the volume has the `shape`
+# `(z, y, x)`. Which share of the volume is neurite? Estimate, and then compare: what does your function
+# say of the volume above, whose tree is 298 voxels long, for a radius of 1.9?
 
 
 # %% tags=["exercise"]
-def block_at(volume, z, y, x):
+def share(length, radius, shape):
     return ...
 
 
-exercises.q1(block_at)
+exercises.q1(share)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
 # ```python
-# def block_at(volume, z, y, x):
-#     return volume[z - 2 : z + 3, y : y + 100, x : x + 100]
+# def share(length, radius, shape):
+#     return length * np.pi * radius**2 / np.prod(shape)
 # ```
 #
-# What to do at the edge of the volume is a question of the next notebook.
+# Two voxels in a thousand. The mask that you meet in the next notebook has 1.8 in a thousand: where
+# branches meet, tubes overlap.
 # </details>
 
 # %% [markdown]

@@ -352,8 +352,35 @@ honest = dice_of_memory(other_images, other_masks, images[~half], masks[~half])
 print(f"split by block: Dice {leaked:.2f}; split by neuron: Dice {honest:.2f}")
 
 # %% [markdown]
-# The same questions, the same learner; only what it was allowed to remember differs. So whole neurons
-# are held out, and two crops of one neuron are one neuron: a part word at the end of a name
+# The same questions, the same learner; only what it was allowed to remember differs.
+#
+# ### Exercise 4: break the split
+#
+# Predict first: with which split does the learner by heart score highest, and so on down to the lowest?
+# Put the four names in this order; the check then runs all four on the embedded data set.
+# `"random blocks"`: half of the blocks of one neuron, drawn at random. `"alternate slices"`: the blocks of
+# every other slice. `"halves in z"`: the upper half of the volume. `"another neuron"`: that.
+
+# %% tags=["exercise"]
+order = ...
+
+exercises.q4(order)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# order = ["alternate slices", "random blocks", "halves in z", "another neuron"]
+# ```
+#
+# With alternate slices, every test block has a training block one slice away, which shows nearly
+# the same. At random, some have none. Halves in z leak at the plane between them alone. Change
+# `< 0.5` in the cell above to `< 0.9` and run it again: the more is remembered, the higher the score
+# of the leak, and the honest one stays where it is.
+# </details>
+
+# %% [markdown]
+# So whole neurons are held out, and two crops of one neuron are one neuron: a part word at the end of a name
 # (`in40_body`, `in40_tail`) marks them, or a file `neurons.csv` does.
 
 # %%

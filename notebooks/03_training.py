@@ -391,27 +391,31 @@ figure = plotting.curves(panels, ["step", "layer, from the pixels up"])
 plotting.show(figure, "rates", alt, run.figures)
 
 # %% [markdown]
-# ### Exercise 3: the rate of a layer
+# ### Exercise 3: the laziest network
 #
-# Layer 0 is the patch embedding, layer `top` has the full `rate`. Return the rate of `layer`.
+# A network gives the same probability $p$ to every voxel, and a `share` of the voxels is foreground.
+# Which $p$ has the least cross-entropy, and which the least soft Dice loss (without the two ones)? Predict,
+# then try it: change the numbers of *nothing anywhere* and *everything* in the table above and run it again.
 
 
 # %% tags=["exercise"]
-def rate_of(layer, top, rate, decay):
+def laziest(share):
     return ...
 
 
-exercises.q3(rate_of)
+exercises.q3(laziest)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
 # ```python
-# def rate_of(layer, top, rate, decay):
-#     return rate * decay ** (top - layer)
+# def laziest(share):
+#     return share, 1.0
 # ```
 #
-# With twelve blocks, `top` is 13, and the patch embedding learns at 0.75¹³ = 2 % of the full rate.
+# Cross-entropy is content with the share of foreground: at 1 %, with next to nothing anywhere. Soft Dice is
+# $1 - 2 p f / (p + f)$, which falls all the way to $p = 1$: it would rather paint everything. Together they
+# leave no lazy way out.
 # </details>
 
 # %% [markdown]

@@ -266,30 +266,31 @@ plotting.show(figure, "overlay", alt, run.figures)
 # On generated neurons, the stored run's network beats every filter. On real ones that is much harder, as
 # [06 Table 1](06_table1.ipynb) shows: never take a filter for beaten before you have measured it.
 #
-# ### Exercise 1: Dice for every pair of masks
+# ### Exercise 1: beat the threshold
 #
-# Write the Dice of two boolean masks, so that it is defined when masks are empty, too. What should it be
-# if both are? Somebody segmented a stack in which there is nothing, and found nothing.
+# Write a function from an image in [0, 1] to a mask that beats *every* threshold on a volume of the embedded
+# data set, by a Dice of 0.05. `ndimage.gaussian_filter` smooths, and `evaluation.drop_small(mask, size)`
+# drops small pieces. Try; the check says what you reached, and you change it and run it again.
 
 
 # %% tags=["exercise"]
-def dice(a, b):
+def segment(image):
     return ...
 
 
-exercises.q1(dice)
+exercises.q1(segment)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
 # ```python
-# def dice(a, b):
-#     total = a.sum() + b.sum()
-#     return 2 * (a & b).sum() / total if total else 1.0
+# def segment(image):
+#     narrow, wide = (ndimage.gaussian_filter(image, sigma) for sigma in (1, 3))
+#     return evaluation.drop_small(narrow - wide > 0.15, 300)
 # ```
 #
-# A small constant in numerator and denominator, as losses have it, would do for empty masks, and change
-# all others.
+# Dice 0.52 instead of 0.38. You chose its numbers on the volume on which they are judged: on another
+# one they will do worse, and that is what validation neurons are for.
 # </details>
 
 # %% [markdown]
@@ -348,6 +349,35 @@ plotting.show(figure, "shares", alt, run.figures)
 # Specks far from the neuron, which pre-training removed, are one way to such numbers; the paper does not
 # show whether it is the way.
 #
+# ### Exercise 2: fool a metric
+#
+# Given a true mask, return two others: one with a Dice of 0.9 or more whose Hd95 is 20 voxels or more,
+# and one with an Hd95 of 2 or less whose Dice is 0.6 or less. (The true mask is a straight neurite of 4 × 4
+# × 70 voxels in a volume of 40 × 60 × 80.)
+
+
+# %% tags=["exercise"]
+def fool(truth):
+    return ...
+
+
+exercises.q2(fool)
+
+# %% [markdown] tags=["solution"]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def fool(truth):
+#     specks = truth.copy()
+#     specks[::13, 40::5, ::13] = True
+#     return specks, ndimage.binary_dilation(truth, iterations=2)
+# ```
+#
+# Single voxels weigh little and are all surface. A tube that is two voxels too thick all around has most
+# of its voxels outside of the truth, and its surface near it.
+# </details>
+
+# %% [markdown]
 # ### An empty prediction
 #
 # A network that finds nothing has Dice 0 and no surface: its Hd95 is infinite. In a mean over four
@@ -363,7 +393,7 @@ print(f"with the diagonal {statistics.aggregate(values, diagonal).mean:.1f}, one
 # Leaving it out, or calling it 0 as some code does, rewards failing. Here a miss counts with the
 # diagonal of its volume, the largest possible Hd95, and the number of misses stands beside the mean.
 #
-# ### Exercise 2: a mean with misses
+# ### Exercise 3: a mean with misses
 #
 # Given the Hd95 of each volume, infinite where it was missed, and the diagonal of each, give the mean.
 
@@ -373,7 +403,7 @@ def mean_hd95(values, diagonals):
     return ...
 
 
-exercises.q2(mean_hd95)
+exercises.q3(mean_hd95)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
@@ -440,7 +470,7 @@ print(f"t interval: {np.mean(np.abs(experiments.mean(axis=1)) < half):.0%}")
 # right. Values that are far from normal make it fail, too, and four values cannot tell: so every neuron is
 # shown.
 #
-# ### Exercise 3: the interval of a gain
+# ### Exercise 4: the interval of a gain
 #
 # Write it: scores of two methods on the same n neurons go in, low and high of the 95 % t interval of the
 # mean gain of the first over the second come out. `stats.t.ppf(0.975, n - 1)` is $t_{n-1}$.
@@ -451,7 +481,7 @@ def interval(a, b):
     return ...
 
 
-exercises.q3(interval)
+exercises.q4(interval)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>

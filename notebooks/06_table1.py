@@ -218,30 +218,39 @@ exercises.q1(paired)
 # </details>
 
 # %% [markdown]
-# ### Exercise 2: what can so few neurons show?
+# ### Exercise 2: how many neurons would it take?
 #
-# Let all $n$ gains have one sign, the clearest result there is. Which $p$ does flipping signs give
-# then? Count the patterns whose mean is as far from zero, in either direction.
+# You plan the next experiment. Expect the mean `gain` of the table above, and gains that spread with the
+# standard deviation `deviation`. How many neurons must you test, at least, for the 95 % t interval of the
+# mean gain to lie above 0? `stats.t.ppf(0.975, n - 1)` is $t_{n-1}$. Predict for a gain of 0.02 and a
+# deviation of 0.05 before you compute it: ten? twenty? fifty?
 
 
 # %% tags=["exercise"]
-def smallest_p(n):
+def needed(gain, deviation):
     return ...
 
 
-exercises.q2(smallest_p)
+exercises.q2(needed)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
 #
 # ```python
-# def smallest_p(n):
-#     return 2 / 2**n
+# import numpy as np
+# from scipy import stats
+#
+#
+# def needed(gain, deviation):
+#     n = 2
+#     while stats.t.ppf(0.975, n - 1) * deviation / np.sqrt(n) >= gain:
+#         n += 1
+#     return n
 # ```
 #
-# All signs as they are, and all turned round: two patterns of $2^n$. Four neurons, the paper's number,
-# cannot give less than 0.125.
-#
+# For 0.02 and 0.05 it is 27. And then the interval just misses 0 in a typical experiment, and covers it
+# in every other one. Four neurons show a gain of 0.036 only because their gains spread by
+# 0.019. Change `baseline` to "2D scratch" and run the notebook again: which gain is still shown?
 # </details>
 
 # %% [markdown]

@@ -1,11 +1,14 @@
 """Questions of notebook 01: frames, the target, blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy.spatial.distance import cdist
 
+from neurolib import blocking
 from neurolib.blocking import block_starts, tube_radius
 from neurolib.course.exercises import call, question
+from neurolib.data.datasets import load_dataset
 
 A, D_MAX = 6.0, 5.0  # of the response, Sironi et al.
 
@@ -96,3 +99,48 @@ def q3(starts: Callable) -> str:
                 "the stride, and move only the last block."
             )
     return ""
+
+
+@question("the nearer the training blocks are to the test blocks, the more a memory shines.")
+def q4(order: Sequence[str]) -> str:
+    """Names of four splits, in the order of the Dice that a learner by heart reaches on them."""
+    names = ("random blocks", "alternate slices", "halves in z", "another neuron")
+    if isinstance(order, str) or sorted(map(str, order)) != sorted(names):
+        return f"Give the four names in an order: {', '.join(names)}."
+    scores = _leaks()
+    said = ", ".join(f"{name} {scores[name]:.2f}" for name in order)
+    if order[-1] != "another neuron":
+        return "Blocks of another neuron show nothing that was asked: no split flatters less."
+    if list(order) != sorted(scores, key=scores.get, reverse=True):
+        return f"Tried: {said}. In which split does a test block have the nearest training blocks?"
+    print(said)
+    return ""
+
+
+def _leaks() -> dict[str, float]:
+    """Dice of the memory of notebook 01 on the embedded data set, for each way to split it."""
+
+    def centres(number: int) -> tuple[np.ndarray, ...]:
+        sample = blocking.read_sample(load_dataset("synthetic")[number])
+        places = blocking.block_grid(sample.image.shape, stride=(1, 50, 50))
+        places = places[blocking.salient(sample.mask, places)]
+        images, masks = (
+            np.array([blocking.read_block(volume, at)[2].ravel() for at in places])
+            for volume in (sample.image, sample.mask)
+        )
+        return places[:, 0], images, masks
+
+    z, images, masks = centres(0)
+    _, others, other_masks = centres(1)
+    known = {
+        "random blocks": np.random.default_rng(0).random(len(z)) < 0.5,
+        "alternate slices": z % 2 == 0,
+        "halves in z": z < np.median(z),
+    }
+    parts = {name: (images[k], masks[k], images[~k], masks[~k]) for name, k in known.items()}
+    parts["another neuron"] = (others, other_masks, images, masks)
+    scores = {}
+    for name, (seen, answers, asked, truth) in parts.items():
+        guess = answers[cdist(asked, seen, "sqeuclidean").argmin(axis=1)]
+        scores[name] = float(2 * (guess & truth).sum() / (guess.sum() + truth.sum()))
+    return scores

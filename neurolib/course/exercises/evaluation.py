@@ -1,58 +1,71 @@
-"""Questions of notebook 04: Dice and Hd95 where a mask is empty, the interval of a paired gain."""
+"""Questions of notebook 04: beating a threshold, fooling metrics, misses, a paired gain."""
 
 from collections.abc import Callable
 
 import numpy as np
 from scipy import stats
 
-from neurolib import evaluation
+from neurolib import blocking, evaluation
 from neurolib.course.exercises import call, question
+from neurolib.data.datasets import load_dataset
 
 
-@question("and it is a number for every pair of masks, empty ones too.")
-def q1(dice: Callable) -> str:
-    """Two boolean masks give their Dice; 1 if both are empty."""
-    rng = np.random.default_rng(1)
-    pairs = [(rng.random((4, 6, 5)) < share, rng.random((4, 6, 5)) < 0.4) for share in (0.3, 0.6)]
-    for a, b in pairs:
-        found, exact = float(call(dice, a.copy(), b.copy())), evaluation.dice(a, b)
-        if np.isclose(found, exact, rtol=1e-9):
-            continue
-        both, either, total = (a & b).sum(), (a | b).sum(), a.sum() + b.sum()
-        if np.isclose(found, both / either):
-            return "That is the Jaccard index: divide by |A| + |B|, not by |A ∪ B|."
-        if np.isclose(found, 2 * both / either):
-            return "|A| + |B| counts the voxels of each mask; of two booleans, + makes a union."
-        if np.isclose(found, both / total):
-            return "The numerator is twice the intersection: equal masks have Dice 1."
-        if np.isclose(found, (a == b).mean()):
-            return "That is the share of equal voxels; the background, which is easy, rules it."
-        if np.isclose(found, both / a.sum()) or np.isclose(found, both / b.sum()):
-            return "That is precision or recall: divide by the voxels of both masks."
-        if np.isclose(found, exact, rtol=0.05):
-            return (
-                f"{found:.4f} is close to {exact:.4f}: a constant added against 0 / 0 changes "
-                "every value. Treat the empty masks by themselves."
-            )
-        return f"Masks of {a.sum()} and {b.sum()} voxels share {both}: {found:.3f} is not right."
-    empty, full = np.zeros((2, 3, 4), bool), np.ones((2, 3, 4), bool)
-    with np.errstate(all="ignore"):
-        try:
-            found = float(call(dice, empty.copy(), empty.copy()))
-        except ZeroDivisionError:
-            return "Right, but for two empty masks it divides by zero."
-        if not np.isfinite(found):
-            return f"Right, but for two empty masks it is {found}: one such value spoils a mean."
-        if found != 1:
-            return f"Two empty masks agree in every voxel: their Dice is 1, yours is {found:g}."
-        for a, b in ((empty, full), (full, empty)):
-            if (found := float(call(dice, a.copy(), b.copy()))) != 0:
-                return f"One mask empty: nothing is shared, the Dice is 0, yours is {found:g}."
+@question("five lines beat the best threshold there is, and a network must beat them.")
+def q1(segment: Callable) -> str:
+    """A function from an image in [0, 1] to a mask beats every threshold by a Dice of 0.05."""
+    sample = blocking.read_sample(load_dataset("synthetic")[0])
+    mask = np.asarray(call(segment, sample.image.copy()))
+    if mask.shape != sample.image.shape or mask.dtype != bool:
+        return (
+            f"Give a mask, True or False for every voxel of {sample.image.shape}; yours is "
+            f"{mask.dtype} {mask.shape}."
+        )
+    cuts = np.linspace(0.05, 1, 39)
+    best = max(evaluation.dice(sample.image >= cut, sample.mask) for cut in cuts)
+    found = evaluation.dice(mask, sample.mask)
+    said = f"Your Dice is {found:.3f}, the best threshold's {best:.3f}. "
+    if found >= best + 0.05:
+        print(said)
+        return ""
+    if mask.mean() > 10 * sample.mask.mean():
+        return (
+            f"{said}You mark {mask.mean():.1%} of the volume; {sample.mask.mean():.1%} is neurite."
+        )
+    if mask.any() and sample.image[mask].min() > sample.image[~mask].max():
+        return f"{said}That is a threshold: look at what lies around a voxel, too."
+    return f"{said}A neurite is brighter than its surroundings, and long: use both."
+
+
+@question("Dice counts voxels and Hd95 measures surfaces: each has a mask that it does not see.")
+def q2(fool: Callable) -> str:
+    """A true mask gives a mask of Dice 0.9 and Hd95 20, and one of Dice 0.6 and Hd95 2 voxels."""
+    truth = np.zeros((40, 60, 80), bool)
+    truth[10:14, 20:24, 5:75] = True
+    masks = call(fool, truth.copy())
+    if not isinstance(masks, tuple | list) or len(masks) != 2:
+        return "Return two masks: one that fools Dice, one that fools Hd95."
+    found = []
+    for mask in map(np.asarray, masks):
+        if mask.shape != truth.shape or mask.dtype != bool:
+            return f"Masks are boolean and of the truth's shape {truth.shape}; {mask.shape} came."
+        found.append((evaluation.dice(mask, truth), evaluation.hd95(mask, truth)))
+    (high, far), (low, near) = found
+    if high < 0.9:
+        return f"The first mask has Dice {high:.2f}: at least 0.9 is wanted, so add little."
+    if far < 20:
+        return (
+            f"The first mask has Dice {high:.2f} and Hd95 {far:.1f}; 20 is wanted. More than a "
+            "twentieth of its *surface* must be far away: single voxels have much surface."
+        )
+    if near > 2:
+        return f"The second mask has Hd95 {near:.1f}; at most 2 is wanted, so stay near the truth."
+    if low > 0.6:
+        return f"The second mask has Dice {low:.2f}; 0.6 or less is wanted: make it much thicker."
     return ""
 
 
 @question("a miss costs what the volume allows at most, and failing is never rewarded.")
-def q2(mean_hd95: Callable) -> str:
+def q3(mean_hd95: Callable) -> str:
     """Hd95 (n,) with infinities, and diagonals (n,), give the mean with misses as diagonals."""
     cases = [
         ([2.0, 3.0, np.inf, 4.0], [90.0, 80.0, 60.0, 70.0]),
@@ -92,7 +105,7 @@ def q2(mean_hd95: Callable) -> str:
 
 
 @question("what two methods share on a neuron cancels, and four neurons are given their due.")
-def q3(interval: Callable) -> str:
+def q4(interval: Callable) -> str:
     """Scores (n,) of two methods on the same neurons give the 95 % t interval of the mean gain."""
     rng = np.random.default_rng(3)
     n, neurons = 5, rng.normal(0.5, 0.1, 5)

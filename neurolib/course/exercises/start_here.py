@@ -7,28 +7,25 @@ import numpy as np
 from neurolib.course.exercises import call, question
 
 
-@question("z comes first, and the centre slice is in the middle of its five.")
-def q1(block: Callable) -> str:
-    """A volume (z, y, x), a centre slice and a first row and column give a block (5, 100, 100)."""
-    rng = np.random.default_rng(1)
-    volume = rng.integers(0, 60_000, (130, 125, 140))
-    for z, y, x in [(20, 5, 30), (12, 25, 0), (2, 0, 40)]:
-        found = np.asarray(call(block, volume, z, y, x))
-        exact = volume[z - 2 : z + 3, y : y + 100, x : x + 100]
-        about = f"Centre slice {z}, row {y}, column {x}: "
-        if np.array_equal(found, exact):
+@question("a tube of that radius around the tree is what a network of this course must find.")
+def q1(share: Callable) -> str:
+    """Length and radius of a tree's neurites and a shape (z, y, x) give the share of the volume."""
+    for length, radius, shape in [(298.0, 1.9, (48, 192, 192)), (780.0, 2.5, (40, 100, 150))]:
+        found = float(call(share, length, radius, shape))
+        volume, exact = np.prod(shape), length * np.pi * radius**2 / np.prod(shape)
+        about = f"{length:g} voxels of neurite, radius {radius:g}, in {shape}: {found:.3g}. "
+        mistakes = [
+            (length / volume, "That is a thread one voxel wide: a tube has a cross-section."),
+            (length * radius**2 / volume, "The cross-section is a circle: π is missing."),
+            (4 * exact, "The radius is half of the width."),
+            (exact * volume, "That is a number of voxels; divide by all of them."),
+            (100 * exact, "A share lies between 0 and 1."),
+            (length * 2 * np.pi * radius / volume, "That is the surface of the tube."),
+        ]
+        if np.isclose(found, exact, rtol=0.03):
             continue
-        if np.array_equal(found, volume[z : z + 5, y : y + 100, x : x + 100]):
-            return f"{about}slice {z} is your first one; it is to be the third of five."
-        if np.array_equal(found, volume[z - 2 : z + 2, y : y + 100, x : x + 100]):
-            return f"{about}four slices: the end of a Python slice is left out, go to z + 3."
-        if np.array_equal(found, volume[z - 2 : z + 3, x : x + 100, y : y + 100]):
-            return f"{about}rows are y and columns are x: the axes are (z, y, x)."
-        if found.ndim == 3 and found.shape == (100, 100, 5):
-            return f"{about}your slices are the last axis; volumes here are (z, y, x)."
-        if found.shape != (5, 100, 100):
-            return f"{about}expected the shape (5, 100, 100), got {found.shape}."
-        return f"{about}the right shape, from another place. Print its first voxel's place."
+        hints = [hint for wrong, hint in mistakes if np.isclose(found, wrong, rtol=1e-3)]
+        return about + (hints or ["Think of the tree as one long straight tube."])[0]
     return ""
 
 

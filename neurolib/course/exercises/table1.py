@@ -1,9 +1,9 @@
-"""Questions of notebook 06: pairing neurons, and what few neurons can show at all."""
+"""Questions of notebook 06: pairing neurons, and how many of them it takes."""
 
-import math
 from collections.abc import Callable
 
 import numpy as np
+from scipy import stats
 
 from neurolib.course.exercises import call, question
 
@@ -44,24 +44,34 @@ def _gain_hint(found: list, exact: list, ours: dict, theirs: dict) -> str:
     return "" if np.allclose(found, exact) else "These are not the differences on equal neurons."
 
 
-@question("six neurons at least, all of one sign, before p can be below 0.05.")
-def q2(smallest_p: Callable) -> str:
-    """The smallest two-sided p that flipping the signs of n differences can give."""
-    for n in (4, 1, 2, 3, 6, 10):
-        found = float(call(smallest_p, n))
-        mistakes = [
-            (2.0**-n, "That is one-sided: all signs turned round are as extreme as none."),
-            (
-                1 / math.factorial(n),
-                "Signs are flipped, not neurons exchanged: 2ⁿ patterns, not n!.",
-            ),
-            (2 / n, "Each of n signs is + or -: how many patterns is that?"),
-            (1 / n, "Each of n signs is + or -: how many patterns is that?"),
-            (2.0 ** (n - 1), "That is 1/p: the share of patterns is asked for, not their number."),
-            (0.05, "0.05 is what p is compared with; what can p be at best?"),
-        ]
-        if math.isclose(found, 2.0 ** (1 - n)):
+@question("the spread of the gains decides, and few neurons pay for their number twice.")
+def q2(needed: Callable) -> str:
+    """A mean gain and the deviation of the gains give the fewest neurons that can show it."""
+    for gain, deviation in [(0.036, 0.019), (0.05, 0.1), (0.02, 0.05)]:
+        found = call(needed, gain, deviation)
+        about = f"Gain {gain}, deviation {deviation}: {found}. "
+        if found != int(found):
+            return f"{about}A number of neurons is whole."
+
+        def half(n: int, level: float = 0.975, sd: float = deviation) -> float:
+            return float(stats.t.ppf(level, n - 1) * sd / np.sqrt(n))
+
+        exact = next(n for n in range(2, 10_000) if half(n) < gain)
+        if found == exact:
             continue
-        hints = [hint for wrong, hint in mistakes if math.isclose(found, wrong)]
-        return hints[0] if hints else f"For {n} neurons {found:g} is not the smallest p."
+        z = int(np.ceil((stats.norm.ppf(0.975) * deviation / gain) ** 2))
+        mistakes = [
+            (z, "That takes 1.96 for t, which is right for many neurons only."),
+            (
+                next(n for n in range(2, 10_000) if half(n, 0.95) < gain),
+                "95 % leave 2.5 % at each end.",
+            ),
+        ]
+        hints = [hint for wrong, hint in mistakes if found == wrong]
+        if hints:
+            return about + hints[0]
+        if found < 2:
+            return f"{about}One neuron has no interval."
+        end = "below" if half(int(found)) > gain else "above"
+        return f"{about}With so many, the lower end is {gain - half(int(found)):+.3f}, {end} 0."
     return ""

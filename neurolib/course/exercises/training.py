@@ -90,29 +90,34 @@ def _dice_hint(found: float, p: torch.Tensor, mask: torch.Tensor) -> str:
     return f"With {share:.0%} foreground you give {found:.3f}; check each of the three sums."
 
 
-@question("the top keeps its rate, and each layer below learns more slowly.")
-def q3(rate: Callable) -> str:
-    """Layer i of 0 ... top, the rate of the top layer and the decay give the rate of layer i."""
-    for top, peak, decay in [(13, 1e-4, 0.75), (13, 3e-4, 0.5), (5, 1e-3, 1.0), (7, 1e-4, 0.9)]:
-        for layer in (1, top // 2, 0, top - 1, top):
-            found = float(call(rate, layer, top, peak, decay))
-            if _near(found, peak * decay ** (top - layer)):
-                continue
-            about = f"Layer {layer} of 0 to {top}, rate {peak:g}, decay {decay:g}: {found:.3g}. "
-            mistakes = [
-                (peak * decay**layer, "Turned round: layer 0 is next to the pixels."),
-                (peak * decay ** (top - layer - 1), "One too high: the top layer keeps its rate."),
-                (peak * decay ** (top - layer + 1), "One too low: the top layer keeps its rate."),
-                (peak * decay * (top - layer), "Each layer multiplies once more: a power."),
-                (peak * layer / top, "Not in equal steps: each layer has decay times the next."),
-                (decay ** (top - layer), "That is the share; multiply with the rate of the top."),
-                (peak * (1 - decay) ** (top - layer), "decay is what is left, not what is lost."),
-                (peak, "The same for all layers: where is the decay?"),
+@question(
+    "a network that learns nothing hides behind the one loss, and fills the volume for the other."
+)
+def q3(laziest: Callable) -> str:
+    """A share of foreground gives the constant p of least cross-entropy, and that of least Dice."""
+    for share in (0.01, 0.1, 0.5):
+        found = call(laziest, share)
+        if np.shape(found) != (2,):
+            return "Return two probabilities: for cross-entropy, and for soft Dice."
+        of_entropy, of_dice = (float(p) for p in found)
+        about = f"{share:.0%} foreground: "
+        if not 0 <= min(of_entropy, of_dice) <= max(of_entropy, of_dice) <= 1:
+            return f"{about}a probability lies between 0 and 1; you give {tuple(found)}."
+        if not _near(of_entropy, share, 0.02):
+            costs = [
+                -share * math.log(max(p, 1e-12)) - (1 - share) * math.log(max(1 - p, 1e-12))
+                for p in (of_entropy, share)
             ]
-            for wrong, hint in mistakes:
-                if _near(found, wrong):
-                    return about + hint
-            return f"{about}How many times does the decay count between this layer and the top?"
+            return (
+                f"{about}cross-entropy of p = {of_entropy:g} is {costs[0]:.3f}, and "
+                f"another p has {costs[1]:.3f}. Where is -f log p - (1 - f) log(1 - p) least?"
+            )
+        if of_dice < 0.98:
+            costs = [1 - 2 * share * p / (p + share) for p in (of_dice, min(1, of_dice + 0.1))]
+            return (
+                f"{about}soft Dice of p = {of_dice:g} everywhere is {costs[0]:.3f}, and of a "
+                f"larger p {costs[1]:.3f}: which p is the end of that?"
+            )
     return ""
 
 
