@@ -19,6 +19,15 @@ from neurolib.data.formats import LazyStack, check_memory, check_shape, check_sp
 from neurolib.errors import NeurolibWarning, VolumeError
 from neurolib.files import atomic_path
 
+# How masks and probabilities of other programs become .npy: NIfTI, nnU-Net, ilastik.
+CONVERT = {
+    (".nii", ".nii.gz"): "import nibabel, numpy; numpy.save('out.npy', "
+    "numpy.asarray(nibabel.load({0!r}).dataobj).T)",
+    (".npz",): "import numpy; numpy.save('out.npy', numpy.load({0!r})['probabilities'][1])",
+    (".h5", ".hdf5"): "import h5py, numpy; numpy.save('out.npy', "
+    "h5py.File({0!r})['exported_data'][..., 0])",
+}
+
 SUFFIXES = (*formats.FORMATS, ".zarr")
 
 # Voxels so many times longer along one axis than along another are more likely a wrong field.
@@ -109,8 +118,10 @@ def read_volume(
     if suffix not in SUFFIXES and is_image(path):
         suffix = ".zarr"  # a group within an image, as of labels
     if suffix not in SUFFIXES:
+        convert = next((code for end, code in CONVERT.items() if name.lower().endswith(end)), "")
         raise VolumeError(
             f"{name}: suffix {suffix or 'missing'!r}, expected one of {', '.join(SUFFIXES)}"
+            + (f"; convert it in Python: {convert.format(name)}" if convert else "")
         )
     try:
         read = formats.read_zarr if suffix == ".zarr" else formats.read_file

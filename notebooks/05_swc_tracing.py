@@ -457,7 +457,10 @@ plotting.show(figure, "traced", alt, run.figures)
 # %% [markdown]
 # From the target hardly anything is false or missed: what you see on the right is the network's. A
 # better tracer would not help; a better mask would. In 3D the same trees, and, where k3d is installed,
-# a view that you can turn:
+# a view that you can turn. One number is biased even so: from the targets of 32 gold-standard trees
+# (Janelia), the traces are 2 to 14 % shorter than the trees (median 7 %) at a recall of 0.96 to 1.00.
+# Smoothing the trees themselves at two voxels takes off 2 to 6 % (median 4 %): that much is zigzag of
+# the hand that drew them; the rest is the tracer's.
 
 # %%
 trees = {"traced": found["prediction"][name], "reference": sample.tree}
@@ -524,9 +527,10 @@ plotting.show(figure, "real-recall", alt, run.figures)
 # ```
 # neurolib trace cell_labels.tif --out cell.swc --seed 120,88,14
 # neurolib trace cell_probability.tif --out cell.swc --threshold 0.4 --spacing 0.5,0.2,0.2
+# neurolib trace many_cells.tif --out-dir trees
 # ```
 #
-# Whole numbers are labels, all but 0 foreground, unless `--label` names one (ilastik begins to count at
+# The last line writes a tree for every label. Whole numbers are labels, all but 0 foreground, unless `--label` names one (ilastik begins to count at
 # 1: there it must) or `--threshold` says that they are probabilities.
 #
 # ## Checkpoint

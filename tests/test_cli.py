@@ -383,6 +383,10 @@ def test_segment_writes_ome_zarr_and_no_tree_where_none_is_asked_for(checkpoint,
     again = tmp_path / "again.zarr"
     source = write_volume(tmp_path / "scan.zarr", image(), (2.0, 1.0, 1.0))
     arguments = ["--checkpoint", checkpoint, "--probability"]
+    given = tmp_path / "given.zarr"
+    assert call("segment", source, *arguments, given, "--spacing", "3,0.5,0.5") == 0
+    stored = read_volume(given, check=False)
+    assert (stored.spacing, stored.unknown) == ((3.0, 0.5, 0.5), "")
     swc, traced = tmp_path / "again.swc", tmp_path / "traced.swc"
     options = ["--checkpoint", checkpoint, "--flips", "--threshold", "0.0001"]
     assert call("segment", source, *options, "--out", again, "--swc", swc) == 0
@@ -712,6 +716,52 @@ def test_an_swc_in_micrometres_is_the_tree_that_others_read(tmp_path, capsys, op
     sections = pytest.importorskip("morphio").Morphology(str(um)).iter()
     found = sum(np.linalg.norm(np.diff(s.points, axis=0), axis=1).sum() for s in sections)
     assert found == pytest.approx(length, rel=1e-3)
+
+
+def test_a_folder_gets_a_tree_of_every_label(tmp_path, capsys):
+    labels = np.zeros((9, 24, 48), np.uint16)
+    labels[3:6, 3:6, 4:44], labels[3:6, 12:15, 4:24], labels[4, 20, 4:9] = 7, 300, 8
+    path, trees = put(tmp_path / "cells.tif", labels), tmp_path / "trees"
+    assert call("trace", path, "--out-dir", trees) == 1  # 8 is a speck
+    said = capsys.readouterr()
+    assert "label 8: " in said.err
+    assert "2 of 3 labels traced" in said.out
+    assert sorted(p.name for p in trees.iterdir()) == ["cells_300.swc", "cells_7.swc"]
+    assert np.ptp(read_swc(trees / "cells_7.swc").xyz, axis=0) == pytest.approx([37, 0, 0], abs=2)
+    assert np.allclose(read_swc(trees / "cells_300.swc").xyz[:, 1], 13, atol=0.5)
+    (trees / "cells_7.swc").write_text(SWC)
+    assert call("trace", path, "--out-dir", trees) == 2
+    one_line(capsys, "cells_7.swc", "--overwrite")
+    for wrong in ([], ["--out-dir", trees, "--out", tmp_path / "a.swc"]):
+        assert call("trace", path, *wrong) == 2
+        one_line(capsys, "--out-dir")
+    assert call("trace", path, "--out-dir", trees, "--label", 7) == 2
+    one_line(capsys, "--label")
+    assert call("trace", put(tmp_path / "p.tif", BAR / np.float32(2)), "--out-dir", trees) == 2
+    one_line(capsys, "float32", "labels")
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.npz", "a.h5", "a_seg.npy"])
+def test_what_other_programs_write_is_converted_by_the_line_that_is_told(
+    tmp_path, capsys, monkeypatch, name
+):
+    monkeypatch.chdir(tmp_path)
+    if name == "a.nii.gz":
+        nibabel = pytest.importorskip("nibabel")
+        nibabel.save(nibabel.Nifti1Image(BAR.T, np.eye(4)), name)
+    elif name == "a.npz":
+        np.savez(name, probabilities=np.stack([1 - BAR, BAR]))
+    elif name == "a.h5":
+        with pytest.importorskip("h5py").File(name, "w") as file:
+            file["exported_data"] = BAR[..., None]
+    else:
+        np.save(name, {"masks": BAR, "filename": "a.tif"})
+    assert call("trace", name, "--out", "a.swc") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    exec(error.strip().split("in Python: ")[1])
+    np.testing.assert_array_equal(np.load("out.npy"), BAR)
+    assert call("trace", "out.npy", "--out", "a.swc") == 0
 
 
 def test_units_that_cannot_be_written_are_refused_before_tracing(tmp_path, capsys):

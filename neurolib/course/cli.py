@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from neurolib import __version__
-from neurolib.errors import NeurolibError, NeurolibWarning, SettingsError
+from neurolib.errors import NeurolibError, NeurolibWarning, SettingsError, VolumeError
 from neurolib.files import SHIPPED
 
 if TYPE_CHECKING:
@@ -391,8 +391,9 @@ def _segment_one(
     size = facts.get("min_size", MIN_SIZE) if min_size is None else min_size
     in_parts = probability is not None and probability.suffix.lower() == ".zarr"
     if in_parts and (any(sharing.values()) or image.suffix.lower() == ".zarr"):
-        predict_large(image, checkpoint, probability, tiling, **predicting, **sharing)
-        volume = read_volume(probability, check=False, spacing=spacing)
+        how = {**predicting, **sharing, "spacing": spacing}
+        predict_large(image, checkpoint, probability, tiling, **how)
+        volume = read_volume(probability, check=False)
     else:
         volume = predict_image(image, network, tiling, **predicting, spacing=spacing)
     _say(remarks(volume, image.name))
@@ -457,7 +458,11 @@ def trace(
         Path,
         typer.Argument(help="A segmentation: .tif, .npy, .v3draw, .v3dpbd, .nrrd, .zarr."),
     ],
-    out: Annotated[Path, typer.Option(help="The SWC to write.")],
+    out: Annotated[Path | None, typer.Option(help="The SWC to write.")] = None,
+    out_dir: Annotated[
+        Path | None,
+        typer.Option(help="Instead, a folder: a tree for every label, NAME_LABEL.swc in it."),
+    ] = None,
     label: Annotated[
         int | None, typer.Option(help="The only label that is foreground; default: all but 0.")
     ] = None,
@@ -498,49 +503,78 @@ def trace(
 
     Example: neurolib trace cell_mask.tif --out cell.swc --seed 120,88,14
     """
+    import numpy as np
+
     from neurolib.course.adapters import as_probability
     from neurolib.course.large import segmentation, stored_boxes
     from neurolib.data.formats import LazyStack
     from neurolib.files import check_outputs, provenance
     from neurolib.tracing import trace as trace_volume
-    from neurolib.volume import read_volume, remarks
+    from neurolib.volume import pieces, read_volume, remarks
 
+    if (out is None) == (out_dir is None):
+        raise SettingsError("give --out NAME.swc, or --out-dir FOLDER for a tree of every label")
+    if out_dir and (label, threshold, seed) != (None, None, ""):
+        raise SettingsError("--out-dir traces all labels; leave --label, --threshold and --seed")
     _check_output(out, ".swc")
     _check_ranges(
         threshold=threshold, min_size=min_size, bridge=bridge, channel=channel, label=label
     )
-    check_outputs([out], [volume], overwrite)
+    check_outputs([out] if out else [], [volume], overwrite)
     if label is not None and threshold is not None:
         raise SettingsError("--label and --threshold: give one; labels have no threshold")
     steps, point = _three("spacing", spacing), _three("seed", seed)
     stack = read_volume(volume, channel=channel, check=False, spacing=steps)
     known = _known(stack, units, volume.name)
-    in_parts = isinstance(stack.data, LazyStack)
-    read = segmentation if in_parts else as_probability
-    found, meaning = read(stack.data, label, threshold, volume.name)
-    if point and not all(
-        -0.5 <= p < n - 0.5 for p, n in zip(point, found.shape[::-1], strict=True)
-    ):
-        raise SettingsError(
-            f"--seed {seed}: lies outside of {volume.name}, which has {found.shape[::-1]} voxels "
-            "(x, y, z); voxels count from 0"
-        )
-    options = {"regions": stored_boxes(found)} if in_parts else {}
-    tree = trace_volume(
-        found,
-        stack.spacing,
-        point and point[::-1],
-        threshold=0.5 if threshold is None else threshold,
-        min_size=min_size,
-        bridge=bridge,
-        **options,
-    )
-    print(f"{volume.name}: {meaning}")
     _say(remarks(stack, volume.name))
-    made = {"image": f"{volume}, {meaning}", "spacing (z, y, x)": stack.spacing}
-    made |= {"threshold": threshold, "label": label, "channel": channel}
-    made |= {"seed (x, y, z)": point, "min_size": min_size, "bridge": bridge}
-    _write_tree(out, tree, provenance("trace", **made), units, known)
+
+    def one(out: Path, label: int | None) -> None:
+        in_parts = isinstance(stack.data, LazyStack)
+        read = segmentation if in_parts else as_probability
+        found, meaning = read(stack.data, label, threshold, volume.name)
+        if point and not all(
+            -0.5 <= p < n - 0.5 for p, n in zip(point, found.shape[::-1], strict=True)
+        ):
+            raise SettingsError(
+                f"--seed {seed}: lies outside of {volume.name}, which has {found.shape[::-1]} "
+                "voxels (x, y, z); voxels count from 0"
+            )
+        options = {"regions": stored_boxes(found)} if in_parts else {}
+        tree = trace_volume(
+            found,
+            stack.spacing,
+            point and point[::-1],
+            threshold=0.5 if threshold is None else threshold,
+            min_size=min_size,
+            bridge=bridge,
+            **options,
+        )
+        print(f"{volume.name}: {meaning}")
+        made = {"image": f"{volume}, {meaning}", "spacing (z, y, x)": stack.spacing}
+        made |= {"threshold": threshold, "label": label, "channel": channel}
+        made |= {"seed (x, y, z)": point, "min_size": min_size, "bridge": bridge}
+        _write_tree(out, tree, provenance("trace", **made), units, known)
+
+    if out:
+        one(out, label)
+        return
+    if stack.data.dtype.kind not in "iu":
+        raise SettingsError(f"{volume.name}: {stack.data.dtype}, expected labels, whole numbers")
+    labels = {int(k) for box in pieces(stack.data) for k in np.unique(stack.data[box])} - {0}
+    name = volume.name.removesuffix(volume.suffix)
+    places = {k: out_dir / f"{name}_{k}.swc" for k in sorted(labels)}
+    check_outputs(list(places.values()), [volume], overwrite)
+    failed = 0
+    for k, path in places.items():
+        try:
+            _check_output(path, ".swc")
+            one(path, k)
+        except VolumeError as error:
+            failed += 1
+            print(f"neurolib: label {k}: {error}", file=sys.stderr)
+    print(f"{len(places) - failed} of {len(places)} labels traced")
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -217,6 +217,7 @@ def predict_large(
     channel: int | None = None,
     workers: int = 0,
     scheduler: str = "",
+    spacing: tuple[float, float, float] | None = None,
 ) -> Path:
     """Predict the probability of neurite of an image on disk, into an OME-Zarr on disk.
 
@@ -259,13 +260,14 @@ def predict_large(
     source = fingerprint(image)
     options = {"overlap": tiling.overlap, "flips": tiling.flips}
     options |= {"skip_empty": skip_empty, "channel": channel}
+    options |= {"spacing": list(spacing)} if spacing else {}
     wanted = {"checkpoint": digest, "input": source, "options": options}
     part = out.with_name(f"{out.name}.part")
     with claim(out.with_name(f".{out.name}.lock"), part):
         if not part.exists():
             if out.exists() and wanted.items() <= _manifest(out).items():
                 return out
-            _begin(part, out.stem, read_volume(image, channel), wanted)
+            _begin(part, out.stem, read_volume(image, channel, spacing=spacing), wanted)
         found = _manifest(part)
         differs = [key for key in wanted if found.get(key) != wanted[key]]
         if differs:

@@ -518,7 +518,9 @@ def read_npy(path: Path, begin: bytes) -> Header:
         ) from error
     if dtype.hasobject or dtype.names:
         raise VolumeError(
-            f"{path.name}: holds Python objects or records, expected an array of numbers"
+            f"{path.name}: holds Python objects or records, expected an array of numbers; if it is "
+            "Cellpose's, and you trust it, convert it in Python: import numpy; "
+            f"numpy.save('out.npy', numpy.load({path.name!r}, allow_pickle=True).item()['masks'])"
         )
     return Header(shape, dtype, 0 if len(shape) == 4 else None, offset, "F" if fortran else "C")
 
