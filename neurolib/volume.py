@@ -15,7 +15,7 @@ import numpy as np
 import tifffile
 
 from neurolib.data import formats
-from neurolib.data.formats import LazyStack, check_memory, check_shape, check_spacing, check_type
+from neurolib.data.formats import LazyStack, check_memory, check_spacing, check_type
 from neurolib.errors import NeurolibWarning, VolumeError
 from neurolib.files import atomic_path
 
@@ -127,8 +127,6 @@ def read_volume(
         read = formats.read_zarr if suffix == ".zarr" else formats.read_file
         stack = read(path, channel)
         data = stack.data
-        check_shape(name, data.shape)
-        check_type(name, data.dtype)
         if not data.dtype.isnative:
             data = np.asarray(data).astype(data.dtype.newbyteorder("="))
     except MemoryError as error:
