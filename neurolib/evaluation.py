@@ -60,12 +60,7 @@ def name_unit(row: Mapping) -> dict:
 
 
 def dice(a: np.ndarray, b: np.ndarray) -> float:
-    """Dice coefficient 2 |a ∩ b| / (|a| + |b|) of two masks; 1 if both are empty.
-
-    Parameters
-    ----------
-    a, b : boolean arrays of one shape (any number of dimensions)
-    """
+    """Dice coefficient 2 |a ∩ b| / (|a| + |b|) of two masks of any shape; 1 if both are empty."""
     a, b = _check_masks(a, b, dimensions=None)
     total = np.count_nonzero(a) + np.count_nonzero(b)
     return 2 * np.count_nonzero(a & b) / total if total else 1.0
@@ -416,17 +411,9 @@ def sample_edges(tree: Tree) -> np.ndarray:
 
 
 def distance_to_tree(points: np.ndarray, tree: Tree) -> np.ndarray:
-    """Exact distance of each point to the nearest edge of a tree, in voxels.
+    """Exact distance (m,) of points (m, 3), as x, y, z, to the nearest edge of a tree, in voxels.
 
-    Parameters
-    ----------
-    points : (m, 3), as x, y, z in voxels
-    tree : a tree; one without edges is taken as its nodes
-
-    Returns
-    -------
-    ndarray
-        (m,) distances, infinite to a tree without nodes.
+    A tree without edges is taken as its nodes; to one without nodes all distances are infinite.
     """
     # Strategy: cut the edges into pieces no longer than `longest` and put the middles into a
     # KD-tree. No point of a piece is farther than longest / 2 from its middle, so a piece whose

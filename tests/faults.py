@@ -15,6 +15,7 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -259,7 +260,7 @@ def notebooks(folder: Path) -> None:
         nbformat.write(notebook, folder / f"{name}.ipynb")
 
 
-def sweep(folder: Path, source: Path, kernel: bool, workers: int = 1) -> None:
+def sweep(folder: Path, source: Path, kernel: bool) -> None:
     """Two runs of a grid, in a kernel each or, cheaper, in this process."""
     import papermill
 
@@ -276,7 +277,7 @@ def sweep(folder: Path, source: Path, kernel: bool, workers: int = 1) -> None:
         papermill.execute_notebook = _execute
     (folder / "grid.yaml").write_text(GRID.format(folder=folder), encoding="utf-8")
     # Stacks of noise: no tree lies on their neurites.
-    sweeps.run_sweep(folder / "grid.yaml", folder / "runs", workers=workers, ignore_frames=True)
+    sweeps.run_sweep(folder / "grid.yaml", folder / "runs", ignore_frames=True)
 
 
 def _execute(source, target, parameters, cwd, **_) -> None:
@@ -385,14 +386,10 @@ def write_slowly(path: Path) -> None:
 
 
 def parent_of_worker(folder: Path) -> None:
-    from concurrent.futures import ProcessPoolExecutor
-
-    from neurolib.course.sweeps import _divide_cores
-
-    fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(1, fork, _divide_cores, (1,)) as pool:
-        PIPE.send(pool.submit(os.getpid).result())
-        time.sleep(60)
+    code = "from neurolib.course import sweeps; sweeps._end_with_parent()"
+    worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    PIPE.send(worker.pid)
+    time.sleep(60)
 
 
 def hold(path: Path) -> None:

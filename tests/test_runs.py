@@ -1,5 +1,6 @@
 """Run folders, grids and results files: what is written is read back, the rest is refused."""
 
+import functools
 import json
 import os
 import re
@@ -377,17 +378,23 @@ def test_parts_of_a_grid_keep_what_is_not_run(tmp_path):
         assert {one["run"] for one in kept} == {c.name for c in cells} - {c.name for c in now}
 
 
-def test_a_run_that_kills_its_worker_fails_alone():
-    cells = [sweeps.Cell(name, 0, 0, name, {}) for name in ("one", "killer", "two")]
-    found = {cell.name: got for cell, got in sweeps._execute(cells, dies, 2)}
+KILLER = """
+import json, os, signal, sys
+cell = json.loads(sys.stdin.readline())[-1]
+if cell["name"] == "killer":
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(cell["name"] == "broken" and "ValueError: a fault")
+"""
+
+
+def test_a_run_that_kills_its_worker_fails_alone(monkeypatch):
+    monkeypatch.setattr(sweeps, "WORKER", [sys.executable, "-c", KILLER])
+    cells = [sweeps.Cell(name, 0, 0, name, {}) for name in ("one", "killer", "broken", "two")]
+    job = functools.partial(sweeps._run_cell, "data", "runs", (), ".")
+    found = {cell.name: got for cell, got in sweeps._execute(cells, job, 2)}
     assert str(found.pop("killer")).startswith("its process was killed")
-    assert found == {"one": "one", "two": "two"}
-
-
-def dies(cell):
-    if cell.name == "killer":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return cell.name
+    assert str(found.pop("broken")) == "broken: ValueError: a fault"
+    assert [found[name].folder.name for name in ("one", "two")] == ["one", "two"]
 
 
 @pytest.mark.skipif(
@@ -425,7 +432,7 @@ def test_a_sweep_on_a_cluster_outlives_a_killed_worker(data, tmp_path):
 def test_a_cluster_that_is_not_there_is_one_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(SettingsError, match=r"need Dask, .* pip install -e .\[cluster\]"):
-        list(sweeps._execute([], dies, scheduler="tcp://127.0.0.1:1"))
+        list(sweeps._execute([], None, scheduler="tcp://127.0.0.1:1"))
 
 
 def test_a_run_folder_is_of_one_data_set(data, tmp_path):

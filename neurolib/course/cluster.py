@@ -9,20 +9,7 @@ from neurolib.errors import NeurolibError, SettingsError
 
 @contextmanager
 def connect(workers: int = 0, scheduler: str = "") -> Iterator[Any]:
-    """A Dask client, of a cluster by its address, or of one made here for as long as it is used.
-
-    Parameters
-    ----------
-    workers : int
-        Processes of this machine.
-    scheduler : str
-        Address of a cluster instead, as ``tcp://10.0.0.1:8786``.
-
-    Raises
-    ------
-    SettingsError
-        If Dask is not installed, or the cluster cannot be reached.
-    """
+    """A Dask client of the cluster at an address, or of so many processes of this machine."""
     try:
         import distributed
     except ImportError:

@@ -75,11 +75,6 @@ def evaluate(
     -------
     dict
         The keys of `SCORES`, ``diagonal`` (no distance can be larger), and ``tolerance``.
-
-    Raises
-    ------
-    VolumeError, DataError, SettingsError
-        If masks differ in shape, a tree lies outside of the mask, spacing or tolerance is no such.
     """
     scale = np.array(spacing, dtype=float)
     tolerance = float(2 * scale.min() if tolerance is None else tolerance)
@@ -93,8 +88,8 @@ def evaluate(
             scores[f"hd95_{method}"] = hd95(*masks, spacing, method)
         scores["surface_dice"] = surface_dice(*masks, tolerance, spacing)
         scores["cldice"] = cl_dice(*masks)
-        shared, pieces = _shared_voxels(*masks)
-        shared = shared, shared.T
+        table = _shared_voxels(*masks)
+        shared, pieces = (table, table.T), table.shape
         scores["diagonal"] = volume_diagonal(shapes[0], spacing)
     trees = [_as_tree(one, spacing) for one in pair.values()]
     scores |= _compare_trees(*trees, tolerance, spacing)
@@ -134,20 +129,16 @@ def _compare_trees(tree: Tree, reference: Tree, tolerance: float, spacing: tuple
         found |= {"esa": distance.esa, "dsa": distance.dsa, "pds": distance.pds}
         return found | {"precision": scores.precision, "recall": scores.recall}
     agree = len(tree.parent) == len(reference.parent)
-    apart = 0.0 if agree else float("inf")
-    return found | {
-        "esa": apart, "dsa": apart, "pds": float(not agree), "precision": float(agree),
-        "recall": float(agree),
-    }  # fmt: skip
+    found |= dict.fromkeys(("esa", "dsa"), 0.0 if agree else float("inf"))
+    return found | {"pds": float(not agree), "precision": float(agree), "recall": float(agree)}
 
 
-def _shared_voxels(a: np.ndarray, b: np.ndarray) -> tuple[sparse.csr_array, list[int]]:
-    """Voxels that each piece of a mask shares with each of another; how many pieces both have."""
+def _shared_voxels(a: np.ndarray, b: np.ndarray) -> sparse.csr_array:
+    """Voxels that each piece of a mask (rows) shares with each of another (columns)."""
     (label_a, count_a), (label_b, count_b) = (ndimage.label(m, FULL_CONNECTIVITY) for m in (a, b))
     both = a & b
-    rows, columns = label_a[both] - 1, label_b[both] - 1
-    table = sparse.coo_array((np.ones(len(rows)), (rows, columns)), shape=(count_a, count_b))
-    return table.tocsr(), [count_a, count_b]
+    places = label_a[both] - 1, label_b[both] - 1
+    return sparse.coo_array((np.ones(len(places[0])), places), shape=(count_a, count_b)).tocsr()
 
 
 def _shared_length(
@@ -170,12 +161,9 @@ def _shared_length(
 
 def _excess(shared: sparse.csr_array) -> int:
     """Matched pieces (rows) in excess of the pieces (columns) that they match."""
-    table = shared.tocsr()
-    matches = [
-        int(table.indices[start + np.argmax(table.data[start:end])])
-        for start, end in zip(table.indptr[:-1], table.indptr[1:], strict=True)
-        if end > start
-    ]
+    rows = shared.tocsr()
+    ends = zip(rows.indptr[:-1], rows.indptr[1:], strict=True)
+    matches = [int(rows.indices[i + np.argmax(rows.data[i:j])]) for i, j in ends if j > i]
     return len(matches) - len(set(matches))
 
 
@@ -212,12 +200,6 @@ def evaluate_files(
     str
         What is left out, converted or drawn; a line per pair; a line of means over several. There
         an infinite distance counts with the diagonal of its volume.
-
-    Raises
-    ------
-    DataError, VolumeError, SwcError, SettingsError
-        If a file is missing or unusable, no names match, or a pair does not fit. Nothing is
-        written then.
     """
     pairs, said = _pairs(Path(prediction), Path(reference))
     yield from said

@@ -54,9 +54,7 @@ def t_interval(values: np.ndarray, level: float = 0.95) -> Interval:
 def spreads(values: np.ndarray) -> tuple[float, float]:
     """Standard deviations of neurons and of seeds, each without what the other adds.
 
-    Parameters
-    ----------
-    values : (n, k) one finite value per neuron and seed, two of each at least (NaN otherwise)
+    The values are (n, k), one per neuron and seed; with one neuron or one seed, the result is NaN.
     """
     values = _check_values(values)
     n, k = values.shape
@@ -84,9 +82,7 @@ def sign_flip_p(differences: np.ndarray) -> float:
     differences all 2ⁿ patterns are tried, so that p is exact and at least 2 / 2ⁿ: 0.125 for four
     neurons. Beyond, 99,999 patterns are drawn (`scipy.stats.permutation_test`).
 
-    Parameters
-    ----------
-    differences : (n,) one finite difference per neuron, or (n, k) of k seeds
+    The differences are (n,), one per neuron, or (n, k) of k seeds.
     """
     values = _check_values(differences).mean(axis=1)
     if len(values) == 1:
@@ -106,11 +102,8 @@ def sign_flip_p(differences: np.ndarray) -> float:
 def aggregate(values: np.ndarray, penalty: float | np.ndarray | None = None) -> Interval:
     """Mean over volumes with its t interval, where infinite values count as misses.
 
-    Parameters
-    ----------
-    values : (n,) one score per volume; inf where it is undefined (`hd95` with one mask empty)
-    penalty : what takes the place of an infinite value, per volume or for all: the volume's
-        diagonal (`neurolib.evaluation.volume_diagonal`), so that a miss never improves the mean
+    There, `penalty` takes their place, one per volume or one for all: the volume's diagonal
+    (`neurolib.evaluation.volume_diagonal`), so that a miss never improves the mean.
     """
     values = np.asarray(values, dtype=float)
     missed = np.isposinf(values)

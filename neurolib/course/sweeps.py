@@ -8,14 +8,15 @@ import contextlib
 import csv
 import functools
 import json
-import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -77,6 +78,8 @@ NUMBERS = ("dice", "hd95", "diagonal", "cldice", *TREE, "seconds", "step", "trai
 # Parameters that a cell has from elsewhere.
 RESERVED = {"seed": "seeds", "held_out": "folds", "data": "data", "run_dir": "--folder"}
 KEYS = {"data", "networks", "seeds", "folds", "common", "results"}
+# A process that does one run.
+WORKER = [sys.executable, "-c", "from neurolib.course.sweeps import _work; _work()"]
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,7 @@ class Cell:
     @property
     def settings(self) -> str:
         """Hash of all its parameters but the seed: equal, and two runs may be averaged."""
-        shared = {key: value for key, value in self.parameters.items() if key != "seed"}
-        return _hash(shared)
+        return _hash({key: self.parameters[key] for key in self.parameters if key != "seed"})
 
     @property
     def data_settings(self) -> str:
@@ -112,11 +114,6 @@ def read_grid(path: str | Path) -> dict:
     held out together (comma-separated), ``seeds`` lists numbers, ``common`` holds parameters of
     all runs, ``data`` and ``results`` name the data set and the tidy file to write; ``measure``
     is ``test`` (if left out), ``tree`` or ``validation``.
-
-    Raises
-    ------
-    SettingsError
-        If the file is missing, not YAML, or lacks or has other keys.
     """
     path = Path(path)
     if not path.is_file():
@@ -178,8 +175,8 @@ def run_sweep(
     data : str
         Instead of the grid's own; folders and results are then named by the data too.
     workers : int
-        Runs at the same time; the cores are divided between them. One thread each makes the most
-        of few cores, and CPU results do not depend on what else runs.
+        Runs at the same time, each in a process of its own; they share the cores. One thread each
+        makes the most of few cores, and CPU results do not depend on what else runs.
     seeds : sequence of int
         Instead of the grid's own. Results of other seeds stay in the file if all their
         parameters are those of the grid.
@@ -187,97 +184,88 @@ def run_sweep(
         Address of a Dask cluster that does the runs instead, as ``tcp://10.0.0.1:8786``. Its
         workers see repository, data and `folder` under the same absolute paths, and have one
         thread each; a run whose worker dies is taken up by another one.
-    rows : sequence of str
-        Names of networks, and
-    folds : sequence of int
-        numbers of folds, the first being 0: run this part of the grid only. Results of the rest
-        stay in the file if their parameters are those of the grid, so that parts add up to it.
+    rows, folds : sequence of str, sequence of int
+        Run only the networks of these names and the folds of these numbers, from 0. Results of the
+        rest stay in the file if their parameters are those of the grid, so that parts add up to it.
     ignore_frames : bool
         Go on with trees that do not lie on the neurites of their images.
 
     Returns
     -------
     Path
-        The results file: after every run the results of all that are done.
-
-    Raises
-    ------
-    SettingsError
-        Before anything runs, if the grid is unusable, has no such row or fold, or another process
-        is at this sweep.
-    NotebookError
-        After all others have run, if some failed; a second call tries these again.
+        The results file: after every run the results of all that are done. Runs that failed are
+        raised as one NotebookError after all others; a second call tries these again.
     """
     if workers < 1:
         raise SettingsError(f"workers={workers}: expected at least one")
-    grid = read_grid(path)
-    chain = MEASURES[grid["measure"]]
-    results, stem = Path(grid["results"]).absolute(), Path(path).stem
+    grid, stem = read_grid(path), Path(path).stem
+    measure, results = grid["measure"], Path(grid["results"]).absolute()
+    chain = MEASURES[measure]
     if data and data_label(data) != data_label(grid["data"]):
         results = results.with_stem(f"{results.stem}-{data_label(data)}")
         stem += f"-{data_label(data)}"
-    data = data or grid["data"]
-    defaults = {n: notebook_parameters(notebook_path(n)) for n in (DATA_NOTEBOOK, *chain)}
+    data, folder = data or grid["data"], Path(folder).absolute()
+    defaults = {
+        n: notebook_parameters(notebook_path(n)) for n in (DATA_NOTEBOOK, *MEASURES[measure])
+    }
     for some in (grid["common"], *grid["networks"].values()):
         for own in choose_parameters(some, defaults).values():
             some.update(own)
     whole = list(_cells(grid, stem, seeds))
     cells = _part(path, grid, whole, rows, folds)
-    known = {name: value for own in defaults.values() for name, value in own.items()}
-    for cell in {cell.network: cell for cell in whole}.values():
-        localise(cell.parameters)
-        if "encoder" in known:
-            check_settings(known | cell.parameters)
-        if grid["measure"] == "tree" and cell.parameters.get("every", 1) != 1:
-            raise SettingsError(f"{path}: measure tree needs all slices; remove 'every'")
-    order = [*FILTERS, *grid["networks"]]
-
-    def place(row: dict) -> tuple[int, int, int]:
-        return int(row["fold"]), int(row["seed"] or -1), order.index(row["network"])
-
-    if results.exists():
-        try:
-            read_results(results, grid["measure"])
-        except SettingsError:
-            raise SettingsError(
-                f"{results}: not a file of results on measure {grid['measure']}, and is not "
-                "replaced; name another one, or move it away"
-            ) from None
-    names = [cell.name for cell in whole]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise SettingsError(f"{path}: two runs would share the folder {twice}; rename a network")
+    _check(path, measure, whole, defaults, results)
     splits = [defaults[DATA_NOTEBOOK] | cell.parameters for cell in cells]
     check_data(data, splits, ignore_frames)
     for cell in cells:
-        check_run(Path(folder) / cell.name, data)
-    with (
-        claim(Path(folder) / stem / ".lock"),
-        claim(results.with_name(f".{results.name}.lock"), results),
-    ):
-        kept = _kept(results, cells, whole, data, grid["measure"])
-        done: dict[str, list[dict]] = {}
-        failed: dict[str, str] = {}
-        job = functools.partial(_run_cell, data, Path(folder).absolute(), chain, Path.cwd())
-        for cell, found in _execute(cells, job, workers, scheduler):
-            if isinstance(found, NeurolibError):
-                failed[cell.name] = str(found)
-                print(f"== {cell.name} failed: {found}", flush=True)
+        check_run(folder / cell.name, data)
+    locks = folder / stem / ".lock", results.with_name(f".{results.name}.lock")
+    order, failed = [*FILTERS, *grid["networks"]], {}
+    with claim(locks[0]), claim(locks[1], results):
+        kept, done = _kept(results, cells, whole, data, measure), {}
+        job = functools.partial(_run_cell, data, str(folder), chain, os.getcwd())
+        for cell, ended in _execute(cells, job, workers, scheduler):
+            if isinstance(ended, NeurolibError):
+                failed[cell.name] = str(ended)
+                print(f"== {cell.name} failed: {ended}", flush=True)
             else:
-                done[cell.name] = _rows(found, cell, data, grid["measure"])
-                together = [*kept, *(row for some in done.values() for row in some)]
-                # Every run of a fold gives its filters again.
-                keys = ("network", "seed", "fold", "volume", "step")
-                single = {tuple(str(row.get(k)) for k in keys): row for row in together}
-                write_results(results, sorted(single.values(), key=place), grid["measure"])
+                done[cell.name] = _rows(ended, cell, data, measure)
+                _write_together(results, [kept, *done.values()], order, measure)
                 print(f"== {len(done)} of {len(cells)} done: {cell.name}", flush=True)
-            _write_index(Path(folder) / stem / "index.html", cells, done, failed)
+            _write_index(folder / stem / "index.html", cells, done, failed)
     if failed:
         raise NotebookError(
             f"{len(failed)} of {len(cells)} runs failed (the first: {next(iter(failed.values()))});"
             " the same command tries them again"
         )
     return results
+
+
+def _check(
+    path: str | Path, measure: str, cells: list[Cell], defaults: dict, results: Path
+) -> None:
+    """Refuse now what would fail hours later (SettingsError)."""
+    known = {name: value for own in defaults.values() for name, value in own.items()}
+    for cell in {cell.network: cell for cell in cells}.values():
+        localise(cell.parameters)
+        if "encoder" in known:
+            check_settings(known | cell.parameters)
+        if measure == "tree" and cell.parameters.get("every", 1) != 1:
+            raise SettingsError(f"{path}: measure tree needs all slices; remove 'every'")
+    if results.exists():
+        try:
+            read_results(results, measure)
+        except SettingsError:
+            raise SettingsError(
+                f"{results}: not a file of results on measure {measure}, and is not "
+                "replaced; name another one, or move it away"
+            ) from None
+    names = set()
+    for cell in cells:
+        if cell.name in names:
+            raise SettingsError(
+                f"{path}: two runs would share the folder {cell.name}; rename a network"
+            )
+        names.add(cell.name)
 
 
 def _cells(grid: dict, stem: str, seeds: Sequence[int]) -> Iterator[Cell]:
@@ -307,11 +295,12 @@ def _part(
     return [c for c in cells if c.network in (rows or known) and (not folds or c.fold in folds)]
 
 
-def _run_cell(data: str, folder: Path, chain: tuple[str, ...], where: Path, cell: Cell) -> Run:
+def _run_cell(data: str, folder: str, chain: Sequence[str], where: str, cell: Cell) -> Run:
     """Run one cell; in `where`, since data may be named relative to it."""
     with contextlib.chdir(where):
         profile = PROFILES / "empty.yaml"
-        return run_course(data, profile, cell.name, folder, cell.parameters, chain, True, True)
+        values = cell.parameters
+        return run_course(data, profile, cell.name, folder, values, tuple(chain), True, True)
 
 
 def _execute(
@@ -321,56 +310,56 @@ def _execute(
     if scheduler:
         with cluster.connect(scheduler=scheduler) as client:
             yield from cluster.share(client, job, cells)
-        return
-    if workers == 1:
+    elif workers == 1:
         for cell in cells:
             try:
                 yield cell, job(cell)
             except NeurolibError as error:
                 yield cell, error
-        return
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    # Not forked: a copy of a process that has started threads may hang.
-    context = multiprocessing.get_context("spawn")
-
-    def together(some: list[Cell]) -> Iterator[tuple[Cell, Run | NeurolibError | None]]:
-        size = min(workers, len(some))
-        with ProcessPoolExecutor(size, context, _divide_cores, (threads,)) as pool:
-            futures = {pool.submit(job, cell): cell for cell in some}
+    else:
+        apart = functools.partial(_run_apart, job, max(1, (os.cpu_count() or 1) // workers))
+        pool = ThreadPoolExecutor(workers)
+        try:
+            futures = {pool.submit(apart, cell): cell for cell in cells}
             for future in as_completed(futures):
-                try:
-                    yield futures[future], future.result()
-                except NeurolibError as error:
-                    yield futures[future], error
-                except BrokenProcessPool:
-                    yield futures[future], None
-
-    # A worker that is killed takes the whole pool with it; whose fault it was shows one by one.
-    alone = []
-    for cell, found in together(cells):
-        if found is None:
-            alone.append(cell)
-        else:
-            yield cell, found
-    for cell in alone:
-        for _, found in together([cell]):
-            yield (
-                cell,
-                found or NotebookError("its process was killed, perhaps for lack of memory"),
-            )
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def _divide_cores(threads: int) -> None:
-    """Set the number of threads of a worker and of the kernels that it starts."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    # Of a sweep that is killed nothing may go on that would be in the way of the next one.
+def _run_apart(job: functools.partial, threads: int, cell: Cell) -> Run | NeurolibError:
+    """Do a job on a cell in a process of its own, with so many threads there and in its kernels."""
+    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(WORKER, stdin=subprocess.PIPE, stderr=said, text=True, env=env) as process,
+    ):
+        process.stdin.write(json.dumps([*job.args, vars(cell)]) + "\n")
+        process.stdin.flush()  # and stays open: its end is the end of this process
+        status = process.wait()
+        said.seek(0)
+        last = (said.read().splitlines() or [""])[-1]
+    if status == 0:
+        return Run(Path(job.args[1]) / cell.name)
+    if status < 0:
+        return NotebookError("its process was killed, perhaps for lack of memory")
+    return NotebookError(json.loads(last) if status == 2 else f"{cell.name}: {last}")
+
+
+def _work() -> None:
+    """Do the run that the first line of the input names; leave an error as JSON and status 2."""
+    *job, cell = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Ctrl-C must end a worker: taken for the error of one job, it would start the next one.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        _run_cell(*job, Cell(**cell))
+    except NeurolibError as error:
+        print(json.dumps(str(error)), file=sys.stderr)
+        sys.exit(2)
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    """Of a sweep that is killed nothing may go on that would be in the way of the next one."""
+    os.read(0, 1)  # until the input ends
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -421,6 +410,17 @@ def _rows(run: Run, cell: Cell, data: str, measure: str) -> list[dict]:
 def _numbers(scores: dict) -> dict:
     numbers = {k: v for k, v in scores.items() if isinstance(v, (int, float))}
     return {k.lower(): round(value, 4) for k, value in numbers.items()}
+
+
+def _write_together(path: Path, parts: list[list[dict]], order: list[str], measure: str) -> None:
+    """Write all rows, sorted, each once: every run of a fold gives its filters again."""
+    keys = ("network", "seed", "fold", "volume", "step")
+    single = {tuple(str(row.get(k)) for k in keys): row for part in parts for row in part}
+
+    def place(row: dict) -> tuple[int, int, int]:
+        return int(row["fold"]), int(row["seed"] or -1), order.index(row["network"])
+
+    write_results(path, sorted(single.values(), key=place), measure)
 
 
 def _write_index(
@@ -482,13 +482,7 @@ def write_results(path: Path, rows: list[dict], measure: str = "test") -> None:
 
 
 def read_results(path: str | Path, measure: str = "test") -> list[dict]:
-    """Read a tidy results file; measurements as floats, NaN where there is none.
-
-    Raises
-    ------
-    SettingsError
-        If the file is missing or has other columns.
-    """
+    """Read a tidy results file; measurements as floats, NaN where there is none."""
     path = Path(path)
     if not path.is_file():
         raise SettingsError(f"{path}: no results; run: neurolib sweep profiles/table1-cpu.yaml")
@@ -533,14 +527,7 @@ def by_network(rows: list[dict], column: str) -> dict[str, dict[str, float]]:
 
 
 def means(rows: list[dict], columns: Mapping[str, str]) -> list[dict]:
-    """A row per network or filter: the mean over neurons of each column, under its head.
-
-    Parameters
-    ----------
-    rows : list of dict
-        Of `read_results`.
-    columns : mapping of column to head of the table
-    """
+    """A row per network or filter: the mean over neurons of each column, under its head."""
     found = {head: by_network(rows, column) for column, head in columns.items()}
     names = dict.fromkeys(row["network"] for row in rows)
     return [
@@ -564,13 +551,7 @@ def by_seed(rows: list[dict], column: str) -> dict[str, dict[str, float]]:
 def gains(
     values: Mapping[str, Mapping[str, float]], network: str, baseline: str
 ) -> dict[str, float]:
-    """Difference of a network from another on each neuron that both have.
-
-    Raises
-    ------
-    SettingsError
-        If there is no such network.
-    """
+    """Difference of a network from another on each neuron that both have."""
     for name in (network, baseline):
         if name not in values:
             raise SettingsError(f"no network {name!r}; there are {', '.join(values)}")

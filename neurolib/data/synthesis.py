@@ -693,8 +693,9 @@ def calibration(
     rows = []
     for name in dict.fromkeys(name for row in found for name in row):
         # The recorded ranges have three digits: more must not decide what is outside.
-        values = [_rounded(row[name]) for row in found if name in row]
-        measured = [_rounded(row[name]) for row in real if name in row]
+        values, measured = (
+            [float(f"{row[name]:.3g}") for row in some if name in row] for some in (found, real)
+        )
         if not measured and name not in recorded:
             raise SettingsError(
                 f"statistic {name!r}: no real range, expected one of {', '.join(recorded)}"
@@ -712,10 +713,6 @@ def calibration(
             }
         )
     return rows
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.3g}")
 
 
 def _digits(value: float) -> str:
