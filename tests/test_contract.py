@@ -38,6 +38,13 @@ def test_public_names_are_where_they_were(module):
     assert callable(neurolib.segment)
 
 
+def test_modules_that_have_rooms_are_found_under_their_old_names():
+    old = importlib.import_module("neurolib.datasets")
+    assert old.load_dataset is importlib.import_module("neurolib.data.datasets").load_dataset
+    with pytest.raises(ModuleNotFoundError, match=r"neurolib\.nowhere"):
+        importlib.import_module("neurolib.nowhere")
+
+
 def test_target_and_traced_tree_are_what_they_were():
     response, mask = make_target(TREE, SHAPE, (2.0, 1.0, 1.0))
     assert hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()[:16] == "7a334d5144507b95"
