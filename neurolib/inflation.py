@@ -164,7 +164,7 @@ def inflate_encoder(
     Parameters
     ----------
     encoder : timm VisionTransformer
-        Built with ``in_chans`` = depth; changed in place.
+        Changed in place, or left as it is if the weights do not fit.
     weights : mapping of str to torch.Tensor
         2D state dict in timm's key layout (`neurolib.weights.load_pretrained`), or in that of
         DINOv2's own files with registers.
@@ -172,12 +172,6 @@ def inflate_encoder(
         See `inflate`.
     mean, std : sequences of 3 floats
         The encoder's input normalisation.
-
-    Raises
-    ------
-    WeightsError
-        If fewer than 95 % of the encoder's keys are filled, or the patch or position embedding
-        does not fit (another patch size, say). The encoder is left unchanged.
     """
     target = encoder.state_dict()
     weights = {key: value for key, value in weights.items() if not key.startswith("head.")}

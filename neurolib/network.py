@@ -141,6 +141,8 @@ class Segmenter(nn.Module):
         # Four evenly spaced depths, the last one included (2, 5, 8, 11 of a ViT-S or ViT-B).
         self.taps = [layers * (i + 1) // 4 - 1 for i in range(4)]
         self.patch = self.encoder.patch_embed.patch_size[0]
+        # Blocks are padded and not scaled in the small CPU setting (100 to 112).
+        self.pads = 1 <= settings.size / settings.block < 1.2
         outputs = 1 if settings.predict == "center" else settings.depth
         self.decoder = PyramidDecoder(self.encoder.embed_dim, settings.width)
         views = 2 if settings.contrast else 1  # brightness beside local contrast
@@ -183,11 +185,6 @@ class Segmenter(nn.Module):
         scale = self.settings.size / self.settings.block
         sides = [max(1, round(side * scale / self.patch)) for side in slices.shape[-2:]]
         return resize_to(slices, [side * self.patch for side in sides], "bicubic")
-
-    @property
-    def pads(self) -> bool:
-        """Whether blocks are padded and not scaled: the small CPU setting (100 to 112)."""
-        return 1 <= self.settings.size / self.settings.block < 1.2
 
     def padding(self, slices: torch.Tensor) -> list[int]:
         """Rows and columns that `resize` adds below and to the right of slices (B, D, h, w)."""
@@ -295,8 +292,8 @@ def build(
     ----------
     settings : NetworkSettings
     initialisation : {"scratch", "average", "center", "gaussian", "random"}
-        ``scratch``: timm's own random initialisation, asked for by this name only. The others
-        load pre-trained 2D weights and inflate them.
+        ``scratch``: timm's own random initialisation, asked for by this name only, and the only
+        one of the peer's U-Net. The others load pre-trained 2D weights and inflate them.
     weights_file : str
         A file of the user's with 2D weights; empty: the sources of `load_pretrained`.
     seed : int
@@ -305,8 +302,7 @@ def build(
 
     Returns
     -------
-    network : Segmenter
-        Or the peer's U-Net, for ``encoder="monai_unet"``, which has "scratch" only.
+    network : Segmenter or UNet
     report : LoadReport or None
         Which keys the pre-trained weights filled; None for ``scratch``.
     """
@@ -365,14 +361,9 @@ def token_colours(networks: Mapping[str, Segmenter], slices: torch.Tensor) -> di
 def attention(network: Segmenter, slices: torch.Tensor) -> torch.Tensor:
     """Attention of the encoder's last block: softmax(q kᵀ / √d), as timm computes it.
 
-    timm's fused kernel never holds this matrix. The last block is switched to timm's other path,
-    which does, for one pass; rotary embeddings and norms of q and k are thus part of it.
-
-    Parameters
-    ----------
-    network : Segmenter
-        In evaluation mode.
-    slices : torch.Tensor, (B, D, h, w)
+    timm's fused kernel never holds this matrix. The last block of `network`, in evaluation mode, is
+    switched to timm's other path, which does, for one pass; rotary embeddings and norms of q and k
+    are thus part of it. Slices are (B, D, h, w).
 
     Returns
     -------
@@ -433,20 +424,18 @@ def cost(settings: NetworkSettings) -> dict[str, tuple[int, int]]:
     }
 
 
-def costs(
-    settings: NetworkSettings, depths: Sequence[int] = (1, 3, 5, 7, 9)
-) -> list[dict[str, int | float | str]]:
-    """`cost` of networks that differ in their depth alone, as rows of a table.
+def costs(settings: NetworkSettings) -> list[dict[str, int | float | str]]:
+    """`cost` of networks that differ in their depth alone (1 to 9), as rows of a table.
 
     Millions of parameters, and 10⁹ FLOPs per block (GFLOPs), compared with those of the first.
     """
     rows = []
-    for depth in depths:
+    for depth in (1, 3, 5, 7, 9):
         row = {"slices": depth}
         for name, (parameters, flops) in cost(replace(settings, depth=depth)).items():
             row |= {f"{name}, M parameters": parameters / 1e6, f"{name}, GFLOPs": flops / 1e9}
         ratio = row["network, GFLOPs"] / (rows or [row])[0]["network, GFLOPs"]
-        rows.append(row | {f"GFLOPs over depth {depths[0]}": f"{ratio - 1:+.1%}"})
+        rows.append(row | {"GFLOPs over depth 1": f"{ratio - 1:+.1%}"})
     return rows
 
 

