@@ -29,13 +29,13 @@
 #
 # **Takes** under a minute and 0.8 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
-# %% tags=["parameters"]
+# %% jupyter={"source_hidden": true} tags=["parameters", "hide-input"]
 run_dir = "../runs/small"  # folder in which this and the following notebooks leave their results
 data = "synthetic"  # "synthetic", "bigneuron-janelia", "rendered:FOLDER" of SWC files, or a folder of image/SWC pairs
 channel = -1  # of multi-channel images, counted from 0; -1: they have one
 spacing = ""  # Z,Y,X in µm, edge lengths of a voxel; empty: what the images say
 
-# %% tags=["bootstrap"]
+# %% jupyter={"source_hidden": true} tags=["bootstrap", "hide-input"]
 import sys
 from pathlib import Path
 
@@ -47,7 +47,7 @@ if "google.colab" in sys.modules and not Path("../neurolib").is_dir():  # on Col
 
     site.main()  # lets this running Python see the package just installed
 
-# %%
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 import numpy as np
 
 from neurolib import blocking, inference, tracing, training
@@ -61,9 +61,10 @@ run = runs.open_run(run_dir, "00_start_here", globals())
 # %% [markdown]
 # ## The question
 #
-# A neuron in a light microscope is a tree of thin threads, *neurites*, a few voxels wide, in a
-# volume of which they fill about one part in a thousand. Here is one of the volumes of this
-# course, as three maximum projections, and the tree that we want a computer to find in it.
+# A neuron in a light microscope is a tree of thin threads, *neurites*, a few voxels wide. They fill one
+# or two thousandths of the volume. Can a computer find them, if it learns from a handful of
+# examples? Here is one of the volumes of this course, as three maximum projections, and the tree that we
+# want to find in it.
 
 # %%
 sample = blocking.read_sample(load_dataset(data, channel, spacing)[0])
@@ -72,11 +73,15 @@ alt = "Three maximum projections of a volume; the reference tree follows its bri
 plotting.show(figure, "neuron", alt, run.figures)
 
 # %% [markdown]
+# The bright ball at the root of the tree is the cell body, the *soma*. Nothing here is brighter, and yet
+# most of it is *not* what we look for: the target is a tube of equal width along the tree, through the
+# soma as well. A threshold on brightness finds the soma and the specks together with the neurites.
+#
 # Few volumes come with a hand-made tree, far fewer than a deep network likes. The paper
 # *Boosting 3D Neuron Segmentation with 2D Vision Transformer Pre-trained on Natural Images*
-# (Cheng et al.) therefore borrows: a vision transformer that has learnt from a million
-# photographs (DINO, Caron et al. 2021) is made to read small stacks of slices, by *inflating* the
-# one layer that touches the pixels. Its claim, in numbers:
+# (Cheng et al.) therefore borrows. It takes a vision transformer that has learnt from a million photographs (DINO,
+# Caron et al. 2021) and *inflates* the one layer that touches the pixels, so that the transformer reads
+# small stacks of slices. Its claim, in numbers:
 #
 # | network | pre-trained | transfer | Dice | Hd95 |
 # |---|---|---|---|---|
@@ -149,7 +154,7 @@ plotting.show(figure, "pipeline", alt, run.figures)
 # ## Two small exercises
 #
 # Exercises look like this: put your answer in place of the dots and run the cell. It says what is wrong
-# with it, or that it is right; a solution is folded below.
+# with it, or that it is right. A solution is folded below.
 #
 # ### Exercise 1: how little there is to find
 #

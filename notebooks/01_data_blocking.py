@@ -29,7 +29,7 @@
 #
 # **Takes** under a minute and 0.3 GB of memory on 2 cores, no GPU needed; nothing to download.
 
-# %% tags=["parameters"]
+# %% jupyter={"source_hidden": true} tags=["parameters", "hide-input"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results
 data = (
     "synthetic"  # "synthetic", "bigneuron-janelia", "rendered:FOLDER" of trees, a folder of pairs
@@ -47,7 +47,7 @@ stacks = ""  # folder of real image/SWC pairs, to compare the synthetic stacks w
 channel = -1  # of multi-channel images, counted from 0; -1: they have one
 spacing = ""  # Z,Y,X in µm, edge lengths of a voxel; empty: what the images say
 
-# %% tags=["bootstrap"]
+# %% jupyter={"source_hidden": true} tags=["bootstrap", "hide-input"]
 import sys
 from pathlib import Path
 
@@ -59,7 +59,7 @@ if "google.colab" in sys.modules and not Path("../neurolib").is_dir():  # on Col
 
     site.main()  # lets this running Python see the package just installed
 
-# %%
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 from pathlib import Path
 
 import ipywidgets
@@ -79,11 +79,14 @@ run = runs.open_run(run_dir, "01_data_blocking", globals())
 # %% [markdown]
 # ## A stack and a tree
 #
+# What exactly shall the network learn, and from which pieces of which volumes? This notebook answers
+# with arrays. Most of a score is decided here, before any network is trained.
+#
 # A *stack* is an array of intensities `(z, y, x)`: slice, row, column. Its *spacing* says how many
-# micrometres lie between neighbours along each axis. An *SWC* file is a tree: one node a line, with
-# its x, y, z, a radius, and the line of its parent. We keep x, y, z in voxels, voxel centres at
-# whole numbers. SWC files from elsewhere may be in micrometres, start to count at one, or be
-# flipped in y: the classic mistake, and one that no error message will tell you about.
+# micrometres lie between neighbours along each axis. An *SWC* file is a tree with one node per line: its
+# x, y and z, a radius, and the number of its parent. We keep x, y and z in voxels, with voxel centres at
+# whole numbers. SWC files from elsewhere may be in micrometres, may count from one, or may be flipped
+# in y. That is the classic mistake, and no error message will tell you about it.
 
 # %%
 pairs = datasets.load_dataset(data, channel, spacing)
@@ -92,8 +95,8 @@ print(f"{len(pairs)} pairs; {sample.pair.name}: {sample.pair.style}, shape {samp
 print(f"{len(sample.tree.xyz)} nodes, {swc.length(sample.tree):.0f} voxels of neurite")
 
 # %% [markdown]
-# The same tree flipped in y: it still lies inside the image, and it is wrong. Look at it once,
-# so that you know it when you meet it.
+# Here is the same tree flipped in y. It still lies inside the image, and it is wrong. Look at it
+# once, so that you know it when you meet it.
 
 # %%
 flipped = swc.transform(sample.tree, flip_y=sample.image.shape[1])
@@ -103,8 +106,8 @@ alt = "Projections of the volume: the true tree follows the neurites, the flippe
 plotting.show(figure, "frames", alt, run.figures)
 
 # %% [markdown]
-# A number sees it, too: the image is brighter on a tree than beside it, if the tree is its own. Other
-# frames are tried as well; one that fits clearly better is named.
+# A number sees it, too: if the tree belongs to the image, the image is brighter on the tree than beside
+# it. `swc.fit` also tries other frames, and names one that fits clearly better.
 
 # %%
 volume = Volume(sample.image, sample.spacing)
@@ -149,15 +152,16 @@ exercises.q1(to_voxels)
 # %% [markdown]
 # ## The target
 #
-# A tree has no thickness that a network could be asked for: the radii in SWC files are rough. We
+# We cannot ask a network for the thickness of a tree, because the radii in SWC files are rough. We
 # follow Sironi et al. (2016) and ask for a *response* that falls with the distance $D$ from the
 # centreline,
 #
 # $$ y(D) = \frac{e^{a (1 - D / d_M)} - 1}{e^{a} - 1} \quad (D < d_M), \qquad a = 6, \; d_M = 5
 # \text{ voxels}, $$
 #
-# and call foreground what has $y \ge \tau$. The paper does not print these constants; they are
-# our choice.
+# and call a voxel foreground where $y \ge \tau$. The paper does not print these constants; they are
+# our choice. The tube is equally wide everywhere. So most of the soma, the brightest part of the
+# image, is background, and a network has to learn that bright is not enough.
 #
 # The paper speaks of a *scale-space* distance transform. There the response has a fourth coordinate,
 # the radius $r$: at a voxel $x$, $D^2 = \lVert x - c \rVert^2 + (r - r_c)^2$ to a point $c$ of the
@@ -319,9 +323,10 @@ for pair in pairs[:6]:
 #
 # ## Splits by neuron
 #
-# Neighbouring blocks show the same neurite. A split by block tests on what was trained on: how much
-# that flatters, the laziest learner shows. It remembers its training blocks, and answers with the
-# target of the one that looks most like the question. It has understood nothing.
+# Neighbouring blocks show the same neurite, so a split by block tests on what was trained on. The laziest
+# learner shows how much that can flatter. It remembers its training blocks and answers with the target of
+# the one that looks most like the question. It is a straw man, and meant as one: it has understood
+# nothing, so whatever it scores is leaked. A network leaks less, because it forgets.
 
 
 # %%

@@ -29,7 +29,7 @@
 #
 # **Takes** under a minute and 1.0 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
-# %% tags=["parameters"]
+# %% jupyter={"source_hidden": true} tags=["parameters", "hide-input"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results
 data = "synthetic"  # "synthetic", "bigneuron-janelia", "rendered:FOLDER" of SWC files, or a folder of image/SWC pairs
 encoder = "vit_small_patch14_dinov2.lvd142m"  # timm name of the pre-trained 2D encoder
@@ -40,7 +40,7 @@ seed = 0  # of the random initialisations
 channel = -1  # of multi-channel images, counted from 0; -1: they have one
 spacing = ""  # Z,Y,X in µm, edge lengths of a voxel; empty: what the images say
 
-# %% tags=["bootstrap"]
+# %% jupyter={"source_hidden": true} tags=["bootstrap", "hide-input"]
 import sys
 from pathlib import Path
 
@@ -52,7 +52,7 @@ if "google.colab" in sys.modules and not Path("../neurolib").is_dir():  # on Col
 
     site.main()  # lets this running Python see the package just installed
 
-# %%
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 import ipywidgets
 import numpy as np
 import torch

@@ -29,9 +29,11 @@
 #
 # **Takes** 2 minutes and 1.4 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
-# %% tags=["parameters"]
+# %% jupyter={"source_hidden": true} tags=["parameters", "hide-input"]
+# What is learnt from, and where results go
 run_dir = "../runs/small"  # folder in which the notebooks leave their results
 data = "synthetic"  # "synthetic", "bigneuron-janelia", "rendered:FOLDER" of SWC files, or a folder of image/SWC pairs
+# The network
 encoder = (
     "vit_small_patch14_dinov2.lvd142m"  # timm name of the 2D encoder, or "monai_unet", the peer
 )
@@ -43,24 +45,27 @@ size = 224  # rows and columns that the encoder sees
 predict = "center"  # slices that a block predicts: "center" or "all"
 stem = True  # small U-Net at full resolution: ours, not the paper's
 contrast = True  # local contrast in place of brightness: ours, not the paper's
+# Training
 frozen = True  # train decoder and stem only; False trains the encoder, too, as the paper does
 steps = 200  # of the optimiser
 batch = 4  # blocks per pass
+seed = 0  # of everything random
 encoder_rate = 1e-4  # peak learning rate of the encoder's last layer
 decoder_rate = 1e-3  # peak learning rate of decoder and stem
 layer_decay = 0.75  # rate of each encoder layer relative to the one above it; 1 for equal rates
 loss = "dice+focal"  # or "dice+ce", "dice+ce+skeleton", "dice+ce+cldice"
 negatives = 1.0  # blocks without foreground per salient block
+# What a small device needs
 accumulate = 1  # passes per step: many blocks per step on a small device
 checkpointing = False  # less memory, a third slower
+device = "auto"  # "auto", "cpu" or "cuda"
+precision = "auto"  # bfloat16 where the hardware has it, else "32-true"
+# Validation
 validate_every = 25  # steps
 validation_blocks = 32  # per validation volume
 patience = 0  # validations without a better one after which to stop; 0: never
-seed = 0  # of everything random
-device = "auto"  # "auto", "cpu" or "cuda"
-precision = "auto"  # bfloat16 where the hardware has it, else "32-true"
 
-# %% tags=["bootstrap"]
+# %% jupyter={"source_hidden": true} tags=["bootstrap", "hide-input"]
 import sys
 from pathlib import Path
 
@@ -72,7 +77,7 @@ if "google.colab" in sys.modules and not Path("../neurolib").is_dir():  # on Col
 
     site.main()  # lets this running Python see the package just installed
 
-# %%
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 from dataclasses import replace
 
 import numpy as np
@@ -91,10 +96,12 @@ target = runs.target_of(run)
 # %% [markdown]
 # ## Blocks of a step
 #
-# Training blocks come from the training neurons alone: all salient ones, and for each of them
-# `negatives` blocks without foreground, so that the network also meets what is bright and no neurite
-# (*What salient blocks leave out*, in notebook 01). They are changed as another microscope might have:
-# flipped, turned, zoomed, brighter, noisier, with a slice missing. Block and target move together.
+# How does a network that knows photographs learn to see neurites, in two hundred steps? It starts with
+# what it is shown. Training blocks come from the training neurons alone. They are all the salient ones and, for
+# each of them, `negatives` blocks without foreground, so that the network also meets what is bright
+# and no neurite (*What salient blocks leave out*, in notebook 01). Each block is changed as another
+# microscope might have changed it: flipped, turned, zoomed, brighter, noisier, with a slice missing. Block and
+# target move together.
 
 # %%
 split = runs.split_of(run, data)
@@ -178,7 +185,7 @@ exercises.q1(draw)
 #
 # ### One picture per term
 #
-# An answer that is right but for two mistakes, both made with confidence: a gap in the neurite, and a blob
+# Take an answer that is right but for two mistakes, both made with confidence: a gap in the neurite, and a blob
 # where there is none. Each picture shows where one term pulls: minus its gradient by the logit, divided
 # by its largest pull.
 

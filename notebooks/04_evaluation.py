@@ -29,7 +29,7 @@
 #
 # **Takes** under a minute and 1.0 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
-# %% tags=["parameters"]
+# %% jupyter={"source_hidden": true} tags=["parameters", "hide-input"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results
 data = "synthetic"  # "synthetic", "bigneuron-janelia", "rendered:FOLDER" of SWC files, or a folder of image/SWC pairs
 overlap = 0.25  # share by which neighbouring tiles overlap in y and x
@@ -41,7 +41,7 @@ min_size = (
 )
 filtered_too = True  # whether the filters are tried beside the network
 
-# %% tags=["bootstrap"]
+# %% jupyter={"source_hidden": true} tags=["bootstrap", "hide-input"]
 import sys
 from pathlib import Path
 
@@ -53,7 +53,7 @@ if "google.colab" in sys.modules and not Path("../neurolib").is_dir():  # on Col
 
     site.main()  # lets this running Python see the package just installed
 
-# %%
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 import csv
 
 import ipywidgets
@@ -71,6 +71,8 @@ target = runs.target_of(run)
 
 # %% [markdown]
 # ## A volume from blocks
+#
+# The network is trained. How good is it, on a neuron that it has never seen, and how sure can we be?
 #
 # The network predicts the centre slice of a block. Blocks are laid over every slice; where they
 # overlap, their votes are averaged,
@@ -138,11 +140,11 @@ plotting.show(figure, "probability", alt, run.figures)
 # %% [markdown]
 # ## What five lines can do
 #
-# A network must beat what needs no training. Three filters: the image itself; a narrow Gaussian minus a
-# wide one, which is bright where a thread is brighter than what lies around it; and Sato's ridge filter,
-# from the second derivatives. Each has one threshold, which is chosen as the network's was: the best
-# mean Dice on the validation neurons. So are the scales, and the size in voxels below which a piece is
-# dropped.
+# A network must beat what needs no training. There are three filters: the image itself; a narrow
+# Gaussian minus a wide one, which is bright where a thread is brighter than what lies around it; and
+# Sato's ridge filter, made from second derivatives. Each has one threshold, chosen like the network's for the
+# best mean Dice on the validation neurons. The scales are chosen in the same way, and so is the size in
+# voxels below which a piece is dropped.
 
 # %% tags=["nbval-ignore-output"]
 held = [blocking.read_sample(pair, **target) for pair in split.validation]
@@ -202,13 +204,21 @@ print(runs.table(rows))
 # $$ \mathrm{Dice} = \frac{2 |A \cap B|}{|A| + |B|}, \qquad \mathrm{Hd95} = \max\big( P_{95}(d(a,
 # \partial B)), P_{95}(d(b, \partial A)) \big) $$
 #
-# Dice counts voxels; Hd95 takes the distances between the two surfaces and leaves out the worst
-# twentieth, in µm where the voxel size of every stack is known, else in voxels. The surface Dice is the
-# share of both surfaces that lies within 2 voxels of the other one: a trace that runs a voxel beside the
-# ridge of a thin neurite loses half of its Dice and nothing of that. The Betti-0 error is the difference of the numbers of connected pieces: a gap of one voxel
-# hardly changes Dice and Hd95, and is a branch less for the tracer. The threshold was chosen on
-# validation neurons: on the test neurons nothing is chosen. So was the size below which pieces are
-# dropped, together with it: a tube of radius 1.9 and length 18 has 200 voxels.
+# Dice counts voxels. Hd95 takes the distances between the two surfaces and leaves out the worst
+# twentieth; it is in µm where the voxel size of every stack is known, else in voxels. Three more numbers
+# see what these two do not:
+#
+# - The **surface Dice** is the share of both surfaces that lies within 2 voxels of the other one. A trace that
+#   runs one voxel beside the ridge of a thin neurite loses half of its Dice and none of its surface Dice.
+# - **clDice** compares skeletons. It is the harmonic mean of two shares: that of the prediction's skeleton
+#   which lies in the target, and that of the target's skeleton which lies in the prediction. Width does not
+#   matter to it; a missing branch does.
+# - The **Betti-0 error** is the difference between the numbers of connected pieces. A gap of one voxel hardly
+#   changes Dice and Hd95, but it raises the Betti-0 error by one, and it costs the tracer a branch. An error of
+#   10 means ten gaps, or ten specks.
+#
+# Threshold and smallest piece were chosen together on validation neurons; on the test neurons nothing is
+# chosen. (A tube of radius 1.9 and length 18 has 200 voxels.)
 
 # %%
 unit = evaluation.length_unit(tests)
@@ -263,8 +273,13 @@ alt = "Projections with voxels found (blue), predicted only (orange) and missed 
 plotting.show(figure, "overlay", alt, run.figures)
 
 # %% [markdown]
+# Where is the network wrong? Look for three things. At the *soma* the image is bright and the target is a
+# thin tube: orange around it means that the network took brightness for neurite. *Far specks* are orange
+# away from the tree; each adds one to the Betti-0 error, and enough of them move Hd95. *Gaps* are
+# purple on the tree.
+#
 # On generated neurons, the stored run's network beats every filter. On real ones that is much harder, as
-# [06 Table 1](06_table1.ipynb) shows: never take a filter for beaten before you have measured it.
+# [06 Table 1](06_table1.ipynb) shows. Do not take a filter for beaten before you have measured it.
 #
 # ### Exercise 1: beat the threshold
 #

@@ -30,7 +30,7 @@
 #
 # **Takes** under a minute and 1.1 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
-# %% tags=["parameters"]
+# %% jupyter={"source_hidden": true} tags=["parameters", "hide-input"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results
 data = "synthetic"  # "synthetic", "bigneuron-janelia", "rendered:FOLDER" of SWC files, or a folder of image/SWC pairs
 overlap = 0.25  # share by which neighbouring tiles overlap, as in notebook 04
@@ -40,7 +40,7 @@ min_size = 0  # voxels; smaller pieces are dropped; 0: as chosen on validation n
 bridge = 15.0  # longest gap that is closed, in voxels of the finest axis
 real = "../data/results/ours.csv"  # tidy file that a sweep over real neurons has written
 
-# %% tags=["bootstrap"]
+# %% jupyter={"source_hidden": true} tags=["bootstrap", "hide-input"]
 import sys
 from pathlib import Path
 
@@ -52,7 +52,7 @@ if "google.colab" in sys.modules and not Path("../neurolib").is_dir():  # on Col
 
     site.main()  # lets this running Python see the package just installed
 
-# %%
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 import heapq
 
 import ipywidgets
@@ -82,9 +82,10 @@ probability = {
 # %% [markdown]
 # ## The tracer in six pictures
 #
-# A network is wrong in its own ways. To see what the tracer does, give it a mask that is right but for
-# what every mask has: the target of the test neuron with ten gaps cut into it. Each picture shows the
-# whole and a window: in the whole one sees what is missing, in the window what is crooked.
+# How does a cloud of voxels become a tree that a neuroscientist can measure? A network is wrong in its
+# own ways. To see what the tracer does, we give it a mask that is right but for what every mask has: the
+# target of the test neuron with ten gaps cut into it. Each picture shows the whole and a window. In the
+# whole you see what is missing, in the window what is crooked.
 
 # %%
 sample, cut = tests[0], facts["threshold"]
@@ -410,9 +411,9 @@ plotting.show(plotting.curves(panels, amounts), "robustness", alt, run.figures)
 # distance. ESA and DSA are in µm where the voxel size of every stack is known, else in voxels. DSA says
 # nothing about how many points differ, ESA nothing about where.
 #
-# Two trees are traced: from the prediction, and from the target itself. The second shows what the
-# tracer alone gets wrong; the rest is the network's. In the prediction, pieces below the size
-# chosen on validation neurons are dropped.
+# We trace two trees, one from the prediction and one from the target itself. The second shows what the
+# tracer alone gets wrong; the rest is the network's. In the prediction, pieces below the size chosen on
+# validation neurons are dropped.
 
 # %% tags=["nbval-ignore-output"]
 found = {"target": {}, "prediction": {}}
@@ -455,12 +456,13 @@ figure = plotting.judged(sample.image, groups, sample.spacing)
 plotting.show(figure, "traced", alt, run.figures)
 
 # %% [markdown]
-# From the target hardly anything is false or missed: what you see on the right is the network's. A
-# better tracer would not help; a better mask would. In 3D the same trees, and, where k3d is installed,
-# a view that you can turn. One number is biased even so: from the targets of 32 gold-standard trees
+# From the target hardly anything is false or missed: what you see on the right is mostly the network's. On
+# this neuron, a perfect mask would mend nearly all of it; what a better tracer could make of the
+# predicted mask is not shown. One number is biased even so: from the targets of 32 gold-standard trees
 # (Janelia), the traces are 2 to 14 % shorter than the trees (median 7 %) at a recall of 0.96 to 1.00.
 # Smoothing the trees themselves at two voxels takes off 2 to 6 % (median 4 %): that much is zigzag of
-# the hand that drew them; the rest is the tracer's.
+# the hand that drew them, and the rest is the tracer's. Here are the same trees in 3D and, where k3d is
+# installed, a view that you can turn:
 
 # %%
 trees = {"traced": found["prediction"][name], "reference": sample.tree}
@@ -517,7 +519,7 @@ plotting.show(figure, "real-recall", alt, run.figures)
 
 # %% [markdown]
 # These trees are far from done. From the targets of the same kind of neurons, this tracer's trees have
-# an ESA of 0.3 to 0.4 voxels; what is missing here is missing in the mask.
+# an ESA of 0.3 to 0.4 voxels: most of what is missing here is missing in the mask.
 #
 # ## Your own segmentation
 #

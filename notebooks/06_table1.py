@@ -28,13 +28,13 @@
 #
 # **Takes** under a minute and 0.2 GB of memory on 2 cores, no GPU needed; nothing to download.
 
-# %% tags=["parameters"]
+# %% jupyter={"source_hidden": true} tags=["parameters", "hide-input"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results
 results = "../data/results/table1.csv"  # tidy file that a sweep has written
 baseline = "3D scratch"  # row that the others are compared with
 ours = "../data/results/ours.csv"  # our network beside filters
 
-# %% tags=["bootstrap"]
+# %% jupyter={"source_hidden": true} tags=["bootstrap", "hide-input"]
 import sys
 from pathlib import Path
 
@@ -46,7 +46,7 @@ if "google.colab" in sys.modules and not Path("../neurolib").is_dir():  # on Col
 
     site.main()  # lets this running Python see the package just installed
 
-# %%
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 import ipywidgets
 from IPython.display import Markdown, display
 
@@ -60,6 +60,9 @@ print(f"{len(rows)} measurements on {len(neurons)} neurons: {', '.join(neurons)}
 
 # %% [markdown]
 # ## What must be beaten
+#
+# Does a transformer that knows photographs find neurites better than one that knows nothing? The paper says
+# yes, on four neurons. This notebook asks again, and shows every neuron.
 #
 # Before networks are compared with each other, they are compared with what needs no network: a threshold
 # on the image, a difference of Gaussians, a ridge filter (notebook 04). Their parameters come from the
@@ -309,6 +312,19 @@ widgets.explore(draw, "explorer", alt, run.figures, measure=measures, against=ag
 # target (its threshold decides the Dice, see notebook 01), a network trained for minutes on one core
 # instead of hours on a GPU. What can be compared is the order of the rows, and the size of the
 # differences against their spread.
+#
+# ## Capstone: your own stack
+#
+# Take a stack of your own, or one of a colleague. Go all the way once:
+#
+# 1. `neurolib inspect` the stack and, if there is one, its tree, until the frame is right.
+# 2. Choose the target and its threshold, and say why ([01](01_data_blocking.ipynb)).
+# 3. Train, or take the stored checkpoint; segment; compare with three filters ([04](04_evaluation.ipynb)).
+# 4. Trace, and look at the SWC over the image in three projections ([05](05_swc_tracing.ipynb)).
+# 5. Write one paragraph that states n, the target, the score beside a filter's, and an interval, or says
+#    why there is none.
+#
+# The rubric is in `docs/teaching.md`, under *A project*.
 #
 # ## Checkpoint
 #
