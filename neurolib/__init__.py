@@ -36,6 +36,11 @@ class _Moved:
     def create_module(self, spec: object) -> None:
         """A plain module."""
 
+    def get_code(self, name: str) -> object:
+        """For ``python -m neurolib.cli``."""
+        there = util.find_spec(util.find_spec(name).origin)
+        return there.loader.get_code(there.name)
+
     def exec_module(self, module: ModuleType) -> None:
         """Give it all that the module has in its new place."""
         there = vars(import_module(module.__spec__.origin))

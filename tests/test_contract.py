@@ -2,6 +2,8 @@
 
 import hashlib
 import importlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -43,6 +45,9 @@ def test_modules_that_have_rooms_are_found_under_their_old_names():
     assert old.load_dataset is importlib.import_module("neurolib.data.datasets").load_dataset
     with pytest.raises(ModuleNotFoundError, match=r"neurolib\.nowhere"):
         importlib.import_module("neurolib.nowhere")
+    for name in ("neurolib", "neurolib.cli"):
+        command = [sys.executable, "-m", name, "--version"]
+        assert subprocess.check_output(command, text=True).split()[0] == "neurolib"
 
 
 def test_target_and_traced_tree_are_what_they_were():

@@ -795,3 +795,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("\nneurolib: interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()
