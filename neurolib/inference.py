@@ -163,6 +163,7 @@ def calibrate(
     found = [predict_volume(network, s.image, **tiling) for s in samples]
     chosen = choose_cut(found, [s.mask for s in samples], np.arange(1, 100) / 100)
     facts |= dict(zip(("threshold", "min_size", "calibrated"), chosen, strict=True))
+    facts["seen"] = facts.get("seen", {}) | {content_key(s.image): s.pair.name for s in samples}
     save_checkpoint(checkpoint, network, network.state_dict(), facts)
     return chosen
 

@@ -37,7 +37,7 @@ def segment(
     image : path, Volume, or (z, y, x) array
         An array has cubic voxels; give a `neurolib.volume.Volume` for others.
     checkpoint : path
-        Of a trained network, or the folder of a run; by default the one that comes along.
+        Of a trained network, or the folder of a run; by default the shipped network.
     threshold : float, optional
         On the probability; by default the one chosen on the validation neurons.
     min_size : int, optional

@@ -14,12 +14,16 @@ from scipy import ndimage
 
 import neurolib
 from neurolib import __version__
+from neurolib.blocking import read_sample
 from neurolib.course import cli
-from neurolib.errors import SettingsError
+from neurolib.data.datasets import load_dataset
+from neurolib.errors import DataError, SettingsError
+from neurolib.evaluation import dice, drop_small
+from neurolib.inference import predict_volume
 from neurolib.network import NetworkSettings, Segmenter
 from neurolib.swc import Tree, read_swc, write_swc
 from neurolib.swc import length as swc_length
-from neurolib.training import save_checkpoint
+from neurolib.training import check_unseen, load_checkpoint, save_checkpoint
 from neurolib.volume import read_volume, write_volume
 
 SWC = "1 3 10 10 4 1 -1\n2 3 20 12 4 1 1\n3 3 30 14 5 1 2\n"
@@ -258,6 +262,29 @@ def test_the_mask_loses_the_pieces_that_the_tree_loses(checkpoint, tmp_path, cap
     wanted = np.isin(label, 1 + np.flatnonzero(sizes >= size))
     np.testing.assert_array_equal(tifffile.imread(mask) > 0, wanted)
     assert f"in pieces of at least {size}" in capsys.readouterr().out
+
+
+def test_calibrate_chooses_the_cut_that_is_best_on_the_pairs(checkpoint, pairs, tmp_path, capsys):
+    out = tmp_path / "mine.safetensors"
+    assert call("calibrate", pairs, "--checkpoint", checkpoint, "--out", out) == 0
+    told = capsys.readouterr().out
+    network, facts = load_checkpoint(out)
+    samples = [read_sample(pair) for pair in load_dataset(pairs)]
+    found = [predict_volume(network, sample.image, progress=False) for sample in samples]
+
+    def mean(cut: float, size: int = 1) -> float:
+        masks = [drop_small(probability >= cut, size) for probability in found]
+        return np.mean([dice(mask, s.mask) for mask, s in zip(masks, samples, strict=True)])
+
+    best = mean(facts["threshold"], facts["min_size"])
+    assert all(mean(cut) <= best for cut in np.arange(1, 100) / 100)
+    assert f"mean Dice {best:.3f} on cell0, cell1, cell2" in told
+    with pytest.raises(DataError, match="cell1"):
+        check_unseen(facts, samples[1:], out)
+    assert load_checkpoint(checkpoint)[1].get("seen", {}) == {}
+    assert call("calibrate", tmp_path / "none", "--out", tmp_path / "x.safetensors") == 2
+    one_line(capsys, "none")
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 BAR = np.zeros((9, 24, 48), np.uint8)

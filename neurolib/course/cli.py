@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import sys
 import warnings
 from collections.abc import Iterable
@@ -54,6 +55,13 @@ RetrainOption = Annotated[
 ]
 SpacingOption = Annotated[
     str, typer.Option(help="Z,Y,X in µm: edge lengths of a voxel; default: those of the file.")
+]
+CheckpointOption = Annotated[
+    Path,
+    typer.Option(
+        help="A checkpoint, or the folder of a run; default: the shipped network.",
+        show_default=False,
+    ),
 ]
 UnitsOption = Annotated[
     str, typer.Option(help="Of the SWC: voxels, or um, which other programs expect.")
@@ -187,13 +195,7 @@ def segment(
             metavar="IMAGE",
         ),
     ],
-    checkpoint: Annotated[
-        Path,
-        typer.Option(
-            help="A checkpoint, or the folder of a run; default: the one that comes along.",
-            show_default=False,
-        ),
-    ] = SHIPPED,
+    checkpoint: CheckpointOption = SHIPPED,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -575,6 +577,44 @@ def trace(
     print(f"{len(places) - failed} of {len(places)} labels traced")
     if failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def calibrate(
+    data: Annotated[str, typer.Argument(help="A folder of image/SWC pairs, or a data set.")],
+    out: Annotated[Path, typer.Option(help="The checkpoint to write, .safetensors.")],
+    checkpoint: CheckpointOption = SHIPPED,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that neurolib did not write.")
+    ] = False,
+) -> None:
+    """Choose a network's threshold and smallest piece on traced stacks, without training it.
+
+    A threshold that is right for one microscope is often wrong for another; one traced stack of
+    yours is enough to choose it anew. The checkpoint remembers the stacks: they are no test for it.
+
+    Example: neurolib calibrate my_pairs --out mine.safetensors
+    """
+    from neurolib.blocking import read_sample
+    from neurolib.data.datasets import load_dataset
+    from neurolib.devices import pick_device
+    from neurolib.files import atomic_path, check_outputs, checkpoint_file
+    from neurolib.inference import calibrate
+    from neurolib.training import load_checkpoint
+
+    _check_output(out, ".safetensors")
+    pick_device(device)
+    checkpoint = checkpoint_file(checkpoint)
+    check_outputs([out], [checkpoint], overwrite)
+    tau = load_checkpoint(checkpoint)[1]["tau"]
+    samples = [read_sample(pair, tau=tau) for pair in load_dataset(data)]
+    with atomic_path(out) as temporary:
+        shutil.copyfile(checkpoint, temporary)
+        threshold, size, dice = calibrate(temporary, samples, device=device)
+    names = ", ".join(sample.pair.name for sample in samples)
+    print(f"{out}: threshold {threshold:g}, pieces of at least {size} voxels")
+    print(f"mean Dice {dice:.3f} on {names}, on which they were chosen")
 
 
 @app.command()
