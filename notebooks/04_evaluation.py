@@ -191,7 +191,7 @@ with open(runs.REPOSITORY / "data" / "results" / "skipping.csv") as file:
     rows = list(csv.DictReader(file))
 names = {"p95_level": "level", "p95_tiles": "blocks skipped", "p95_foreground": "foreground lost"}
 rows = [{"volume": r["volume"]} | {new: float(r[key]) for key, new in names.items()} for r in rows]
-print(runs.table(rows))
+display(Markdown(runs.table(rows)))
 
 # %% [markdown]
 # None to a fifth of the blocks are saved, and nothing is lost in five of the six. In the sixth, bright

@@ -439,7 +439,7 @@ scores = [
     for s in tests
     for origin, of in found.items()
 ]
-print(runs.table([evaluation.name_unit(row) for row in scores]))
+display(Markdown(runs.table([evaluation.name_unit(row) for row in scores])))
 
 # %% [markdown]
 # The numbers, as a picture. Blue is right, orange is traced where nothing is, purple is missed.

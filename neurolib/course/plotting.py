@@ -35,15 +35,9 @@ VIEWS = {"xy": (1, 2, 0), "zy": (1, 0, 2), "xz": (0, 2, 1)}
 def show(figure: Figure, name: str, alt: str, folder: str | Path | None = None) -> None:
     """Display a figure with an id and an alternative text; keep it as PNG where asked.
 
-    Parameters
-    ----------
-    figure : matplotlib Figure
-        Closed afterwards.
-    name : str
-        Id of the figure, unique in its notebook; also the name of ``<name>.png`` in `folder`.
-    alt : str
-        What the figure shows, for readers who cannot see it. Unlike the metadata of an image
-        output it survives the conversion of a notebook to HTML.
+    `name` is unique in its notebook, and that of ``<name>.png`` in `folder`. `alt` says what the
+    figure shows; unlike the metadata of an image output it survives conversion to HTML. The figure
+    is closed.
     """
     from IPython.display import HTML, display
 
@@ -393,16 +387,11 @@ def curves(
     panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
     xlabel: str | Sequence[str],
     line: float | None = None,
-    limits: tuple[float, float] | None = None,
 ) -> Figure:
     """Panels side by side, lines in each, one colour and mark per label in all of them.
 
-    Parameters
-    ----------
-    panels : mapping of the panel's y label to mapping of line's label to (x, y)
-    xlabel : str, or one per panel
-    line : a dashed line to compare with, in every panel
-    limits : of y, in every panel; else from zero where no value is negative
+    `panels` maps a y label to lines (label: (x, y)); there may be an x label per panel. Every axis
+    begins at zero where no value is negative, and has a dashed `line` to compare with.
     """
     wide = {1: 6.5, 2: 5.0}.get(len(panels), 2.6)
     size = (wide * len(panels), 3.4)
@@ -415,8 +404,8 @@ def curves(
             axes.plot(x, y, color=colour, label=label, lw=1.5, **few)
         if line is not None:
             axes.axhline(line, color=BLACK, lw=1, ls="--")
-        axes.set(xlabel=under, ylabel=ylabel, ylim=limits or axes.get_ylim())
-        if limits is None and axes.dataLim.ymin >= 0:
+        axes.set(xlabel=under, ylabel=ylabel)
+        if axes.dataLim.ymin >= 0:
             axes.set_ylim(bottom=0)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     if len(panels) > 2:
@@ -445,23 +434,15 @@ def dots(
 ) -> Figure:
     """Methods side by side on each neuron, and their means with intervals.
 
-    Parameters
-    ----------
-    groups : mapping of method to mapping of neuron to value
-        A dot each, in the order of the methods; one column per neuron and one for the means.
-    ylabel : str
-    intervals : mapping of method to (low, high), optional
-        Of its mean.
-    line : float, optional
-        A value to compare with, as zero where the values are differences; the axis shows zero.
-    references : mapping of method to mapping of neuron to value, optional
-        What must be beaten, as lines across a neuron's column.
+    `groups` and `references` map a method to its value on each neuron: a dot, or a line across the
+    neuron's column for what must be beaten. `intervals` are those of the methods' means; `line` is
+    a value to compare with, as zero is for differences, else the axis begins at zero.
     """
     references = references or {}
     both = [*groups.values(), *references.values()]
     neurons = list(dict.fromkeys(n for values in groups.values() for n in values))
     figure, axes = plt.subplots(figsize=(1.5 * len(neurons) + 4.5, 3.8), layout="constrained")
-    places = np.linspace(-0.28, 0.28, len(groups)) if len(groups) > 1 else np.zeros(1)
+    places = np.linspace(-1, 1, len(groups)) * min(0.28, 0.07 * len(groups) - 0.07)
     looks = zip(places, CYCLE * 3, "o" * 7 + "s" * 7 + "^" * 7, strict=False)
     for (name, values), (place, colour, mark) in zip(groups.items(), looks, strict=False):
         at = [neurons.index(neuron) + place for neuron in values]
@@ -565,17 +546,8 @@ def zoomed(
 ) -> Figure:
     """A projection, as far as there is anything, a window of it enlarged, and lines over both.
 
-    Parameters
-    ----------
-    plane : (y, x) or (y, x, 3) array
-        Values with a colour bar if `label` says what they are, NaN in black; colours; or a mask,
-        which is drawn in light grey on white, so that lines stand out.
-    centre : (y, x)
-        Of the window, `size` voxels wide.
-    lines : mapping of label to sequence of (m, 2) arrays
-        Each y, x in voxels; one colour per label.
-    label : str
-    size : int
+    `plane` holds colours (y, x, 3), values with a colour bar if `label` names them, or a mask, in
+    light grey on white. `lines` maps a label to arrays (m, 2) of y, x.
     """
     figure, panels = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
     look = {"cmap": plt.get_cmap("viridis").with_extremes(bad="black")}
