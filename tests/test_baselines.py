@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from neurolib import evaluation
 from neurolib.course import baselines
 from neurolib.errors import DataError, SettingsError
-from neurolib.evaluation import dice
+from neurolib.evaluation import choose_cut, dice, drop_small
 
 
 @settings(max_examples=50, deadline=None)
@@ -19,12 +20,12 @@ def test_threshold_and_size_are_those_of_brute_force(seed, count):
     masks = [rng.random((6, 14, 15)) < 0.3 for _ in range(count)]
     candidates = np.unique(responses)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(baselines, "SIZES", (1, 2, 4, 40))
-        threshold, size, score = baselines.choose_cut(responses, masks, candidates)
+        patch.setattr(evaluation, "SIZES", (1, 2, 4, 40))
+        threshold, size, score = choose_cut(responses, masks, candidates)
     pairs = list(zip(responses, masks, strict=True))
     alone = {cut: np.mean([dice(r >= cut, m) for r, m in pairs]) for cut in candidates}
     means = {
-        (cut, least): np.mean([dice(baselines.drop_small(r >= cut, least), m) for r, m in pairs])
+        (cut, least): np.mean([dice(drop_small(r >= cut, least), m) for r, m in pairs])
         for cut in candidates
         for least in (1, 2, 4, 40)
         if alone[cut] >= 0.8 * max(alone.values())
@@ -37,7 +38,7 @@ def test_default_candidates_come_close_to_every_value():
     rng = np.random.default_rng(0)
     mask = rng.random((20, 60, 60)) < 0.003
     response = rng.normal(0, 1, mask.shape) + 4 * mask
-    *_, every = baselines.choose_cut([response], [mask], np.unique(response))
+    *_, every = choose_cut([response], [mask], np.unique(response))
     chosen = baselines.choose("threshold", [response], [mask])
     assert every - 0.02 < chosen.dice <= every + 0.02
 
@@ -51,7 +52,7 @@ def test_drop_small_is_counted_by_hand(size):
         piece = label == number
         if piece.sum() >= size:
             wanted |= piece
-    np.testing.assert_array_equal(baselines.drop_small(mask, size), wanted)
+    np.testing.assert_array_equal(drop_small(mask, size), wanted)
 
 
 @pytest.mark.parametrize("name", baselines.FILTERS)
