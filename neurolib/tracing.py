@@ -52,9 +52,8 @@ BRANCH_MARGIN = 6.0  # a branch is longer than 6 + r, counted from the middle of
 BRIDGE_ANGLE, BRIDGE_BEND = 60.0, 80.0
 END_LENGTH = 10.0  # the stretch at an end that gives its direction
 MOVES = np.array([move for move in np.ndindex(3, 3, 3) if move != (1, 1, 1)]) - 1
-FULL_THICKNESS = (
-    0.7  # share of the radius nearby; on tubes of radius 1.5 to 3.5 ends fit on average
-)
+# Share of the radius nearby; on tubes of radius 1.5 to 3.5, ends fit on average.
+FULL_THICKNESS = 0.7
 SMOOTHING_PASSES = 2  # of weight 1/2 each: a Gaussian of standard deviation 1 node; more cuts bends
 UNDEFINED = 0  # SWC type; a tracer cannot tell axon from dendrite
 # Most memory in bytes of a foreground voxel, and on top of that of one of the component in hand:
@@ -137,11 +136,10 @@ def trace(
 
     Raises
     ------
-    VolumeError
-        If the volume is not 3D, has values outside [0, 1] or NaN, or nothing reaches the
-        threshold, or more than fits in memory, or the seed lies outside.
-    SettingsError
-        If threshold, min_size, bridge or step is out of its range.
+    NothingFoundError
+        If nothing reaches the threshold.
+    VolumeError, SettingsError
+        If the volume, the seed or an option is unusable.
     """
     if step <= 0 or bridge < 0:
         raise SettingsError(f"step must be positive and bridge at least 0, got {step} and {bridge}")
@@ -409,9 +407,8 @@ def measure_radius(
     ndarray
         (n,) or (m,), in voxels of the finest axis, at least 0 (0.5 in the foreground).
     """
-    if points is None and len(foreground.voxels) > DENSE * np.prod(
-        np.ptp(foreground.voxels, 0) + 1
-    ):
+    box = np.prod(np.ptp(foreground.voxels, axis=0) + 1)
+    if points is None and len(foreground.voxels) > DENSE * box:
         return _distance_transform(foreground) - HALF_VOXEL
     points = foreground.points if points is None else points
     shell = background_shell(foreground) if shell is None else shell
@@ -451,10 +448,8 @@ def background_shell(foreground: Foreground) -> np.ndarray:
     The background voxel nearest to any foreground voxel is one of them: a step from it towards
     that foreground voxel comes nearer, so it must end in the foreground.
     """
-    strides, inside = (
-        _strides(foreground.shape),
-        np.sort(_number(foreground.voxels, foreground.shape)),
-    )
+    strides = _strides(foreground.shape)
+    inside = np.sort(_number(foreground.voxels, foreground.shape))
     outside = []
     for stride in strides[_open_axes(foreground.shape)]:
         for number in (inside - stride, inside + stride):
@@ -515,10 +510,6 @@ def find_paths(
         Voxel numbers along each path. The first path of a component starts at its root, every
         other one at a voxel of an earlier path; otherwise no voxel is on two paths.
 
-    Raises
-    ------
-    VolumeError
-        If the seed is not a point in the volume.
     """
     seed_voxel = None if seed is None else nearest_voxel(foreground, seed)
     bounds = np.searchsorted(foreground.component, np.arange(foreground.component[-1] + 2))
