@@ -147,6 +147,20 @@ def test_imports_run_from_course_to_method_to_data_and_in_no_circle():
     assert order.index("data.formats") < order.index("blocking") < order.index("course.cli")
 
 
+def test_the_method_stays_small():
+    stages = "blocking weights inflation network training inference evaluation tracing"
+    texts = [read(f"neurolib/{name}.py") for name in stages.split()]
+    assert sum(text.count("\n") for text in texts) <= 4500
+    for path in (ROOT / "neurolib").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = text.splitlines()[body[0].lineno - 1 : node.end_lineno] if body else []
+                code = [line for line in lines if line.strip() and line.strip()[0] != "#"]
+                assert len(code) <= 60, f"{path.name}: {node.name}"
+
+
 def test_a_data_set_is_imported_without_torch():
     code = "import sys, neurolib.data.datasets; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -507,11 +507,7 @@ def trace(
     """
     import numpy as np
 
-    from neurolib.course.adapters import as_probability
-    from neurolib.course.large import segmentation, stored_boxes
-    from neurolib.data.formats import LazyStack
-    from neurolib.files import check_outputs, provenance
-    from neurolib.tracing import trace as trace_volume
+    from neurolib.files import check_outputs
     from neurolib.volume import pieces, read_volume, remarks
 
     if (out is None) == (out_dir is None):
@@ -530,33 +526,11 @@ def trace(
     known = _known(stack, units, volume.name)
     _say(remarks(stack, volume.name))
 
-    def one(out: Path, label: int | None) -> None:
-        in_parts = isinstance(stack.data, LazyStack)
-        read = segmentation if in_parts else as_probability
-        found, meaning = read(stack.data, label, threshold, volume.name)
-        if point and not all(
-            -0.5 <= p < n - 0.5 for p, n in zip(point, found.shape[::-1], strict=True)
-        ):
-            raise SettingsError(
-                f"--seed {seed}: lies outside of {volume.name}, which has {found.shape[::-1]} "
-                "voxels (x, y, z); voxels count from 0"
-            )
-        options = {"regions": stored_boxes(found)} if in_parts else {}
-        tree = trace_volume(
-            found,
-            stack.spacing,
-            point and point[::-1],
-            threshold=0.5 if threshold is None else threshold,
-            min_size=min_size,
-            bridge=bridge,
-            **options,
-        )
-        print(f"{volume.name}: {meaning}")
-        made = {"image": f"{volume}, {meaning}", "spacing (z, y, x)": stack.spacing}
-        made |= {"threshold": threshold, "label": label, "channel": channel}
-        made |= {"seed (x, y, z)": point, "min_size": min_size, "bridge": bridge}
-        _write_tree(out, tree, provenance("trace", **made), units, known)
-
+    options = {"min_size": min_size, "bridge": bridge}
+    about = {"threshold": threshold, "channel": channel, "seed (x, y, z)": point, **options}
+    one = functools.partial(
+        _trace_one, volume, stack, threshold, point and point[::-1], options, about, units, known
+    )
     if out:
         one(out, label)
         return
@@ -577,6 +551,40 @@ def trace(
     print(f"{len(places) - failed} of {len(places)} labels traced")
     if failed:
         raise typer.Exit(1)
+
+
+def _trace_one(
+    volume: Path,
+    stack: "Volume",
+    threshold: float | None,
+    seed: tuple[float, float, float] | None,
+    options: dict,
+    about: dict,
+    units: str,
+    known: tuple[float, float, float] | None,
+    out: Path,
+    label: int | None,
+) -> None:
+    from neurolib.course.adapters import as_probability
+    from neurolib.course.large import segmentation, stored_boxes
+    from neurolib.data.formats import LazyStack
+    from neurolib.files import provenance
+    from neurolib.tracing import trace
+
+    in_parts = isinstance(stack.data, LazyStack)
+    read = segmentation if in_parts else as_probability
+    found, meaning = read(stack.data, label, threshold, volume.name)
+    if seed and not all(-0.5 <= s < n - 0.5 for s, n in zip(seed, found.shape, strict=True)):
+        raise SettingsError(
+            f"--seed {','.join(f'{value:g}' for value in seed[::-1])}: lies outside of "
+            f"{volume.name}, which has {found.shape[::-1]} voxels (x, y, z); voxels count from 0"
+        )
+    regions = stored_boxes(found) if in_parts else None
+    cut = 0.5 if threshold is None else threshold
+    tree = trace(found, stack.spacing, seed, cut, regions=regions, **options)
+    print(f"{volume.name}: {meaning}")
+    made = {"image": f"{volume}, {meaning}", "spacing (z, y, x)": stack.spacing, "label": label}
+    _write_tree(out, tree, provenance("trace", **made, **about), units, known)
 
 
 @app.command()
