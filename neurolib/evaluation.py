@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 DISTANCES = ("Hd95", "ESA", "DSA")
 # Smallest pieces that are tried, in voxels; 1 keeps all.
-SIZES = (1, 50, 200, 800, 3000)
+SIZES = (1, 50, 200, 800)
 # Thresholds at which they are tried.
-TRIED = 16
+TRIED = 32
 FULL_CONNECTIVITY = np.ones((3, 3, 3), dtype=bool)  # 26 neighbours: a neurite may run diagonally
 
 
