@@ -27,7 +27,7 @@
 #
 # **Before this:** nothing but some Python.
 #
-# **Takes** under a minute and 0.8 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
+# **Takes** under a minute and 0.7 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
 # %% jupyter={"source_hidden": true} tags=["parameters", "hide-input"]
 run_dir = "../runs/small"  # folder in which this and the following notebooks leave their results

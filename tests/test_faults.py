@@ -307,18 +307,19 @@ def test_files_without_permission(tmp_path, checkpoint, count):
 
 
 def test_files_that_vanish_between_two_looks(tmp_path, checkpoint, count, monkeypatch):
-    begin, header = formats._begin, training._read_header
+    begin, opened = formats._begin, training.safe_open
 
-    def vanishing(function):
-        def found(path):
-            answer = function(path)
-            Path(path).unlink()
-            return answer
+    def begun(path):
+        answer = begin(path)
+        Path(path).unlink()
+        return answer
 
-        return found
+    def gone(path, **options):
+        Path(path).unlink()
+        return opened(path, **options)
 
-    monkeypatch.setattr(formats, "_begin", vanishing(begin))
-    monkeypatch.setattr(training, "_read_header", vanishing(header))
+    monkeypatch.setattr(formats, "_begin", begun)
+    monkeypatch.setattr(training, "safe_open", gone)
     for name, data, read in readers(checkpoint):
         if read in (volume.read_volume, training.load_checkpoint) and name != "a.zarr":
             put(tmp_path / name, data)
