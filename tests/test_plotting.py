@@ -100,6 +100,9 @@ def test_dots_stand_side_by_side_on_each_neuron_and_the_mean_has_its_interval():
     assert level[:, 1].tolist() == [0.25, 0.25]
     assert np.rint(level[:, 0].mean()) == 1
     assert axes.get_ylim()[0] == 0
+    filters = {"threshold": {"n1": 0.35, "n2": 0.25}}
+    *_, mean = plotting.dots(groups, "Dice", references=filters).get_axes()[0].collections
+    assert mean.get_segments()[0] == pytest.approx(np.array([[1.6, 0.3], [2.4, 0.3]]))
 
 
 def test_panels_begin_at_zero_and_a_label_has_one_colour_in_all():

@@ -452,9 +452,11 @@ def dots(
         if intervals and name in intervals:
             axes.vlines(end, *intervals[name], color=colour, lw=2, zorder=1)
     for (name, values), style in zip(references.items(), ("--", ":", "-."), strict=False):
-        for neuron in [n for n in values if n in neurons]:
-            at = neurons.index(neuron)
-            axes.hlines(values[neuron], at - 0.4, at + 0.4, color="0.35", ls=style)
+        levels = [values.get(neuron, np.nan) for neuron in neurons]
+        # The mean is NaN where a neuron has no such value.
+        for at, level in enumerate([*levels, np.mean(levels)]):
+            if np.isfinite(level):
+                axes.hlines(level, at - 0.4, at + 0.4, color="0.35", ls=style)
         axes.plot([], [], color="0.35", ls=style, label=name)
     axes.axvline(len(neurons) - 0.5, color="0.8", lw=0.8)
     if line is not None:
