@@ -1,5 +1,6 @@
 """From an image to a tree, in one call: read, normalise, predict, trace."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from math import prod
@@ -7,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from scipy import ndimage
 
-from neurolib.errors import SettingsError
+from neurolib.errors import NeurolibWarning, SettingsError
+from neurolib.evaluation import FULL_CONNECTIVITY
 from neurolib.files import SHIPPED, checkpoint_file
 from neurolib.inference import MIN_SIZE, Tiling, empty_level, predict_volume
 from neurolib.network import Segmenter
@@ -16,7 +19,7 @@ from neurolib.parameters import check_range
 from neurolib.swc import Tree
 from neurolib.tracing import trace
 from neurolib.training import load_checkpoint
-from neurolib.volume import Volume, normalise, read_volume
+from neurolib.volume import Volume, inverted, normalise, read_volume
 
 
 def segment(
@@ -65,7 +68,7 @@ def segment(
     network, facts = load_checkpoint(checkpoint_file(checkpoint))
     found = predict_image(image, network, tiles, skip_empty, progress)
     cut = facts["threshold"] if threshold is None else threshold
-    size = facts.get("min_size", MIN_SIZE) if min_size is None else min_size
+    size = smallest_piece(facts, found.data >= cut) if min_size is None else min_size
     return trace(found.data, found.spacing, seed, cut, size, bridge)
 
 
@@ -97,10 +100,31 @@ def predict_image(
     volume = image if isinstance(image, Volume) else read_volume(image, **reading)
     _check_fits(name, volume.data.shape)
     scaled = normalise(volume.data)
+    if inverted(scaled):
+        told = "dark structures on a bright ground; neurites must be bright: invert it"
+        warnings.warn(f"{name}: {told}", NeurolibWarning, stacklevel=3)
     if skip_empty:
         tiling = replace(tiling, skip_below=empty_level(scaled, skip_empty))
     found = predict_volume(network, scaled, progress=progress, **asdict(tiling))
     return replace(volume, data=found)
+
+
+def smallest_piece(facts: dict, mask: np.ndarray) -> int:
+    """The size below which pieces are dropped: the checkpoint's, or `MIN_SIZE` in a small stack.
+
+    `facts` are those of the checkpoint, whose size was chosen on whole neurons; where no piece of
+    the mask has as many voxels, it would drop everything.
+    """
+    size = facts.get("min_size", MIN_SIZE)
+    label, _ = ndimage.label(mask, FULL_CONNECTIVITY)
+    if size <= MIN_SIZE or np.bincount(label.ravel())[1:].max(initial=0) >= size:
+        return size
+    warnings.warn(
+        f"no piece has {size} voxels; those of at least {MIN_SIZE} are kept",
+        NeurolibWarning,
+        stacklevel=3,
+    )
+    return MIN_SIZE
 
 
 def _check_fits(name: str, shape: tuple[int, int, int]) -> None:

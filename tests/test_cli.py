@@ -17,7 +17,7 @@ from neurolib import __version__
 from neurolib.blocking import read_sample
 from neurolib.course import cli
 from neurolib.data.datasets import load_dataset
-from neurolib.errors import DataError, SettingsError
+from neurolib.errors import DataError, NeurolibWarning, SettingsError
 from neurolib.evaluation import dice, drop_small
 from neurolib.inference import predict_volume
 from neurolib.network import NetworkSettings, Segmenter
@@ -262,6 +262,26 @@ def test_the_mask_loses_the_pieces_that_the_tree_loses(checkpoint, tmp_path, cap
     wanted = np.isin(label, 1 + np.flatnonzero(sizes >= size))
     np.testing.assert_array_equal(tifffile.imread(mask) > 0, wanted)
     assert f"in pieces of at least {size}" in capsys.readouterr().out
+
+
+def test_a_small_stack_keeps_pieces_that_a_large_one_loses(checkpoint, tmp_path):
+    path, mine, mask = (tmp_path / n for n in ("scan.tif", "mine.safetensors", "mask.tif"))
+    inverse = np.full(SHAPE, 255, np.uint8)
+    inverse[:, 14:17, 2:46] = 0
+    tifffile.imwrite(path, inverse)
+    network, facts = load_checkpoint(checkpoint)
+    facts |= {"threshold": 0.0001, "min_size": 10**6}
+    save_checkpoint(mine, network, network.state_dict(), facts)
+    arguments = ["segment", path, "--checkpoint", mine, "--mask", mask]
+    with pytest.warns(NeurolibWarning) as told:
+        assert call(*arguments) == 0
+    assert tifffile.imread(mask).all()
+    dark, small = (str(warning.message) for warning in told)
+    assert dark.startswith("scan.tif: dark structures on a bright ground")
+    assert small == "no piece has 1000000 voxels; those of at least 200 are kept"
+    with pytest.warns(NeurolibWarning, match="dark"):
+        assert call(*arguments, "--min-size", 10**6) == 0
+    assert not tifffile.imread(mask).any()
 
 
 def test_calibrate_chooses_the_cut_that_is_best_on_the_pairs(checkpoint, pairs, tmp_path, capsys):

@@ -380,7 +380,7 @@ def _segment_one(
     from neurolib.evaluation import drop_small
     from neurolib.files import provenance, sha256
     from neurolib.inference import MIN_SIZE
-    from neurolib.segmentation import predict_image
+    from neurolib.segmentation import predict_image, smallest_piece
     from neurolib.tracing import trace
     from neurolib.volume import read_volume, remarks, write_volume
 
@@ -390,7 +390,6 @@ def _segment_one(
         reading = {"channel": predicting["channel"], "check": False, "spacing": spacing}
         _known(read_volume(image, **reading), units, image.name)
     cut = facts["threshold"] if threshold is None else threshold
-    size = facts.get("min_size", MIN_SIZE) if min_size is None else min_size
     in_parts = probability is not None and probability.suffix.lower() == ".zarr"
     if in_parts and (any(sharing.values()) or image.suffix.lower() == ".zarr"):
         how = {**predicting, **sharing, "spacing": spacing}
@@ -410,9 +409,13 @@ def _segment_one(
             write_volume(probability, volume.data, volume.spacing, known=known, about=about)
         print(f"{probability}: written")
     made |= {"threshold": cut}
+    whole = isinstance(volume.data, np.ndarray)
+    size = facts.get("min_size", MIN_SIZE) if min_size is None else min_size
+    if min_size is None and whole:
+        size = smallest_piece(facts, volume.data >= cut)
     if mask:
         binary, kept = thresholded(volume.data, cut), ""
-        if isinstance(volume.data, np.ndarray):
+        if whole:
             binary, kept = drop_small(binary[:], size), f" in pieces of at least {size}"
         elif mask.suffix.lower() != ".zarr":
             binary = binary[:]
