@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 import tifffile
+import torch
 from scipy import ndimage
 
 import neurolib
@@ -61,6 +62,7 @@ def pairs(tmp_path):
 def checkpoint(tmp_path_factory):
     """A checkpoint of a small network without training: enough to get past reading it."""
     path = tmp_path_factory.mktemp("checkpoint") / "checkpoint.safetensors"
+    torch.manual_seed(0)
     network = Segmenter(NetworkSettings(encoder="vit_tiny_patch16_224", size=112))
     facts = {"threshold": 0.5, "tau": 0.1, "dice": 0.0, "step": 1}
     save_checkpoint(path, network, network.state_dict(), facts | {"training": {"frozen": False}})
