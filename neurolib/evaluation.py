@@ -580,10 +580,8 @@ def choose_cut(
     scores = np.zeros((len(tried), len(SIZES)))
     for response, mask in zip(responses, masks, strict=True):
         for row, at in zip(scores, tried, strict=True):
-            label, _ = ndimage.label(response >= candidates[at], FULL_CONNECTIVITY)
-            voxels = np.bincount(label.ravel())
+            label, voxels = label_pieces(response >= candidates[at])
             hits = np.bincount(label[mask], minlength=len(voxels))
-            voxels[0] = hits[0] = 0
             for i, size in enumerate(SIZES):
                 kept = voxels >= size
                 total = voxels[kept].sum() + np.count_nonzero(mask)
@@ -596,7 +594,16 @@ def drop_small(mask: np.ndarray, size: int) -> np.ndarray:
     """A mask without its connected pieces (26 neighbours) of fewer than `size` voxels."""
     if size <= 1:
         return mask
+    label, voxels = label_pieces(mask)
+    return (voxels >= size)[label]
+
+
+def label_pieces(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The connected piece (26 neighbours) of each voxel, from 1, and the voxels in each piece.
+
+    Piece 0 is the background, and counts as having no voxels.
+    """
     label, _ = ndimage.label(mask, FULL_CONNECTIVITY)
-    keep = np.bincount(label.ravel()) >= size
-    keep[0] = False
-    return keep[label]
+    voxels = np.bincount(label.ravel())
+    voxels[0] = 0
+    return label, voxels

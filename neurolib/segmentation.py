@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from scipy import ndimage
 
 from neurolib.errors import NeurolibWarning, SettingsError
-from neurolib.evaluation import FULL_CONNECTIVITY
+from neurolib.evaluation import label_pieces
 from neurolib.files import SHIPPED, checkpoint_file
 from neurolib.inference import MIN_SIZE, Tiling, empty_level, predict_volume
 from neurolib.network import Segmenter
@@ -68,8 +67,9 @@ def segment(
     network, facts = load_checkpoint(checkpoint_file(checkpoint))
     found = predict_image(image, network, tiles, skip_empty, progress)
     cut = facts["threshold"] if threshold is None else threshold
-    size = smallest_piece(facts, found.data >= cut) if min_size is None else min_size
-    return trace(found.data, found.spacing, seed, cut, size, bridge)
+    if min_size is None:
+        min_size = smallest_piece(facts, found.data, cut, _name(image))
+    return trace(found.data, found.spacing, seed, cut, min_size, bridge)
 
 
 def predict_image(
@@ -94,9 +94,9 @@ def predict_image(
     **reading
         Of `neurolib.volume.read_volume`, as ``channel``.
     """
+    name = _name(image)
     if isinstance(image, np.ndarray):
         image = Volume(image)
-    name = "image" if isinstance(image, Volume) else Path(image).name
     volume = image if isinstance(image, Volume) else read_volume(image, **reading)
     _check_fits(name, volume.data.shape)
     scaled = normalise(volume.data)
@@ -109,22 +109,24 @@ def predict_image(
     return replace(volume, data=found)
 
 
-def smallest_piece(facts: dict, mask: np.ndarray) -> int:
+def smallest_piece(facts: dict, probability: np.ndarray, cut: float, name: str) -> int:
     """The size below which pieces are dropped: the checkpoint's, or `MIN_SIZE` in a small stack.
 
-    `facts` are those of the checkpoint, whose size was chosen on whole neurons; where no piece of
-    the mask has as many voxels, it would drop everything.
+    `facts` are those of the checkpoint, whose size was chosen on whole neurons. Where no piece has
+    as many voxels, it would drop everything; that is looked at only if the volume is in memory.
     """
     size = facts.get("min_size", MIN_SIZE)
-    label, _ = ndimage.label(mask, FULL_CONNECTIVITY)
-    if size <= MIN_SIZE or np.bincount(label.ravel())[1:].max(initial=0) >= size:
+    if size <= MIN_SIZE or not isinstance(probability, np.ndarray):
         return size
-    warnings.warn(
-        f"no piece has {size} voxels; those of at least {MIN_SIZE} are kept",
-        NeurolibWarning,
-        stacklevel=3,
-    )
+    if label_pieces(probability >= cut)[1].max() >= size:
+        return size
+    told = f"{name}: no piece has {size} voxels; those of at least {MIN_SIZE} are kept"
+    warnings.warn(told, NeurolibWarning, stacklevel=3)
     return MIN_SIZE
+
+
+def _name(image: object) -> str:
+    return Path(image).name if isinstance(image, str | Path) else "image"
 
 
 def _check_fits(name: str, shape: tuple[int, int, int]) -> None:

@@ -280,7 +280,7 @@ def test_a_small_stack_keeps_pieces_that_a_large_one_loses(checkpoint, tmp_path)
     assert tifffile.imread(mask).all()
     dark, small = (str(warning.message) for warning in told)
     assert dark.startswith("scan.tif: dark structures on a bright ground")
-    assert small == "no piece has 1000000 voxels; those of at least 200 are kept"
+    assert small == "scan.tif: no piece has 1000000 voxels; those of at least 200 are kept"
     with pytest.warns(NeurolibWarning, match="dark"):
         assert call(*arguments, "--min-size", 10**6) == 0
     assert not tifffile.imread(mask).any()

@@ -49,6 +49,10 @@ IgnoreFramesOption = Annotated[
     bool,
     typer.Option("--ignore-frames", help="Go on with trees that lie beside their neurites."),
 ]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace files that neurolib did not write.")
+]
 RetrainOption = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace a network of other settings or data in this run."),
@@ -228,7 +232,7 @@ def segment(
     channel: Annotated[int | None, typer.Option(help="Channel of a multi-channel image.")] = None,
     spacing: SpacingOption = "",
     overlap: Annotated[float, typer.Option(help="Overlap of tiles in y and x, 0 to 0.9.")] = 0.25,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    device: DeviceOption = "auto",
     flips: Annotated[
         bool, typer.Option("--flips", help="Average over mirrored copies: four times the time.")
     ] = False,
@@ -243,9 +247,7 @@ def segment(
         str, typer.Option(help="Address of a Dask cluster, instead of --workers.")
     ] = "",
     units: UnitsOption = "voxels",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace files that neurolib did not write.")
-    ] = False,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Segment stacks and trace them: image in, SWC (and mask, and probability) out.
 
@@ -379,7 +381,6 @@ def _segment_one(
     from neurolib.course.large import predict_large, stored_boxes, thresholded
     from neurolib.evaluation import drop_small
     from neurolib.files import provenance, sha256
-    from neurolib.inference import MIN_SIZE
     from neurolib.segmentation import predict_image, smallest_piece
     from neurolib.tracing import trace
     from neurolib.volume import read_volume, remarks, write_volume
@@ -409,13 +410,12 @@ def _segment_one(
             write_volume(probability, volume.data, volume.spacing, known=known, about=about)
         print(f"{probability}: written")
     made |= {"threshold": cut}
-    whole = isinstance(volume.data, np.ndarray)
-    size = facts.get("min_size", MIN_SIZE) if min_size is None else min_size
-    if min_size is None and whole:
-        size = smallest_piece(facts, volume.data >= cut)
+    size = min_size
+    if size is None:
+        size = smallest_piece(facts, volume.data, cut, image.name)
     if mask:
         binary, kept = thresholded(volume.data, cut), ""
-        if whole:
+        if isinstance(volume.data, np.ndarray):
             binary, kept = drop_small(binary[:], size), f" in pieces of at least {size}"
         elif mask.suffix.lower() != ".zarr":
             binary = binary[:]
@@ -497,9 +497,7 @@ def trace(
     ] = 15.0,
     channel: Annotated[int | None, typer.Option(help="Channel of a multi-channel image.")] = None,
     units: UnitsOption = "voxels",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a file that neurolib did not write.")
-    ] = False,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Trace a segmentation of your own: mask, labels or probability in, SWC out.
 
@@ -595,10 +593,8 @@ def calibrate(
     data: Annotated[str, typer.Argument(help="A folder of image/SWC pairs, or a data set.")],
     out: Annotated[Path, typer.Option(help="The checkpoint to write, .safetensors.")],
     checkpoint: CheckpointOption = SHIPPED,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a file that neurolib did not write.")
-    ] = False,
+    device: DeviceOption = "auto",
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Choose a network's threshold and smallest piece on traced stacks, without training it.
 
@@ -650,9 +646,7 @@ def evaluate(
     threshold: Annotated[
         float | None, typer.Option(help="On predicted probabilities, 0 to 1; default 0.5.")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a file that neurolib did not write.")
-    ] = False,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Measure predictions against references: Dice, Hd95, clDice, ESA, splits and more.
 
