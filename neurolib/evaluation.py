@@ -149,15 +149,6 @@ def surface_dice(
     return float(1 - (areas_a @ far_a + areas_b @ far_b) / (areas_a.sum() + areas_b.sum()))
 
 
-def _tolerance(tolerance: float | None, spacing: np.ndarray) -> float:
-    """A tolerance, or 2 voxels of the finest axis; no rounding decides about equal distances."""
-    if tolerance is None:
-        tolerance = 2 * np.min(spacing)
-    if not 0 <= tolerance < np.inf:
-        raise SettingsError(f"tolerance={tolerance}: expected a distance, at least 0")
-    return float(tolerance * (1 + 1e-9))
-
-
 def _surface_elements(mask: np.ndarray, spacing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Places (m, 3) of the elements of a surface, in the unit of the spacing, and their areas."""
     box = bounding_box(mask)

@@ -411,7 +411,7 @@ def _segment_one(
         print(f"{probability}: written")
     made |= {"threshold": cut}
     size = min_size
-    if size is None:
+    if min_size is None:
         size = smallest_piece(facts, volume.data, cut, image.name)
     if mask:
         binary, kept = thresholded(volume.data, cut), ""
