@@ -1,14 +1,12 @@
 """Other people's segmentations: a mask, labels or a probability, whatever program wrote them.
 
-Beside our tracer, `trace_skeleton` takes them too.
+`neurolib.course.robustness.trace_skeleton`, the simplest tracer, is found here, too.
 """
 
 import numpy as np
 
-from neurolib.course.robustness import trace_skeleton
+from neurolib.course.robustness import trace_skeleton as trace_skeleton
 from neurolib.errors import SettingsError, VolumeError
-
-__all__ = ["FULL_SCALE", "as_probability", "trace_skeleton"]
 
 FULL_SCALE = {"uint8": 255, "uint16": 65535}  # the whole number that stands for probability 1
 
