@@ -118,9 +118,8 @@ def bench_stitching(scale: Scale, repeats: int) -> list[dict]:
 
 def predict(network: nn.Module, image: np.ndarray, overlap: float, device: str, **options):
     """`predict_volume`, as all peers are called."""
-    return inference.predict_volume(
-        network, image, overlap=overlap, batch=BATCH, device=device, progress=False, **options
-    )
+    options = {"overlap": overlap, "batch": BATCH, "device": device, "skip_empty": 0} | options
+    return inference.predict_volume(network, image, progress=False, **options)
 
 
 def random_network(settings: NetworkSettings) -> Segmenter:
@@ -159,33 +158,28 @@ def describe(settings: NetworkSettings) -> str:
 
 
 def bench_skipping(scale: Scale, repeats: int) -> list[dict]:
-    """Prediction of a masked stack without the tiles that are exactly zero.
+    """Prediction of a sparse stack as `neurolib segment` does it, beside MONAI's sliding window.
 
-    What the 95th percentile saves and loses on real stacks is in data/results/skipping.csv.
+    What skipping saves and loses on real stacks is in data/results/skipping.csv.
     """
     depth, *sides = scale.sparse
     tree = synthesis.grow(0, (depth, *(max(64, side // 3) for side in sides)))
-    image = normalise(synthesis.render(tree, scale.sparse, "flylight", 0).data)
+    image = normalise(synthesis.render(tree, scale.sparse, "confocal", 0).data)
     mask = blocking.make_target(tree, scale.sparse)[1]
-    network = random_network(scale.small_network)
-    saved = skipping(image, mask, 0.0, scale.small_network, 0.0)
-    # Nothing in it is exactly zero: every tile is run.
-    whole = np.maximum(image, 1e-6)
-    ours, theirs = (
-        functools.partial(predict, network, stack, 0.0, "cpu", every=scale.every)
-        for stack in (image, whole)
-    )
-    return [
-        compete(
-            f"prediction, {describe(scale.small_network)}, {size(scale.sparse)}",
-            ours,
-            "every tile run",
-            theirs,
-            lambda a, b: (
-                f"{saved.tiles:.0%} of tiles skipped, {saved.foreground:.1%} of the foreground lost"
-            ),
-            repeats,
+    network, tiling = random_network(scale.small_network), inference.Tiling()
+    saved = skipping(image, mask, tiling.skip_empty, scale.small_network)
+    task = f"prediction, {describe(scale.small_network)}, {size(scale.sparse)}"
+    told = f"{saved.tiles:.0%} of tiles skipped, {saved.foreground:.1%} of the foreground lost"
+    ours = functools.partial(predict, network, image, tiling.overlap, "cpu")
+    peers = {"every tile run": ours}
+    if installed("monai"):
+        peers["MONAI, slices as batch"] = functools.partial(
+            monai_slices, network, image, tiling.overlap
         )
+    skips = functools.partial(ours, skip_empty=tiling.skip_empty)
+    return [
+        compete(task, skips, peer, theirs, lambda a, b: told, repeats)
+        for peer, theirs in peers.items()
     ]
 
 

@@ -1,9 +1,9 @@
-"""What it saves and costs not to run tiles without bright voxels, counted on a folder of pairs.
+"""What it saves and costs not to run tiles in which nothing stands out, on a folder of pairs.
 
     python benchmarks/skipping.py FOLDER [--out data/results/skipping.csv]
 
-No network is run. Tiles of 5 x 100 x 100 without overlap, target "sironi" at 0.1; the level is the
-95th percentile of each volume (`neurolib.inference.empty_level`).
+No network is run. Tiles of 5 x 100 x 100, overlap and percentile as `neurolib.inference.Tiling` has
+them by default; target "sironi" at 0.1.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from neurolib.network import NetworkSettings
 
 @dataclass(frozen=True)
 class Skipping:
-    """Share of the tiles that are skipped, and share of the foreground's votes lost with them."""
+    """Share of the tiles that are skipped, and share of the foreground that no tile covers then."""
 
     tiles: float
     foreground: float
@@ -44,19 +44,16 @@ class Certain(torch.nn.Module):
 def skipping(
     image: np.ndarray,
     mask: np.ndarray,
-    level: float,
+    percentile: float,
     settings: NetworkSettings,
-    overlap: float,
+    overlap: float = inference.Tiling.overlap,
 ) -> Skipping:
-    """What is saved and lost by skipping the tiles that have no voxel above an intensity.
-
-    Each voxel of the true foreground, `mask`, counts by the share of its votes, weighted as in a
-    prediction, that come from skipped tiles.
-    """
+    """What is saved and lost by not running the tiles in which nothing stands out."""
     every, some = Certain(settings), Certain(settings)
     options = {"overlap": overlap, "device": "cpu", "progress": False}
-    inference.predict_volume(every, np.maximum(image, 1e-6), **options)
-    live = inference.predict_volume(some, image, skip_below=level, **options)
+    whole = np.maximum(image, 1e-6)  # not even tiles that are exactly zero are skipped
+    inference.predict_volume(every, whole, skip_empty=0.0, **options)
+    live = inference.predict_volume(some, image, skip_empty=percentile, **options)
     lost = 1 - live[mask].mean(dtype=float) if mask.any() else 0.0
     return Skipping(1 - some.tiles / every.tiles, float(lost))
 
@@ -69,12 +66,9 @@ def main() -> None:
     rows = []
     for pair in datasets.load_dataset(arguments.folder):
         sample = blocking.read_sample(pair)
-        row = {"volume": pair.name}
-        for name, level in (("zero", 0.0), ("p95", inference.empty_level(sample.image))):
-            cost = skipping(sample.image, sample.mask, level, NetworkSettings(), 0.0)
-            row |= {f"{name}_level": level, f"{name}_tiles": cost.tiles}
-            row[f"{name}_foreground"] = cost.foreground
-        rows.append(row)
+        percentile = inference.Tiling.skip_empty
+        cost = skipping(sample.image, sample.mask, percentile, NetworkSettings())
+        rows.append({"volume": pair.name, "tiles": cost.tiles, "foreground": cost.foreground})
     lines = [",".join(rows[0])]
     lines += [
         ",".join(f"{v:.4f}" if isinstance(v, float) else v for v in row.values()) for row in rows

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter, uniform_filter1d
 from tqdm import tqdm
 
 from neurolib.blocking import Sample, block_grid, block_starts, gaussian_window, read_block
@@ -29,8 +30,10 @@ FLIPS = ((-1,), (-2,), (-2, -1))
 
 # Smallest piece, in voxels, for a checkpoint for which none was chosen.
 MIN_SIZE = 200
-# Bins of the histogram for `empty_level`'s percentile; a 16-bit image has no more values.
+# Bins of the histogram of `standing_out`, which lies in [-1, 1].
 BINS = 1 << 16
+# What stands out by so many standard deviations of the background is never empty.
+CERTAIN = 20.0
 # Modules that a prediction depends on.
 CODE = ("inference", "network", "blocking", "devices")
 
@@ -52,10 +55,10 @@ class Tiling:
     flips : bool
         Average the probabilities of each tile, mirrored in neither, either and both of y and x
         (test-time augmentation), at four times the time.
-    skip_below : float
-        Tiles with no voxel above this intensity are not run and vote 0 (`empty_level` proposes a
-        value). By default these are the tiles that are exactly zero, as outside the mask of a
-        masked volume.
+    skip_empty : float
+        Percentile of `standing_out` over the volume. Tiles in which nothing stands out as much are
+        not run (`empty_level`); where none is run, the probability is 0. 0: only tiles that are
+        exactly zero are skipped, as outside the mask of a masked volume.
     every : int
         Predict slices 0, every, 2 every ... only, each from its whole block: a sample of the
         volume at a fraction of the time, for networks that predict their centre slice.
@@ -65,7 +68,7 @@ class Tiling:
     batch: int = 8
     device: str = "auto"
     flips: bool = False
-    skip_below: float = 0.0
+    skip_empty: float = 99.7
     every: int = 1
 
     def __post_init__(self) -> None:
@@ -179,15 +182,19 @@ def predict_slices(
     grid = block_grid(image.shape, *_tiles(network.settings, tiling.overlap))
     grid = grid[grid[:, 0] % tiling.every == 0]
     span = 0, -(-image.shape[0] // tiling.every)
-    return _stream(network, image, grid, span, tiling, progress)
+    level = empty_level(image, tiling.skip_empty)
+    return _stream(network, image, grid, span, tiling, level, progress)
 
 
-def predict_box(network: Segmenter, image: np.ndarray, box: Box, tiling: Tiling) -> np.ndarray:
+def predict_box(
+    network: Segmenter, image: np.ndarray, box: Box, tiling: Tiling, level: float
+) -> np.ndarray:
     """The part of the result of `predict_volume` that lies in a box, as float32.
 
     All tiles that vote in the box are run, so the result does not depend on how a volume is cut
     into boxes. The box and the margin that these tiles need, `box_of_tiles`, are read at once.
-    The image, normalised to [0, 1], is not checked, and `Tiling.every` is 1.
+    The image, normalised to [0, 1], is not checked, and `Tiling.every` is 1; `level` is the
+    `empty_level` of the whole image.
     """
     around, grid = box_of_tiles(network.settings, image.shape, box, tiling.overlap)
     origin = [part.start for part in around]
@@ -195,7 +202,7 @@ def predict_box(network: Segmenter, image: np.ndarray, box: Box, tiling: Tiling)
     span, *plane = ((b.start - o, b.stop - o) for b, o in zip(box, origin, strict=True))
     rows, columns = (slice(*ends) for ends in plane)
     out = np.empty([b.stop - b.start for b in box], np.float32)
-    for first, slices in _stream(network, part, grid - origin, span, tiling):
+    for first, slices in _stream(network, part, grid - origin, span, tiling, level):
         first -= span[0]
         out[first : first + len(slices)] = slices[:, rows, columns]
     return out
@@ -239,6 +246,7 @@ def _stream(
     grid: np.ndarray,
     span: tuple[int, int],
     tiling: Tiling,
+    level: float,
     progress: bool = False,
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Run the tiles of a grid in order of z; yield the slices of a span as they are finished.
@@ -248,43 +256,46 @@ def _stream(
     settings, (first, depth) = network.settings, span
     where = pick_device(tiling.device)
     network = network.to(where).eval()
+    shape, _ = _tiles(settings, tiling.overlap)
     slices = settings.depth if settings.predict == "all" else 1
-    in_z, in_plane = gaussian_window((slices, 1)), gaussian_window((settings.block,) * 2)
-    window = torch.from_numpy(in_z[:, :, None] * in_plane).to(where)
-    reach = slices // 2
-    # Where the votes begin, as an index into the predicted slices.
-    places = grid // (tiling.every, 1, 1) - (reach, 0, 0)
-    # The places are all pairs of some z with some (y, x), and so is the sum of all weights.
-    around = places[places[:, 0] == places[0, 0]] * (0, 1, 1)
-    weights = np.zeros((1, *image.shape[1:]), np.float32)
-    _add(weights, np.broadcast_to(in_plane, (len(around), 1, *in_plane.shape)), around)
-    z = np.unique(places[:, 0])[:, None] * (1, 0, 0)
-    voting = np.zeros((depth, 1, 1), np.float32)
-    _add(voting, np.broadcast_to(in_z[:, :, None], (len(z), slices, 1, 1)), z)
+    middle = slice(settings.depth // 2 - slices // 2, settings.depth // 2 + slices // 2 + 1)
+    in_z, in_plane = gaussian_window((slices, 1)), gaussian_window(shape[1:])
+    window = in_z[:, :, None] * in_plane
+    # Where the votes begin, counted in predicted slices.
+    places = grid // (tiling.every, 1, 1) - (slices // 2, 0, 0)
+    # Votes, and their weights, of the slices that wait for more.
+    sums = np.zeros((2, 0, *image.shape[1:]), np.float32)
 
-    sums = np.zeros((0, *image.shape[1:]), np.float32)
-    bar = tqdm(total=len(grid), desc="segmenting", mininterval=2, disable=not progress)
-    for start in range(0, len(grid), tiling.batch):
-        tiles = grid[start : start + tiling.batch]
-        here, later = places[start : start + tiling.batch], places[start + tiling.batch :]
-        wanted = min(depth, int(here[-1, 0]) + slices) - first
-        if wanted > len(sums):
-            sums = np.concatenate([sums, np.zeros((wanted - len(sums), *sums.shape[1:]), "f4")])
-        live, votes = _run(network, image, tiles, window, tiling)
-        _add(sums, votes, here[live] - (first, 0, 0))
-        bar.update(len(tiles))
-        # All later places are at this z or deeper, so the slices above it are complete.
-        done = min(depth, int(later[0, 0])) if len(later) else depth
+    def extended(end: int) -> np.ndarray:
+        missing = max(0, min(depth, end) - first - sums.shape[1])
+        return np.pad(sums, ((0, 0), (0, missing), (0, 0), (0, 0)))
+
+    waiting, corners = [], []
+    bar = tqdm(grid, "segmenting", mininterval=2, disable=not progress)
+    for i, place in enumerate(bar):
+        tile = read_block(image, place, shape)
+        if tile.max() > 0 and (not level or standing_out(tile)[middle].max() > level):
+            waiting.append(tile)
+            corners.append(places[i])
+        # Only the tiles that wait for a full batch vote above this slice; they wait a few slices.
+        last = i + 1 == len(grid)
+        after = depth if last else min(depth, int(places[i + 1, 0]))
+        late = waiting and (last or after - corners[0][0] > tiling.batch)
+        if late or len(waiting) == tiling.batch:
+            sums = extended(corners[-1][0] + slices)
+            votes = _run(network, np.stack(waiting), window, tiling)
+            here = np.array(corners) - (first, 0, 0)
+            _add(sums[0], votes, here)
+            _add(sums[1], [window] * len(here), here)
+            waiting, corners = [], []
+        done = int(corners[0][0]) if waiting else after
         if done > first:
-            finished, sums = np.split(sums, [done - first])
-            finished /= weights
-            finished /= voting[first:done]
-            yield first, finished
+            finished, sums = np.split(extended(done), [done - first], axis=1)
+            yield first, finished[0] / np.maximum(finished[1], np.finfo(np.float32).tiny)
             first = done
-    bar.close()
 
 
-def _add(sums: np.ndarray, votes: np.ndarray, corners: np.ndarray) -> None:
+def _add(sums: np.ndarray, votes: Sequence[np.ndarray], corners: np.ndarray) -> None:
     """Add votes (n, slices, rows, columns) at their corners (z, y, x); drop those outside."""
     depth, height, width = sums.shape
     for vote, (z, y, x) in zip(votes, corners.tolist(), strict=True):
@@ -294,49 +305,45 @@ def _add(sums: np.ndarray, votes: np.ndarray, corners: np.ndarray) -> None:
 
 
 @torch.inference_mode()
-def _run(
-    network: Segmenter, image: np.ndarray, places: np.ndarray, window: torch.Tensor, tiling: Tiling
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which tiles are run, and their votes (n, slices, y, x): the probability times the window."""
-    shape, _ = _tiles(network.settings, tiling.overlap)
-    tiles = [read_block(image, place, shape) for place in places]
-    live = np.array([tile.max() > tiling.skip_below for tile in tiles])
-    if not live.any():
-        return live, np.empty((0, *window.shape), np.float32)
-    chosen = np.stack([tiles[i] for i in np.flatnonzero(live)])
-    blocks = torch.from_numpy(chosen[:, None]).float().to(window.device)
-    with autocast("auto", window.device.type):
-        found = network(blocks).float().sigmoid()
+def _run(network: Segmenter, tiles: np.ndarray, window: np.ndarray, tiling: Tiling) -> np.ndarray:
+    """The votes (n, slices, y, x) of tiles (n, z, y, x): the probability times the window."""
+    where = pick_device(tiling.device)
+    blocks = torch.from_numpy(tiles[:, None]).float().to(where)
+    with autocast("auto", where.type):
+        chance = network(blocks).float().sigmoid()
         if tiling.flips:
             for axes in FLIPS:
-                found = found + network(blocks.flip(axes)).float().sigmoid().flip(axes)
-            found = found / (1 + len(FLIPS))
-    return live, (found * window).cpu().numpy()
+                chance = chance + network(blocks.flip(axes)).float().sigmoid().flip(axes)
+            chance = chance / (1 + len(FLIPS))
+    return (chance * torch.from_numpy(window).to(where)).cpu().numpy()
 
 
-def empty_level(image: np.ndarray, percentile: float = 95.0) -> float:
-    """An intensity below which a tile holds only background: a percentile of the volume.
+def standing_out(slices: np.ndarray) -> np.ndarray:
+    """How far voxels are brighter than what surrounds them: a difference of two Gaussians.
 
-    Neurites fill few voxels, so every tile with a neurite has voxels above this level, unless
-    other things in the volume are far brighter. `benchmarks/skipping.py` counts what is lost.
+    Each of the slices (z, y, x) is averaged with its neighbours, then smoothed in the plane by
+    σ = 1.5 voxels, less the same smoothed by 6: neurites remain, haze and broad background go.
+    """
+    mean = uniform_filter1d(np.asarray(slices, np.float32), 3, axis=0, mode="nearest")
+    return gaussian_filter(mean, (0, 1.5, 1.5)) - gaussian_filter(mean, (0, 6, 6))
 
-    Parameters
-    ----------
-    image : (z, y, x) array
-        Normalised to [0, 1]; need not be in memory.
-    percentile : float
-        0 to 100. In a masked volume, most of whose voxels are zero, the result is 0.
 
-    Returns
-    -------
-    float
-        The lower edge of its histogram bin, 1 / 65536 wide: never above the percentile, and
-        below 1, as `Tiling.skip_below` must be.
+def empty_level(image: np.ndarray, percentile: float = Tiling.skip_empty) -> float:
+    """What a voxel must exceed in `standing_out` for its tile to be run.
+
+    A percentile over the volume, since neurites fill few voxels; at most 20 standard deviations of
+    the background, so that dim neurites are not lost where bright ones fill much of the volume.
+    `benchmarks/skipping.py` counts what is saved and lost.
+    The image is normalised to [0, 1] and need not be in memory. Where most of it is exactly zero,
+    the level is 0, as for percentile 0.
     """
     check_range("skip_empty", percentile, "percentile=")
-    counts = np.zeros(BINS + 1, np.int64)
+    if not percentile:
+        return 0.0
+    counts = np.zeros(BINS, np.int64)
     for box in pieces(image):
-        counts += np.bincount((image[box].ravel() * BINS).astype(np.intp), minlength=BINS + 1)
-    total = np.cumsum(counts)
-    level = np.searchsorted(total, percentile / 100 * (total[-1] - 1), "right")
-    return min(float(level), BINS - 1) / BINS
+        counts += np.histogram(standing_out(image[box]), BINS, (-1, 1))[0]
+    ranks = np.array([25, 75, percentile]) / 100 * (counts.sum() - 1)
+    low, high, level = np.searchsorted(np.cumsum(counts), ranks, "right") * 2 / BINS - 1
+    # The interquartile range of a normal distribution is 1.349 standard deviations.
+    return max(0.0, min(level, CERTAIN * (high - low) / 1.349))

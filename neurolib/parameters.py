@@ -30,7 +30,6 @@ RANGES = {
     "save_every": "[1, inf)",
     "seed": "[0, 4294967295]",  # what NumPy and PyTorch both take
     "size": "[1, inf)",
-    "skip_below": "[0, 0.99999]",  # of intensities in [0, 1]
     "skip_empty": "[0, 100]",
     "steps": "[1, inf)",
     "tau": "(0, 1]",

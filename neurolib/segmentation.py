@@ -12,7 +12,7 @@ import psutil
 from neurolib.errors import NeurolibWarning, SettingsError
 from neurolib.evaluation import label_pieces
 from neurolib.files import SHIPPED, checkpoint_file
-from neurolib.inference import MIN_SIZE, Tiling, empty_level, predict_volume
+from neurolib.inference import MIN_SIZE, Tiling, predict_volume
 from neurolib.network import Segmenter
 from neurolib.parameters import check_range
 from neurolib.swc import Tree
@@ -28,7 +28,6 @@ def segment(
     min_size: int | None = None,
     bridge: float = 15.0,
     seed: Sequence[float] | None = None,
-    skip_empty: float = 0.0,
     progress: bool = True,
     **tiling: object,
 ) -> Tree:
@@ -46,8 +45,8 @@ def segment(
         Smaller pieces are dropped, in voxels; by default as chosen on the validation neurons.
     bridge, seed
         As in `neurolib.tracing.trace`; the seed is (z, y, x).
-    skip_empty, progress
-        As in `predict_image`.
+    progress : bool
+        Show a progress bar over tiles.
     **tiling
         Attributes of `neurolib.inference.Tiling`, as ``overlap`` and ``device``.
 
@@ -65,7 +64,7 @@ def segment(
         check_range(name, value)
     tiles = Tiling(**tiling)
     network, facts = load_checkpoint(checkpoint_file(checkpoint))
-    found = predict_image(image, network, tiles, skip_empty, progress)
+    found = predict_image(image, network, tiles, progress)
     cut = facts["threshold"] if threshold is None else threshold
     if min_size is None:
         min_size = smallest_piece(facts, found.data, cut, _name(image))
@@ -76,7 +75,6 @@ def predict_image(
     image: str | Path | Volume | np.ndarray,
     network: Segmenter,
     tiling: Tiling,
-    skip_empty: float = 0.0,
     progress: bool = True,
     **reading: object,
 ) -> Volume:
@@ -87,8 +85,6 @@ def predict_image(
     image : path, Volume, or (z, y, x) array
     network : Segmenter
     tiling : Tiling
-    skip_empty : float
-        Percentile of the image; tiles with no voxel above it are not run. 0 runs all of them.
     progress : bool
         Show a progress bar over tiles.
     **reading
@@ -103,8 +99,6 @@ def predict_image(
     if inverted(scaled):
         told = "dark structures on a bright ground; neurites must be bright: invert it"
         warnings.warn(f"{name}: {told}", NeurolibWarning, stacklevel=3)
-    if skip_empty:
-        tiling = replace(tiling, skip_below=empty_level(scaled, skip_empty))
     found = predict_volume(network, scaled, progress=progress, **asdict(tiling))
     return replace(volume, data=found)
 

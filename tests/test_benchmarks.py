@@ -136,32 +136,28 @@ def test_what_there_is_not_is_refused(load, arguments, capsys):
 @pytest.mark.parametrize("predict", ["center", "all"])
 @pytest.mark.parametrize("overlap", [0, 0.5])
 def test_the_cost_of_skipped_tiles_is_counted(predict, overlap, load):
-    class Identity(torch.nn.Module):
-        settings, tiles = SimpleNamespace(depth=3, block=10, predict=predict), 0
+    class Certain(torch.nn.Module):
+        settings, tiles = SimpleNamespace(depth=3, block=20, predict=predict), 0
 
         def forward(self, blocks):
             self.tiles += len(blocks)
-            return torch.logit(blocks[:, 0] if predict == "all" else blocks[:, 0, 1:2])
+            return torch.full_like(blocks[:, 0] if predict == "all" else blocks[:, 0, :1], 9.0)
 
     rng, skipping = np.random.default_rng(3), load("skipping").skipping
-    image = rng.uniform(0.01, 0.3, (9, 34, 27)).astype(np.float32)
-    bright = rng.random(image.shape) < 0.001
-    image[bright] = 0.9
+    image = rng.uniform(0.01, 0.3, (9, 64, 67)).astype(np.float32)
+    image[4, 10:12, 5:15] = image[6, 50, 40:60] = 0.9
     mask = rng.random(image.shape) < 0.02
     options = {"overlap": overlap, "device": "cpu", "progress": False}
-    counted, kept = Identity(), Identity()
-    predict_volume(counted, image, **options)
-    found = predict_volume(kept, image, skip_below=0.5, **options)
-    cost = skipping(image, mask, 0.5, kept.settings, overlap)
+    counted, kept = Certain(), Certain()
+    predict_volume(counted, image, skip_empty=0, **options)
+    chance = predict_volume(kept, image, skip_empty=99.5, **options)
+    cost = skipping(image, mask, 99.5, kept.settings, overlap)
     assert cost.tiles == pytest.approx(1 - kept.tiles / counted.tiles)
-    assert 0.1 < cost.tiles < 0.9
-    # The identity gives back the share of a voxel's votes that were cast.
-    lost = 1 - found[mask] / image[mask]
-    assert cost.foreground == pytest.approx(lost.mean(), abs=1e-4)
+    assert 0.1 < cost.tiles < 0.95
+    assert cost.foreground == pytest.approx((chance[mask] == 0).mean())
     assert cost.foreground > 0.05
-    np.testing.assert_allclose(found[bright], image[bright], atol=1e-5)
-    assert skipping(image, bright, 0.5, kept.settings, overlap).foreground < 1e-6
-    assert skipping(image, mask & False, 0.5, kept.settings, overlap).foreground == 0
+    assert skipping(image, image == 0.9, 99.5, kept.settings, overlap).foreground == 0
+    assert skipping(image, mask & False, 99.5, kept.settings, overlap).foreground == 0
 
 
 def test_kimimaro_joins_gaps_up_to_the_bridge(load):

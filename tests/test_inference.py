@@ -30,7 +30,8 @@ from neurolib.training import save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
-QUIET = {"device": "cpu", "progress": False}
+# Of noise, nothing stands out more than the rest: every tile is run.
+QUIET = {"device": "cpu", "progress": False, "skip_empty": 0}
 
 steady = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -91,7 +92,7 @@ def test_a_sample_of_slices_is_that_of_the_whole(depth, every, batch):
             return blocks[:, 0].mean(1, keepdim=True)
 
     image = volume((depth, 14, 11))
-    options = {"overlap": 0.5, "device": "cpu", "progress": False}
+    options = QUIET | {"overlap": 0.5}
     whole = predict_volume(Neighbours(5, 10), image, **options)
     network = Neighbours(5, 10)
     found = predict_volume(network, image, batch=batch, every=every, **options)
@@ -109,7 +110,9 @@ def test_a_sample_of_slices_needs_a_network_that_predicts_one():
 @pytest.mark.parametrize("predict", ["center", "all"])
 def test_slices_come_in_order_without_gap(predict):
     image = volume((23, 14, 11))
-    pieces = list(predict_slices(Identity(5, 10, predict), image, Tiling(0.5, 3, "cpu")))
+    pieces = list(
+        predict_slices(Identity(5, 10, predict), image, Tiling(0.5, 3, "cpu", skip_empty=0))
+    )
     assert [first for first, _ in pieces] == [
         sum(len(p) for _, p in pieces[:i]) for i in range(len(pieces))
     ]
@@ -161,7 +164,7 @@ def test_tiles_without_signal_are_not_run_and_give_zero(predict):
     assert network.tiles == 5
     np.testing.assert_allclose(found, image, atol=1e-5)
     assert (found[image == 0] == 0).all()
-    empty = predict_volume(network, np.zeros_like(image), device="cpu", progress=False)
+    empty = predict_volume(network, np.zeros_like(image), **QUIET)
     assert not empty.any()
     assert network.tiles == 5
 
@@ -182,13 +185,13 @@ class Rows(Identity):
 def test_flips_are_turned_back(predict):
     image = volume((5, 13, 17))
     network = Identity(3, 10, predict)
-    options = {"device": "cpu", "progress": False, "flips": True}
+    options = QUIET | {"flips": True}
     np.testing.assert_allclose(predict_volume(network, image, **options), image, atol=1e-5)
 
 
 def test_flips_average_the_four_mirrored_predictions():
     network, image = Rows(), volume((2, 10, 10))
-    options = {"device": "cpu", "progress": False}
+    options = QUIET
     plain = predict_volume(network, image, **options)
     assert network.tiles == 2
     found = predict_volume(network, image, flips=True, **options)
@@ -198,18 +201,57 @@ def test_flips_average_the_four_mirrored_predictions():
     assert np.ptp(plain) > 0.09
 
 
-@steady
-@given(st.integers(0, 100), st.integers(0, 99), st.integers(1, 400))
-def test_the_level_of_emptiness_is_a_percentile(percentile, seed, size):
-    image = np.random.default_rng(seed).random((1, 1, size)).astype(np.float32) ** 3
-    lower = np.percentile(image, percentile, method="lower")
-    assert lower - 2 / 65536 < empty_level(image, percentile) <= lower
+def test_what_stands_out_is_a_difference_of_gaussians_of_three_slices():
+    image = np.zeros((5, 81, 81), np.float32)
+    image[2, 40, 40] = 1
+    y, x = np.mgrid[-40:41, -40:41]
+    bells = [np.exp(-(y**2 + x**2) / (2 * s**2)) / (2 * np.pi * s**2) for s in (1.5, 6)]
+    for z, share in enumerate((0, 1 / 3, 1 / 3, 1 / 3, 0)):
+        heights = inference.standing_out(image)[z]
+        np.testing.assert_allclose(heights, share * (bells[0] - bells[1]), atol=2e-4)
 
 
-def test_the_level_of_a_masked_volume_is_zero():
-    image = np.zeros((4, 20, 20), np.float32)
-    image[1, :4] = 0.5
-    assert empty_level(image) == 0
+def thread(brightness=0.5, background=0.3):
+    """A bright thread in a corner of noise."""
+    image = background + 0.05 * np.random.default_rng(1).standard_normal((9, 60, 60))
+    image[4, 5:8, 2:18] += brightness
+    return image.clip(0.01, 0.99).astype(np.float32)
+
+
+@pytest.mark.parametrize("predict", ["center", "all"])
+@pytest.mark.parametrize("batch", [1, 3, 50])
+def test_only_tiles_in_which_something_stands_out_are_run(predict, batch):
+    image, network = thread(), Identity(5, 20, predict)
+    options = {"overlap": 0.25, "device": "cpu", "progress": False, "batch": batch}
+    chance = predict_volume(network, image, skip_empty=99.7, **options)
+    every = Identity(5, 20, predict)
+    predict_volume(every, image, skip_empty=0, **options)
+    assert 0 < network.tiles < every.tiles / 4
+    # What is run is not diluted by the neighbours that are not, and the rest is empty.
+    run = chance > 0
+    np.testing.assert_allclose(chance[run], image[run], atol=1e-5)
+    assert run[4, 5:8, 2:18].all()
+    assert not run[:, 40:, 40:].any()
+    slices = predict_slices(network, image, Tiling(0.25, batch, "cpu"))
+    assert [first for first, part in slices for _ in part] == sorted(
+        first
+        for first, part in predict_slices(network, image, Tiling(0.25, batch, "cpu"))
+        for _ in part
+    )
+
+
+def test_the_level_of_emptiness_is_a_percentile_that_bright_parts_do_not_raise_without_limit():
+    image = thread()
+    heights = inference.standing_out(image)
+    assert empty_level(image, 97.0) == pytest.approx(np.percentile(heights, 97), abs=1e-3)
+    assert empty_level(image, 0) == 0
+    bright = thread(0.6, background=0.3)
+    bright[:, ::4] = 0.99  # bright threads in a tenth of the volume and more
+    quartiles = np.percentile(inference.standing_out(bright), [25, 75])
+    assert empty_level(bright, 99.7) <= 20 * np.ptp(quartiles) / 1.349 + 1e-3
+    masked = np.zeros((4, 60, 60), np.float32)
+    masked[1, :4, :4] = 0.5
+    assert empty_level(masked) == 0
     with pytest.raises(SettingsError, match="percentile=101"):
         empty_level(image, 101)
 
@@ -233,13 +275,14 @@ def test_a_box_is_that_part_of_the_whole(shape, overlap, depth, predict, data):
             return 4 * mean - place + slices
 
     image, network = volume(shape), Slices(depth, 10, predict)
-    tiling = Tiling(overlap, data.draw(st.integers(1, 9)), "cpu")
+    skip = data.draw(st.sampled_from([0, 80.0]))
+    tiling = Tiling(overlap, data.draw(st.integers(1, 9)), "cpu", skip_empty=skip)
     box = []
     for size in shape:
         start = data.draw(st.integers(0, size - 1))
         box.append(slice(start, data.draw(st.integers(start + 1, size))))
     whole = predict_volume(network, image, progress=False, **asdict(tiling))
-    found = predict_box(network, image, tuple(box), tiling)
+    found = predict_box(network, image, tuple(box), tiling, empty_level(image, skip))
     np.testing.assert_allclose(found, whole[tuple(box)], atol=2e-6)
 
 
@@ -278,7 +321,7 @@ class Watched:
 torch.set_num_threads(1)
 image = read_volume(sys.argv[1], check=False).data
 network = Cheap()
-tiling = Tiling(0, 4, "cpu")
+tiling = Tiling(0, 4, "cpu", skip_empty=0)
 list(predict_slices(network, np.full((3, 120, 120), 0.5, np.float32), tiling))
 before = look()
 out = np.lib.format.open_memmap(sys.argv[2], "w+", np.float32, image.shape)
@@ -312,10 +355,10 @@ def test_a_volume_ten_times_larger_than_the_memory_allowed_is_predicted(tmp_path
 
 def test_image_of_any_layout_and_float_type_is_read_and_left_as_it_is():
     image = volume((6, 12, 14))
-    expected = predict_volume(Identity(), image, device="cpu", progress=False)
+    expected = predict_volume(Identity(), image, **QUIET)
     for view in (np.asfortranarray(image), image.astype(np.float64)):
         view.setflags(write=False)
-        found = predict_volume(Identity(), view, device="cpu", progress=False)
+        found = predict_volume(Identity(), view, **QUIET)
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
@@ -326,7 +369,7 @@ def test_memory_grows_with_the_slice_and_not_with_the_number_of_slices(predict):
         image = volume((slices, 60, 60))
         network = Identity(5, 30, predict)
         tracemalloc.start()
-        for _ in predict_slices(network, image, Tiling(0.5, 4, "cpu")):
+        for _ in predict_slices(network, image, Tiling(0.5, 4, "cpu", skip_empty=0)):
             pass
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
@@ -362,13 +405,13 @@ def test_real_network_covers_a_volume_smaller_than_a_block(predict, depth):
 )
 def test_unusable_image_is_refused_in_one_line(image, part):
     with pytest.raises(VolumeError, match=part) as error:
-        predict_volume(Identity(), image, device="cpu", progress=False)
+        predict_volume(Identity(), image, **QUIET)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     "bad",
-    [{"overlap": -0.1}, {"overlap": 0.95}, {"batch": 0}, {"device": "abacus"}, {"skip_below": 1}],
+    [{"overlap": -0.1}, {"overlap": 0.95}, {"batch": 0}, {"device": "abacus"}, {"skip_empty": 101}],
     ids=str,
 )
 def test_unusable_settings_are_refused_in_one_line(bad):
@@ -392,7 +435,7 @@ def test_prediction_of_a_checkpoint_is_made_once(tmp_path, monkeypatch):
     checkpoint = tmp_path / "checkpoint.safetensors"
     save_checkpoint(checkpoint, network, network.state_dict(), facts)
     image = volume((3, 40, 50))
-    options = {"overlap": 0.25, "device": "cpu", "progress": False}
+    options = QUIET | {"overlap": 0.25}
     first = predicted(tmp_path / "out", "cell", checkpoint, image, **options)
     named = options | {"every": 1, "flips": False}
     np.testing.assert_array_equal(

@@ -9,6 +9,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -238,8 +239,8 @@ def segment(
     ] = False,
     skip_empty: Annotated[
         float,
-        typer.Option(help="Skip tiles with no voxel above this percentile of the image; 0: none."),
-    ] = 0.0,
+        typer.Option(help="Percentile: skip tiles in which nothing stands out so much; 0: none."),
+    ] = 99.7,
     workers: Annotated[
         int, typer.Option(help="Processes that share a --probability NAME.zarr (needs Dask).")
     ] = 0,
@@ -284,11 +285,11 @@ def segment(
     if (workers or scheduler) and not in_parts:
         raise SettingsError("--workers and --scheduler write parts; give --probability NAME.zarr")
     loaded = load_checkpoint(checkpoint)
-    steps, tiling = _three("spacing", spacing), Tiling(overlap, device=device, flips=flips)
-    predicting = {"skip_empty": skip_empty, "channel": channel}
+    steps = _three("spacing", spacing)
+    tiling = Tiling(overlap, device=device, flips=flips, skip_empty=skip_empty)
     sharing = {"workers": workers, "scheduler": scheduler}
     job = functools.partial(
-        _segment_one, checkpoint, loaded, threshold, min_size, units, steps, tiling, predicting,
+        _segment_one, checkpoint, loaded, threshold, min_size, units, steps, tiling, channel,
         sharing,
     )  # fmt: skip
     if len(places) == 1:
@@ -371,7 +372,7 @@ def _segment_one(
     units: str,
     spacing: tuple[float, float, float] | None,
     tiling: "Tiling",
-    predicting: dict,
+    channel: int | None,
     sharing: dict,
     image: Path,
     wanted: tuple[Path | None, ...],
@@ -388,21 +389,21 @@ def _segment_one(
     network, facts = loaded
     out, mask, probability = wanted
     if units != "voxels":
-        reading = {"channel": predicting["channel"], "check": False, "spacing": spacing}
-        _known(read_volume(image, **reading), units, image.name)
+        _known(read_volume(image, channel, check=False, spacing=spacing), units, image.name)
     cut = facts["threshold"] if threshold is None else threshold
     in_parts = probability is not None and probability.suffix.lower() == ".zarr"
     if in_parts and (any(sharing.values()) or image.suffix.lower() == ".zarr"):
-        how = {**predicting, **sharing, "spacing": spacing}
-        predict_large(image, checkpoint, probability, tiling, **how)
+        predict_large(image, checkpoint, probability, tiling, channel, **sharing, spacing=spacing)
         volume = read_volume(probability, check=False)
     else:
-        volume = predict_image(image, network, tiling, **predicting, spacing=spacing)
+        volume = predict_image(image, network, tiling, channel=channel, spacing=spacing)
     _say(remarks(volume, image.name))
     # Names, not paths: a result does not depend on the folder in which it was made.
     made = {"image": image.name, "checkpoint": f"{checkpoint.name}, sha256 {sha256(checkpoint)}"}
-    made |= {"spacing (z, y, x)": volume.spacing, "overlap": tiling.overlap}
-    made |= {"device": tiling.device, "flips": tiling.flips, **predicting}
+    made |= {"spacing (z, y, x)": volume.spacing, "channel": channel}
+    made |= {
+        name: value for name, value in asdict(tiling).items() if name not in ("batch", "every")
+    }
     if probability:
         if not in_parts or isinstance(volume.data, np.ndarray):
             about = provenance("probability", **made)

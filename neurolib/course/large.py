@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,7 @@ class _Job:
     part: Path
     low: float
     high: float
+    empty: float  # of `empty_level`
     tiling: Tiling
     threads: int  # of PyTorch; 0: PyTorch's default
 
@@ -213,7 +214,6 @@ def predict_large(
     checkpoint: str | Path,
     out: str | Path,
     tiling: Tiling,
-    skip_empty: float = 0.0,
     channel: int | None = None,
     workers: int = 0,
     scheduler: str = "",
@@ -234,9 +234,6 @@ def predict_large(
         Ends in ``.zarr``: float32, in chunks, with the spacing of the image.
     tiling : Tiling
         All slices are predicted.
-    skip_empty : float
-        Percentile of the normalised image; tiles with no voxel above it are skipped (see
-        `neurolib.inference.empty_level`). 0: skip only tiles that are exactly zero.
     channel : int, optional
         Of a multi-channel image.
     workers : int
@@ -259,7 +256,7 @@ def predict_large(
     read_volume(image, channel, check=False)
     source = fingerprint(image)
     options = {"overlap": tiling.overlap, "flips": tiling.flips}
-    options |= {"skip_empty": skip_empty, "channel": channel}
+    options |= {"skip_empty": tiling.skip_empty, "channel": channel}
     options |= {"spacing": list(spacing)} if spacing else {}
     wanted = {"checkpoint": digest, "input": source, "options": options}
     part = out.with_name(f"{out.name}.part")
@@ -276,9 +273,8 @@ def predict_large(
                 f"remove {part} to begin anew"
             )
         threads = max(1, (os.cpu_count() or 1) // workers) if workers and not scheduler else 0
-        tiling = replace(tiling, skip_below=found["skip_below"])
-        limits = found["low"], found["high"]
-        job = _Job(image, channel, source, checkpoint, digest, part, *limits, tiling, threads)
+        levels = found["low"], found["high"], found["empty"]
+        job = _Job(image, channel, source, checkpoint, digest, part, *levels, tiling, threads)
         todo = [box for box in _regions(part) if _missing(job, box)]
         for _ in tqdm(_predict_regions(job, todo, workers, scheduler), "regions", len(todo)):
             pass
@@ -320,8 +316,7 @@ def fingerprint(path: Path) -> str:
 def _begin(part: Path, name: str, volume: Volume, wanted: dict) -> None:
     """Make an output without chunks, and the manifest, with whatever needs the whole input."""
     low, high = limits(volume.data, stored_boxes(volume.data))
-    skip = wanted["options"]["skip_empty"]
-    level = empty_level(normalised(volume.data, low, high), skip) if skip else 0.0
+    level = empty_level(normalised(volume.data, low, high), wanted["options"]["skip_empty"])
     with atomic_path(part) as temporary:
         about = provenance("probability", checkpoint=wanted["checkpoint"], **wanted["options"])
         options = {"known": not volume.unknown, "about": about}
@@ -333,7 +328,7 @@ def _begin(part: Path, name: str, volume: Volume, wanted: dict) -> None:
             volume.spacing,
             **options,
         )
-        facts = wanted | {"low": low, "high": high, "skip_below": level}
+        facts = wanted | {"low": low, "high": high, "empty": level}
         write_text(temporary / MANIFEST, json.dumps(facts, indent=1))
 
 
@@ -382,7 +377,7 @@ def _predict_region(job: _Job, box: Box) -> None:
         for axis in range(3)
     )
     network = _network(job.checkpoint, job.digest)
-    found = predict_box(network, _image(job), around, job.tiling)
+    found = predict_box(network, _image(job), around, job.tiling, job.empty)
     array, origin = _array(job.part), [s.start for s in around]
     for chunk in missing:
         here = (slice(s.start - o, s.stop - o) for s, o in zip(chunk, origin, strict=True))
