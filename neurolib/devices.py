@@ -21,13 +21,18 @@ def _say_once(words: str) -> None:
 def pick_device(name: str) -> torch.device:
     """The device of that name; ``auto``: a GPU if there is one, else the CPU."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu" and torch.backends.mps.is_available():
+        name = "cpu"
+        if torch.cuda.is_available():
+            try:
+                return pick_device("cuda")
+            except SettingsError as error:  # a GPU that this PyTorch is too new, or too old, for
+                _say_once(f"{error}; 'auto' takes the CPU")
+        elif torch.backends.mps.is_available():
             _say_once("Apple GPU found, not tested: 'auto' takes the CPU; device 'mps' tries it")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        (torch.ones(1, device=device) + 1).item()  # computes, which a GPU may be too old for
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0][:100]
         raise SettingsError(f"device={name!r}: not usable here ({reason}); try 'cpu'") from None
     return device

@@ -253,6 +253,18 @@ def decode(raw: bytes) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def check_name(*paths: str | Path) -> None:
+    """Refuse names that are not UTF-8, which notebooks and checkpoints cannot hold."""
+    for path in map(str, paths):
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise SettingsError(
+                f"{path}: a name with bytes that are no UTF-8, expected UTF-8 here; rename it, as "
+                "with convmv"
+            ) from None
+
+
 def sha256(path: str | Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
@@ -270,7 +282,8 @@ def content_key(*arrays: np.ndarray) -> str:
 
 def text_key(text: str) -> str:
     """Hash of a text, in hexadecimal."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    # Of a file name that is not UTF-8, too.
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 # ----------------------------------------------------------------------------------- results

@@ -257,11 +257,12 @@ def _collect(
     # other box goes at once, so that specks never pile up. At the end, neighbours among the
     # voxels at the faces of boxes tell which components are one.
     probability, scale = _check_volume(probability), _scale(spacing)
-    if not 0 < threshold <= 1 or min_size < 1:
+    if not 0 < threshold <= 1 or min_size < 0:
         raise SettingsError(
-            f"threshold must lie in (0, 1] and min_size be at least 1, got {threshold} and "
+            f"threshold must lie in (0, 1] and min_size be at least 0, got {threshold} and "
             f"{min_size}"
         )
+    min_size = max(1, min_size)  # 0 keeps all pieces, too
     shape = tuple(probability.shape)
     total, held, labels = 0, 0, 0
     found: list[tuple[np.ndarray, ...]] = []

@@ -28,6 +28,9 @@ CONVERT = {
     "h5py.File({0!r})['exported_data'][..., 0])",
 }
 
+# Files of microscopes, which Fiji opens.
+PROPRIETARY = (".czi", ".lif", ".nd2", ".oib", ".oif", ".ims", ".lsm", ".mrc", ".nhdr", ".ome")
+
 SUFFIXES = (*formats.FORMATS, ".zarr")
 
 # Voxels so many times longer along one axis than along another are more likely a wrong field.
@@ -122,6 +125,8 @@ def read_volume(
         raise VolumeError(
             f"{name}: suffix {suffix or 'missing'!r}, expected one of {', '.join(SUFFIXES)}"
             + (f"; convert it in Python: {convert.format(name)}" if convert else "")
+            + ("; unpack it first" if suffix in (".gz", ".zip", ".bz2") and not convert else "")
+            + ("; save it as TIFF, as Fiji can" if suffix in PROPRIETARY else "")
         )
     try:
         read = formats.read_zarr if suffix == ".zarr" else formats.read_file

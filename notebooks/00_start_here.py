@@ -36,12 +36,15 @@ channel = -1  # of multi-channel images, counted from 0; -1: they have one
 spacing = ""  # Z,Y,X in µm, edge lengths of a voxel; empty: what the images say
 
 # %% jupyter={"source_hidden": true} tags=["bootstrap", "hide-input"]
+import os
 import sys
 from pathlib import Path
 
 if "google.colab" in sys.modules and not Path("../neurolib").is_dir():  # on Colab, and once
-    # !test -d neurite-vit-course || git clone -q --depth 1 https://github.com/neurite-vit-course/neurite-vit-course
-    # %cd neurite-vit-course/notebooks
+    clone = "neurite-vit-course/notebooks"  # here or further up
+    os.chdir(next((folder for folder in Path.cwd().parents if (folder / clone).is_dir()), "."))
+    # !test -d {clone} || git clone -q --depth 1 https://github.com/neurite-vit-course/neurite-vit-course
+    os.chdir(clone)
     # %pip install -q -e ..
     import site
 

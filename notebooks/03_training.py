@@ -66,12 +66,15 @@ validation_blocks = 32  # per validation volume
 patience = 0  # validations without a better one after which to stop; 0: never
 
 # %% jupyter={"source_hidden": true} tags=["bootstrap", "hide-input"]
+import os
 import sys
 from pathlib import Path
 
 if "google.colab" in sys.modules and not Path("../neurolib").is_dir():  # on Colab, and once
-    # !test -d neurite-vit-course || git clone -q --depth 1 https://github.com/neurite-vit-course/neurite-vit-course
-    # %cd neurite-vit-course/notebooks
+    clone = "neurite-vit-course/notebooks"  # here or further up
+    os.chdir(next((folder for folder in Path.cwd().parents if (folder / clone).is_dir()), "."))
+    # !test -d {clone} || git clone -q --depth 1 https://github.com/neurite-vit-course/neurite-vit-course
+    os.chdir(clone)
     # %pip install -q -e ..
     import site
 

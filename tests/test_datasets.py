@@ -213,7 +213,8 @@ def test_neurons_file_is_matched_tolerantly(tmp_path, rows, code):
     ("table", "words"),
     [
         ("", "expected the columns name,neuron"),
-        ("name;neuron\nx1;X\n", "expected the columns name,neuron"),
+        ("name;neuron\nx1;X\n", "columns name,neuron, found 'name;neuron'; save it as CSV"),
+        ('name,neuron\nx1,"X\nx2,X\n', "not a CSV (unexpected end of data); close its quotes"),
         ("a,b\n1,2\n", "expected the columns name,neuron"),
         ("name,neuron\nx1,X\nx3,X\n", "row 3: no pair named 'x3'; there are x1, x2"),
         ("name,neuron\n,X\n", "row 2: no pair named ''"),

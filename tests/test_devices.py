@@ -1,10 +1,16 @@
 """Devices and precisions, with the hardware's words put in."""
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neurolib import devices
 from neurolib.errors import SettingsError
+from neurolib.inference import predict_volume
+from neurolib.network import NetworkSettings, make
+from neurolib.training import LOSSES, loss_terms
+from neurolib.volume import normalise
 
 
 @pytest.mark.parametrize(
@@ -32,6 +38,44 @@ def test_auto_precision_is_what_the_processor_has(flags, wanted, tmp_path, monke
 def test_auto_precision_of_a_gpu_is_asked_from_it(has, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has)
     assert devices.pick_precision("auto", "cuda") == ("bf16-mixed" if has else "32-true")
+
+
+@pytest.mark.parametrize("name", ["meta", "hpu", "mps", "CPU", "", "cuda:99", "0"])
+def test_a_device_that_cannot_compute_here_is_one_line(name):
+    with pytest.raises(SettingsError, match=r"not usable here .*; try 'cpu'") as caught:
+        devices.pick_device(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU that computes")
+def test_auto_takes_the_cpu_beside_a_gpu_that_fails(monkeypatch, capsys):
+    """As one does that is too old for this PyTorch: it is there, and computes nothing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    devices._say_once.cache_clear()
+    assert devices.pick_device("auto").type == "cpu"
+    assert "'auto' takes the CPU" in capsys.readouterr().err
+
+
+class NoDoubles(TorchDispatchMode):
+    """Apple's rule for its GPU, here for all of PyTorch: no float64."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        assert getattr(found, "dtype", None) != torch.float64, function
+        return found
+
+
+@pytest.mark.parametrize("kind", ["float64", "uint16"])
+def test_networks_compute_without_float64(kind):
+    network = make(NetworkSettings(encoder="monai_unet", depth=5, block=32, size=32))
+    data = np.random.default_rng(0).integers(0, 99, (6, 40, 40)).astype(kind)
+    block, response = torch.rand(2, 1, 5, 32, 32), torch.rand(2, 5, 32, 32)
+    with NoDoubles():
+        predict_volume(network, normalise(data), device="cpu", progress=False)
+        out = network(block)
+        wanted = response[:, :1] if out.shape[1] == 1 else response
+        for loss in LOSSES:
+            sum(loss_terms(loss, out, wanted, 0.1).values()).backward(retain_graph=True)
 
 
 def test_unknown_precision_is_refused():

@@ -276,6 +276,14 @@ def test_sets_of_ome_files(tmp_path):
     refused(tmp_path / "s1.ome.tif", r"slice 3 .* missing: s3\.ome\.tif not found")
     (tmp_path / "s3.ome.tif").write_bytes(content[: len(content) // 2])
     refused(tmp_path / "s1.ome.tif", "slice 3|page 3|cannot be read")
+    for wrong in (b"", b"no TIFF at all"):
+        (tmp_path / "s3.ome.tif").write_bytes(wrong)
+        refused(tmp_path / "s1.ome.tif", r"slice 3 .* missing: s3\.ome\.tif not found, or no TIFF")
+    # Another slice of the set under its name, and an image of another size.
+    (tmp_path / "s3.ome.tif").write_bytes((tmp_path / "s4.ome.tif").read_bytes())
+    refused(tmp_path / "s1.ome.tif", r"s3\.ome\.tif, in its set of files, is another's")
+    tifffile.imwrite(tmp_path / "s3.ome.tif", data[3, :9, :9].copy())
+    refused(tmp_path / "s1.ome.tif", r"s3\.ome\.tif, in its set of files, .*shape \(9, 9\)")
     ome_set(tmp_path, data, binary_only=True)
     assert np.array_equal(read_volume(tmp_path / "s0.ome.tif").data, data)
     refused(tmp_path / "s2.ome.tif", r"that s0\.ome\.tif describes; read that file")
@@ -329,6 +337,20 @@ def test_min_is_white_as_pillow_shows_it(tmp_path):
     refused(tmp_path / "f.tif", "MinIsWhite")
 
 
+def test_a_table_of_greys_that_falls_is_used(tmp_path):
+    """As Pillow shows it; one that rises leaves the values as they are."""
+    path, data = tmp_path / "a.tif", stack()
+    for white in (0, 1):
+        pages = [Image.fromarray(page).convert("P") for page in data]
+        for page in pages:
+            page.putpalette([255 - v if white else v for v in range(256) for _ in range(3)])
+        pages[0].save(path, save_all=True, append_images=pages[1:])
+        shown = [np.asarray(f.convert("L")) for f in ImageSequence.Iterator(Image.open(path))]
+        found = read_volume(path)
+        assert np.array_equal(found.data >> (8 if white else 0), shown)
+        assert bool(found.notes) == bool(white)
+
+
 @pytest.mark.parametrize("compression", ["tiff_lzw", "packbits", "tiff_adobe_deflate"])
 def test_compressions_of_other_writers(tmp_path, compression):
     data = stack("uint16", (5, 40, 50))
@@ -355,6 +377,11 @@ def test_imagejs_header_and_pages_belong_together(tmp_path, capfd):
                 description = None if k else text
                 writer.write(page, description=description, metadata=None, contiguous=contiguous)
         refused(path, rf"claims {images} slices, found 5")
+    tifffile.imwrite(
+        path, stack(shape=(5, 20, 30)), description="ImageJ=1.54f\nimages=5\nslices=2\n",
+        metadata=None, contiguous=False,
+    )  # fmt: skip
+    refused(path, "claims 5 slices as 2 channels times slices, found 5")
     assert capfd.readouterr().err == ""
 
 
@@ -690,6 +717,10 @@ def test_nrrd_of_several_gzip_members(tmp_path):
     # One member of nothing at the end, as bgzip writes it, and padding.
     path = save(tmp_path, head + gzip.compress(raw) + gzip.compress(b"") + bytes(9), "a.nrrd")
     assert np.array_equal(read_volume(path).data, data)
+    path = save(tmp_path, head + gzip.compress(raw) + b"a note behind the data", "a.nrrd")
+    assert np.array_equal(read_volume(path).data, data)
+    # All voxels are there, but the checksum says that they are others.
+    refused(save(tmp_path, head + gzip.compress(raw)[:-8] + bytes(8), "a.nrrd"), "CRC")
 
 
 def test_nrrd_refusals(tmp_path):
@@ -915,6 +946,11 @@ def test_zarr_refusals(tmp_path):
     refused(path, "not an OME-Zarr image")
     zarr.create_group(path, overwrite=True)
     refused(path, "not an OME-Zarr image .KeyError: 'multiscales'")
+    ome_zarr(path / "B/2/0", stack())  # the field of a plate
+    refused(path, r"expected multiscales .*; name the image, as a\.zarr/B/2/0$")
+    assert np.array_equal(read_volume(path / "B/2/0").data[:], stack())
+    flat = multiscales("yx", (0.5, 0.25))
+    refused(ome_zarr(path, stack()[0], flat, chunks=(3, 4)), "end with z, y, x")
     refused(ome_zarr(path, stack(), multiscales() | {"datasets": []}), "expected multiscales")
     for axes in ("xyz", "cyx", "zyxc"):
         image = multiscales(axes[: 3 + (len(axes) > 3)])
@@ -1072,6 +1108,8 @@ def test_paths_that_are_no_volume(tmp_path):
     refused(tmp_path / "none.tif", "not found")
     refused(save(tmp_path, b"x", "a.jpg"), r"suffix '.jpg', expected one of \.tif")
     refused(save(tmp_path, b"x", "a"), "suffix 'missing'")
+    refused(save(tmp_path, b"x", "a.czi"), "suffix '.czi', .*; save it as TIFF")
+    refused(save(tmp_path, b"x", "a.tif.gz"), "suffix '.gz', .*; unpack it first")
     (tmp_path / "folder.tif").mkdir()
     refused(tmp_path / "folder.tif", "is a folder")
     for suffix in ("tif", "tiff", "npy", "v3draw", "v3dpbd", "nrrd"):

@@ -116,6 +116,19 @@ def test_unusable_profiles_are_refused(tmp_path):
     profile.write_text("steps: {\n")
     with pytest.raises(SettingsError, match="not valid YAML"):
         runs.run_course(profile=str(profile), folder=tmp_path)
+    profile.write_text("steps: 3\nbatch: 2\nsteps: 30\n")
+    with pytest.raises(SettingsError, match=r"line 1 not valid YAML .the key 'steps' comes twice"):
+        runs.run_course(profile=str(profile), folder=tmp_path)
+    with pytest.raises(SettingsError, match=r"or give a \.yaml file"):
+        runs.run_course(profile=str(profile.rename(tmp_path / "mine.txt")), folder=tmp_path)
+
+
+@pytest.mark.parametrize("code", ["utf-8-sig", "utf-16", "latin-1"])
+def test_profiles_of_any_editor_are_read(code, tmp_path):
+    """Also with a suffix in capitals, as old systems write them."""
+    profile = tmp_path / "MINE.YML"
+    profile.write_bytes("# Größe\r\nsteps: 007\r\nheld_out: 007\r\n".encode(code))
+    assert runs.read_profile(profile) == {"steps": "007", "held_out": "007"}
 
 
 def test_data_that_is_no_data_is_refused(tmp_path):

@@ -550,7 +550,7 @@ def test_embedded_images_are_not_taken_for_paths():
 
 
 def test_colabs_cell_may_run_twice(tmp_path):
-    """The second time it changes nothing, nor after a restart in the folder above the clone."""
+    """The second time it changes nothing, nor after a restart, wherever that leaves the reader."""
     notebook = nbformat.read(ROOT / "notebooks" / "03_training.ipynb", as_version=4)
     cell = next(c.source for c in notebook.cells if "bootstrap" in c.metadata.get("tags", []))
     git = tmp_path / "bin" / "git"
@@ -558,13 +558,17 @@ def test_colabs_cell_may_run_twice(tmp_path):
     clone = "mkdir -p neurite-vit-course/notebooks neurite-vit-course/neurolib"
     git.write_text(f"#!/bin/sh\necho cloned >> {tmp_path}/log\n{clone}\n")
     git.chmod(0o755)
+    inside = [tmp_path / "neurite-vit-course" / name for name in ("", "runs/small", "neurolib")]
+    beside = tmp_path / "sample_data"
+    places = [".", ".", *map(str, (tmp_path, beside, *inside))]
     code = f"""
 import os, sys, types
 from IPython.core.interactiveshell import InteractiveShell
 sys.modules["google.colab"] = types.ModuleType("google.colab")
 shell = InteractiveShell.instance()
 shell.register_magic_function(lambda line: None, "line", "pip")
-for folder in (".", ".", {str(tmp_path)!r}):
+for folder in {places!r}:
+    os.makedirs(folder, exist_ok=True)
     os.chdir(folder)
     assert shell.run_cell({cell!r}).success
     print("at", os.getcwd())
@@ -576,5 +580,12 @@ for folder in (".", ".", {str(tmp_path)!r}):
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     places = [line for line in done.stdout.splitlines() if line.startswith("at ")]
-    assert places == [f"at {tmp_path / 'neurite-vit-course' / 'notebooks'}"] * 3
+    # In neurolib the modules are beside it, and relative paths mean the same.
+    assert places[:-1] == [f"at {tmp_path / 'neurite-vit-course' / 'notebooks'}"] * 6
     assert (tmp_path / "log").read_text() == "cloned\n"
+    git.write_text("#!/bin/sh\nexit 128\n")  # no network
+    failed = subprocess.run(
+        [sys.executable, "-c", code], cwd=beside.parent.parent, env=environment, text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert "FileNotFoundError" in failed.stdout + failed.stderr

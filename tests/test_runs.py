@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -554,6 +555,24 @@ def test_a_trained_network_is_not_replaced_by_one_of_other_settings(data, tmp_pa
     runs.run_course(*call, {"held_out": "cell0"}, (), overwrite=True)
 
 
+@pytest.mark.parametrize("where", ["folder", "pair", "runs"])
+def test_names_that_notebooks_cannot_hold_are_refused(data, tmp_path, where):
+    """Before anything is written: JSON, which notebooks are, has no place for such bytes."""
+    strange = os.fsdecode(b"z\xe4hler")
+    own, runs_folder = tmp_path / "pairs", tmp_path / "runs"
+    shutil.copytree(data, own)
+    if where == "folder":
+        own = own.rename(tmp_path / strange)
+    if where == "pair":
+        for path in own.glob("cell0.*"):
+            path.rename(own / f"{strange}{path.suffix}")
+    if where == "runs":
+        runs_folder = tmp_path / strange
+    with pytest.raises(SettingsError, match=r"that are no UTF-8.* rename it"):
+        runs.run_course(str(own), "smoke", folder=runs_folder)
+    assert not runs_folder.exists()
+
+
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
@@ -564,11 +583,13 @@ def test_a_trained_network_is_not_replaced_by_one_of_other_settings(data, tmp_pa
         ("encoder_rate", "1e-4", 1e-4),
         ("frozen", "no", False),
         ("decoder_rate", 1, 1.0),
+        ("start_from", 2024, "2024"),
+        ("start_from", True, "'start_from': expected str"),
     ],
 )
 def test_parameters_of_papermill_are_read_as_declared(tmp_path, name, value, expected):
     names = runs.notebook_parameters(runs.notebook_path("03_training")) | {name: value}
-    if isinstance(expected, str):
+    if isinstance(expected, str) and "expected" in expected:
         with pytest.raises(SettingsError, match=re.escape(expected)):
             runs.open_run(tmp_path / "run", "03_training", names)
         assert not (tmp_path / "run").exists()

@@ -26,6 +26,7 @@ from neurolib.swc import (
     length_text,
     read_swc,
     resample,
+    take,
     tips,
     topological_order,
     transform,
@@ -188,6 +189,12 @@ def test_reorders_forward_parents_and_says_so(tmp_path):
         ),
         ("1 3 0 0 0 0 -1\n2 3 1 0 0 -2 1\n", [-1, 0], "lines 1, 2: radius not positive, set to 1"),
         (
+            "1 3 0 0 0 NA -1\n2 3 1 0 0 None 1\n",
+            [-1, 0],
+            "lines 1, 2: radius not positive, set to 1",
+        ),
+        ("// id , type , x y z\n1 3 0 0 0 1 -1\n", [-1], "line 1: heading without # skipped"),
+        (
             "id type x y z r parent\n1 3 0 0 0 1 -1\n",
             [-1],
             "line 1: heading without # skipped",
@@ -236,6 +243,8 @@ def test_long_repairs_are_counted_not_listed(tmp_path):
         ("1 3 1,5 2,5 3,5 1,0 -1\n", "1 columns|commas|columns"),
         ("1 3 1,5 2,5 3,5 1,0 -1 0\n", "line 1: found commas inside numbers"),
         ("1 3 0 0\x000 1 -1\n", "binary"),
+        (",id,type,x,y,z,r,parent\n0,1,3,5,6,7,1,-1\n", "line 1: x is column 4, expected"),
+        ("1 NA 0 0 0 1 -1\n", "line 1: found 'NA', expected a number"),
     ],
 )
 def test_refuses_with_the_line(tmp_path, text, words):
@@ -814,6 +823,20 @@ def test_no_frame_is_recommended_where_none_fits(stacks, wrong):
     assert found.hint == ""
     assert not found.fits
     assert "no frame that was tried fits" in str(found)
+
+
+@pytest.mark.parametrize("size", [0, 8, 20])
+def test_a_tree_too_short_to_tell_its_frame_gets_none(stacks, size):
+    """Of twenty lines across a stack some place fits; of a right piece none fits better."""
+    tree, volume = stacks[0]
+    ways = np.random.default_rng(0).normal(size=(20, 3))
+    for way in ways / np.linalg.norm(ways, axis=1, keepdims=True):
+        line = tree_of([[40, 40, 14], ([40, 40, 14] + size * way).tolist()], [-1, 0])
+        found = fit(line, volume)
+        assert found.hint.count("flip") + found.hint.count(" in ") <= size // 20
+    assert fit(moved(tree, (1e-3, 1e-3, 1e-3)), volume).hint == ""
+    own = take(tree, np.arange(8))
+    assert fit(own, volume).fits
 
 
 @pytest.mark.parametrize(

@@ -668,6 +668,7 @@ def test_a_single_voxel_is_one_node():
     tree = trace(mask, min_size=1)
     assert tree.xyz.tolist() == [[3, 2, 1]]
     assert tree.parent.tolist() == [-1]
+    assert trace(mask, min_size=0).xyz.tolist() == tree.xyz.tolist()
     assert trace(np.ones((1, 1, 1), bool), min_size=1).xyz.tolist() == [[0, 0, 0]]
 
 
@@ -703,7 +704,7 @@ def test_any_mask_gives_a_forest(seed, density, shape, spacing):
         (ODD["full"], {"seed": (0, np.nan, 0)}, VolumeError, "outside"),
         (ODD["full"], {"seed": (0, 1)}, VolumeError, "outside"),
         (ODD["full"], {"threshold": 0}, SettingsError, "threshold"),
-        (ODD["full"], {"min_size": 0}, SettingsError, "min_size"),
+        (ODD["full"], {"min_size": -1}, SettingsError, "min_size"),
         (ODD["full"], {"step": 0}, SettingsError, "step"),
         (ODD["full"], {"bridge": -1}, SettingsError, "bridge"),
     ],

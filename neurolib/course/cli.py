@@ -607,11 +607,12 @@ def calibrate(
     from neurolib.blocking import read_sample
     from neurolib.data.datasets import load_dataset
     from neurolib.devices import pick_device
-    from neurolib.files import atomic_path, check_outputs, checkpoint_file
+    from neurolib.files import atomic_path, check_name, check_outputs, checkpoint_file
     from neurolib.inference import calibrate
     from neurolib.training import load_checkpoint
 
     _check_output(out, ".safetensors")
+    check_name(out.resolve())
     pick_device(device)
     checkpoint = checkpoint_file(checkpoint)
     check_outputs([out], [checkpoint], overwrite)

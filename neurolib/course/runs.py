@@ -44,8 +44,10 @@ from neurolib.files import (
     CHECKPOINT,
     SHIPPED,
     atomic_path,
+    check_name,
     checkpoint_file,
     claim,
+    decode,
     is_sealed,
     sha256,
     text_key,
@@ -83,6 +85,8 @@ START_TIMEOUT, CELL_TIMEOUT = 120, 24 * 3600
 MEMORY_LIMIT_MB = 1500
 # Parameters that name files, relative to the user's current folder.
 PATHS = ("weights_file", "start_from", "gold", "stacks", "real", "results", "baselines")
+# Parameters that name neurons.
+NEURONS = ("held_out", "validate_on")
 # Parameters that come from an option of the command.
 OPTIONS = {"data": "--data", "run_dir": "--folder and --name"}
 # The output format of a live widget.
@@ -182,8 +186,10 @@ def open_run(folder: str | Path, notebook: str = "", names: dict | None = None) 
         are read as the types that are declared, or refused (SettingsError).
     """
     for name, default in (notebook_parameters(notebook_path(notebook)) if notebook else {}).items():
-        # papermill takes the name 003 for a number.
-        if not (isinstance(default, str) and isinstance(names[name], int)):
+        # papermill takes the name 003 for a number, which only `split_by_neuron` can undo.
+        if isinstance(default, str) and type(names[name]) is int:
+            names[name] = names[name] if name in NEURONS else str(names[name])
+        else:
             names[name] = read_as(default, names[name], f"parameter {name!r}")
         if names[name] != default:
             check_range(name, names[name])
@@ -214,11 +220,11 @@ def read_profile(name: str | Path) -> dict:
         If there is no such profile or it is not a flat mapping.
     """
     path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix.lower() not in (".yaml", ".yml"):
         path = PROFILES / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
-        raise SettingsError(f"{name}: no such profile; there are {known}, or give a file")
+        raise SettingsError(f"{name}: no such profile; there are {known}, or give a .yaml file")
     values = read_yaml(path) or {}
     if not isinstance(values, dict) or any(isinstance(v, dict | list) for v in values.values()):
         raise SettingsError(f"{path}: expected a flat list of 'parameter: value' lines")
@@ -230,17 +236,30 @@ class _Text(yaml.SafeLoader):
 
     yaml_implicit_resolvers: ClassVar[dict] = {}
 
+    def compose_mapping_node(self, anchor: str | None) -> yaml.Node:
+        """Refuse a key that comes twice, of which YAML's parser would keep the last."""
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                what = f"the key {key.value!r} comes twice"
+                raise yaml.composer.ComposerError(problem=what, problem_mark=key.start_mark)
+        return node
+
 
 def read_yaml(path: Path) -> object:
     """Read a YAML file, all numbers as text (SettingsError if it is not YAML)."""
     try:
-        return _Text(path.read_text(encoding="utf-8")).get_single_data()
+        return _Text(decode(path.read_bytes())).get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
-        raise SettingsError(f"{path}:{where} not valid YAML; expected lines 'key: value'") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: cannot be read ({error}); expected YAML in UTF-8") from None
+        why = f" ({error.problem})" if getattr(error, "problem", None) else ""
+        raise SettingsError(
+            f"{path}:{where} not valid YAML{why}; expected lines 'key: value'"
+        ) from None
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error}); expected a YAML file") from None
 
 
 def notebook_parameters(path: Path) -> dict:
@@ -478,6 +497,7 @@ def check_run(folder: Path, data: str, given: dict | None = None) -> None:
 
     That is also a network that was trained with other parameters than `given`, or on other files.
     """
+    check_name(folder.resolve())
     if not folder.is_dir():
         return
     if not (folder / "metrics.json").is_file():
@@ -567,6 +587,7 @@ def check_data(data: str, choices: Iterable[dict], ignore_frames: bool = False) 
     for values in choices:
         _split(load_dataset(data), values)
     for pair in (pair for way in sorted(ways) for pair in load_dataset(data, *way)):
+        check_name(data, pair.image.resolve(), pair.swc.resolve())
         volume, tree = read_pair(pair)
         for remark in set(remarks(volume, "")) - said:  # once, not for every image
             print(f"{pair.image.name}{remark.replace('--spacing ', '-p spacing=')}", flush=True)

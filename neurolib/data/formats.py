@@ -7,6 +7,7 @@ anything, and maps the file into memory, or reads it piece by piece, where its f
 
 import functools
 import gzip
+import html
 import logging
 import os
 import re
@@ -321,9 +322,10 @@ def _read_series(path: Path, tif: tifffile.TiffFile, channel: int | None) -> Sta
     name = path.name
     described = re.search(r'<BinaryOnly [^>]*MetadataFile="([^"]*)"', tif.ome_metadata or "")
     if described:
+        readable = described[1].lower().endswith((".tif", ".tiff"))
         raise VolumeError(
-            f"{name}: only a part of the OME set that {described[1]} describes; read that file, or "
-            "save the set as one file"
+            f"{name}: only a part of the OME set that {described[1]} describes; "
+            f"{'read that file, or ' * readable}save the set as one file, as with Fiji"
         )
     parts, notes = _choose_images(name, tif)
     first = parts[0]
@@ -347,6 +349,12 @@ def _read_series(path: Path, tif: tifffile.TiffFile, channel: int | None) -> Sta
     data = data.transpose([axes.index(axis) for axis in "CZYX" if axis in axes])
     data = data[index] if "C" in axes else data
     page = first.keyframe
+    if page.photometric == tifffile.PHOTOMETRIC.PALETTE and not tif.is_imagej:
+        table = np.asarray(page.colormap)
+        # Of a grey table that does not rise, the numbers of its entries are no brightness.
+        if (table == table[0]).all() and (np.diff(table[0].astype(int)) < 0).any():
+            data = table[0][data]
+            notes += ("stored with a table of greys, whose brightness is used",)
     # ImageJ stores pixels as they are and inverts what it shows.
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and not tif.is_imagej:
         if data.dtype == bool and page.software.startswith("tifffile"):
@@ -418,9 +426,11 @@ def _check_imagej(name: str, tif: tifffile.TiffFile, slices: int) -> None:
     claimed, pages = _number((tif.imagej_metadata or {}).get("images", 1)), len(tif.pages)
     # Beyond 4 GiB, ImageJ writes one page for all.
     if claimed > slices or 1 < claimed < pages:
+        laid = f" as {slices} channels times slices" if claimed == pages else ""
         raise VolumeError(
-            f"{name}: ImageJ's header claims {claimed:.0f} slices, found {max(slices, pages)}; the "
-            "file is truncated, or the header another stack's: save it again with ImageJ"
+            f"{name}: ImageJ's header claims {claimed:.0f} slices{laid}, found "
+            f"{max(slices, pages)}; the file is truncated, or the header another stack's: save it "
+            "again with ImageJ"
         )
 
 
@@ -434,14 +444,15 @@ def _check_pages(
     available, name = 0, path.name
     for number, page in enumerate(page for part in parts for page in part.pages):
         if page is None and tif.is_ome:
-            names = re.findall(r'FileName="([^"]*)"', tif.ome_metadata)
-            lost = [file for file in dict.fromkeys(names) if not (path.parent / file).exists()]
+            lost = [file for file in _set_of(tif) if not _is_tiff(path.parent / file)]
             raise VolumeError(
-                f"{name}: slice {number} of its set of files is missing: "
-                f"{', '.join(lost) or 'none'} not found; put all files of the set into one folder"
+                f"{name}: slice {number} of its set of files is missing: {', '.join(lost)} not "
+                "found, or no TIFF; put all files of the set into one folder"
             )
         # In a set of OME files, most pages are in another file.
         file = (tif.pages.first if page is None else page).parent.filehandle
+        if page is not None and page.parent is not tif:
+            _check_member(name, tif, page)
         counts = () if page is None else page.databytecounts
         offsets = () if page is None else page.dataoffsets
         ends = [o + n for o, n in zip(offsets, counts, strict=False)]
@@ -453,6 +464,33 @@ def _check_pages(
         compression = int(page.keyframe.compression)
         available += sum(counts) * EXPANSION.get(compression, EXPANSION_OTHER)
     check_size(name, shape, parts[0].dtype, available)
+
+
+def _set_of(tif: tifffile.TiffFile) -> dict[str, str]:
+    """The files of a set of OME files, and the mark (UUID) that each has."""
+    named = re.findall(r'<UUID [^>]*FileName="([^"]*)"[^>]*>([^<]*)<', tif.ome_metadata or "")
+    return {html.unescape(file): mark.strip() for file, mark in named}
+
+
+def _check_member(name: str, tif: tifffile.TiffFile, page: tifffile.TiffPage) -> None:
+    """Refuse a page of a set's other file if that is not the file which the set names."""
+    file, first = page.parent.filehandle.name, tif.pages.first
+    own = re.search(r'<OME\b[^>]* UUID="([^"]*)"', page.parent.ome_metadata or "")
+    wanted = _set_of(tif).get(file)
+    found = page.parent.pages.first
+    if (own and wanted and own[1] != wanted) or found.shape != first.shape:
+        raise VolumeError(
+            f"{name}: {file}, in its set of files, is another's (shape {found.shape}); "
+            "expected the file that was saved with it: copy the set again"
+        )
+
+
+def _is_tiff(path: Path) -> bool:
+    try:
+        tifffile.TiffFile(path).close()
+    except (OSError, tifffile.TiffFileError):
+        return False
+    return True
 
 
 def _negative(name: str, data: np.ndarray, bits: Any) -> np.ndarray:
@@ -702,7 +740,13 @@ def _gunzip(path: Path, header: Header) -> np.ndarray:
         with open(path, "rb") as file:
             file.seek(header.offset)
             # Of any number of members, one after the other (RFC 1952).
-            unpacked = gzip.GzipFile(fileobj=file).read(prod(header.shape) * header.dtype.itemsize)
+            stream = gzip.GzipFile(fileobj=file)
+            unpacked = stream.read(prod(header.shape) * header.dtype.itemsize)
+            try:
+                stream.read(1)  # the checksum comes at the end
+            except gzip.BadGzipFile as error:
+                if "CRC" in str(error):
+                    raise  # what else follows the data is none of ours
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise VolumeError(f"{path.name}: gzip data are damaged ({error}); export again") from error
     check_size(path.name, header.shape, header.dtype, len(unpacked))
@@ -863,7 +907,7 @@ def read_zarr(path: Path, channel: int | None) -> Stack:
         # Metadata are free JSON and zarr has its own errors for each kind of damage.
         raise VolumeError(
             f"{name}: not an OME-Zarr image ({type(error).__name__}: {_first_line(error)}); "
-            "expected multiscales with axes and datasets"
+            f"expected multiscales with axes and datasets{_inside(path)}"
         ) from error
     if axes[-3:] != ["z", "y", "x"] or len(axes) != len(shape) or axes.count("c") > 1:
         raise VolumeError(
@@ -886,6 +930,17 @@ def read_zarr(path: Path, channel: int | None) -> Stack:
     fixed = tuple(index if axis == "c" else 0 for axis in axes[:-3])
     notes = () if images == 1 else (f"{images} images; the first is used",)
     return Stack(LazyStack(name, array, fixed, path / array.path), spacing, notes)
+
+
+def _inside(path: Path) -> str:
+    """The first image within a plate or another group of Zarr, as a remedy; else what remains."""
+    files = (
+        p for k in (1, 2, 3) for n in (".zattrs", "zarr.json") for p in path.glob("*/" * k + n)
+    )
+    images = sorted(p.parent for p in files if '"multiscales"' in p.read_text("utf-8", "replace"))
+    if images:
+        return f"; name the image, as {path.name}/{images[0].relative_to(path)}"
+    return "; a bare array can be saved as .npy"
 
 
 def _open_multiscale(path: Path) -> tuple[Any, list[str], Spacing, int]:
@@ -913,7 +968,7 @@ def _open_multiscale(path: Path) -> tuple[Any, list[str], Spacing, int]:
         next((s["scale"] for s in some if s.get("type") == "scale"), None) for some in steps
     )
     spacing = Spacing()
-    if own:
+    if own and axes[-3:] == ["z", "y", "x"]:
         values = [float(a * b) for a, b in zip(own, common or [1.0] * len(axes), strict=True)]
         units = [str(axis.get("unit") or "") for axis in described[-3:]]
         spacing = calibrate(values[-3:], units, [f"scale of {axis}" for axis in axes[-3:]])

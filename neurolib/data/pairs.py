@@ -233,8 +233,14 @@ def _read_rows(path: Path) -> list[Mapping[str, str]]:
         text = decode(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    header, *rows = [*csv.reader(text.split("\n")), []]
+    try:
+        header, *rows = [*csv.reader(text.split("\n"), strict=True), []]
+    except csv.Error as error:  # a quote that is never closed would swallow the rows below it
+        raise DataError(f"{path}: not a CSV ({error}); close its quotes") from None
     columns = [column.strip().casefold() for column in header]
     if not {"name", "neuron"} <= set(columns):
-        raise DataError(f"{path}: expected the columns name,neuron")
+        found = ",".join(header)[:60]
+        raise DataError(
+            f"{path}: expected the columns name,neuron, found {found!r}; save it as CSV with commas"
+        )
     return [dict.fromkeys(columns, "") | dict(zip(columns, row, strict=False)) for row in rows]
