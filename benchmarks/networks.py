@@ -118,7 +118,7 @@ def bench_stitching(scale: Scale, repeats: int) -> list[dict]:
 
 def predict(network: nn.Module, image: np.ndarray, overlap: float, device: str, **options):
     """`predict_volume`, as all peers are called."""
-    options = {"overlap": overlap, "batch": BATCH, "device": device, "skip_empty": 0} | options
+    options = {"overlap": overlap, "batch": BATCH, "device": device, "skip_empty": False} | options
     return inference.predict_volume(network, image, progress=False, **options)
 
 
@@ -167,7 +167,7 @@ def bench_skipping(scale: Scale, repeats: int) -> list[dict]:
     image = normalise(synthesis.render(tree, scale.sparse, "confocal", 0).data)
     mask = blocking.make_target(tree, scale.sparse)[1]
     network, tiling = random_network(scale.small_network), inference.Tiling()
-    saved = skipping(image, mask, tiling.skip_empty, scale.small_network)
+    saved = skipping(image, mask, scale.small_network)
     task = f"prediction, {describe(scale.small_network)}, {size(scale.sparse)}"
     told = f"{saved.tiles:.0%} of tiles skipped, {saved.foreground:.1%} of the foreground lost"
     ours = functools.partial(predict, network, image, tiling.overlap, "cpu")
@@ -176,7 +176,7 @@ def bench_skipping(scale: Scale, repeats: int) -> list[dict]:
         peers["MONAI, slices as batch"] = functools.partial(
             monai_slices, network, image, tiling.overlap
         )
-    skips = functools.partial(ours, skip_empty=tiling.skip_empty)
+    skips = functools.partial(ours, skip_empty=True)
     return [
         compete(task, skips, peer, theirs, lambda a, b: told, repeats)
         for peer, theirs in peers.items()

@@ -2,8 +2,8 @@
 
     python benchmarks/skipping.py FOLDER [--out data/results/skipping.csv]
 
-No network is run. Tiles of 5 x 100 x 100, overlap and percentile as `neurolib.inference.Tiling` has
-them by default; target "sironi" at 0.1.
+No network is run. Tiles of 5 x 100 x 100, overlap as `neurolib.inference.Tiling` has it by
+default; target "sironi" at 0.1.
 """
 
 import argparse
@@ -44,7 +44,6 @@ class Certain(torch.nn.Module):
 def skipping(
     image: np.ndarray,
     mask: np.ndarray,
-    percentile: float,
     settings: NetworkSettings,
     overlap: float = inference.Tiling.overlap,
 ) -> Skipping:
@@ -52,8 +51,8 @@ def skipping(
     every, some = Certain(settings), Certain(settings)
     options = {"overlap": overlap, "device": "cpu", "progress": False}
     whole = np.maximum(image, 1e-6)  # not even tiles that are exactly zero are skipped
-    inference.predict_volume(every, whole, skip_empty=0.0, **options)
-    live = inference.predict_volume(some, image, skip_empty=percentile, **options)
+    inference.predict_volume(every, whole, skip_empty=False, **options)
+    live = inference.predict_volume(some, image, **options)
     lost = 1 - live[mask].mean(dtype=float) if mask.any() else 0.0
     return Skipping(1 - some.tiles / every.tiles, float(lost))
 
@@ -66,8 +65,7 @@ def main() -> None:
     rows = []
     for pair in datasets.load_dataset(arguments.folder):
         sample = blocking.read_sample(pair)
-        percentile = inference.Tiling.skip_empty
-        cost = skipping(sample.image, sample.mask, percentile, NetworkSettings())
+        cost = skipping(sample.image, sample.mask, NetworkSettings())
         rows.append({"volume": pair.name, "tiles": cost.tiles, "foreground": cost.foreground})
     lines = [",".join(rows[0])]
     lines += [

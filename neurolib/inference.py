@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter, uniform_filter1d
 from tqdm import tqdm
 
 from neurolib.blocking import Sample, block_grid, block_starts, gaussian_window, read_block
@@ -22,7 +21,7 @@ from neurolib.files import content_key, sha256, text_key
 from neurolib.network import NetworkSettings, Segmenter
 from neurolib.parameters import check_range
 from neurolib.training import load_checkpoint, save_checkpoint
-from neurolib.volume import pieces, read_volume, write_volume
+from neurolib.volume import empty_level, pieces, read_volume, standing_out, write_volume
 
 # Axes of a batch of blocks (n, 1, z, y, x), or of its logits (n, z, y, x), that flips mirror: x, y,
 # both.
@@ -30,12 +29,10 @@ FLIPS = ((-1,), (-2,), (-2, -1))
 
 # Smallest piece, in voxels, for a checkpoint for which none was chosen.
 MIN_SIZE = 200
-# Bins of the histogram of `standing_out`, which lies in [-1, 1].
-BINS = 1 << 16
-# What stands out by so many standard deviations of the background is never empty.
-CERTAIN = 20.0
+# Weights of the filter that `calibrate` tries.
+FILTER_WEIGHTS = (0.0, 2.0, 4.0, 8.0)
 # Modules that a prediction depends on.
-CODE = ("inference", "network", "blocking", "devices")
+CODE = ("inference", "network", "blocking", "volume", "devices")
 
 Box = tuple[slice, slice, slice]
 
@@ -55,10 +52,11 @@ class Tiling:
     flips : bool
         Average the probabilities of each tile, mirrored in neither, either and both of y and x
         (test-time augmentation), at four times the time.
-    skip_empty : float
-        Percentile of `standing_out` over the volume. Tiles in which nothing stands out as much are
-        not run (`empty_level`); where none is run, the probability is 0. 0: only tiles that are
-        exactly zero are skipped, as outside the mask of a masked volume.
+    skip_empty : bool
+        Do not run the tiles in which nothing stands out (`empty_level`); where no tile is run, the
+        probability is 0. Tiles that are exactly zero, as outside a mask, are never run.
+    filter_weight : float
+        What a filter counts beside the network, see `fuse`; `calibrate` chooses it.
     every : int
         Predict slices 0, every, 2 every ... only, each from its whole block: a sample of the
         volume at a fraction of the time, for networks that predict their centre slice.
@@ -68,7 +66,8 @@ class Tiling:
     batch: int = 8
     device: str = "auto"
     flips: bool = False
-    skip_empty: float = 99.7
+    skip_empty: bool = True
+    filter_weight: float = 0.0
     every: int = 1
 
     def __post_init__(self) -> None:
@@ -122,16 +121,8 @@ def predicted(
 ) -> np.ndarray:
     """The probability of a volume by a checkpoint, read from `folder` if it was predicted before.
 
-    Parameters
-    ----------
-    folder : path
-        Holds one TIFF (float32) per volume, named after the volume and a hash of everything that
-        decides the result: image, checkpoint, tiling, precision and the code that predicts.
-    name : str
-        Of the volume.
-    checkpoint : path
-    image, progress, **tiling
-        As in `predict_volume`.
+    `folder` holds one TIFF (float32) per volume, named after the volume and a hash of everything
+    that decides the result: image, checkpoint, tiling, precision and the code that predicts.
     """
     settings = Tiling(**tiling)
     precision = pick_precision("auto", pick_device(settings.device).type)
@@ -140,41 +131,59 @@ def predicted(
     path = Path(folder) / f"{name}-{text_key(repr(facts))}.tif"
     if path.exists():
         return read_volume(path, check=False).data
-    network, _ = load_checkpoint(checkpoint)
-    probability = predict_volume(network, image, progress=progress, **tiling)
+    network, facts = load_checkpoint(checkpoint)
+    options = tiling | {"filter_weight": facts.get("filter_weight", 0.0)}
+    probability = predict_volume(network, image, progress=progress, **options)
     write_volume(path, probability)
     return probability
 
 
 def calibrate(
-    checkpoint: str | Path, samples: Sequence[Sample], **tiling: object
-) -> tuple[float, int, float]:
-    """Choose a checkpoint's threshold and smallest piece on whole volumes, and store them in it.
+    checkpoint: str | Path, samples: Sequence[Sample], fused: bool = True, **tiling: object
+) -> dict:
+    """Choose how a checkpoint's probabilities are cut, on whole volumes, and store it in them.
 
     Training validates on blocks, which estimate a volume's Dice to about ± 0.04 and know nothing
-    of the size of pieces; here, every voxel of the validation volumes counts.
+    of the size of pieces; here, every voxel of the validation volumes counts. `fused`: the filter
+    may count beside the network (`fuse`).
 
     Returns
     -------
-    threshold : float
-    min_size : int
-        Pieces of fewer voxels are dropped.
-    dice : float
-        Mean over the volumes, at the one pair of values that is best for all of them.
+    dict
+        ``threshold``; ``min_size``, in voxels, below which pieces are dropped; ``filter_weight``;
+        and ``calibrated``, the mean Dice of the volumes at these values, the best for all of them.
     """
     network, facts = load_checkpoint(checkpoint)
-    found = [predict_volume(network, s.image, **tiling) for s in samples]
-    chosen = choose_cut(found, [s.mask for s in samples], np.arange(1, 100) / 100)
-    facts |= dict(zip(("threshold", "min_size", "calibrated"), chosen, strict=True))
+    tiling, masks = Tiling(**tiling), [sample.mask for sample in samples]
+    parts = []
+    for sample in samples:
+        stream = _whole(network, sample.image, tiling)
+        parts.append([np.concatenate(part) for part in list(zip(*stream, strict=True))[1:]])
+    best = {"calibrated": -1.0}
+    for weight in FILTER_WEIGHTS if fused else (0.0,):
+        chances = [fuse(*part, weight) for part in parts]
+        chosen = choose_cut(chances, masks, np.arange(1, 100) / 100)
+        if chosen[2] > best["calibrated"]:
+            best = dict(zip(("threshold", "min_size", "calibrated"), chosen, strict=True))
+            best["filter_weight"] = weight
+    facts |= best
     facts["seen"] = facts.get("seen", {}) | {content_key(s.image): s.pair.name for s in samples}
     save_checkpoint(checkpoint, network, network.state_dict(), facts)
-    return chosen
+    return best
 
 
 def predict_slices(
     network: Segmenter, image: np.ndarray, tiling: Tiling, progress: bool = False
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (first slice, probabilities (k, y, x)) in order of z; see `predict_volume`."""
+    for first, chance, heights in _whole(network, image, tiling, progress):
+        yield first, fuse(chance, heights, tiling.filter_weight)
+
+
+def _whole(
+    network: Segmenter, image: np.ndarray, tiling: Tiling, progress: bool = False
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """`_stream` over a whole volume."""
     if tiling.every > 1 and network.settings.predict == "all":
         raise SettingsError(
             f"every={tiling.every}: expected 1 for a network that predicts all slices"
@@ -182,7 +191,7 @@ def predict_slices(
     grid = block_grid(image.shape, *_tiles(network.settings, tiling.overlap))
     grid = grid[grid[:, 0] % tiling.every == 0]
     span = 0, -(-image.shape[0] // tiling.every)
-    level = empty_level(image, tiling.skip_empty)
+    level = empty_level(image) if tiling.skip_empty or tiling.filter_weight else 0.0
     return _stream(network, image, grid, span, tiling, level, progress)
 
 
@@ -202,8 +211,8 @@ def predict_box(
     span, *plane = ((b.start - o, b.stop - o) for b, o in zip(box, origin, strict=True))
     rows, columns = (slice(*ends) for ends in plane)
     out = np.empty([b.stop - b.start for b in box], np.float32)
-    for first, slices in _stream(network, part, grid - origin, span, tiling, level):
-        first -= span[0]
+    for first, *parts in _stream(network, part, grid - origin, span, tiling, level):
+        slices, first = fuse(*parts, tiling.filter_weight), first - span[0]
         out[first : first + len(slices)] = slices[:, rows, columns]
     return out
 
@@ -248,10 +257,11 @@ def _stream(
     tiling: Tiling,
     level: float,
     progress: bool = False,
-) -> Iterator[tuple[int, np.ndarray]]:
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Run the tiles of a grid in order of z; yield the slices of a span as they are finished.
 
-    A tile's vote counts by a Gaussian in z, y and x around its middle.
+    These are the first slice, probabilities, and `standing_out` in units of `level`. A tile's vote
+    counts by a Gaussian in z, y and x around its middle.
     """
     settings, (first, depth) = network.settings, span
     where = pick_device(tiling.device)
@@ -263,19 +273,21 @@ def _stream(
     window = in_z[:, :, None] * in_plane
     # Where the votes begin, counted in predicted slices.
     places = grid // (tiling.every, 1, 1) - (slices // 2, 0, 0)
-    # Votes, and their weights, of the slices that wait for more.
-    sums = np.zeros((2, 0, *image.shape[1:]), np.float32)
+    # Of the slices that wait for more votes: weights, probabilities, heights above the ground.
+    sums = np.zeros((3, 0, *image.shape[1:]), np.float32)
 
     def extended(end: int) -> np.ndarray:
         missing = max(0, min(depth, end) - first - sums.shape[1])
         return np.pad(sums, ((0, 0), (0, missing), (0, 0), (0, 0)))
 
-    waiting, corners = [], []
+    waiting, heights, corners = [], [], []
     bar = tqdm(grid, "segmenting", mininterval=2, disable=not progress)
     for i, place in enumerate(bar):
         tile = read_block(image, place, shape)
-        if tile.max() > 0 and (not level or standing_out(tile)[middle].max() > level):
+        height = standing_out(tile)[middle] / level if level else np.zeros_like(window)
+        if tile.max() > 0 and (height.max() > 1 or not (level and tiling.skip_empty)):
             waiting.append(tile)
+            heights.append(height * window)
             corners.append(places[i])
         # Only the tiles that wait for a full batch vote above this slice; they wait a few slices.
         last = i + 1 == len(grid)
@@ -283,15 +295,19 @@ def _stream(
         late = waiting and (last or after - corners[0][0] > tiling.batch)
         if late or len(waiting) == tiling.batch:
             sums = extended(corners[-1][0] + slices)
-            votes = _run(network, np.stack(waiting), window, tiling)
-            here = np.array(corners) - (first, 0, 0)
-            _add(sums[0], votes, here)
-            _add(sums[1], [window] * len(here), here)
-            waiting, corners = [], []
+            votes = (
+                [window] * len(waiting),
+                _run(network, np.stack(waiting), window, tiling),
+                heights,
+            )
+            for total, vote in zip(sums, votes, strict=True):
+                _add(total, vote, np.array(corners) - (first, 0, 0))
+            waiting, heights, corners = [], [], []
         done = int(corners[0][0]) if waiting else after
         if done > first:
             finished, sums = np.split(extended(done), [done - first], axis=1)
-            yield first, finished[0] / np.maximum(finished[1], np.finfo(np.float32).tiny)
+            finished[1:] /= np.maximum(finished[0], np.finfo(np.float32).tiny)
+            yield first, finished[1], finished[2]
             first = done
 
 
@@ -318,32 +334,15 @@ def _run(network: Segmenter, tiles: np.ndarray, window: np.ndarray, tiling: Tili
     return (chance * torch.from_numpy(window).to(where)).cpu().numpy()
 
 
-def standing_out(slices: np.ndarray) -> np.ndarray:
-    """How far voxels are brighter than what surrounds them: a difference of two Gaussians.
+def fuse(chance: np.ndarray, heights: np.ndarray, weight: float) -> np.ndarray:
+    """A probability to which a filter adds its opinion: logit p + weight · (height - 1).
 
-    Each of the slices (z, y, x) is averaged with its neighbours, then smoothed in the plane by
-    σ = 1.5 voxels, less the same smoothed by 6: neurites remain, haze and broad background go.
+    `heights` are those of `standing_out` in units of `empty_level`: at 1 the filter is neutral, at
+    2 it is as sure as it ever is. It knows how bright neurites are in this volume, which a network
+    that sees one block does not; a threshold chosen on one volume thus fits others better.
     """
-    mean = uniform_filter1d(np.asarray(slices, np.float32), 3, axis=0, mode="nearest")
-    return gaussian_filter(mean, (0, 1.5, 1.5)) - gaussian_filter(mean, (0, 6, 6))
-
-
-def empty_level(image: np.ndarray, percentile: float = Tiling.skip_empty) -> float:
-    """What a voxel must exceed in `standing_out` for its tile to be run.
-
-    A percentile over the volume, since neurites fill few voxels; at most 20 standard deviations of
-    the background, so that dim neurites are not lost where bright ones fill much of the volume.
-    `benchmarks/skipping.py` counts what is saved and lost.
-    The image is normalised to [0, 1] and need not be in memory. Where most of it is exactly zero,
-    the level is 0, as for percentile 0.
-    """
-    check_range("skip_empty", percentile, "percentile=")
-    if not percentile:
-        return 0.0
-    counts = np.zeros(BINS, np.int64)
-    for box in pieces(image):
-        counts += np.histogram(standing_out(image[box]), BINS, (-1, 1))[0]
-    ranks = np.array([25, 75, percentile]) / 100 * (counts.sum() - 1)
-    low, high, level = np.searchsorted(np.cumsum(counts), ranks, "right") * 2 / BINS - 1
-    # The interquartile range of a normal distribution is 1.349 standard deviations.
-    return max(0.0, min(level, CERTAIN * (high - low) / 1.349))
+    if not weight:
+        return chance
+    clipped = np.clip(chance, 1e-4, 1 - 1e-4)
+    logits = np.log(clipped / (1 - clipped)) + weight * (np.minimum(heights, 2) - 1)
+    return np.where(chance > 0, 1 / (1 + np.exp(-logits)), 0).astype(np.float32)

@@ -21,6 +21,7 @@ RANGES = {
     "depth": "[1, inf)",
     "encoder_rate": "(0, inf)",
     "every": "[1, inf)",
+    "filter_weight": "[0, inf)",
     "label": "[0, inf)",
     "layer_decay": "(0, 1]",
     "min_size": "[0, inf)",
@@ -30,7 +31,6 @@ RANGES = {
     "save_every": "[1, inf)",
     "seed": "[0, 4294967295]",  # what NumPy and PyTorch both take
     "size": "[1, inf)",
-    "skip_empty": "[0, 100]",
     "steps": "[1, inf)",
     "tau": "(0, 1]",
     "test_neurons": "[0, inf)",

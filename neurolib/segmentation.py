@@ -64,6 +64,7 @@ def segment(
         check_range(name, value)
     tiles = Tiling(**tiling)
     network, facts = load_checkpoint(checkpoint_file(checkpoint))
+    tiles = replace(tiles, filter_weight=facts.get("filter_weight", 0.0))
     found = predict_image(image, network, tiles, progress)
     cut = facts["threshold"] if threshold is None else threshold
     if min_size is None:

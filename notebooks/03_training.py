@@ -45,6 +45,7 @@ size = 224  # rows and columns that the encoder sees
 predict = "center"  # slices that a block predicts: "center" or "all"
 stem = True  # small U-Net at full resolution: ours, not the paper's
 contrast = True  # local contrast in place of brightness: ours, not the paper's
+fused = True  # a filter may count beside the network (see 04): ours, not the paper's
 # Training
 frozen = True  # train decoder and stem only; False trains the encoder, too, as the paper does
 steps = 200  # of the optimiser
@@ -522,9 +523,13 @@ how = (settings, target["tau"], fabric, watch)
 result = training.train(net, train, validation, run.folder, *how)
 print(f"best validation Dice {result.dice:.3f} at step {result.step}")
 # %% tags=["nbval-ignore-output"]
-threshold, smallest, dice = inference.calibrate(result.checkpoint, validation, device=device)
-print(f"whole validation volumes: Dice {dice:.3f} at threshold {threshold:.2f},")
-print(f"without pieces of fewer than {smallest} voxels")
+cut = inference.calibrate(result.checkpoint, validation, fused, device=device)
+print(
+    f"whole validation volumes: Dice {cut['calibrated']:.3f} at threshold {cut['threshold']:.2f},"
+)
+print(
+    f"without pieces of fewer than {cut['min_size']} voxels; filter weight {cut['filter_weight']:g}"
+)
 
 # %%
 figure = plotting.learning(result.history)

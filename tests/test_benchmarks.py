@@ -149,15 +149,15 @@ def test_the_cost_of_skipped_tiles_is_counted(predict, overlap, load):
     mask = rng.random(image.shape) < 0.02
     options = {"overlap": overlap, "device": "cpu", "progress": False}
     counted, kept = Certain(), Certain()
-    predict_volume(counted, image, skip_empty=0, **options)
-    chance = predict_volume(kept, image, skip_empty=99.5, **options)
-    cost = skipping(image, mask, 99.5, kept.settings, overlap)
+    predict_volume(counted, image, skip_empty=False, **options)
+    chance = predict_volume(kept, image, **options)
+    cost = skipping(image, mask, kept.settings, overlap)
     assert cost.tiles == pytest.approx(1 - kept.tiles / counted.tiles)
     assert 0.1 < cost.tiles < 0.95
     assert cost.foreground == pytest.approx((chance[mask] == 0).mean())
     assert cost.foreground > 0.05
-    assert skipping(image, image == 0.9, 99.5, kept.settings, overlap).foreground == 0
-    assert skipping(image, mask & False, 99.5, kept.settings, overlap).foreground == 0
+    assert skipping(image, image == 0.9, kept.settings, overlap).foreground == 0
+    assert skipping(image, mask & False, kept.settings, overlap).foreground == 0
 
 
 def test_kimimaro_joins_gaps_up_to_the_bridge(load):

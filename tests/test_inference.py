@@ -19,7 +19,6 @@ from neurolib.devices import pick_device
 from neurolib.errors import SettingsError, VolumeError, WeightsError
 from neurolib.inference import (
     Tiling,
-    empty_level,
     predict_box,
     predict_slices,
     predict_volume,
@@ -27,11 +26,12 @@ from neurolib.inference import (
 )
 from neurolib.network import NetworkSettings, Segmenter
 from neurolib.training import save_checkpoint
+from neurolib.volume import empty_level, standing_out
 
 ROOT = Path(__file__).parents[1]
 
 # Of noise, nothing stands out more than the rest: every tile is run.
-QUIET = {"device": "cpu", "progress": False, "skip_empty": 0}
+QUIET = {"device": "cpu", "progress": False, "skip_empty": False}
 
 steady = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -111,7 +111,7 @@ def test_a_sample_of_slices_needs_a_network_that_predicts_one():
 def test_slices_come_in_order_without_gap(predict):
     image = volume((23, 14, 11))
     pieces = list(
-        predict_slices(Identity(5, 10, predict), image, Tiling(0.5, 3, "cpu", skip_empty=0))
+        predict_slices(Identity(5, 10, predict), image, Tiling(0.5, 3, "cpu", skip_empty=False))
     )
     assert [first for first, _ in pieces] == [
         sum(len(p) for _, p in pieces[:i]) for i in range(len(pieces))
@@ -207,7 +207,7 @@ def test_what_stands_out_is_a_difference_of_gaussians_of_three_slices():
     y, x = np.mgrid[-40:41, -40:41]
     bells = [np.exp(-(y**2 + x**2) / (2 * s**2)) / (2 * np.pi * s**2) for s in (1.5, 6)]
     for z, share in enumerate((0, 1 / 3, 1 / 3, 1 / 3, 0)):
-        heights = inference.standing_out(image)[z]
+        heights = standing_out(image)[z]
         np.testing.assert_allclose(heights, share * (bells[0] - bells[1]), atol=2e-4)
 
 
@@ -223,9 +223,9 @@ def thread(brightness=0.5, background=0.3):
 def test_only_tiles_in_which_something_stands_out_are_run(predict, batch):
     image, network = thread(), Identity(5, 20, predict)
     options = {"overlap": 0.25, "device": "cpu", "progress": False, "batch": batch}
-    chance = predict_volume(network, image, skip_empty=99.7, **options)
+    chance = predict_volume(network, image, **options)
     every = Identity(5, 20, predict)
-    predict_volume(every, image, skip_empty=0, **options)
+    predict_volume(every, image, skip_empty=False, **options)
     assert 0 < network.tiles < every.tiles / 4
     # What is run is not diluted by the neighbours that are not, and the rest is empty.
     run = chance > 0
@@ -241,19 +241,70 @@ def test_only_tiles_in_which_something_stands_out_are_run(predict, batch):
 
 
 def test_the_level_of_emptiness_is_a_percentile_that_bright_parts_do_not_raise_without_limit():
-    image = thread()
-    heights = inference.standing_out(image)
-    assert empty_level(image, 97.0) == pytest.approx(np.percentile(heights, 97), abs=1e-3)
-    assert empty_level(image, 0) == 0
-    bright = thread(0.6, background=0.3)
-    bright[:, ::4] = 0.99  # bright threads in a tenth of the volume and more
-    quartiles = np.percentile(inference.standing_out(bright), [25, 75])
-    assert empty_level(bright, 99.7) <= 20 * np.ptp(quartiles) / 1.349 + 1e-3
-    masked = np.zeros((4, 60, 60), np.float32)
-    masked[1, :4, :4] = 0.5
-    assert empty_level(masked) == 0
-    with pytest.raises(SettingsError, match="percentile=101"):
-        empty_level(image, 101)
+    heights = standing_out(thread())
+    deviation = np.ptp(np.percentile(heights, [25, 75])) / 1.349
+    assert empty_level(thread()) == pytest.approx(np.percentile(heights, 99.7), abs=1e-3)
+    assert np.percentile(heights, 99.7) < 20 * deviation
+    bright = thread(0, 0.1)
+    bright[:, ::20, :20] = 0.99  # in more than one voxel of a hundred
+    heights = standing_out(bright)
+    deviation = np.ptp(np.percentile(heights, [25, 75])) / 1.349
+    assert empty_level(bright) == pytest.approx(20 * deviation, rel=0.01)
+    assert np.percentile(heights, 99.7) > 25 * deviation
+    assert empty_level(np.full((3, 9, 9), 0.3, np.float32)) == 0
+    # What lies far outside a mask does not count.
+    masked = np.zeros((9, 300, 60), np.float32)
+    masked[:, 100:160] = thread()
+    assert empty_level(masked) > empty_level(thread())
+
+
+def test_a_filter_counts_beside_the_network_by_its_weight():
+    image, network = thread(), Identity(5, 20)
+    plain = predict_volume(network, image, overlap=0, **QUIET)
+    both = predict_volume(network, image, overlap=0, filter_weight=3.0, **QUIET)
+    heights = np.concatenate(
+        [
+            np.concatenate([standing_out(image[:, y : y + 20, x : x + 20]) for x in (0, 20, 40)], 2)
+            for y in (0, 20, 40)
+        ],
+        1,
+    )
+    odds = plain / (1 - plain) * np.exp(3 * (np.minimum(heights / empty_level(image), 2) - 1))
+    np.testing.assert_allclose(both, odds / (1 + odds), atol=2e-4)
+    assert both[4, 6, 10] > plain[4, 6, 10] + 0.05
+    assert both[4, 40, 40] < plain[4, 40, 40] - 0.05
+    # Where no tile is run, the filter alone finds nothing.
+    skipped = predict_volume(network, image, device="cpu", progress=False, filter_weight=3.0)
+    assert not skipped[:, 40:, 40:].any()
+
+
+def test_calibration_chooses_the_weight_of_the_filter(tmp_path, monkeypatch):
+    """Two volumes of other brightness: a threshold alone fits one of them, the filter both."""
+    torch.manual_seed(0)
+    network = Segmenter(NetworkSettings("test_vit", 3, block=48, size=48, width=32))
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    facts = {"training": {"frozen": False}, "tau": 0.1}
+    save_checkpoint(checkpoint, network, network.state_dict(), facts)
+    images = [thread(), thread(0.12, 0.1)]
+    masks = [np.zeros(images[0].shape, bool) for _ in images]
+    for mask in masks:
+        mask[4, 5:8, 2:18] = True
+    samples = [
+        SimpleNamespace(image=image, mask=mask, pair=SimpleNamespace(name=f"cell{i}"))
+        for i, (image, mask) in enumerate(zip(images, masks, strict=True))
+    ]
+    monkeypatch.setattr(inference, "load_checkpoint", lambda path: (net, dict(facts)))
+    net = Identity(5, 20)
+    net.state_dict = network.state_dict
+    saved = {}
+    monkeypatch.setattr(inference, "save_checkpoint", lambda *given: saved.update(given[3]))
+    plain = inference.calibrate(checkpoint, samples, fused=False, device="cpu")
+    fused = inference.calibrate(checkpoint, samples, device="cpu")
+    assert plain["filter_weight"] == 0
+    assert fused["filter_weight"] > 0
+    assert fused["calibrated"] > plain["calibrated"]
+    assert set(saved["seen"].values()) == {"cell0", "cell1"}
+    assert saved.items() >= fused.items()
 
 
 @steady
@@ -275,14 +326,14 @@ def test_a_box_is_that_part_of_the_whole(shape, overlap, depth, predict, data):
             return 4 * mean - place + slices
 
     image, network = volume(shape), Slices(depth, 10, predict)
-    skip = data.draw(st.sampled_from([0, 80.0]))
-    tiling = Tiling(overlap, data.draw(st.integers(1, 9)), "cpu", skip_empty=skip)
+    how = {"skip_empty": data.draw(st.booleans()), "filter_weight": data.draw(st.floats(0, 4))}
+    tiling = Tiling(overlap, data.draw(st.integers(1, 9)), "cpu", **how)
     box = []
     for size in shape:
         start = data.draw(st.integers(0, size - 1))
         box.append(slice(start, data.draw(st.integers(start + 1, size))))
     whole = predict_volume(network, image, progress=False, **asdict(tiling))
-    found = predict_box(network, image, tuple(box), tiling, empty_level(image, skip))
+    found = predict_box(network, image, tuple(box), tiling, empty_level(image))
     np.testing.assert_allclose(found, whole[tuple(box)], atol=2e-6)
 
 
@@ -321,7 +372,7 @@ class Watched:
 torch.set_num_threads(1)
 image = read_volume(sys.argv[1], check=False).data
 network = Cheap()
-tiling = Tiling(0, 4, "cpu", skip_empty=0)
+tiling = Tiling(0, 4, "cpu", skip_empty=False)
 list(predict_slices(network, np.full((3, 120, 120), 0.5, np.float32), tiling))
 before = look()
 out = np.lib.format.open_memmap(sys.argv[2], "w+", np.float32, image.shape)
@@ -369,7 +420,7 @@ def test_memory_grows_with_the_slice_and_not_with_the_number_of_slices(predict):
         image = volume((slices, 60, 60))
         network = Identity(5, 30, predict)
         tracemalloc.start()
-        for _ in predict_slices(network, image, Tiling(0.5, 4, "cpu", skip_empty=0)):
+        for _ in predict_slices(network, image, Tiling(0.5, 4, "cpu", skip_empty=False)):
             pass
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
@@ -411,7 +462,13 @@ def test_unusable_image_is_refused_in_one_line(image, part):
 
 @pytest.mark.parametrize(
     "bad",
-    [{"overlap": -0.1}, {"overlap": 0.95}, {"batch": 0}, {"device": "abacus"}, {"skip_empty": 101}],
+    [
+        {"overlap": -0.1},
+        {"overlap": 0.95},
+        {"batch": 0},
+        {"device": "abacus"},
+        {"filter_weight": -1},
+    ],
     ids=str,
 )
 def test_unusable_settings_are_refused_in_one_line(bad):

@@ -36,7 +36,7 @@ from neurolib.training import load_checkpoint, save_checkpoint
 from neurolib.volume import create_zarr, limits, normalise, read_volume, write_volume
 
 SHAPE = (11, 75, 90)
-TILING = Tiling(device="cpu", skip_empty=0)
+TILING = Tiling(device="cpu", skip_empty=False)
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +119,8 @@ def test_where_the_input_has_no_chunks_nothing_is_read_run_or_written(
     monkeypatch.setattr(large, "_network", lambda checkpoint, digest: Dim(checkpoint.stem))
     image = write_volume(tmp_path / "in.zarr", sparse(), (2.0, 0.5, 0.5))
     assert len(chunk_files(image)) < 30
-    whole = predict_volume(Dim(predict), normalise(sparse()), device="cpu", progress=False)
+    options = {"progress": False, **asdict(TILING)}
+    whole = predict_volume(Dim(predict), normalise(sparse()), **options)
     regions, predict_box = [], large.predict_box
     monkeypatch.setattr(large, "predict_box", lambda *a: regions.append(a[2]) or predict_box(*a))
     out = predict_large(image, checkpoints[predict], tmp_path / "out.zarr", TILING)
@@ -141,7 +142,7 @@ def test_a_missing_chunk_that_is_not_the_darkest_is_run(checkpoints, tmp_path, m
     data = sparse(np.int16)
     data[:, 40:60, 40:60] = -100  # so that zero is grey
     image = write_volume(tmp_path / "in.zarr", data)
-    whole = predict_volume(Dim("center"), normalise(data), device="cpu", progress=False)
+    whole = predict_volume(Dim("center"), normalise(data), progress=False, **asdict(TILING))
     out = predict_large(image, checkpoints["center"], tmp_path / "out.zarr", TILING)
     np.testing.assert_allclose(read_volume(out).data[:], whole, atol=1e-6)
     assert len(chunk_files(out)) == 3 * 5 * 5
@@ -230,8 +231,8 @@ def test_regions_together_are_the_prediction_of_the_whole(predict, checkpoints, 
 
 
 @pytest.mark.usefixtures("cheap")
-def test_flips_and_skipping_are_those_of_the_whole(checkpoints, image, tmp_path):
-    out, options = tmp_path / "out.zarr", {"flips": True, "skip_empty": 99.0}
+def test_flips_skipping_and_filter_are_those_of_the_whole(checkpoints, image, tmp_path):
+    out, options = tmp_path / "out.zarr", {"flips": True, "skip_empty": True, "filter_weight": 3.0}
     predict_large(image, checkpoints["center"], out, replace(TILING, **options))
     whole = expected(Placed("center"), **options)
     np.testing.assert_allclose(read_volume(out).data[:], whole, atol=1e-5)
@@ -327,7 +328,7 @@ def test_a_finished_call_is_not_repeated_and_other_settings_are_another_result(
     stopped()
     assert chunk_files(out) == before
     other = replace(TILING, overlap=0.5)
-    for options in ((other,), (replace(TILING, flips=True),), (replace(TILING, skip_empty=50.0),)):
+    for options in ((other,), (replace(TILING, flips=True),), (replace(TILING, skip_empty=True),)):
         with pytest.raises(SettingsError, match="options") as error:
             predict_large(image, checkpoints["all"], out, *options)
         assert "out.zarr.part" in str(error.value)
@@ -358,7 +359,7 @@ def test_no_more_is_read_than_a_region_and_its_margin(checkpoints, image, tmp_pa
     monkeypatch.setattr(LazyStack, "__array__", None)
     monkeypatch.setattr(large, "REGION", (4, 32, 32))
     predict_large(
-        image, checkpoints["center"], tmp_path / "out.zarr", replace(TILING, skip_empty=10.0)
+        image, checkpoints["center"], tmp_path / "out.zarr", replace(TILING, skip_empty=True)
     )
     # Tiles of 48 that begin before a region of 32 or end after it, and a slice on either side.
     assert max(sizes) <= 6 * (32 + 2 * 47) ** 2

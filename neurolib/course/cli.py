@@ -237,10 +237,9 @@ def segment(
     flips: Annotated[
         bool, typer.Option("--flips", help="Average over mirrored copies: four times the time.")
     ] = False,
-    skip_empty: Annotated[
-        float,
-        typer.Option(help="Percentile: skip tiles in which nothing stands out so much; 0: none."),
-    ] = 99.7,
+    all_tiles: Annotated[
+        bool, typer.Option("--all-tiles", help="Run even tiles in which nothing stands out.")
+    ] = False,
     workers: Annotated[
         int, typer.Option(help="Processes that share a --probability NAME.zarr (needs Dask).")
     ] = 0,
@@ -274,7 +273,7 @@ def segment(
         raise SettingsError("nothing to write; give --out NAME.swc, --mask or --probability")
     _check_ranges(
         threshold=threshold, min_size=min_size, channel=channel, overlap=overlap,
-        skip_empty=skip_empty, workers=workers,
+        workers=workers,
     )  # fmt: skip
     pick_device(device)
     checkpoint = checkpoint_file(checkpoint)
@@ -286,7 +285,8 @@ def segment(
         raise SettingsError("--workers and --scheduler write parts; give --probability NAME.zarr")
     loaded = load_checkpoint(checkpoint)
     steps = _three("spacing", spacing)
-    tiling = Tiling(overlap, device=device, flips=flips, skip_empty=skip_empty)
+    options = {"skip_empty": not all_tiles, "filter_weight": loaded[1].get("filter_weight", 0.0)}
+    tiling = Tiling(overlap, device=device, flips=flips, **options)
     sharing = {"workers": workers, "scheduler": scheduler}
     job = functools.partial(
         _segment_one, checkpoint, loaded, threshold, min_size, units, steps, tiling, channel,
@@ -597,10 +597,10 @@ def calibrate(
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Choose a network's threshold and smallest piece on traced stacks, without training it.
+    """Choose a network's threshold, smallest piece and filter weight on traced stacks.
 
-    A threshold that is right for one microscope is often wrong for another; one traced stack of
-    yours is enough to choose it anew. The checkpoint remembers the stacks: they are no test for it.
+    What is right for one microscope is often wrong for another; one traced stack of yours is enough
+    to choose anew, without training. The checkpoint remembers the stacks: they are no test for it.
 
     Example: neurolib calibrate my_pairs --out mine.safetensors
     """
@@ -620,10 +620,11 @@ def calibrate(
     samples = [read_sample(pair, tau=tau) for pair in load_dataset(data)]
     with atomic_path(out) as temporary:
         shutil.copyfile(checkpoint, temporary)
-        threshold, size, dice = calibrate(temporary, samples, device=device)
+        chosen = calibrate(temporary, samples, device=device)
     names = ", ".join(sample.pair.name for sample in samples)
-    print(f"{out}: threshold {threshold:g}, pieces of at least {size} voxels")
-    print(f"mean Dice {dice:.3f} on {names}, on which they were chosen")
+    print(f"{out}: threshold {chosen['threshold']:g}, filter weight {chosen['filter_weight']:g},")
+    print(f"pieces of at least {chosen['min_size']} voxels;")
+    print(f"mean Dice {chosen['calibrated']:.3f} on {names}, on which they were chosen")
 
 
 @app.command()

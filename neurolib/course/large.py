@@ -37,11 +37,19 @@ from neurolib.files import (
     workplace,
     write_text,
 )
-from neurolib.inference import Box, Tiling, box_of_tiles, empty_level, predict_box
+from neurolib.inference import Box, Tiling, box_of_tiles, predict_box
 from neurolib.network import Segmenter
 from neurolib.parameters import check_range
 from neurolib.training import load_checkpoint
-from neurolib.volume import Volume, create_zarr, limits, pieces, read_volume, rescale
+from neurolib.volume import (
+    Volume,
+    create_zarr,
+    empty_level,
+    limits,
+    pieces,
+    read_volume,
+    rescale,
+)
 
 # Slices, rows, columns. Tiles that cross the border of a region run for both sides: with tiles of
 # 100 that overlap by a quarter, a fifth more than for the whole volume at once. A region takes at
@@ -255,8 +263,8 @@ def predict_large(
     _network(checkpoint, digest)
     read_volume(image, channel, check=False)
     source = fingerprint(image)
-    options = {"overlap": tiling.overlap, "flips": tiling.flips}
-    options |= {"skip_empty": tiling.skip_empty, "channel": channel}
+    kept = ("overlap", "flips", "skip_empty", "filter_weight")
+    options = {name: getattr(tiling, name) for name in kept} | {"channel": channel}
     options |= {"spacing": list(spacing)} if spacing else {}
     wanted = {"checkpoint": digest, "input": source, "options": options}
     part = out.with_name(f"{out.name}.part")
@@ -316,7 +324,7 @@ def fingerprint(path: Path) -> str:
 def _begin(part: Path, name: str, volume: Volume, wanted: dict) -> None:
     """Make an output without chunks, and the manifest, with whatever needs the whole input."""
     low, high = limits(volume.data, stored_boxes(volume.data))
-    level = empty_level(normalised(volume.data, low, high), wanted["options"]["skip_empty"])
+    level = empty_level(normalised(volume.data, low, high))
     with atomic_path(part) as temporary:
         about = provenance("probability", checkpoint=wanted["checkpoint"], **wanted["options"])
         options = {"known": not volume.unknown, "about": about}

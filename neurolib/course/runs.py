@@ -480,7 +480,8 @@ def train_run(
         how = (settings, target["tau"], fabric)
         result = training.train(net, samples, held_out, run.folder, *how)
         if first:
-            inference.calibrate(result.checkpoint, held_out, device=values["device"])
+            where = {"device": values["device"]}
+            inference.calibrate(result.checkpoint, held_out, values["fused"], **where)
     return run
 
 
