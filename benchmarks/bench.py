@@ -1,11 +1,10 @@
-"""Ours beside what people would use instead, in one run: time, ratio, and agreement.
+"""Compare ours with what people would use instead: time, ratio, and agreement.
 
     python benchmarks/bench.py [target hd95 tracing ...] [--repeats 5] [--out FILE]
 
-Peers that are not installed are named; ``pip install -c constraints.txt -e .[bench]`` brings
-them. Each time is the median of the repeats, after one call that is not counted; ours and the
-peer's take turns, so that whatever else the machine does meets both. A ratio says how many times
-better ours is. A target that is missed stays in the table.
+``pip install -c constraints.txt -e .[bench]`` installs the peers; the table names missing ones.
+Each time is the median of the repeats, after a call that does not count. Ours and the peer take
+turns, so that other work on the machine affects both. A ratio says how many times better ours is.
 """
 
 import argparse
@@ -53,7 +52,7 @@ TASKS = {
 
 
 def machine() -> dict:
-    """What the numbers were measured on and with."""
+    """Hardware and software of the measurements."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -72,7 +71,7 @@ def machine() -> dict:
 
 
 def measure(names: list[str], scale: Scale, repeats: int) -> dict:
-    """Run benchmarks: machine, date, what each is about, and all rows."""
+    """Run benchmarks; return machine, date, descriptions, and all rows."""
     record = {
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
@@ -90,7 +89,7 @@ def measure(names: list[str], scale: Scale, repeats: int) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run what was asked for, or all, and print the table."""
+    """Run the chosen benchmarks, or all, and print the table."""
     parser = argparse.ArgumentParser(description="Ours beside what people would use instead.")
     parser.add_argument("tasks", nargs="*", help=f"some of {', '.join(TASKS)}; default: all")
     parser.add_argument("--repeats", type=int, default=5)
@@ -101,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"unknown task {', '.join(sorted(unknown))}; choose from {', '.join(TASKS)}")
     if chosen.repeats < 1:
         parser.error(f"--repeats {chosen.repeats}: expected at least 1")
-    # What peers will drop in their next version is not the reader's.
+    # Hide deprecation warnings of the peers.
     warnings.simplefilter("ignore")
     record = measure(chosen.tasks or list(TASKS), TINY if chosen.tiny else FULL, chosen.repeats)
     about = record["machine"]

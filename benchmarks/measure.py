@@ -1,4 +1,4 @@
-"""How a benchmark is timed, and what a row of the table is."""
+"""Timing of benchmarks, and rows of the table."""
 
 import functools
 import importlib.util
@@ -15,7 +15,7 @@ from neurolib.data import synthesis
 from neurolib.network import NetworkSettings
 from neurolib.swc import Tree
 
-# After this many seconds a row has repeats enough, if they are at least `FEWEST`.
+# After this many seconds, `FEWEST` repeats are enough.
 PATIENCE, FEWEST = 40.0, 3
 NETWORK, SMALL = NetworkSettings(), NetworkSettings(size=112)
 LEAST = NetworkSettings("vit_tiny_patch16_224.augreg_in21k", size=32, width=32)
@@ -27,7 +27,7 @@ class Scale:
 
     shape: tuple[int, int, int] = (100, 512, 512)
     nodes: int = 35_000
-    # Sides are multiples of a tile's, so that tiles without overlap have none.
+    # Multiples of a tile's sides, so that tiles need not overlap.
     stitched: tuple[int, int, int] = (100, 500, 500)
     cell: tuple[int, int, int] = (64, 256, 256)
     cells: tuple[tuple[int, int], ...] = ((1, 1), (1, 2), (2, 2), (2, 4))
@@ -44,7 +44,7 @@ class Scale:
 
 
 FULL = Scale()
-# Everything runs, on a CPU, in seconds; what is measured means nothing.
+# Runs everything on a CPU in seconds; the measurements mean nothing.
 TINY = Scale(
     shape=(24, 128, 128),
     nodes=300,
@@ -65,7 +65,7 @@ TINY = Scale(
 
 @functools.cache
 def scene(shape: tuple[int, int, int]) -> tuple[Tree, np.ndarray]:
-    """The tree and its mask that all tasks on one volume share."""
+    """A tree and its mask, shared by all tasks on this shape."""
     tree = synthesis.grow(0, shape)
     return tree, blocking.make_target(tree, shape)[1]
 
@@ -93,7 +93,7 @@ def line(
     met: bool | None = None,
     repeats: int | str = "",
 ) -> dict:
-    """One row: what was measured in which unit, ours, the peer's, how many times better ours is."""
+    """One row of the table; its ratio says how many times better ours is."""
     ratio = ""
     if ours != "" and theirs != "":
         ratio = ours / theirs if unit.endswith("/s") else theirs / ours
@@ -124,18 +124,18 @@ def compete(
     work: float | None = None,
     unit: str = "s",
 ) -> dict:
-    """Time ours and a peer's by turns, after one call of each whose results are compared.
+    """Time ours and a peer in turns, after a first call of each whose results are compared.
 
     Parameters
     ----------
     compare : function of both results
         Says how far they agree.
     repeats : int
-        At most; fewer where `PATIENCE` is exhausted. Medians are given.
+        At most; fewer if `PATIENCE` runs out.
     target : float, optional
-        Least ratio that is wanted, provided that `holds` is true of both results.
+        Smallest ratio that is wanted, provided that `holds` is true of both results.
     work : float, optional
-        Of one call, in units: rates are given in `unit`, else seconds.
+        Of one call; the row then has rates in `unit` instead of seconds.
     """
     a, b = ours(), theirs()
     times = []
@@ -152,7 +152,7 @@ def compete(
 
 
 def missing(task: str, peer: str) -> dict:
-    """A row that says that a peer is not installed."""
+    """A row for a peer that is not installed."""
     return line(task, "", "", peer, agreement="not installed")
 
 
@@ -162,7 +162,7 @@ def installed(package: str) -> bool:
 
 
 def peak_mb(function: Callable) -> float:
-    """Most memory that a call holds beyond what was there before, as NumPy and Python see it."""
+    """Peak memory that a call allocates in NumPy and Python."""
     tracemalloc.start()
     function()
     peak = tracemalloc.get_traced_memory()[1]

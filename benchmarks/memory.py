@@ -1,8 +1,8 @@
-"""Memory of one step in a process of its own.
+"""Memory of one step in its own process.
 
     python benchmarks/memory.py STEP SCALE
 
-makes the step's input, says so, waits for a line, and takes the step.
+prepares the step, prints "ready", waits for a line, and runs the step.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ import psutil
 from measure import FULL, TINY, Scale, scene
 
 SCALES = {"full": FULL, "tiny": TINY}
-PERIOD = 0.005  # seconds between two looks at a process
+PERIOD = 0.005  # seconds between two measurements
 
 
 def prepare(step: str, scale: Scale) -> Callable:
-    """The input of a step; the call that takes it."""
+    """Make the input of a step; return the call that runs it."""
     from neurolib import blocking, evaluation, tracing
 
     if step in ("target", "hd95", "tracing"):
@@ -50,7 +50,7 @@ def prepare(step: str, scale: Scale) -> Callable:
 
 
 def resident(step: str, scale: Scale) -> tuple[float, float]:
-    """Resident MB of a process before a step, and the most while it is taken."""
+    """Resident MB of a process before a step, and the peak during it."""
     name = next(name for name, known in SCALES.items() if known == scale)
     command = [sys.executable, __file__, step, name]
     with subprocess.Popen(
@@ -71,7 +71,7 @@ def resident(step: str, scale: Scale) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    take = prepare(sys.argv[1], SCALES[sys.argv[2]])
+    run = prepare(sys.argv[1], SCALES[sys.argv[2]])
     print("ready", flush=True)
     sys.stdin.readline()
-    take()
+    run()

@@ -19,14 +19,14 @@ from neurolib.training import TrainingSettings, loss_terms, parameter_groups
 from neurolib.volume import normalise
 
 BATCH = 8  # tiles per pass, ours and theirs
-# A training step takes about three forward passes: one forward, two backward (to the inputs and to
-# the weights of each layer).
+# A training step costs about three forward passes: one forward, two backward (gradients of inputs
+# and weights).
 PASSES = 3
 NO_GPU = "not measured: no GPU"
 
 
 class Identity(nn.Module):
-    """Stands in for a network: its logits are the tile, so that stitching alone takes time."""
+    """Replaces a network: its logits are the tile, so that only stitching takes time."""
 
     def __init__(self, predict: str):
         super().__init__()
@@ -41,7 +41,7 @@ def monai_slices(
 ) -> np.ndarray:
     """MONAI on the tiles of `predict_volume`: slices are its batch, their neighbours channels.
 
-    The blocks of slices are a view; nothing is copied before MONAI cuts its windows.
+    The blocks are views of the image, so that only MONAI copies.
     """
     from monai.inferers import SlidingWindowInferer
 
@@ -51,8 +51,8 @@ def monai_slices(
     padded = F.pad(torch.from_numpy(image).to(device)[None], padding, mode="replicate")[0]
     tiles = padded.unfold(0, depth, 1).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        found = inferer(tiles, lambda windows: network(windows[:, None]).float().sigmoid())
-    return found[:, 0].cpu().numpy()
+        probability = inferer(tiles, lambda windows: network(windows[:, None]).float().sigmoid())
+    return probability[:, 0].cpu().numpy()
 
 
 def monai_windows(network: nn.Module, image: np.ndarray, overlap: float, step: int) -> np.ndarray:
@@ -60,27 +60,27 @@ def monai_windows(network: nn.Module, image: np.ndarray, overlap: float, step: i
     from monai.inferers import SlidingWindowInferer
 
     depth, side = network.settings.depth, network.settings.block
-    # Its steps are rounded down.
+    # MONAI rounds steps down.
     overlaps = (1 - (step + 0.5) / depth, overlap, overlap)
     inferer = SlidingWindowInferer((depth, side, side), BATCH, overlaps, mode=_mode(overlap))
     with torch.inference_mode():
-        found = inferer(
+        probability = inferer(
             torch.from_numpy(image)[None, None],
             lambda windows: network(windows)[:, None].float().sigmoid(),
         )
-    return found[0, 0].numpy()
+    return probability[0, 0].numpy()
 
 
 def _mode(overlap: float) -> str:
-    """MONAI's weights: those of `predict_volume` where tiles overlap, else its fastest."""
+    """MONAI's weights: those of `predict_volume` if tiles overlap, else the fastest."""
     return "gaussian" if overlap else "constant"
 
 
 def bench_stitching(scale: Scale, repeats: int) -> list[dict]:
     """Prediction by the identity: tiles of 5 slices cut, weighted and put together again.
 
-    Same tiles, batch, threads and network. The slices of a centre-slice network are either MONAI's
-    batch, or the centres of its 3D windows, which then vote on five slices each.
+    Tiles, batch, threads and network are the same. For a centre-slice network, slices are either
+    MONAI's batch, or the centres of its 3D windows, which vote on five slices each.
     """
     image = np.random.default_rng(0).random(scale.stitched, np.float32)
     truth = torch.from_numpy(image).sigmoid().numpy()
@@ -98,8 +98,8 @@ def bench_stitching(scale: Scale, repeats: int) -> list[dict]:
                 rows.append(missing(task, peer))
                 continue
 
-            def error(found: np.ndarray) -> float:
-                return float(np.abs(found - truth).max())
+            def error(probability: np.ndarray) -> float:
+                return float(np.abs(probability - truth).max())
 
             rows.append(
                 compete(
@@ -123,7 +123,7 @@ def predict(network: nn.Module, image: np.ndarray, overlap: float, device: str, 
 
 
 def random_network(settings: NetworkSettings) -> Segmenter:
-    """A network for its speed: weights are random and do not change it."""
+    """A network with random weights, for measuring speed."""
     torch.manual_seed(0)
     return Segmenter(settings).eval()
 
@@ -187,12 +187,12 @@ def bench_skipping(scale: Scale, repeats: int) -> list[dict]:
 
 
 def usable(scale: Scale) -> bool:
-    """Whether rates are measured: on a GPU, or where the scale asks for the CPU."""
+    """Whether to measure rates: on a GPU, or if the scale asks for the CPU."""
     return scale.device == "cpu" or torch.cuda.is_available()
 
 
 def waits(function: Callable, device: str) -> Callable:
-    """A call that returns when the device has done what it was given."""
+    """A call that returns when the device has finished."""
 
     def call() -> object:
         result = function()
@@ -212,10 +212,10 @@ def matrix_rate(scale: Scale) -> float:
 
 
 def training_steps(scale: Scale, fast: bool) -> Callable[[], float]:
-    """Some steps on one batch, from the same weights; returns the loss of the last of them.
+    """Some steps on one batch, from the same weights; the call returns the last loss.
 
-    `fast`: bfloat16, compiled, channels last, fused AdamW, the batch on the device. Otherwise as
-    one writes it first: float32, nothing compiled or fused, the batch copied in every step.
+    `fast`: bfloat16, compiled, channels last, fused AdamW, the batch on the device. Otherwise
+    plain code: float32, nothing compiled or fused, the batch copied in every step.
     """
     device, options = scale.device, TrainingSettings(batch=scale.batch, loss="dice+ce+skeleton")
     network = random_network(scale.network).train().to(device)
@@ -228,7 +228,7 @@ def training_steps(scale: Scale, fast: bool) -> Callable[[], float]:
     if fast:
         network.to(memory_format=torch.channels_last)
         blocks, responses = blocks.to(device), responses.to(device)
-        # On a CPU it would take a compiler, and minutes.
+        # On a CPU this would need a compiler, and minutes.
         run = torch.compile(network) if device == "cuda" else network
 
     def step() -> torch.Tensor:
@@ -247,7 +247,7 @@ def training_steps(scale: Scale, fast: bool) -> Callable[[], float]:
 def bench_training(scale: Scale, repeats: int) -> list[dict]:
     """Training steps on a GPU: bfloat16, compiled, channels last, fused AdamW, data on the device.
 
-    The peer is the same step as one writes it first: eager, float32, the batch copied each time.
+    The peer is the same step in plain code: eager, float32, the batch copied each time.
     """
     task = f"training, {describe(scale.network)}, batch {scale.batch}"
     peer = "eager float32"

@@ -1,4 +1,4 @@
-"""Benchmarks of the whole way from a stack to a tree: growth of its time, and memory."""
+"""Benchmarks of the whole pipeline from a stack to a tree: growth of its time, and memory."""
 
 import functools
 import statistics
@@ -15,12 +15,12 @@ from neurolib.data import synthesis
 from neurolib.swc import Tree
 
 TAU = 0.1  # threshold of the target
-# Of a fitted exponent, over what would be linear: caches end and measurements scatter.
+# Excess of a fitted exponent over 1 that caches and scatter may cause.
 TOLERANCE = 0.1
 
 
 class Threshold(nn.Module):
-    """Stands in for a network: certain of foreground where the centre slice reaches `TAU`."""
+    """Replaces a network: foreground where the centre slice reaches `TAU`."""
 
     settings = SimpleNamespace(depth=5, block=100, predict="center")
 
@@ -29,7 +29,7 @@ class Threshold(nn.Module):
 
 
 def stack(scale: Scale, cells: tuple[int, int], filled: bool) -> np.ndarray:
-    """Copies of one neuron's response side by side, or one of them beside exact zeros."""
+    """Copies of one neuron's response side by side, or only one beside exact zeros."""
     tree = synthesis.grow(0, scale.cell)
     response = blocking.make_target(tree, scale.cell)[0]
     depth, height, width = scale.cell
@@ -55,11 +55,11 @@ def bench_pipeline(scale: Scale, repeats: int) -> list[dict]:
         for cells in scale.cells:
             image = stack(scale, cells, filled)
             call = functools.partial(pipeline, image)
-            found = call()
+            traced = call()
             times.append(statistics.median(seconds(call) for _ in range(min(repeats, 3))))
             sizes.append(image.size / 1e6)
             if len(sizes) == 1:
-                esa = evaluation.tree_distance(found, truth).esa
+                esa = evaluation.tree_distance(traced, truth).esa
         exponent = float(np.polyfit(np.log(sizes), np.log(times), 1)[0])
         each = ", ".join(f"{t / s:.3f}" for t, s in zip(times, sizes, strict=True))
         limit = 1 + TOLERANCE
@@ -83,8 +83,8 @@ def bench_memory(scale: Scale, repeats: int) -> list[dict]:
     rows = []
     for step in scale.memory:
         before, peak = resident(step, scale)
-        said, peer = f"{before:.0f} MB before it, for packages and input", {}
+        note, peer = f"{before:.0f} MB before it, for packages and input", {}
         if step == "stitching" and installed("monai"):
             peer = {"peer": "MONAI, slices as batch", "theirs": resident("MONAI", scale)[1]}
-        rows.append(line(f"resident memory, {step}", "MB", peak, agreement=said, **peer))
+        rows.append(line(f"resident memory, {step}", "MB", peak, agreement=note, **peer))
     return rows

@@ -2,8 +2,8 @@
 
     python benchmarks/shorter.py FOLDER_OF_SWC
 
-Each tree's target is traced. Beside it stands the tree itself, smoothed along its paths as by a
-Gaussian of 1 and 2 voxels: what it loses by that is zigzag of the hand that drew it.
+Each tree's target is traced. For comparison, the tree is smoothed along its paths with Gaussians
+of 1 and 2 voxels: the length that it loses is zigzag of the manual trace.
 """
 
 import sys
@@ -20,7 +20,7 @@ STEP, ROOM = 0.5, 8
 
 
 def smoothed(tree: swc.Tree, sigma: float) -> swc.Tree:
-    """Roots, tips and branch points stay; a pass, (x + mean of both neighbours) / 2, is STEP²/2."""
+    """Smooth all but roots, tips and branch points; each pass adds a variance of STEP²/2."""
     tree = swc.resample(tree, STEP)
     child, parent = swc.edges(tree)
     degree = np.bincount(np.concatenate([child, parent]), minlength=len(tree.parent))
@@ -34,14 +34,14 @@ def smoothed(tree: swc.Tree, sigma: float) -> swc.Tree:
 
 
 def shares(path: Path) -> dict[str, float]:
-    """Lengths as shares of the tree's own, and the recall of the trace."""
+    """Lengths relative to that of the tree, and the recall of the trace."""
     tree = swc.read_swc(path)
     low, high = np.floor(tree.xyz.min(0)) - ROOM, np.ceil(tree.xyz.max(0)) + ROOM + 1
     tree = replace(tree, xyz=tree.xyz - low)
-    found = tracing.trace(make_target(tree, tuple((high - low).astype(int)[::-1]))[1])
-    lengths = {"trace": found, "smooth 1": smoothed(tree, 1), "smooth 2": smoothed(tree, 2)}
+    traced = tracing.trace(make_target(tree, tuple((high - low).astype(int)[::-1]))[1])
+    lengths = {"trace": traced, "smooth 1": smoothed(tree, 1), "smooth 2": smoothed(tree, 2)}
     row = {name: swc.length(one) / swc.length(tree) for name, one in lengths.items()}
-    return row | {"recall": tree_scores(found, tree).recall}
+    return row | {"recall": tree_scores(traced, tree).recall}
 
 
 if __name__ == "__main__":

@@ -13,18 +13,18 @@ from scipy.spatial import KDTree
 from neurolib import evaluation, tracing
 from neurolib.errors import VolumeError
 from neurolib.files import write_text
-from neurolib.swc import Tree, read_swc, write_swc
+from neurolib.swc import Tree, edges, read_swc, write_swc
 
-# The tracer's own, 1.5 r + 3: kimimaro's defaults are in nanometres and would drop every branch.
-INVALIDATION = {"scale": 1.5, "const": 3}
+# As in our tracer: kimimaro's defaults are in nanometres and would drop every branch.
+INVALIDATION = {"scale": tracing.EXPLAINED_SCALE, "const": tracing.EXPLAINED_MARGIN}
 # Points that the brute-force distance compares with all edges at a time.
 CHUNK = 500
 
 
 def as_tree(skeleton, scale: tuple[float, float, float] = (1, 1, 1)) -> Tree:
-    """A skeleton of kimimaro's in voxels: its columns are the array's axes, times `scale`."""
+    """A skeleton of kimimaro, whose columns are the array's axes times `scale`, in voxels."""
     with tempfile.TemporaryDirectory() as folder:
-        tree = read_swc(write_text(Path(folder) / "found.swc", skeleton.to_swc()))
+        tree = read_swc(write_text(Path(folder) / "skeleton.swc", skeleton.to_swc()))
     return replace(tree, xyz=(tree.xyz / scale)[:, ::-1])
 
 
@@ -35,22 +35,21 @@ def trace_kimimaro(
     min_size: int = 20,
     bridge: float = 15.0,
 ) -> Tree:
-    """kimimaro (Silversmith et al., 2021) with `neurolib.tracing.trace`'s parameters and rules.
+    """kimimaro (Silversmith et al., 2021) with the parameters of `neurolib.tracing.trace`.
 
-    It stands beside it in the study of robustness: `robustness(mask, tree, {"kimimaro": this})`.
-    It joins the nearest pieces up to `bridge` apart, wherever they point. Radii stay in its unit.
+    The study of robustness can use it: `robustness(mask, tree, {"kimimaro": trace_kimimaro})`. It
+    joins the nearest pieces up to `bridge` apart in any direction. Radii stay in its unit.
     """
     import kimimaro
 
     scale = evaluation.in_unit(spacing, "voxels")
     options = {"anisotropy": scale, "dust_threshold": min_size, "progress": False}
-    found = kimimaro.skeletonize(
-        (probability >= threshold).astype(np.uint8), INVALIDATION, **options
-    )
-    if not found:
+    mask = (probability >= threshold).astype(np.uint8)
+    skeletons = kimimaro.skeletonize(mask, INVALIDATION, **options)
+    if not skeletons:
         raise VolumeError("kimimaro found nothing to trace; lower the threshold or min_size")
     skeleton = kimimaro.postprocess(
-        found[1], dust_threshold=0, tick_threshold=tracing.BRANCH_MARGIN
+        skeletons[1], dust_threshold=0, tick_threshold=tracing.BRANCH_MARGIN
     )
     return as_tree(kimimaro.join_close_components(skeleton, radius=bridge), scale)
 
@@ -62,8 +61,8 @@ def bench_tracing(scale: Scale, repeats: int) -> list[dict]:
     tree, mask = scene(scale.shape)
     task, ours = f"tracing, {size(scale.shape)}", functools.partial(tracing.trace, mask)
 
-    def esa(found: Tree) -> float:
-        return evaluation.tree_distance(found, tree).esa
+    def esa(traced: Tree) -> float:
+        return evaluation.tree_distance(traced, tree).esa
 
     rows = [
         compete(
@@ -104,12 +103,12 @@ def bench_tracing(scale: Scale, repeats: int) -> list[dict]:
 
 
 def brute_force_esa(a: Tree, b: Tree) -> float:
-    """ESA with every sample of one tree compared with every edge of the other."""
+    """ESA from comparing every sample of one tree with every edge of the other."""
 
     def mean_distance(points: np.ndarray, tree: Tree) -> float:
-        child = np.flatnonzero(tree.parent >= 0)
+        child, parent = edges(tree)
         start = tree.xyz[child]
-        step = tree.xyz[tree.parent[child]] - start
+        step = tree.xyz[parent] - start
         square = np.maximum((step**2).sum(axis=1), np.finfo(float).tiny)
         total = 0.0
         for i in range(0, len(points), CHUNK):
@@ -126,10 +125,10 @@ def brute_force_esa(a: Tree, b: Tree) -> float:
 def bench_distance(scale: Scale, repeats: int) -> list[dict]:
     """Distance of a traced tree from the true one; PyNeval's is between nodes, one voxel apart."""
     tree, mask = scene(scale.shape)
-    found = tracing.trace(mask)
-    ours = lambda: evaluation.tree_distance(found, tree).esa  # noqa: E731
-    task = f"ESA, {len(found.xyz)} and {len(tree.xyz)} nodes"
-    brute = functools.partial(brute_force_esa, found, tree)
+    traced = tracing.trace(mask)
+    ours = lambda: evaluation.tree_distance(traced, tree).esa  # noqa: E731
+    task = f"ESA, {len(traced.xyz)} and {len(tree.xyz)} nodes"
+    brute = functools.partial(brute_force_esa, traced, tree)
     rows = [
         compete(
             task,
@@ -147,7 +146,7 @@ def bench_distance(scale: Scale, repeats: int) -> list[dict]:
 
     with tempfile.TemporaryDirectory() as folder:
         trees = []
-        for name, one in (("true", tree), ("found", found)):
+        for name, one in (("true", tree), ("traced", traced)):
             trees.append(SwcTree())
             trees[-1].load(str(write_swc(Path(folder) / f"{name}.swc", one)))
     options = {"threshold_mode": 1, "ssd_threshold": 0.0, "up_sample_threshold": 1.0}
@@ -157,7 +156,7 @@ def bench_distance(scale: Scale, repeats: int) -> list[dict]:
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> float:
-    """How far a point (n, 3) of one set may be from the other set."""
+    """Largest distance of a point (n, 3) of one set from the other set."""
     return max(KDTree(a).query(b)[0].max(), KDTree(b).query(a)[0].max())
 
 
@@ -165,7 +164,7 @@ def bench_swc(scale: Scale, repeats: int) -> list[dict]:
     """Reading a tree: ours is checked and repaired."""
     rng = np.random.default_rng(0)
     parent = np.arange(scale.nodes) - 1
-    # A branch every 100 nodes, somewhere on what is there already; row 0 is the soma.
+    # A branch every 100 nodes, somewhere on earlier nodes; row 0 is the soma.
     starts = np.arange(200, scale.nodes, 100)
     parent[starts] = rng.integers(1, starts)
     kind = np.where(parent < 0, 1, 3)

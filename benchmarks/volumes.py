@@ -20,7 +20,7 @@ SALIENT = 0.001
 
 
 def target_by_transform(tree: Tree, shape: tuple, transform: Callable) -> np.ndarray:
-    """The same mask by a distance transform of rasterised edges, as is usual."""
+    """The same mask by a distance transform of rasterised edges, as usual."""
     points, _ = densify(tree, 0.25)
     seeds = np.ones(shape, bool)
     seeds[tuple(np.rint(points[:, ::-1]).astype(int).T)] = False
@@ -34,7 +34,7 @@ def bench_target(scale: Scale, repeats: int) -> list[dict]:
     if installed("edt"):
         import edt
 
-        # Ours and SciPy's run on one core, and so would edt unless told otherwise.
+        # Ours and SciPy's use one core.
         peers["edt, all cores"] = functools.partial(edt.edt, parallel=os.cpu_count())
     rows = [
         compete(
@@ -100,10 +100,10 @@ def bench_hd95(scale: Scale, repeats: int) -> list[dict]:
 
 
 def our_blocks(volume: np.ndarray, mask: np.ndarray | None) -> Iterable[np.ndarray]:
-    """The blocks that the peers' grid has too, one view at a time; with a mask the salient ones.
+    """The blocks that the peers' grid shares, one view at a time; with a mask the salient ones.
 
-    Our own grid also covers the rim: slices repeated beyond the ends, rows and columns that a
-    stride leaves over.
+    Our full grid also covers the rim: slices repeated beyond the ends, and rows and columns that
+    the stride leaves.
     """
     grid = blocking.block_grid(volume.shape)
     depth = blocking.BLOCK[0] // 2
@@ -127,13 +127,13 @@ def patchify_blocks(volume: np.ndarray, mask: np.ndarray | None) -> Iterable[np.
 
 
 def monai_blocks(volume: np.ndarray, mask: np.ndarray | None) -> Iterable[np.ndarray]:
-    """The same blocks by MONAI: GridPatch copies all, then those wanted are looked at."""
+    """The same blocks by MONAI: GridPatch copies all, then the salient ones are chosen."""
     from monai.transforms import GridPatch
 
     def cut(data: np.ndarray, depth: int) -> np.ndarray:
         overlap = (0.0, 1 - 1 / depth, 0.0, 0.0)
         patches = GridPatch((depth, *blocking.BLOCK[1:]), overlap=overlap)(data[None])
-        # Past MetaTensor's own indexing, which is slow.
+        # Avoids MetaTensor's slow indexing.
         return patches.as_tensor().numpy()[:, 0]
 
     patches, reach = cut(volume, blocking.BLOCK[0]), blocking.BLOCK[0] // 2

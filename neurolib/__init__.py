@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """`neurolib.segment`, imported when it is asked for: it takes PyTorch along."""
+    """Import `neurolib.segment` on first use, because it imports PyTorch."""
     if name == "segment":
         from neurolib.segmentation import segment
 
@@ -23,28 +23,28 @@ def __getattr__(name: str) -> object:
 
 
 class _Moved:
-    """Finds modules under the names that they had when all lay flat, as `neurolib.datasets`."""
+    """Finds modules of `data` and `course` under their old flat names, as `neurolib.datasets`."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> object:
         package, _, module = name.partition(".")
         if package != __name__ or not module.isidentifier():
             return None
-        places = (f"{__name__}.{room}.{module}" for room in ("data", "course"))
+        places = (f"{__name__}.{folder}.{module}" for folder in ("data", "course"))
         place = next(filter(util.find_spec, places), None)
         return place and util.spec_from_loader(name, self, origin=place)
 
     def create_module(self, spec: object) -> None:
-        """A plain module."""
+        """Let Python create a plain module."""
 
     def get_code(self, name: str) -> object:
         """For ``python -m neurolib.cli``."""
-        there = util.find_spec(util.find_spec(name).origin)
-        return there.loader.get_code(there.name)
+        moved = util.find_spec(util.find_spec(name).origin)
+        return moved.loader.get_code(moved.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give it all that the module has in its new place."""
-        there = vars(import_module(module.__spec__.origin))
-        vars(module).update({k: v for k, v in there.items() if not k.startswith("__")})
+        """Copy the contents of the module from its new place."""
+        moved = vars(import_module(module.__spec__.origin))
+        vars(module).update({k: v for k, v in moved.items() if not k.startswith("__")})
 
 
 sys.meta_path.append(_Moved())

@@ -1,11 +1,9 @@
-"""timm, imported so that it also works beside a CPU-only torch; import it from here alone.
+"""Import timm from here alone: this also works with a CPU-only torch.
 
-timm imports torchvision for its data transforms. The Linux wheels of torchvision on the Python
-package index are CUDA builds: beside a CPU build of torch their compiled operators do not load,
-and Python code that only *registers* shapes for those operators fails with "operator
-torchvision::nms does not exist". Nothing here calls a torchvision operator, so declaring the two
-schemas that are registered is enough. It is done only where the operators are missing; a real
-call of them still fails, as it should.
+timm imports torchvision. Its Linux wheels on the Python package index are CUDA builds, whose
+compiled operators do not load with a CPU build of torch; registering their shapes then fails with
+"operator torchvision::nms does not exist". The course calls no torchvision operator, so it is
+enough to declare the two schemas where they are missing. Calling such an operator still fails.
 """
 
 import importlib
@@ -17,7 +15,7 @@ try:
 except RuntimeError as error:
     if "torchvision::" not in str(error):
         raise
-    # The library object must outlive this module: its schemas vanish with it.
+    # The schemas vanish with the library object.
     _LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
     for _name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, _name):

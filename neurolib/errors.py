@@ -1,16 +1,16 @@
-"""The errors that people see: one line that says what, where, expected and remedy.
+"""Errors that users see: one line with the problem, the place, what was expected, and a remedy.
 
-Every error that bad input can cause derives from `NeurolibError`, so that the command line
-turns it into that one line and exit status 2, and nothing else is swallowed.
+Every error that bad input can cause derives from `NeurolibError`. The command line prints it as
+one line and exits with status 2; all other exceptions pass through.
 """
 
 
 class NeurolibError(ValueError):
-    """Base of all errors caused by what the user gave, not by a fault of ours."""
+    """Base of all errors that bad input causes."""
 
 
 class NeurolibWarning(UserWarning):
-    """What was left out, guessed or converted of what the user gave; Python says each once."""
+    """Some input was left out, guessed or converted."""
 
 
 class VolumeError(NeurolibError):
@@ -18,7 +18,7 @@ class VolumeError(NeurolibError):
 
 
 class NothingFoundError(VolumeError):
-    """No voxel of a volume is foreground, so that there is nothing to trace."""
+    """No voxel of a volume is foreground, so there is nothing to trace."""
 
 
 class SwcError(NeurolibError):

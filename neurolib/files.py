@@ -1,4 +1,4 @@
-"""Files written whole or not at all, folders that one process locks, and hashes."""
+"""Atomic writing, locks, provenance and hashes of files."""
 
 import contextlib
 import errno
@@ -22,17 +22,17 @@ from neurolib.errors import SettingsError
 
 try:
     import fcntl
-except ImportError:  # Windows: no locks, and what killed processes leave is not removed
+except ImportError:  # Windows: no locks, and leftovers of killed processes stay
     fcntl = None
 
 # Error codes for a full disk: no space left, over the quota, over the limit of one file.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# NumPy's own message for it, which carries no error code.
+# NumPy's message for a full disk, which has no error code.
 CUT_SHORT = re.compile(r"^\d+ requested and \d+ written$")
 CHECKPOINT = "checkpoint.safetensors"  # in the folder of a run
 # The network that comes with the course; data/neurite.md is its card.
 SHIPPED = Path(__file__).resolve().parents[1] / "data" / "neurite.safetensors"
-# The first words of our results' provenance, and the mark before the hash of an SWC's nodes.
+# The first words of a result's provenance, and the line with the hash of an SWC's nodes.
 WRITTEN = "written by neurolib"
 SEAL = re.compile(r"^# nodes: sha256 (\w+)$", re.MULTILINE)
 # Seconds to wait for a folder's lock: the children of a killed process end soon after it.
@@ -45,10 +45,9 @@ def cache_folder() -> Path:
 
 
 def named_folder(variable: str) -> Path | None:
-    """The folder that an environment variable names, absolute; None if it is not set.
+    """The absolute folder that an environment variable names; None if it is not set.
 
-    The variable itself is made absolute as well: notebooks run in another folder, where a relative
-    name would mean something else.
+    The variable is made absolute too, because notebooks run in another folder.
     """
     if not (value := os.environ.get(variable)):
         return None
@@ -60,10 +59,10 @@ def named_folder(variable: str) -> Path | None:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; rename it to `path` when the block succeeds.
 
-    The temporary name keeps the suffix of `path`, because writers choose their format by it.
-    If the block raises, the temporary file (or folder) is removed and `path` is untouched. The
-    next process that writes into the same folder removes what a killed one left. A folder that
-    cannot be written to, or a full disk, is a `SettingsError`.
+    The temporary path keeps the suffix, because writers choose their format by it. If the block
+    raises, the temporary file (or folder) is removed and `path` is untouched. The next process
+    that writes into this folder removes what a killed one left. A full disk, or a folder that
+    cannot be written to, is a `SettingsError`.
     """
     path = Path(path)
     with workplace(path) as folder:
@@ -71,11 +70,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with explain_full_disk(path):
             yield temporary
         if temporary.is_file():
-            # Some writers deny others read access; our files get the user's default mode.
+            # Some writers deny read access to others; restore the user's default mode.
             (folder / ".mode").touch()
             os.chmod(temporary, stat.S_IMODE((folder / ".mode").stat().st_mode))
-        # A folder can only be removed file by file; stopped half-way, that would leave an image
-        # that reads well and has holes. So the old one is renamed, too, and comes back if need be.
+        # Removing the old folder first could leave half an image if interrupted. So it is renamed,
+        # and renamed back if the replacement fails.
         old = folder / ".old"
         try:
             if temporary.is_dir() and path.exists():
@@ -92,12 +91,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def workplace(path: Path) -> Iterator[Path]:
-    """Make a hidden folder beside `path` and remove it at the end, with those of killed processes.
+    """Make a hidden folder beside `path`; remove it at the end, and those of killed processes.
 
-    Strategy: a process locks its folder, and the system releases the locks of a process however it
-    ends. So a folder of this machine that can be locked has no owner any more.
+    Strategy: each process locks its folder, and the system releases the lock when the process
+    ends. So a folder of this machine that can be locked is abandoned.
     """
-    # Other machines on the same disk may not see the locks, so the name says whose folder it is.
+    # Other machines on the same disk may not see the locks, so the name includes the machine.
     machine = f"{zlib.crc32(platform.node().encode()):08x}"
     ours = re.compile(rf"\..+\.{machine}-\w{{8}}")
     try:
@@ -129,7 +128,7 @@ def workplace(path: Path) -> Iterator[Path]:
 
 
 def _locked(path: Path, wait: bool = False) -> int | None:
-    """Lock a folder; None if it is gone, locked by another process, or the disk has no locks."""
+    """Lock a folder; None if it is gone or locked by another process, or the disk has no locks."""
     if fcntl is None:
         return None
     try:
@@ -150,7 +149,7 @@ def _unlock(lock: int | None) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder, even while threads of a failed writer still put files into it."""
+    """Remove a folder, even while threads of a failed writer still write into it."""
     for pause in (0, 0.01, 0.1, 1):
         time.sleep(pause)
         shutil.rmtree(folder, ignore_errors=True)
@@ -160,14 +159,14 @@ def _remove(folder: Path) -> None:
 
 @contextmanager
 def explain_full_disk(path: str | Path) -> Iterator[None]:
-    """Turn whatever the writers raise on a full disk into one `SettingsError`."""
+    """Turn any error that a full disk causes into a `SettingsError`."""
     try:
         yield
     except Exception as error:
-        # Libraries in other languages quote the system's message in errors of their own.
-        said = str(error)
-        reason = next((os.strerror(code) for code in FULL if os.strerror(code) in said), "")
-        if not reason and isinstance(error, OSError) and CUT_SHORT.match(said):
+        # Compiled libraries quote the system's message in errors of their own.
+        message = str(error)
+        reason = next((os.strerror(code) for code in FULL if os.strerror(code) in message), "")
+        if not reason and isinstance(error, OSError) and CUT_SHORT.match(message):
             reason = os.strerror(errno.ENOSPC)
         if not reason or isinstance(error, SettingsError):
             raise
@@ -178,10 +177,10 @@ def explain_full_disk(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def claim(path: str | Path, what: str | Path = "") -> Iterator[None]:
-    """Hold the lock file `path`, which stands for `what`, and remove it at the end.
+    """Hold the lock file `path` for `what` (by default its folder); remove it at the end.
 
-    By default `what` is the folder of the file. The system releases the lock of a killed process,
-    and the next one takes over the file. If another process holds it, a `SettingsError` says so.
+    If another process holds it, this raises a `SettingsError`. The lock of a killed process is
+    free for the next one.
     """
     path = Path(path)
     until = time.monotonic() + PATIENCE
@@ -216,7 +215,7 @@ def _hold(path: Path) -> int | None:
             return lock
     except BlockingIOError:
         pass
-    except OSError:  # a file system without locks excludes nobody
+    except OSError:  # this file system has no locks
         return lock
     os.close(lock)
     return None
@@ -238,15 +237,12 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def decode(raw: bytes) -> str:
-    r"""Text of a file of the user's: UTF-8, UTF-16 with its mark, or a Western code page.
-
-    Line ends become ``\\n``.
-    """
+    r"""Decode text in UTF-8, UTF-16 with its mark, or a Western code page; line ends become \n."""
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         text = raw.decode("utf-16", errors="replace")
     else:
-        # Vaa3D and Excel write names in the system's code page, whatever it is; only Latin-1 has a
-        # character for every byte.
+        # The last encoding that works counts. Vaa3D and Excel write the system's code page;
+        # only Latin-1 has a character for every byte.
         for encoding in ("latin-1", "cp1252", "utf-8-sig"):
             with contextlib.suppress(UnicodeDecodeError):
                 text = raw.decode(encoding)
@@ -290,16 +286,16 @@ def text_key(text: str) -> str:
 
 
 def provenance(command: str, **facts: object) -> str:
-    """What a result was made with, one fact a line: version, inputs, parameters."""
+    """How a result was made, one fact per line: version, inputs, parameters."""
     lines = [f"{WRITTEN} {__version__}: {command}", *(f"{k}: {v}" for k, v in facts.items())]
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 
 
 def is_result(path: Path) -> bool:
-    """Whether a file (or OME-Zarr) is a result of a command of ours, as it was written.
+    """Whether neurolib wrote a file (or OME-Zarr).
 
-    An SWC that somebody has corrected by hand is not, nor is anything another program saved. Of
-    a table of `neurolib.course.scores`, its heads tell.
+    An SWC that somebody has corrected by hand does not count. A table of `neurolib.course.scores`
+    is known by its column names.
     """
     import tifffile
 
@@ -321,20 +317,15 @@ def is_sealed(path: Path) -> bool:
     text = path.read_text(encoding="utf-8", errors="replace")
     seal = SEAL.search(text)
     nodes = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
-    return seal is not None and seal[1] == seal_of(nodes)
-
-
-def seal_of(nodes: str) -> str:
-    """The hash of the lines of an SWC below its head."""
-    return text_key(nodes)
+    return seal is not None and seal[1] == text_key(nodes)
 
 
 def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], overwrite: bool = False) -> None:
-    """Before any work is done, refuse outputs that would replace a file of the user's.
+    """Refuse outputs that would replace a user's file.
 
-    Links are followed. No output may be an input or another output, lie inside one or contain one.
-    What is none of our results is replaced only with `overwrite`, and a tree beside an image of
-    the same name, which counts as the image's own, never.
+    No output may be, contain or lie inside an input or another output; links are followed. Files
+    that neurolib did not write are replaced only with `overwrite`, and a tree beside its image
+    never.
     """
     for number, path in enumerate(outputs):
         for other in (*inputs, *outputs[:number]):

@@ -1,7 +1,6 @@
-"""Parameters and options: one table of the values that they may have, and how their text is read.
+"""Parameters and options: the values that they may have, and how their text is read.
 
-Command line, profiles, grids and notebooks give the same parameters; all are checked here, before
-any work is done.
+Command line, profiles, grids and notebooks share these checks.
 """
 
 import math
@@ -9,7 +8,7 @@ import re
 
 from neurolib.errors import SettingsError
 
-# The interval of each number, whichever option or parameter has that name.
+# The interval of each number, by the name of the option or parameter.
 RANGES = {
     "accumulate": "[1, inf)",
     "average": "[0, 1)",
@@ -42,21 +41,21 @@ RANGES = {
     "warmup": "[0, 1]",
     "workers": "[0, inf)",
 }
-# As YAML 1.1 writes truth.
+# Booleans as in YAML 1.1.
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 def check_range(name: str, value: object, shown: str = "") -> None:
-    """Refuse a number outside the interval of its name; what has no interval must be finite.
+    """Refuse a number outside the interval of its name; without an interval it must be finite.
 
     Parameters
     ----------
     name : str
         As in `RANGES`.
     value : object
-        Numbers are checked, None and everything else passes.
+        Only numbers are checked.
     shown : str
-        How the user wrote it, up to the value, as ``--min-size`` and a space; ``min_size=`` else.
+        What the error shows before the value; ``name=`` by default.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
@@ -77,10 +76,9 @@ def check_range(name: str, value: object, shown: str = "") -> None:
 
 
 def read_as(default: object, value: object, shown: str) -> object:
-    """A value, or its text, as the type of a parameter's default.
+    """Convert a value, or its text, to the type of a parameter's default.
 
-    Text stays as it is where the default is text: ``007`` is a name. ``1e-4`` is a number, which
-    YAML would take for text.
+    ``007`` stays text where the default is text; ``1e-4`` is a number, unlike in YAML.
 
     Raises
     ------
@@ -104,7 +102,7 @@ def read_as(default: object, value: object, shown: str) -> object:
 def three_numbers(
     text: str, shown: str, positive: bool = False
 ) -> tuple[float, float, float] | None:
-    """Three numbers with commas between them; None of nothing, SettingsError of anything else."""
+    """Parse three numbers separated by commas; None if `text` is empty."""
     if not text:
         return None
     try:

@@ -1,7 +1,7 @@
-"""SWC trees: reading what the world writes, writing what every program reads, and geometry.
+"""SWC trees: reading, writing, and geometry.
 
 A tree lives in the voxel frame of its image: x = column, y = row, z = slice, voxel centres at
-integers. Sizes, spacings and boxes are given in array order (z, y, x), as everywhere else.
+integers. Sizes and spacings are in array order (z, y, x), as everywhere else.
 """
 
 import functools
@@ -18,14 +18,14 @@ from scipy.sparse.csgraph import connected_components, depth_first_order
 
 from neurolib.data.formats import check_spacing
 from neurolib.errors import DataError, NeurolibError, SettingsError, SwcError
-from neurolib.files import decode, seal_of, write_text
+from neurolib.files import decode, text_key, write_text
 from neurolib.volume import Volume
 
 COLUMNS = "id type x y z radius parent"
 SOMA = 1
-# What R, Python and C write where they have no radius.
+# R, Python and C write these for a missing radius.
 NO_RADIUS = ("na", "none", "null", "nan(ind)", "-nan(ind)")
-# How programs name a unit in the comments of an SWC file, in µm; 0 stands for voxels.
+# Names of units in the comments of SWC files, in µm; 0 stands for voxels.
 UNITS = {
     r"nm|nanomet\w+": 1e-3,
     r"[uµμ]m|microns?|micromet\w+": 1.0,
@@ -39,8 +39,8 @@ class Tree:
     """A forest of neurite trees in voxel coordinates (voxel centres at integers).
 
     xyz (n, 3) float64: x = column, y = row, z = slice; radius (n,) voxels; type (n,) SWC type;
-    parent (n,) row index of the parent, -1 for a root; repairs: what reading had to mend or to
-    convert.
+    parent (n,) row index of the parent, -1 for a root; repairs: what the reader mended or
+    converted.
     """
 
     xyz: np.ndarray
@@ -56,27 +56,26 @@ class Tree:
 def read_swc(path: str | Path, spacing: Sequence[float] | None = None) -> Tree:
     """Read an SWC (or .eswc) file.
 
-    Accepted are comments anywhere, blanks, tabs or commas between columns, ids written as
+    The reader accepts comments anywhere, blanks, tabs or commas between columns, ids written as
     floats, ids up to 2^63, any line ends, UTF-8, UTF-16 or Latin-1, columns after the seventh,
-    parents after their children, and several roots. Repaired, each with an entry in
-    ``Tree.repairs``, are a node listed twice with the same content, a node that is its own
-    parent, a parent that is not in the file (its child becomes a root), a radius that is not a
-    positive number (set to 1), a heading without ``#``, a soma written as three points (read as
-    one sphere), and children listed before their parents (the nodes are put in depth-first
-    order; where all parents come first, the order of the file is kept).
+    and several roots. It repairs, with an entry in ``Tree.repairs``, a node listed twice with the
+    same content, a node that is its own parent, a parent that is not in the file (its child
+    becomes a root), a radius that is not a positive number (set to 1), a heading without ``#``, a
+    soma written as three points (read as one sphere), and children listed before their parents
+    (the nodes are put in depth-first order).
 
-    Comments that tell the frame are used, and that is reported there, too: ``OFFSET x y z`` is
-    added to every node, and coordinates and radii whose unit is given (``# All positions and
-    radii in um``) are brought into voxels, if the voxel size is known. ``SCALE`` is only named.
+    It also uses, and reports, comments about the frame: ``OFFSET x y z`` is added to every node,
+    and coordinates and radii with a unit (``# All positions and radii in um``) are converted to
+    voxels if the voxel size is known. ``SCALE`` is reported but not used.
 
     Parameters
     ----------
     path : str or Path
-        File to read. See `transform` for frames of which the file says nothing.
+        See `transform` for frames that the file does not describe.
     spacing : sequence of float, optional
-        (dz, dy, dx) of the image in µm, for files whose comments say that they are in a physical
-        unit. Without it the voxel size in the comments is taken
-        (``# Voxel separation (x,y,z): 0.5, 0.5, 2``), as `write_swc` and SNT write it.
+        (dz, dy, dx) of the image in µm, for files in a physical unit. By default the voxel size
+        in the comments counts (``# Voxel separation (x,y,z): 0.5, 0.5, 2``), as `write_swc` and
+        SNT write it.
 
     Returns
     -------
@@ -110,8 +109,8 @@ def read_swc(path: str | Path, spacing: Sequence[float] | None = None) -> Tree:
 def _parse(lines: list[str], name: str, repairs: list[str]) -> np.ndarray:
     """Columns of all nodes, (n, 7); a heading without # is cleared in `lines`.
 
-    Strategy: NumPy's C parser takes a well-formed file in one go. Whatever it refuses goes
-    through the line parser, which either understands it or knows the line to blame.
+    Strategy: NumPy's C parser reads a well-formed file. What it refuses goes through the line
+    parser, which either understands it or names the bad line.
     """
     try:
         if any(line and not line.isspace() and line[0] != "#" for line in lines):
@@ -161,12 +160,12 @@ def _is_number(token: str) -> bool:
         float(token)
     except ValueError:
         return False
-    # Python takes "1_000" for a number; no writer of SWC files means that.
+    # Python takes "1_000" for a number.
     return "_" not in token
 
 
 class _Report:
-    """Errors and repairs that name lines, whose numbers are worked out only when one is needed."""
+    """Errors and repairs that name lines; their numbers are computed when first needed."""
 
     def __init__(self, name: str, lines: list[str], repairs: list[str]):
         self.name, self.lines, self.repairs = name, lines, repairs
@@ -207,7 +206,7 @@ def _assemble(table: np.ndarray, report: _Report) -> Tree:
     order = np.argsort(ids)
     parent = order[np.minimum(np.searchsorted(ids, wanted, sorter=order), n - 1)]
     parent[ids[parent] != wanted] = -1
-    # Trees that were cut out of larger ones have such parents.
+    # Trees cut out of larger ones have such parents.
     report.repair(rows[(parent < 0) & (wanted != -1)], "no such parent, taken as a root (-1)")
     itself = parent == np.arange(n)
     report.repair(rows[itself], "its own parent, taken as a root")
@@ -230,11 +229,11 @@ def _assemble(table: np.ndarray, report: _Report) -> Tree:
 
 
 def _checked_keys(table: np.ndarray, report: _Report) -> np.ndarray:
-    """Ids and parents (n, 2) as whole numbers; an error if a number of the table is none."""
+    """Ids and parents (n, 2) as integers; an error for an unusable number in the table."""
     column = np.arange(7)
     whole = np.isin(column, (0, 1, 6))
     for wrong, expected in (
-        # Some programs write NaN where they measured no radius.
+        # Some programs write NaN for an unknown radius.
         (~np.isfinite(table) & ~(np.isnan(table) & (column == 5)), "a number"),
         (whole & ((np.floor(table) != table) | (np.abs(table) >= 2**63)), "a whole number"),
         (~whole & (np.abs(table) > 1e9), "voxels, 1e9 at most; the file is damaged"),
@@ -244,7 +243,7 @@ def _checked_keys(table: np.ndarray, report: _Report) -> np.ndarray:
             raise report.error(row, what)
     keys = table[:, [0, 6]].astype(np.int64)
     for row in np.flatnonzero((np.abs(table[:, [0, 6]]) >= 2**53).any(axis=1)):
-        # From 2^53 on neighbouring integers are no longer distinct as floats.
+        # From 2^53 on, floats cannot tell neighbouring integers apart.
         tokens = report.lines[report.numbers[row] - 1].replace(",", " ").split()
         try:
             keys[row] = [int(tokens[k].removesuffix(".0")) for k in (0, 6)]
@@ -255,10 +254,10 @@ def _checked_keys(table: np.ndarray, report: _Report) -> np.ndarray:
 
 
 def _one_sphere(tree: Tree) -> Tree:
-    """Read somata of three points as the one sphere that they stand for.
+    """Turn each soma of three points into one sphere.
 
-    NeuroMorpho.org writes a soma as its centre and two children at the centre - r and + r, so
-    that programs which know only cylinders draw one with the surface of the sphere.
+    NeuroMorpho.org writes a soma as its centre and two children, at the centre - r and + r: a
+    cylinder with the surface of the sphere.
     """
     soma = tree.type == SOMA
     inner = np.flatnonzero(soma & (tree.parent >= 0))
@@ -283,20 +282,20 @@ def _one_sphere(tree: Tree) -> Tree:
         return tree
     parent = np.where(np.isin(tree.parent, dropped), tree.parent[tree.parent], tree.parent)
     kept = np.setdiff1d(np.arange(len(parent)), dropped)
-    said = "three-point soma, read as one sphere"
-    return replace(take(replace(tree, parent=parent), kept), repairs=(*tree.repairs, said))
+    repairs = (*tree.repairs, "three-point soma, read as one sphere")
+    return replace(take(replace(tree, parent=parent), kept), repairs=repairs)
 
 
 def _use_comments(tree: Tree, lines: list[str], spacing: Sequence[float] | None) -> Tree:
-    """Apply the offset and the unit that the comments of an SWC file tell, and say so."""
-    unit, found, repairs = None, {}, []
+    """Apply the offset and the unit in the comments of an SWC file, and report it."""
+    unit, header, repairs = None, {}, []
     number = r"\s*[:=]?\s*" + r"[\s,;]+".join([r"([-+.\de]+)"] * 3)
     keys = {"OFFSET": "OFFSET", "SCALE": "SCALE", "separation": r"Voxel separation \(x,\s*y,\s*z\)"}
     for comment in (line for line in lines if line.lstrip().startswith("#")):
         for key, words in keys.items():
             match = re.match(rf"[\s#]*{words}{number}", comment, re.IGNORECASE)
             if match and all(map(_is_number, match.groups())):
-                found[key] = np.array(match.groups(), dtype=float)
+                header[key] = np.array(match.groups(), dtype=float)
         if re.search(r"\b(units?|coordinates|positions)\b", comment, re.IGNORECASE):
             named = {
                 (word, size)
@@ -309,23 +308,23 @@ def _use_comments(tree: Tree, lines: list[str], spacing: Sequence[float] | None)
     def text(values: np.ndarray) -> str:
         return ", ".join(f"{value:g}" for value in values)
 
-    if found.get("OFFSET", np.zeros(3)).any():
-        repairs.append(f"header: OFFSET {text(found['OFFSET'])} added to every node")
-        tree = replace(tree, xyz=tree.xyz + found["OFFSET"])
-    if (found.get("SCALE", np.ones(3)) != 1).any():
-        repairs.append(f"header: SCALE {text(found['SCALE'])} not used")
+    if header.get("OFFSET", np.zeros(3)).any():
+        repairs.append(f"header: OFFSET {text(header['OFFSET'])} added to every node")
+        tree = replace(tree, xyz=tree.xyz + header["OFFSET"])
+    if (header.get("SCALE", np.ones(3)) != 1).any():
+        repairs.append(f"header: SCALE {text(header['SCALE'])} not used")
     if unit and unit[1]:
-        word, size = unit
-        known, told = spacing is not None, "separation" in found
-        if known or told:
-            voxel = np.array(spacing) if known else found["separation"][::-1] * size
+        (word, size), separation = unit, header.get("separation")
+        written = None if separation is None else separation[::-1] * size
+        voxel = written if spacing is None else np.array(spacing)
+        if voxel is not None:
             tree = transform(tree, voxel / size)
-            said = f"{word}, brought into voxels of {text(voxel[::-1])} µm (x, y, z)"
-            if known and told and not np.allclose(voxel, found["separation"][::-1] * size, 1e-3):
-                said += f"; the header has {text(found['separation'])} {word}"
+            note = f"{word}, brought into voxels of {text(voxel[::-1])} µm (x, y, z)"
+            if written is not None and not np.allclose(voxel, written, 1e-3):
+                note += f"; the header has {text(separation)} {word}"
         else:
-            said = f"{word}, taken as it is, since the voxel size is not known"
-        repairs.append(f"header: unit {said}")
+            note = f"{word}, taken as it is, since the voxel size is not known"
+        repairs.append(f"header: unit {note}")
     return replace(tree, repairs=(*tree.repairs, *repairs))
 
 
@@ -335,7 +334,7 @@ def _use_comments(tree: Tree, lines: list[str], spacing: Sequence[float] | None)
 def topological_order(tree: Tree) -> np.ndarray:
     """Rows of `tree` (n,) with every parent before its children.
 
-    The order is the tree's own where that already holds, else depth first with siblings in the
+    A tree already in such an order keeps it; others become depth first, with siblings in the
     tree's order. A cycle is an `SwcError`.
     """
     parent = _checked_parent(tree)
@@ -349,7 +348,7 @@ def topological_order(tree: Tree) -> np.ndarray:
 
 
 def _checked_parent(tree: Tree) -> np.ndarray:
-    """The parent column, after making sure that it can be used as row indexes."""
+    """The parent column, checked to be usable as row indexes."""
     parent = np.asarray(tree.parent)
     n = len(parent)
     if parent.ndim != 1 or parent.dtype.kind not in "iu":
@@ -367,12 +366,12 @@ def _checked_parent(tree: Tree) -> np.ndarray:
 
 
 def _depth_first(parent: np.ndarray) -> np.ndarray:
-    """Rows in depth-first order; nodes on or behind a cycle are left out.
+    """Rows in depth-first order, without nodes on or below a cycle.
 
-    Strategy: SciPy's search rescans a node's whole neighbour list at each return, which is
-    quadratic for a forest of many roots. So the forest is first rewritten with two links per
-    node, to its first child and to its next sibling (roots being siblings of each other); a
-    search that follows "child" before "sibling" visits it in exactly the same order.
+    Strategy: SciPy's search rescans a node's whole neighbour list at each return, which takes
+    quadratic time in a forest of many roots. So each node gets two links, to its first child and
+    to its next sibling (roots are siblings). Following "child" before "sibling" gives the same
+    order.
     """
     n = len(parent)
     by_parent = np.argsort(parent, kind="stable")
@@ -397,21 +396,21 @@ def _depth_first(parent: np.ndarray) -> np.ndarray:
 
 
 def _on_cycle(parent: np.ndarray, reached: np.ndarray) -> int:
-    """A row that lies on a cycle, given the rows that a search from the roots has reached."""
+    """A row on a cycle, given the rows that a search from the roots reached."""
     lost = np.ones(len(parent), dtype=bool)
     lost[reached] = False
     row = int(np.argmax(lost))
-    # Every lost row leads into a cycle, in fewer steps than there are rows.
+    # Every row not reached leads into a cycle, in fewer steps than there are rows.
     for _ in range(len(parent)):
         row = int(parent[row])
     return row
 
 
 def take(tree: Tree, rows: np.ndarray) -> Tree:
-    """The nodes `rows` (n,) in that order; one whose parent is not among them becomes a root."""
+    """The nodes `rows` (n,) in that order; nodes without their parent become roots."""
     place = np.full(len(tree.parent) + 1, -1)
     place[rows] = np.arange(len(rows))
-    # The extra last entry of `place` serves the roots' index -1.
+    # The last entry of `place` is for the roots' index -1.
     return Tree(
         tree.xyz[rows],
         tree.radius[rows],
@@ -433,29 +432,32 @@ def write_swc(
 ) -> Path:
     """Write a tree with ids 1 to n, parents before children, -1 at every root.
 
-    The head names the unit, the voxel size if it is given, and where the first voxel lies, in
-    the words of SNT, so that `read_swc` brings a file in µm back into voxels.
+    The header gives the unit, the voxel size if known, and the place of the first voxel, in the
+    words of SNT, so that `read_swc` converts a file in µm back to voxels.
 
     Parameters
     ----------
     path : str or Path
-        File to write, whole or not at all.
+        Written atomically.
     tree : Tree
-        Coordinates are written with four decimals (six in µm), radii with six significant
-        digits.
+        Coordinates get four decimals (six in µm), radii six significant digits.
     comment : str
-        Lines for the head of the file; each gets its ``#``.
+        Lines for the header, without ``#``.
     units : str
         ``voxels``, or ``um``: coordinates times `spacing`, radii times the geometric mean of dy
-        and dx. Most programs take an SWC to be in µm.
+        and dx. Most programs expect µm.
     spacing : sequence of float, optional
         (dz, dy, dx) in µm; needed for ``um``.
 
     Returns
     -------
     Path
-        `path`. Of a tree without nodes, with a cycle or with values that are not finite, nothing
-        is written (`SwcError`).
+        `path`.
+
+    Raises
+    ------
+    SwcError
+        If the tree has no nodes, a cycle, or values that are not finite; nothing is written.
     """
     path = Path(path)
     if units not in ("voxels", "um") or (units == "um" and spacing is None):
@@ -484,7 +486,7 @@ def write_swc(
     at = f"{{:.{digits}f}}"
     line = f"{{}} {{}} {at} {at} {at} {{:.6g}} {{}}\n"
     nodes = "".join(line.format(*values) for values in zip(*columns, strict=True))
-    seal = f"nodes: sha256 {seal_of(nodes)}"
+    seal = f"nodes: sha256 {text_key(nodes)}"
     head = "".join(f"# {line}\n" for line in [*comment.splitlines(), *frame, seal, COLUMNS])
     return write_text(path, head + nodes)
 
@@ -493,7 +495,7 @@ def write_swc(
 
 
 def components(tree: Tree) -> np.ndarray:
-    """Label of each node's tree, (n,) int, numbered from 0 in order of appearance."""
+    """Number of each node's tree, (n,) int, from 0 in order of appearance."""
     n, (child, parent) = len(tree.parent), edges(tree)
     graph = coo_array((np.ones(len(child)), (child, parent)), shape=(n, n))
     return connected_components(graph, directed=False)[1].astype(np.int64)
@@ -513,7 +515,7 @@ def length(tree: Tree, spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> float:
 
 
 def length_text(tree: Tree, spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> str:
-    """The length of a tree with its unit: µm, or voxels where the spacing is unknown."""
+    """The length of a tree with its unit: µm, or voxels if the spacing is unknown."""
     unit = "voxels" if tuple(spacing) == (1, 1, 1) else "µm"
     return f"{length(tree, spacing):.{0 if unit == 'voxels' else 1}f} {unit}"
 
@@ -521,14 +523,13 @@ def length_text(tree: Tree, spacing: Sequence[float] = (1.0, 1.0, 1.0)) -> str:
 def tips(tree: Tree) -> np.ndarray:
     """Rows of the end points: nodes with at most one neighbour.
 
-    A root at the end of a neurite is one too, so that the answer does not depend on which end
-    a tracer chose as the root.
+    A root at the end of a neurite counts too, so that the choice of the root does not matter.
     """
     return np.flatnonzero(_degree(tree) <= 1)
 
 
 def branch_points(tree: Tree) -> np.ndarray:
-    """Rows of the branch points: nodes with three neighbours or more, wherever the root is."""
+    """Rows of the branch points: nodes with three neighbours or more, for any root."""
     return np.flatnonzero(_degree(tree) >= 3)
 
 
@@ -572,7 +573,7 @@ def densify(
 
 
 def _cuts(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where lines of so many steps are cut into equal pieces: which line, and the share of it."""
+    """Cut lines into equal pieces of at most one step: which line, and where along it (0 to 1)."""
     pieces = np.maximum(np.ceil(steps), 1).astype(np.int64)
     which = np.repeat(np.arange(len(pieces)), pieces)
     count = np.arange(len(which)) - np.repeat(np.cumsum(pieces) - pieces, pieces) + 1
@@ -582,9 +583,9 @@ def _cuts(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def resample(tree: Tree, step: float) -> Tree:
     """Place nodes evenly along every unbranched path, at most `step` voxels apart.
 
-    Roots, tips and branch points stay exactly where they are; between them nodes are replaced
-    by samples of the polyline, radii are interpolated, and the type is that of the next
-    original node away from the root.
+    Roots, tips and branch points stay where they are. Between them, samples of the polyline
+    replace the nodes; radii are interpolated, and the type is that of the next original node
+    away from the root.
     """
     _check_step(step)
     topological_order(tree)
@@ -592,9 +593,9 @@ def resample(tree: Tree, step: float) -> Tree:
     n, root = len(tree.parent), tree.parent < 0
     key = root | (np.bincount(tree.parent[~root], minlength=n) != 1)
 
-    # Strategy: in depth-first order an only child follows its parent directly, so each path
-    # from one key node to the next is a run of consecutive rows. All paths are laid end to end
-    # on one axis of arc length, with a gap of 1 between them, and sampled by one np.interp.
+    # Strategy: in depth-first order an only child directly follows its parent, so each path
+    # between key nodes is a run of consecutive rows. All paths are laid end to end along one axis
+    # of arc length, with gaps of 1, and sampled by one np.interp.
     ends, firsts = np.flatnonzero(key & ~root), np.flatnonzero(~root & key[tree.parent])
     if not len(ends):
         return tree
@@ -609,14 +610,14 @@ def resample(tree: Tree, step: float) -> Tree:
     begin, extent = axis[offset], axis[offset + sizes - 1] - axis[offset]
     which, t = _cuts(extent / step - 1e-9)
     s = begin[which] + extent[which] * t
-    # Rounding can put the last position a hair behind the end of the path.
+    # Rounding can put the last position just behind the end of the path.
     kind = tree.type[rows[np.minimum(np.searchsorted(axis, s), len(rows) - 1)]]
     xyz = np.stack([np.interp(s, axis, tree.xyz[rows, k]) for k in range(3)], axis=1)
     radius = np.interp(s, axis, tree.radius[rows])
     last = np.flatnonzero(t == 1)
     xyz[last], radius[last], kind[last] = tree.xyz[ends], tree.radius[ends], tree.type[ends]
 
-    # New rows: the roots, then the paths; a path's first sample hangs on its start.
+    # New rows: the roots, then the paths; the start of a path is its first sample's parent.
     roots = np.flatnonzero(root)
     new_row = np.full(n, -1)
     new_row[roots] = np.arange(len(roots))
@@ -646,19 +647,19 @@ def transform(
     origin: float | Sequence[float] = 0.0,
     flip_y: int | None = None,
 ) -> Tree:
-    """Bring a foreign tree into the voxel frame of its image.
+    """Convert a tree to the voxel frame of its image.
 
-    In this order: coordinates are divided by the spacing, the origin is subtracted, and y is
-    mirrored. Radii are divided by the geometric mean of dy and dx.
+    In this order: divide coordinates by the spacing, subtract the origin, mirror y. Radii are
+    divided by the geometric mean of dy and dx.
 
     Parameters
     ----------
     tree : Tree
     spacing : sequence of float
-        (dz, dy, dx), what one voxel measures in the units of the tree; 1 for voxels.
+        (dz, dy, dx), the size of a voxel in the units of the tree; 1 for voxels.
     origin : float or (z, y, x)
-        Where the tree's frame puts the centre of the first voxel, in voxels: 0 (ours), 0.5
-        (corners at integers), 1 (counting from one).
+        The centre of the first voxel in the tree's frame, in voxels: 0 (ours), 0.5 (corners at
+        integers), 1 (counting from one).
     flip_y : int, optional
         Height of the image in voxels, for files whose y axis points up: y becomes
         ``flip_y - 1 - y``.
@@ -677,7 +678,7 @@ def transform(
 
 
 def check_pair(tree: Tree, volume_shape: Sequence[int], name: str) -> None:
-    """Refuse a tree of which less than half lies inside an image of `volume_shape` (z, y, x)."""
+    """Refuse a tree if less than half of it lies in an image of `volume_shape` (z, y, x)."""
     if not len(tree.parent):
         raise DataError(f"{name}: the SWC has no nodes, expected a tree")
     inside = _inside(tree, volume_shape)
@@ -693,25 +694,26 @@ def check_pair(tree: Tree, volume_shape: Sequence[int], name: str) -> None:
 
 def check_frame(tree: Tree, volume: Volume, name: str) -> None:
     """Refuse a tree that does not lie on the neurites of its image; see `fit`."""
-    found = fit(tree, volume)
-    if not found.fits:
+    result = fit(tree, volume)
+    if not result.fits:
         raise DataError(
-            f"{name}: the SWC does not lie on the neurites of its image ({found.follows:.0%} "
-            f"brighter than around): {found}; correct it with neurolib.swc.transform"
+            f"{name}: the SWC does not lie on the neurites of its image ({result.follows:.0%} "
+            f"brighter than around): {result}; correct it with neurolib.swc.transform"
         )
 
 
 def _inside(tree: Tree, shape: Sequence[int]) -> float:
-    """Share of nodes within the image; a voxel reaches half a voxel around its centre."""
+    """Share of nodes within the image; voxels extend half a voxel around their centres."""
     upper = np.asarray(shape)[::-1] - 0.5
     return float(((tree.xyz >= -0.5) & (tree.xyz < upper)).all(axis=1).mean())
 
 
-# How far, in voxels along each axis, `fit` looks for a shift.
+# The largest shift that `fit` tries, in voxels along each axis.
 REACH = 8.0
-# Share of a tree that must be brighter than what lies AROUND voxels away. Measured: 0.89 to 1.00 on
-# the right trees of 10 real and 32 rendered stacks, also with noise; at most 0.67 in the best frame
-# of 41 trees of other neurons. Of 32 trees at half their scale one reaches 0.86, the others 0.79.
+# Share of a tree that must be brighter than its surroundings, AROUND voxels away. Measured: 0.89 to
+# 1.00 for the right trees of 10 real and 32 rendered stacks, also with noise; at most 0.67 for 41
+# trees of other neurons in their best frames. Of 32 trees at half their scale one reaches 0.86, the
+# others 0.79.
 FOLLOWS, AROUND = 0.85, 6.0
 # Voxels of tree that each change of a frame takes to mean something. Of 70 pieces of other neurons,
 # 15 to 130 voxels long, 24 found a frame without this bound, and 2 find one with it.
@@ -722,12 +724,10 @@ EVIDENCE = 20.0
 class Fit:
     """How well a tree lies on the bright structures of an image.
 
-    contrast: mean intensity on the tree minus that of the whole image, in standard deviations
-    of the image; inside: share of the nodes within the image, 0 to 1; follows: share of the tree
-    in the image that is brighter than what lies 6 voxels around it, about 0.5 for any line and
-    `FOLLOWS` or more for one that runs along neurites; hint: one sentence that names a frame
-    which fits clearly better and whose own `follows` is as high, with its contrast and its
-    `follows`; empty if there is none.
+    contrast: mean intensity on the tree minus that of the image, in standard deviations of the
+    image; inside: share of the nodes within the image; follows: share of the tree in the image
+    that is brighter than 6 voxels away, about 0.5 for any line and `FOLLOWS` or more along
+    neurites; hint: a frame that fits clearly better, with its contrast and `follows`, or empty.
     """
 
     contrast: float
@@ -739,7 +739,7 @@ class Fit:
 
     @property
     def fits(self) -> bool:
-        """Whether the tree lies on its image as it is."""
+        """Whether the tree lies on its image without a change of frame."""
         return not self.hint and self.follows >= FOLLOWS and self.inside >= 0.5
 
     def __str__(self) -> str:
@@ -757,11 +757,11 @@ class Fit:
 
 
 def fit(tree: Tree, volume: Volume) -> Fit:
-    """Compare the image on the tree with the image off it, here and in frames often confused.
+    """Compare the image on and off the tree, in its frame and in frames that are often confused.
 
-    Tried are mirrored axes, x and y exchanged, and if the volume has a spacing, coordinates in µm
-    or nm, in voxels of equal sides, or multiplied by the spacing; each of them with a shift of up
-    to 8 voxels along every axis. A frame needs 20 voxels of tree for each of its changes.
+    These are mirrored axes, x and y exchanged, and if the volume has a spacing, coordinates in µm
+    or nm, in voxels of equal sides, or multiplied by the spacing; each with a shift of up to 8
+    voxels along every axis. A frame needs 20 voxels of tree for each of its changes.
     """
     if not len(tree.parent):
         raise SwcError("a tree without nodes cannot be compared with an image")
@@ -770,7 +770,7 @@ def fit(tree: Tree, volume: Volume) -> Fit:
     # A fixed sample of the image: a million voxels give its mean to a thousandth of its spread.
     rng = np.random.default_rng(0)
     sample = data[tuple(rng.integers(0, shape[:, None], size=(3, 1_000_000)))].astype(np.float64)
-    # Saturated spots must not outweigh the neurites: the same ceiling as for training.
+    # Saturated spots must not outweigh the neurites; training has the same ceiling.
     ceiling = np.percentile(sample, 99.8)
     ceiling = ceiling if ceiling > sample.min() else sample.max()
     sample = np.minimum(sample, ceiling)
@@ -788,7 +788,7 @@ def fit(tree: Tree, volume: Volume) -> Fit:
         return float((at(zyx).mean() - off) / spread)
 
     def follows(zyx: np.ndarray) -> float:
-        # Means over a voxel and its neighbours: noise must not hide what is bright.
+        # Means over a voxel and its neighbours reduce noise.
         steps = np.array([step for step in product((-1, 0, 1), repeat=3)], dtype=float)
         size = np.abs(steps).sum(axis=1)
         on = np.mean([at(zyx + step) for step in steps[size <= 1]], axis=0)
@@ -796,8 +796,8 @@ def fit(tree: Tree, volume: Volume) -> Fit:
         around = np.mean([at(zyx + AROUND * step) for step in ring], axis=0)
         return float((on > around + 0.02 * spread).mean())
 
-    # Strategy: every orientation with its best shift is scored on a quarter of the points, by
-    # whole voxels; the best of each number of changes is then scored on all, by half voxels.
+    # Strategy: score every orientation with its best shift in whole voxels on a quarter of the
+    # points. Then score the best of each number of changes on all points, in half voxels.
     best: dict[int, tuple[float, str, np.ndarray, np.ndarray]] = {}
     voxels = length(tree) / (np.linalg.norm(np.ptp(points, axis=0)) or 1.0)
     for words, frame in _orientations(points, shape, np.asarray(volume.spacing)):
@@ -813,28 +813,28 @@ def fit(tree: Tree, volume: Volume) -> Fit:
                 best[changes] = score, words, frame, move
     within = points[((points >= -0.5) & (points < shape - 0.5)).all(axis=1)]
     here = chosen = contrast(points)
-    found = Fit(here, _inside(tree, data.shape), follows(within) if len(within) else 0.0, "")
+    result = Fit(here, _inside(tree, data.shape), follows(within) if len(within) else 0.0, "")
     for changes in sorted(best.keys() - {0}):
         _, words, frame, shift = best[changes]
         if shift.any():
             shift = _best_shift(contrast, frame, shift, 0.5)
         score, along = contrast(frame + shift), follows(frame + shift)
-        # A frame must be good in itself, since of many wrong ones some lie on brighter voxels; and
-        # each change has to be worth it: on six confocal neurons with trusted traces, no other
+        # Among many wrong frames some lie on brighter voxels, so a frame must be good in itself,
+        # and each change must be worth it: for six confocal neurons with trusted traces, no other
         # frame gained more than 5 %.
         if along >= FOLLOWS and score > max(1.1 * chosen, chosen + 0.25):
             moves = [f"{d:g} in {k}" for d, k in zip(shift, "zyx", strict=True) if d]
             parts = [*words, *(["offset by " + " and ".join(moves)] if moves else [])]
             hint = ", ".join(parts) + "?"
-            found = replace(found, hint=hint, hint_contrast=score, hint_follows=along)
+            result = replace(result, hint=hint, hint_contrast=score, hint_follows=along)
             chosen = score
-    return found
+    return result
 
 
 def _orientations(
     points: np.ndarray, shape: np.ndarray, spacing: np.ndarray
 ) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
-    """Frames that people confuse: what was changed, in words, and the points (n, 3) z, y, x."""
+    """Frames that people confuse: the changes in words, and the points (n, 3) z, y, x."""
     scaled = {(): np.ones(3)}
     if (spacing != 1).any():
         scaled |= {
@@ -858,7 +858,7 @@ def _orientations(
 
 
 def _best_shift(contrast, points: np.ndarray, shift: np.ndarray, step: float) -> np.ndarray:
-    """The shift (z, y, x) of highest contrast, sought twice along one axis after the other."""
+    """The shift (z, y, x) of highest contrast, searched twice along each axis in turn."""
     shift = shift.copy()
     for axis in (0, 1, 2, 0, 1, 2):
         scores = {}
@@ -866,12 +866,11 @@ def _best_shift(contrast, points: np.ndarray, shift: np.ndarray, step: float) ->
         for size in sorted(np.arange(-REACH, REACH + step / 2, step), key=abs):
             moved = np.where(np.arange(3) == axis, size, shift)
             scores[size] = contrast(points + moved)
-        found = max(scores, key=scores.get)
-        # A shift along a neurite changes little and is none.
+        best = max(scores, key=scores.get)
+        # A shift along a neurite changes little and does not count.
         kept = max(scores[0.0], contrast(points + shift))
-        better = scores[found] > max(1.03 * kept, kept + 0.05)
-        if better:
-            shift[axis] = found
+        if scores[best] > max(1.03 * kept, kept + 0.05):
+            shift[axis] = best
         elif scores[0.0] >= 0.97 * kept:
             shift[axis] = 0.0
     return shift

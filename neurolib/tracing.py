@@ -2,24 +2,23 @@
 
 The stages, in the order in which `trace` calls them:
 
-1. `find_foreground`: voxels above the threshold, their 26-neighbour graph, small parts dropped;
+1. `find_foreground`: voxels above the threshold and their 26-neighbour graph, without small parts;
 2. `measure_radius`: distance of each voxel to the background;
 3. `path_cost`: cheap along the middle of a neurite, expensive at its edge;
-4. `find_paths`: from the root, the cheapest path to the farthest voxel not yet explained, and on;
-5. `prune_paths`: paths too short to be branches go;
-6. `bridge_gaps`: ends that face each other across a gap are joined;
-7. `smooth_tree`: off the voxel grid, ends drawn back into the neurite, even steps, radii.
+4. `find_paths`: cheapest paths from the root to the farthest voxel not yet explained, repeatedly;
+5. `prune_paths`: drop paths too short to be branches;
+6. `bridge_gaps`: join ends that face each other across a gap;
+7. `smooth_tree`: move nodes off the voxel grid, draw ends back, sample evenly, measure radii.
 
-Stage 1 reads the volume box by box, so that it need not be in memory; from there on only the
-foreground is held, of which stages 2 to 5 see one connected component at a time.
+Stage 1 reads the volume box by box, so that it need not be in memory. Later stages hold only the
+foreground; stages 2 to 5 see one connected component at a time.
 
 Lengths, radii and distances are in voxels of the finest axis: with spacing (2, 0.5, 0.5) a step
-of one slice has length 4. With isotropic spacing they are plain voxels. `Tree.xyz` stays in voxel
-indices along each axis, whatever the spacing, and the radii of the result of `trace` are in voxels
-of the plane, as in every `Tree`.
+of one slice has length 4. `Tree.xyz` stays in voxel indices along each axis, and the radii that
+`trace` returns are in voxels of the plane, as in every `Tree`.
 
 Sato et al., "TEASAR: tree-structure extraction algorithm for accurate and robust skeletons",
-Pacific Graphics 2000. The constants are ours, where no source is named.
+Pacific Graphics 2000. Constants without a source are ours.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,23 +40,23 @@ from neurolib.volume import pieces
 SOMA_RATIO = 2.5  # a soma is this many times thicker than the median foreground voxel
 SOMA_NEURITES = 4.0  # and its tree this many times longer than its radius, unlike a thick fragment
 HALF_VOXEL = 0.5
-DENSE = 0.05  # share of its bounding box from which a foreground is better transformed densely
+DENSE = 0.05  # share of its bounding box from which on a dense distance transform is faster
 CENTRING = 10.0  # weight of the radius in the cost of a path
 CERTAINTY = 2.0  # weight of the probability in the cost of a path
-EXPLAINED_SCALE, EXPLAINED_MARGIN = 1.5, 3.0  # a path explains what lies within 1.5 r + 3 of it
-DETOUR = 2.0  # unless its way to the path is twice as long: a neurite beside it, a loop
-BRANCH_MARGIN = 6.0  # a branch is longer than 6 + r, counted from the middle of its parent
-# Degrees by which an end may point away from the bridge, and both ends together. Over 600 random
-# cuts in six real neurons, 60 alone closes as many of them, and joins twice as many wrong ends.
+EXPLAINED_SCALE, EXPLAINED_MARGIN = 1.5, 3.0  # a path explains voxels within 1.5 r + 3 of it
+DETOUR = 2.0  # unless the way to the path is twice as long: another neurite, a loop
+BRANCH_MARGIN = 6.0  # a branch is longer than 6 + r, from the middle of its parent
+# Degrees by which one end, and both together, may point away from the bridge. For 600 random cuts
+# in six real neurons, 60 alone closes as many and joins twice as many wrong ends.
 BRIDGE_ANGLE, BRIDGE_BEND = 60.0, 80.0
-END_LENGTH = 10.0  # the stretch at an end that gives its direction
+END_LENGTH = 10.0  # length of the stretch that gives an end its direction
 MOVES = np.array([move for move in np.ndindex(3, 3, 3) if move != (1, 1, 1)]) - 1
-# Share of the radius nearby; on tubes of radius 1.5 to 3.5, ends fit on average.
+# Share of the radius nearby; tubes of radius 1.5 to 3.5 then end in the right place on average.
 FULL_THICKNESS = 0.7
-SMOOTHING_PASSES = 2  # of weight 1/2 each: a Gaussian of standard deviation 1 node; more cuts bends
+SMOOTHING_PASSES = 2  # of weight 1/2: a Gaussian with a deviation of 1 node; more would cut bends
 UNDEFINED = 0  # SWC type; a tracer cannot tell axon from dendrite
-# Most memory in bytes of a foreground voxel, and on top of that of one of the component in hand:
-# measured 670 in tubes of radius 1.9, 1650 in a cube, each of a million voxels or more.
+# Peak memory in bytes per foreground voxel, and per voxel of the current component: measured 670 in
+# tubes of radius 1.9 and 1650 in a cube, each of a million voxels or more.
 VOXEL_BYTES, GRAPH_BYTES = 200, 1700
 
 Box = tuple[slice, slice, slice]
@@ -68,9 +67,8 @@ class Foreground:
     """Foreground voxels of a volume and their graph; n voxels, in raster order per component.
 
     voxels (n, 3): indices z, y, x; probability (n,) in [0, 1]; component (n,): number of the
-    connected component, 0 the largest; neighbours: sparse (n, n), the distances of
-    26-neighbours; shape (z, y, x) of the volume; scale (z, y, x): edge lengths of a voxel in units
-    of its shortest edge.
+    connected component, 0 for the largest; neighbours: sparse (n, n), distances of 26-neighbours;
+    shape (z, y, x) of the volume; scale (z, y, x): voxel edges in units of the shortest.
     """
 
     voxels: np.ndarray
@@ -88,7 +86,7 @@ class Foreground:
 
 @dataclass(frozen=True)
 class Bridge:
-    """A gap that was closed: xyz of both ends in voxels, length (finest voxels), mean p in it."""
+    """A closed gap: xyz of both ends in voxels, length in finest voxels, mean probability."""
 
     start: tuple[float, float, float]
     end: tuple[float, float, float]
@@ -112,27 +110,25 @@ def trace(
     Parameters
     ----------
     probability : (z, y, x), floats in [0, 1] or booleans
-        Need not be in memory: it is sliced, once per region and once per gap that may be closed.
-    spacing : (dz, dy, dx), physical edge lengths of a voxel in any one unit
-    seed : (z, y, x) in voxels; the root of the component nearest to it is there, or at the centre
-        of the soma that it lies in. Without a soma or seed the root is an end of the longest path
+        It need not be in memory: it is sliced once per region and per gap that may be closed.
+    spacing : (dz, dy, dx), edge lengths of a voxel in any unit
+    seed : (z, y, x) in voxels; root of the nearest component (or the centre of the soma around
+        it). Without a soma or seed the root is an end of the longest path
     threshold : voxels of at least this probability are foreground
     min_size : components of fewer voxels are dropped
-    bridge : longest gap to be closed, in voxels of the finest axis; 0 keeps the forest
-    step : distance of the nodes of the result, in voxels of the finest axis
-    log : a list that receives a `Bridge` for every gap closed
-    regions : boxes (three slices each) that do not overlap and hold all the foreground; what is
-        outside of them is not read. By default all of the volume, in boxes of whole chunks.
-        The tree does not depend on how the volume is cut
+    bridge : longest gap to close, in voxels of the finest axis; 0 keeps the forest
+    step : distance between nodes, in voxels of the finest axis
+    log : a list that receives a `Bridge` for every closed gap
+    regions : disjoint boxes (three slices each) that hold all the foreground; nothing else is
+        read. By default the whole volume. The tree does not depend on the boxes
 
     Returns
     -------
     Tree
-        Parents before children, no cycle, one root per tree. The tree with the seed comes first,
-        then by size. `radius` in voxels of the plane, the geometric mean of dy and dx being 1;
-        type 1 for the soma, else 0. There is one soma at most: the thickest candidate (see
-        `find_soma`) whose tree is not a mere fragment, or with a seed only one that the seed
-        lies in.
+        Parents before children, one root per tree. The tree with the seed comes first, then by
+        size. Radii are in voxels of the plane, the geometric mean of dy and dx being 1; the type
+        is 1 for the soma, else 0. There is at most one soma: the thickest candidate (`find_soma`)
+        whose tree is not a mere fragment, or with a seed only one that contains the seed.
 
     Raises
     ------
@@ -162,21 +158,16 @@ def trace(
     return smooth_tree(tree, shell, voxels.scale, step)
 
 
-# Where nothing is found.
-NOTHING = Tree(np.zeros((0, 3)), np.zeros(0), np.zeros(0, int), np.zeros(0, int))
+EMPTY_TREE = Tree(np.zeros((0, 3)), np.zeros(0), np.zeros(0, int), np.zeros(0, int))
 
 
 def attempt(probability: np.ndarray, *arguments: object, **options: object) -> Tree:
-    """As `trace`; where nothing is found, say so and return a tree without nodes.
-
-    To find nothing is a result, of a weak network or of a volume that is empty: it is reported, and
-    the work goes on.
-    """
+    """Like `trace`, but if there is nothing to trace, print that and return an empty tree."""
     try:
         return trace(probability, *arguments, **options)
     except NothingFoundError as error:
         print(error)
-        return NOTHING
+        return EMPTY_TREE
 
 
 # --- 1. Foreground -----------------------------------------------------------------------------
@@ -193,8 +184,8 @@ def find_foreground(
 
     Parameters and errors are those of `trace`.
     """
-    found = _collect(probability, spacing, threshold, min_size, regions)
-    parts = [found.component(number) for number in range(found.components)]
+    voxels = _collect(probability, spacing, threshold, min_size, regions)
+    parts = [voxels.component(number) for number in range(voxels.components)]
     return replace(
         parts[0],
         voxels=np.concatenate([part.voxels for part in parts]),
@@ -206,11 +197,11 @@ def find_foreground(
 
 @dataclass(frozen=True)
 class _Collected:
-    """All that is known of a foreground before its graph is made, by components.
+    """A foreground before its graph is made, by components.
 
-    number (n,): of the voxels (`_number`), ascending in each component, the largest component
-    first; probability (n,); start (components + 1,): where in these each component begins; shape
-    and scale as in `Foreground`.
+    number (n,): `_number` of each voxel, ascending in each component, largest component first;
+    probability (n,); start (components + 1,): where each component begins; shape and scale as in
+    `Foreground`.
     """
 
     number: np.ndarray
@@ -224,7 +215,7 @@ class _Collected:
         return len(self.start) - 1
 
     def component(self, number: int) -> Foreground:
-        """One component as a foreground of its own."""
+        """One component as a separate foreground."""
         part = slice(self.start[number], self.start[number + 1])
         return Foreground(
             voxels=_voxels(self.number[part], self.shape),
@@ -253,9 +244,9 @@ def _collect(
     regions: Iterable[Box] | None,
 ) -> _Collected:
     """Read the foreground of a volume box by box; see `find_foreground`."""
-    # Strategy: components are found in each box by itself. One that is too small and touches no
-    # other box goes at once, so that specks never pile up. At the end, neighbours among the
-    # voxels at the faces of boxes tell which components are one.
+    # Strategy: find the components of each box. Drop one at once if it is too small and touches no
+    # other box, so that specks never pile up. At the end, join components across the faces of
+    # boxes.
     probability, scale = _check_volume(probability), _scale(spacing)
     if not 0 < threshold <= 1 or min_size < 0:
         raise SettingsError(
@@ -265,10 +256,10 @@ def _collect(
     min_size = max(1, min_size)  # 0 keeps all pieces, too
     shape = tuple(probability.shape)
     total, held, labels = 0, 0, 0
-    found: list[tuple[np.ndarray, ...]] = []
+    parts: list[tuple[np.ndarray, ...]] = []
     for box in pieces(probability) if regions is None else regions:
         part = _check_range(probability[box])
-        # Of one axis, NumPy finds what is set six times faster than of three.
+        # NumPy's search is six times faster along one axis than along three.
         inside = np.flatnonzero(part if part.dtype == bool else part >= threshold)
         if not len(inside):
             continue
@@ -281,13 +272,13 @@ def _collect(
         kept = np.bincount(label) >= min_size
         kept[label[rim]] = True
         label, kept = (np.cumsum(kept) - 1 + labels)[label], kept[label]
-        found.append((number[kept], part[tuple(inside[kept].T)], label[kept], rim[kept]))
-        held += len(found[-1][0])
+        parts.append((number[kept], part[tuple(inside[kept].T)], label[kept], rim[kept]))
+        held += len(parts[-1][0])
         labels = max(labels, int(label.max()) + 1)
     number, values, label, rim = (
-        map(np.concatenate, zip(*found, strict=True)) if found else [[]] * 4
+        map(np.concatenate, zip(*parts, strict=True)) if parts else [[]] * 4
     )
-    if len(found) > 1:
+    if len(parts) > 1:
         label = _joined(number[rim], label[rim], labels, shape)[label]
     size = np.bincount(label) if held else np.zeros(0, dtype=int)
     large = size >= min_size
@@ -307,7 +298,7 @@ def _collect(
 
 
 def _check_memory(held: int, graph: int, threshold: float) -> None:
-    """Refuse voxels that would not fit in memory: `held` as such, and `graph` as a graph, too."""
+    """Refuse voxels that do not fit in memory: `held` of them, and the graph of `graph` more."""
     free = psutil.virtual_memory().available
     if held * VOXEL_BYTES + graph * GRAPH_BYTES > free:
         raise VolumeError(
@@ -318,7 +309,7 @@ def _check_memory(held: int, graph: int, threshold: float) -> None:
 
 
 def _joined(number: np.ndarray, label: np.ndarray, labels: int, shape: tuple) -> np.ndarray:
-    """New labels (labels,) after voxels with these labels, of several boxes, met each other."""
+    """New labels (labels,) after joining neighbouring voxels of several boxes."""
     order = np.argsort(number)
     number, label = number[order], label[order]
     edges = [(label[row], label[other]) for row, other in _backward(number, shape)]
@@ -330,7 +321,7 @@ def _joined(number: np.ndarray, label: np.ndarray, labels: int, shape: tuple) ->
 
 
 def _label(number: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Number of the connected component of each voxel; voxels by ascending number."""
+    """The connected component of each voxel; voxels by ascending number."""
     n = len(number)
     edges = np.concatenate(list(_backward(number, shape)), axis=1)
     graph = sparse.csr_array((np.ones(edges.shape[1], np.int8), edges), shape=(n, n))
@@ -356,8 +347,7 @@ def _neighbour_graph(number: np.ndarray, shape: tuple, scale: np.ndarray) -> spa
 
 def _backward(number: np.ndarray, shape: tuple) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pairs of rows of neighbours, (m,) and (m,), for each of the 13 moves to a smaller number."""
-    # A neighbour is a number at a fixed offset: a binary search finds it without a table of the
-    # volume's size.
+    # Neighbours differ by a fixed number, so a binary search replaces a table of the volume's size.
     strides = _strides(shape)
     for move in MOVES[: len(MOVES) // 2]:
         wanted = number + move @ strides
@@ -368,15 +358,12 @@ def _backward(number: np.ndarray, shape: tuple) -> Iterator[tuple[np.ndarray, np
 
 
 def _strides(shape: tuple[int, int, int]) -> np.ndarray:
-    """Steps (3,) of a numbering of voxels in raster order with a margin of one on each side.
-
-    With the margin no row runs into the next.
-    """
+    """Strides (3,) that number voxels in raster order, with a margin that separates the rows."""
     return np.array([(shape[1] + 2) * (shape[2] + 2), shape[2] + 2, 1])
 
 
 def _number(voxels: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Numbers (n,) of voxels (n, 3); those of the margin have the index -1 or that of the end."""
+    """Numbers (n,) of voxels (n, 3); indices in the margin are -1 or the length of the axis."""
     return voxels @ _strides(shape)
 
 
@@ -394,14 +381,14 @@ def measure_radius(
 ) -> np.ndarray:
     """Distance r from foreground voxels, or from any points, to the edge of the foreground.
 
-    The edge lies half a voxel before the nearest background voxel. Outside of the volume is
-    background, except along an axis of a single slice, where nothing is known.
+    The edge lies half a voxel before the nearest background voxel. Outside the volume is
+    background, except along an axis of a single slice.
 
     Parameters
     ----------
     foreground : result of `find_foreground`
     points : (m, 3), z, y, x in units of the finest axis; all foreground voxels by default
-    shell : result of `background_shell`, if it is there already
+    shell : result of `background_shell`, if known
 
     Returns
     -------
@@ -418,7 +405,7 @@ def measure_radius(
 
 def _edge_distance(shell: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Distance (m,) of points to the edge of the foreground, half a voxel before its shell."""
-    # Voxels are spread evenly enough: a tree that is not balanced is built in half the time.
+    # The voxels are spread evenly, so a tree need not be balanced, which halves the time.
     nearby = KDTree(shell, balanced_tree=False, compact_nodes=False)
     return np.maximum(nearby.query(points, workers=-1)[0] - HALF_VOXEL, 0)
 
@@ -426,8 +413,8 @@ def _edge_distance(shell: np.ndarray, points: np.ndarray) -> np.ndarray:
 def _distance_transform(foreground: Foreground) -> np.ndarray:
     """Distance of each foreground voxel to the nearest background voxel, by a dense transform.
 
-    The same as the search in the shell: slower where the foreground is sparse in its bounding
-    box, many times faster where it fills it (a bulky cell body, a threshold too low).
+    It equals the search in the shell, and is much faster where the foreground fills its bounding
+    box (a bulky cell body, a threshold too low).
     """
     low, size = foreground.voxels.min(axis=0), np.ptp(foreground.voxels, axis=0) + 1
     margin = np.zeros(3, dtype=int)
@@ -435,7 +422,7 @@ def _distance_transform(foreground: Foreground) -> np.ndarray:
     box = np.zeros(size + 2 * margin, dtype=bool)
     inside = tuple((foreground.voxels - low + margin).T)
     box[inside] = True
-    # Distances of all of the box would take five times the memory of the places.
+    # Distances for the whole box would take five times the memory.
     place = ndimage.distance_transform_edt(
         box, foreground.scale, return_distances=False, return_indices=True
     )
@@ -446,8 +433,8 @@ def _distance_transform(foreground: Foreground) -> np.ndarray:
 def background_shell(foreground: Foreground) -> np.ndarray:
     """Indices (m, 3) of the background voxels with a face neighbour in the foreground.
 
-    The background voxel nearest to any foreground voxel is one of them: a step from it towards
-    that foreground voxel comes nearer, so it must end in the foreground.
+    The background voxel nearest to a foreground voxel is one of them: a step from it towards that
+    foreground voxel is nearer, so it ends in the foreground.
     """
     strides = _strides(foreground.shape)
     inside = np.sort(_number(foreground.voxels, foreground.shape))
@@ -460,7 +447,7 @@ def background_shell(foreground: Foreground) -> np.ndarray:
 
 
 def _open_axes(shape: tuple[int, int, int]) -> list[int]:
-    """Axes along which outside counts as background: not a single slice, if anything else is."""
+    """Axes along which the outside is background: those of more than one slice, if any."""
     return [axis for axis in range(3) if shape[axis] > 1] or [0, 1, 2]
 
 
@@ -497,7 +484,7 @@ def find_paths(
     cost: np.ndarray,
     seed: tuple[float, float, float] | None = None,
 ) -> list[np.ndarray]:
-    """Paths that together explain the whole foreground, longest first in each component.
+    """Paths that together explain the foreground, longest first in each component.
 
     Parameters
     ----------
@@ -509,8 +496,7 @@ def find_paths(
     -------
     list of ndarray
         Voxel numbers along each path. The first path of a component starts at its root, every
-        other one at a voxel of an earlier path; otherwise no voxel is on two paths.
-
+        other one at a voxel of an earlier path. No other voxel is on two paths.
     """
     seed_voxel = None if seed is None else nearest_voxel(foreground, seed)
     bounds = np.searchsorted(foreground.component, np.arange(foreground.component[-1] + 2))
@@ -523,13 +509,13 @@ def find_paths(
         lengths = _block(foreground.neighbours, part)
         in_part = seed_voxel is not None and first <= seed_voxel < last
         root = find_root(lengths, radius[part], seed_voxel - first if in_part else None)
-        found = _component_paths(lengths, points[part], radius[part], cost[part], root)
-        paths += [first + path for path in found]
+        own = _component_paths(lengths, points[part], radius[part], cost[part], root)
+        paths += [first + path for path in own]
     return paths
 
 
 def _block(neighbours: sparse.csr_array, part: slice) -> sparse.csr_array:
-    """The graph of a component, without a copy where there is no other."""
+    """The graph of a component, without a copy if there is only one."""
     whole = part.stop - part.start == neighbours.shape[0]
     return neighbours if whole else neighbours[part, part]
 
@@ -537,9 +523,8 @@ def _block(neighbours: sparse.csr_array, part: slice) -> sparse.csr_array:
 def find_root(lengths: sparse.csr_array, radius: np.ndarray, seed: int | None = None) -> int:
     """Number of the root voxel of one component.
 
-    The seed, if given, or the centre of the soma that it lies in; else the soma, if there is one
-    (the largest radius, where it is at least 2.5 times the median); else an end of the longest
-    path.
+    This is the seed if given, or the centre of the soma around it; else the soma (`find_soma`);
+    else an end of the longest path.
 
     Parameters
     ----------
@@ -556,7 +541,7 @@ def find_root(lengths: sparse.csr_array, radius: np.ndarray, seed: int | None = 
         return int(seed)
     if soma is not None:
         return soma
-    # What is farthest from any place in a tree is an end of its longest path.
+    # In a tree, the farthest voxel from any voxel is an end of the longest path.
     start = int(np.argmax(radius))
     return int(csgraph.breadth_first_order(lengths, start, return_predecessors=False)[-1])
 
@@ -564,8 +549,8 @@ def find_root(lengths: sparse.csr_array, radius: np.ndarray, seed: int | None = 
 def find_soma(lengths: sparse.csr_array, radius: np.ndarray) -> int | None:
     """Number of the thickest voxel if it is 2.5 times thicker than the neurites, else None.
 
-    The thickness of the neurites is the median over the voxels that are no thinner than any of
-    their neighbours: over all voxels it would say how thin the rim of a neurite is.
+    The thickness of the neurites is the median over voxels no thinner than their neighbours; other
+    voxels lie at the rim of a neurite.
 
     Parameters
     ----------
@@ -586,10 +571,9 @@ def _component_paths(
     lengths: sparse.csr_array, points: np.ndarray, radius: np.ndarray, cost: np.ndarray, root: int
 ) -> list[np.ndarray]:
     """Paths of one connected component; see `find_paths`."""
-    # Strategy: one run of Dijkstra's algorithm from the root gives every voxel its cheapest way
-    # home. The voxel with the longest way home that no path explains yet is the next tip: follow
-    # its way home until it meets an earlier path, then mark as explained what is near the new
-    # path. Voxels are visited once, in order of that length.
+    # Strategy: Dijkstra's algorithm gives every voxel its cheapest way home to the root. Visit
+    # voxels from the longest way home to the shortest. A voxel not yet explained is the next tip:
+    # follow its way home to an earlier path, and mark what is near the new path as explained.
     n = len(radius)
     weight = np.repeat(cost, np.diff(lengths.indptr))
     weight += cost[lengths.indices]
@@ -629,14 +613,13 @@ def _explained(
     nearby: KDTree,
     place: np.ndarray,
 ) -> np.ndarray:
-    """Numbers of the voxels that a path explains, its own included.
+    """Numbers of the voxels that a path explains, including its own.
 
-    They lie within `reach` of a voxel of the path, and the way to it through the foreground is no
-    longer than `DETOUR` times that: a neurite that runs beside this one, or the other side of a
-    loop, is not explained by it. `place` (n,) is -1 everywhere, before and after: an array of the
-    component's size is not made for each path.
+    They lie within `reach` of a voxel of the path, and the way to it through the foreground is at
+    most `DETOUR` times as long, so that a path does not explain a neurite beside it or the other
+    side of a loop. `place` (n,) is working memory: -1 everywhere, before and after.
     """
-    # Balls a quarter of their radius apart cover the path's surroundings but for 1/128 of it.
+    # Balls a quarter of their radius apart cover all but 1/128 of the path's surroundings.
     around, count, covered = [path], len(path), -np.inf
     place[path] = np.arange(count)
     for voxel in path:
@@ -684,18 +667,17 @@ def _check_seed(seed: tuple[float, float, float], shape: tuple[int, int, int]) -
 def prune_paths(
     paths: list[np.ndarray], foreground: Foreground, radius: np.ndarray
 ) -> list[np.ndarray]:
-    """Drop paths shorter than 6 + r, r being the radius where they leave their parent.
+    """Drop paths shorter than 6 + r, where r is the radius at which they leave their parent.
 
-    The first path of a component stays, however short. A path that leaves a dropped one is always
-    dropped too: it reaches no farther from the parent than that one did, and r changes by no more
-    than the distance.
+    The first path of a component stays. A path that leaves a dropped one is always dropped too: it
+    reaches no farther from the parent, and r changes by no more than the distance.
     """
     points, kept, component = foreground.points, [], -1
     for path in paths:
         length = np.linalg.norm(np.diff(points[path], axis=0), axis=1).sum()
         is_first = foreground.component[path[0]] != component
         component = foreground.component[path[0]]
-        # Like r, the length runs to the edge, half a voxel beyond the centre of the last voxel.
+        # Like r, the length reaches the edge, half a voxel beyond the last centre.
         if is_first or length + HALF_VOXEL >= BRANCH_MARGIN + radius[path[0]]:
             kept.append(path)
     return kept
@@ -704,8 +686,8 @@ def prune_paths(
 def paths_to_tree(paths: list[np.ndarray], foreground: Foreground, radius: np.ndarray) -> Tree:
     """The tree whose nodes are the voxels of the paths; see `trace` for its order and units.
 
-    Its radii are r + 0.5: a tube of radius R, drawn as the voxels whose centre lies within R of
-    the axis, measures r = R - 0.5 there. Drawing a tree gives the mask that it was traced from.
+    Radii are r + 0.5, so that drawing the tree gives back the mask: a tube of radius R, drawn as
+    the voxels whose centres lie within R of the axis, measures r = R - 0.5.
     """
     voxels, parents, row = [], [], {}
     for path in paths:
@@ -729,9 +711,9 @@ def paths_to_tree(paths: list[np.ndarray], foreground: Foreground, radius: np.nd
 
 
 def _one_soma(trees: list[Tree], scale: np.ndarray, seeded: bool) -> list[Tree]:
-    """Trees of which one at most has a soma; the others are rooted at an end, as if without.
+    """Keep at most one soma, because other programs refuse a second one.
 
-    Programs that read SWC files take a second soma for an error.
+    Trees that lose theirs are rooted at an end.
     """
     middle = np.median(np.concatenate([tree.radius for tree in trees]))
     somas = [number for number, tree in enumerate(trees) if tree.type[0] == SOMA]
@@ -783,23 +765,22 @@ def bridge_gaps(
 ) -> tuple[Tree, list[Bridge]]:
     """Join trees whose ends face each other across a gap.
 
-    Two ends may be joined if they are at most `longest` apart and each points towards the other
-    to within 60 degrees, both together to within 80. Of these, a minimum spanning tree over the
-    trees is taken, in which a bridge costs its length times the mean of exp(2 (1 - p)) along it:
-    trees never become a loop. No bridge passes through another tree or bridge.
-    The root of a joined tree is the soma, the thickest if there are several, else the root at the
-    seed, else an end of the longest path.
+    Candidates are at most `longest` apart, and each end points towards the other to within 60
+    degrees, both together to within 80. A minimum spanning tree chooses among them, so that no
+    loop arises; a bridge costs its length times the mean of exp(2 (1 - p)) along it. No bridge
+    passes through another tree or bridge. The root of a joined tree is its thickest soma, else
+    the root at the seed, else an end of the longest path.
 
     Parameters
     ----------
     tree : Tree
-        Result of `paths_to_tree`; its nodes are no more than a voxel apart.
+        Result of `paths_to_tree`; neighbouring nodes are at most a voxel apart.
     probability, spacing : ndarray, tuple
         As given to `trace`.
     longest : float
         Longest bridge, in voxels of the finest axis.
     seed : tuple, optional
-        As given to `trace`: the tree with it comes first and keeps its root.
+        As given to `trace`; its tree comes first and keeps its root.
 
     Returns
     -------
@@ -824,7 +805,7 @@ def bridge_gaps(
             price = np.linalg.norm(gap) * np.exp(CERTAINTY * (1 - certainty)).mean()
             candidates.append((float(price), int(a), int(b), float(certainty.mean())))
 
-    # Kruskal's algorithm: the cheapest bridge first, unless both ends are joined already.
+    # Kruskal's algorithm: the cheapest bridge first, unless its ends are already connected.
     group = np.arange(label.max() + 1)
     bridges, xyz, radius, edges = [], [tree.xyz], [tree.radius], [np.stack(tree_edges(tree))]
     count, taken = len(points), KDTree(points)
@@ -835,7 +816,7 @@ def bridge_gaps(
         length = float(np.linalg.norm(points[end] - points[start]))
         share = np.linspace(0, 1, int(np.ceil(length)) + 1)[1:-1]
         way = points[start] + share[:, None] * (points[end] - points[start])
-        # What lies in between is no gap: another neurite, or another bridge.
+        # Another neurite or bridge lies between.
         if len(way) and np.any(taken.query_ball_point(way, HALF_VOXEL, return_length=True)):
             continue
         taken = KDTree(np.concatenate([taken.data, way])) if len(way) else taken
@@ -857,7 +838,7 @@ def bridge_gaps(
 
 
 def _values(probability: np.ndarray, voxels: np.ndarray) -> np.ndarray:
-    """Probability at voxels (n, 3) that lie close together; their bounding box is read."""
+    """Probability at voxels (n, 3), by reading their bounding box."""
     low, high = voxels.min(axis=0), voxels.max(axis=0) + 1
     part = probability[tuple(map(slice, low.tolist(), high.tolist()))]
     return _check_range(part)[tuple((voxels - low).T)].astype(float)
@@ -870,7 +851,7 @@ def _joined_roots(tree: Tree, points: np.ndarray, edges: np.ndarray, keep_first:
     graph = sparse.csr_array((lengths, tuple(edges)), shape=(len(points), len(points)))
     _, group = csgraph.connected_components(graph, directed=False)
     _, first, members = np.unique(group[old], return_index=True, return_counts=True)
-    # An old root may be in the middle of a joined tree: what is farthest from it is an end.
+    # An old root may lie in the middle of a joined tree; the farthest node from it is an end.
     away = csgraph.dijkstra(graph, directed=False, indices=old[first], min_only=True)
     farthest = np.lexsort([away, group])[np.cumsum(np.bincount(group)) - 1]
     roots = []
@@ -890,9 +871,8 @@ def _open_ends(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Rows (m,) of the ends that are not a soma, their centres, outward steps (m, 3), radii (m,).
 
-    The voxel at the very end lies somewhere on the round surface, and is thin. The centre of an end
-    is where the neurite has its full thickness; direction and radius come from the last
-    `END_LENGTH`.
+    The last voxel lies on the round surface and is thin. So the centre of an end is where the
+    neurite has its full thickness; direction and radius come from the last `END_LENGTH`.
     """
     around = _adjacency(tree)
     ends, centre, outward, thickness = [], [], [], []
@@ -909,14 +889,14 @@ def _open_ends(
 
 
 def _first_thick(radius: np.ndarray) -> int:
-    """Place of the first of the radii from an end inward that is full thickness."""
+    """Index of the first radius, from an end inward, that has full thickness."""
     return int(np.argmax(radius >= FULL_THICKNESS * radius.max()))
 
 
 def _walk_inward(
     points: np.ndarray, end: int, around: sparse.csr_array, distance: Callable[[list[int]], float]
 ) -> list[int]:
-    """Rows from an end along its unbranched neurite, to the first at `distance` from the end."""
+    """Rows from an end along its unbranched neurite, up to a `distance` from the end."""
     walk, last = [end], -1
     while np.linalg.norm(points[walk[-1]] - points[end]) < distance(walk):
         first, stop = around.indptr[walk[-1]], around.indptr[walk[-1] + 1]
@@ -929,7 +909,7 @@ def _walk_inward(
 
 
 def _angle(a: np.ndarray, b: np.ndarray) -> float:
-    """Angle of two steps in degrees; 0 where one has no direction (a tree of one voxel)."""
+    """Angle of two steps in degrees; 0 if one has no length (a tree of one voxel)."""
     lengths = np.linalg.norm(a) * np.linalg.norm(b)
     return float(np.degrees(np.arccos(np.clip(a @ b / lengths, -1, 1)))) if lengths else 0.0
 
@@ -943,11 +923,11 @@ def _adjacency(tree: Tree) -> sparse.csr_array:
 
 
 def rooted(tree: Tree, edges: np.ndarray, roots: Sequence[int]) -> Tree:
-    """The forest over the nodes of `tree` with these edges (2, m), parents first.
+    """The forest of the nodes of `tree` and these edges (2, m), parents first.
 
-    There is one root per tree, and the trees come in the order of their roots.
+    Each tree has one root, and the trees are in the order of their roots.
     """
-    # A node above all roots makes it one traversal.
+    # An extra node above all roots makes it one traversal.
     n = len(tree.xyz)
     edges = np.concatenate([edges, np.stack([roots, np.full(len(roots), n)])], axis=1)
     graph = sparse.csr_array((np.ones(edges.shape[1]), tuple(edges)), shape=(n + 1, n + 1))
@@ -965,9 +945,9 @@ def rooted(tree: Tree, edges: np.ndarray, roots: Sequence[int]) -> Tree:
 def smooth_tree(tree: Tree, shell: np.ndarray, scale: np.ndarray, step: float) -> Tree:
     """Take a tree off the voxel grid and sample it evenly, every `step` voxels of the finest axis.
 
-    Nodes are averaged with their neighbours, ends and somas stay. Ends are then drawn back into
-    the neurite: the voxel farthest out lies on the surface, the end of a tube is the centre of its
-    last ball. Radii are those of the largest ball in the foreground around each node.
+    Nodes other than ends and somas are averaged with their neighbours. Then ends are drawn back
+    from the surface of the tube to the centre of its last ball. A radius is that of the largest
+    ball in the foreground around the node.
     """
     shell, scale = shell * scale, scale[::-1]
     around = _adjacency(tree)
@@ -978,22 +958,22 @@ def smooth_tree(tree: Tree, shell: np.ndarray, scale: np.ndarray, step: float) -
     for _ in range(SMOOTHING_PASSES):
         xyz = np.where(free[:, None], (xyz + mean @ xyz) / 2, xyz)
         radius = np.where(free, (radius + mean @ radius) / 2, radius)
-    # Both balls lie in the foreground; the second is the better one off the grid, the first the
-    # only one on a bridge.
+    # Both balls lie in the foreground. The second is better off the grid; bridges have only the
+    # first.
     radius = np.maximum(radius, _edge_distance(shell, xyz[:, ::-1]) + HALF_VOXEL)
     tree = resample(_draw_back(replace(tree, xyz=xyz, radius=radius), around), step)
     return replace(tree, xyz=tree.xyz / scale, radius=tree.radius / np.sqrt(scale[0] * scale[1]))
 
 
 def _draw_back(tree: Tree, around: sparse.csr_array) -> Tree:
-    """Remove from each end the nodes before the neurite has its full thickness."""
+    """Remove the nodes at each end where the neurite is not yet fully thick."""
     kept = np.ones(len(tree.parent), dtype=bool)
     for end in tips(tree):
         if tree.type[end] == SOMA:
             continue
         walk = _walk_inward(tree.xyz, int(end), around, lambda walk: 1.5 * tree.radius[walk].max())
         kept[walk[: _first_thick(tree.radius[walk])]] = False
-    # A ball-shaped tree may have lost all its nodes: its thickest one stays.
+    # A ball-shaped tree keeps at least its thickest node.
     label = components(tree)
     for number in np.flatnonzero(np.bincount(label, weights=kept) == 0):
         rows = np.flatnonzero(label == number)
@@ -1005,7 +985,7 @@ def _draw_back(tree: Tree, around: sparse.csr_array) -> Tree:
 
 
 def _check_volume(probability: np.ndarray) -> np.ndarray:
-    """Anything that can be sliced and has the shape and the type of a mask or a probability."""
+    """Check shape and type of a mask or a probability, which may be anything that can be sliced."""
     if not hasattr(probability, "dtype"):
         probability = np.asarray(probability)
     if len(probability.shape) != 3 or 0 in probability.shape:
@@ -1022,7 +1002,7 @@ def _check_volume(probability: np.ndarray) -> np.ndarray:
 
 
 def _check_range(part: np.ndarray) -> np.ndarray:
-    """A part of a volume that was read, with values that a probability may have."""
+    """Check the values of a part of a probability."""
     part = np.asarray(part)
     if part.dtype != bool:
         low, high = part.min(), part.max()
@@ -1038,10 +1018,9 @@ def _scale(spacing: tuple[float, float, float]) -> np.ndarray:
 
 
 def project(foreground: Foreground, values: np.ndarray, keep: np.ufunc = np.fmax) -> np.ndarray:
-    """A projection of one value per foreground voxel along z: to look at a stage.
+    """Project one value per foreground voxel along z, to look at a stage.
 
-    The largest value along z, or with ``keep=np.fmin`` the smallest; NaN where there is no
-    foreground.
+    This keeps the largest value, or with ``keep=np.fmin`` the smallest; NaN is background.
     """
     volume = np.full(foreground.shape, np.nan)
     volume[tuple(foreground.voxels.T)] = values

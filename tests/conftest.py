@@ -1,4 +1,4 @@
-"""What all tests share.
+"""Fixtures and hooks of all tests.
 
 Tests read and fill the user's own cache (``$NEUROLIB_CACHE`` or ``~/.cache/neurite-vit``): the
 pre-trained weights are fetched once, not once per run.
@@ -9,22 +9,22 @@ import os
 import pytest
 from figures import Comparison
 
-# Before torch is imported, also in kernels that tests start: idle OpenMP threads sleep. Spinning
-# ones take the cores from the process beside them and slow a ViT six times.
+# Before torch is imported, also in kernels of tests: idle OpenMP threads sleep. Spinning
+# ones take the cores from other processes and slow a ViT six times.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Damaged files that tests gave to the readers.
+# Number of damaged files that tests gave to the readers.
 DAMAGED = pytest.StashKey[int]()
 
 
 def pytest_configure(config):
-    # Registered, since hooks of this file see tests of its folder only, and no notebook.
+    # Registered, because hooks of this file see only tests of its folder, not notebooks.
     config.pluginmanager.register(Comparison(), "figures")
 
 
 @pytest.fixture
 def count_damaged(pytestconfig):
-    """Call it with a number of damaged files, once all of them were refused or read."""
+    """Call it with a number of damaged files after all were refused or read."""
 
     def count(files):
         pytestconfig.stash[DAMAGED] = pytestconfig.stash.get(DAMAGED, 0) + files

@@ -1,7 +1,7 @@
-"""What `test_faults.py` runs in processes of its own: work that can be killed, and bad servers.
+"""Work that `test_faults.py` can kill, in separate processes, and bad servers.
 
-The processes are forked from a server that has imported what is slow to import, before any thread
-was started; each costs some hundredths of a second.
+The processes are forked from a server that has imported slow modules before starting any thread,
+so that each costs some hundredths of a second.
 """
 
 import contextlib
@@ -33,8 +33,7 @@ CONTEXT.set_forkserver_preload(
     [f"neurolib.{name}" for name in ("cli", "large", "sweeps", "bigneuron", "_timm")]
     + ["papermill", "nbconvert", "zarr", "huggingface_hub", "pytest", "skimage.morphology"]
 )
-# What tells the system that something happens to a file.
-PIPE = None  # in such a process, what `start` returns the other end of
+PIPE = None  # in such a process, the other end of what `start` returns
 FUTURE = 2_200_000_000.0  # the year 2039
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree"}
 
@@ -43,9 +42,9 @@ EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"
 
 
 def start(work: Callable, *args, end_at: int = -1, **kwargs):
-    """Start `work(*args)` in a process; return it, and a pipe that tells when it begins and ends.
+    """Start `work(*args)` in a process; return it, and a pipe with messages from it.
 
-    With `end_at`, it kills itself before that event at a file below `args[0]`.
+    With `end_at`, it kills itself before that event (`EVENTS`) at a file below `args[0]`.
     """
     ours, theirs = CONTEXT.Pipe()
     process = CONTEXT.Process(target=_child, args=(theirs, end_at, work, args, kwargs))
@@ -78,21 +77,21 @@ def _child(pipe, end_at: int, work: Callable, args: tuple, kwargs: dict) -> None
     sys.addaudithook(heard)
     began = time.monotonic()
     try:
-        found = work(*args, **kwargs)
+        result = work(*args, **kwargs)
     except BaseException as error:
         pipe.send((events, 0.0, f"{type(error).__name__}: {error}"))
         raise
-    pipe.send((events, time.monotonic() - began, found))
+    pipe.send((events, time.monotonic() - began, result))
 
 
 def finish(work: Callable, *args, **kwargs):
-    """Run `work` in a process to its end; return its events, seconds and result."""
+    """Run `work` in a process; return its events, seconds and result."""
     process, pipe = start(work, *args, **kwargs)
     return end_of(process, pipe)
 
 
 def end_of(process, pipe):
-    """Wait for a process; its events, seconds and result, or what ended it."""
+    """Wait for a process; return its events, seconds and result, or raise its error."""
     try:
         answer = pipe.recv() if pipe.poll(120) else (0, 0.0, "no answer in 120 s")
     except EOFError:
@@ -106,11 +105,11 @@ def end_of(process, pipe):
 
 
 def killed(work: Callable, folder: Path, number: int, seed: int, *args) -> Iterator[Path]:
-    """Run `work` whole, then `number` times with a kill in it; yield the folder of each.
+    """Run `work` whole, then `number` times with a kill and a second run; yield each folder.
 
     Every other kill is at an event of the file system, drawn from those of the whole run, which
-    hits the moments between two files; the others are by the clock, anywhere. What is there
-    then gets times of the future, as if the clock had been set back.
+    hits the moments between two files; the others are at random times. All files
+    then get times in the future, as if the clock had been set back.
     """
     events, seconds, _ = finish(work, folder / "whole", *args)
     assert events > 10
@@ -136,33 +135,33 @@ def killed(work: Callable, folder: Path, number: int, seed: int, *args) -> Itera
 
 
 def content(folder: Path) -> dict[str, object]:
-    """What the files of a folder hold, by name; without what may differ, and empty workplaces."""
-    found = {}
+    """Contents of a folder's files by name, without parts that may differ and empty workplaces."""
+    contents = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_dir():
             # An empty one was killed between moving its output and removing its workplace.
             if path.name.startswith(".") and any(path.iterdir()):
-                found[name] = "left"
+                contents[name] = "left"
         elif path.suffix == ".safetensors":
             with safe_open(path, "np") as file:
                 tensors = {k: file.get_tensor(k).tobytes() for k in sorted(file.keys())}
-                found[name] = (file.metadata(), tensors)
+                contents[name] = (file.metadata(), tensors)
         elif path.suffix in (".html", ".ipynb"):
-            found[name] = "times"
+            contents[name] = "times"
         elif path.name == "metrics.json":
             metrics = json.loads(path.read_text().replace(str(folder), ""))
             metrics["notebooks"] = sorted(metrics["notebooks"])
-            found[name] = metrics
+            contents[name] = metrics
         elif path.name == "results.csv":
             with open(path, encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file))
-            found[name] = [
+            contents[name] = [
                 {k: v for k, v in r.items() if k not in ("seconds", "key")} for r in rows
             ]
         else:
-            found[name] = path.read_bytes().replace(os.fsencode(folder), b"")
-    return found
+            contents[name] = path.read_bytes().replace(os.fsencode(folder), b"")
+    return contents
 
 
 # ------------------------------------------------------------------------------------- works
@@ -242,7 +241,7 @@ def checkpoint(path: Path) -> Path:
 
 
 def notebooks(folder: Path) -> None:
-    """Notebooks of no weight in place of the repository's."""
+    """Tiny notebooks in place of the repository's."""
     folder.mkdir(parents=True)
     one = "test_neurons = 1\nvalidation_neurons = 1\nseed = 0\nheld_out = ''\nvalidate_on = ''\n"
     one += "train_neurons = 0\ntarget = 'sironi'\ntau = 0.1\nrun_dir = ''\ndata = ''\n"
@@ -261,7 +260,7 @@ def notebooks(folder: Path) -> None:
 
 
 def sweep(folder: Path, source: Path, kernel: bool) -> None:
-    """Two runs of a grid, in a kernel each or, cheaper, in this process."""
+    """Two runs of a grid, in kernels or, cheaper, in this process."""
     import papermill
 
     from neurolib import swc, volume
@@ -276,7 +275,7 @@ def sweep(folder: Path, source: Path, kernel: bool) -> None:
     if not kernel:
         papermill.execute_notebook = _execute
     (folder / "grid.yaml").write_text(GRID.format(folder=folder), encoding="utf-8")
-    # Stacks of noise: no tree lies on their neurites.
+    # The stacks are noise, so no tree fits.
     sweeps.run_sweep(folder / "grid.yaml", folder / "runs", ignore_frames=True)
 
 
@@ -350,7 +349,7 @@ def download(folder: Path, hub: str, archive: str, wait: float = 0.0, limit: int
 
 
 def download_pairs(folder: Path, manifest: Path, address: str) -> None:
-    """The raw files of a data set from a server, and the pairs made of them, into a cache."""
+    """Download the raw files of a data set into a cache and make its pairs."""
     from neurolib.data import download as downloading
     from neurolib.data import fly_larva
 
@@ -361,7 +360,7 @@ def download_pairs(folder: Path, manifest: Path, address: str) -> None:
 
 
 def ask(cache: Path, address: str) -> str:
-    """What asking a hub for weights ends in."""
+    """Outcome of asking a hub for weights."""
     from huggingface_hub import constants
 
     from neurolib import weights
@@ -401,21 +400,21 @@ def hold(path: Path) -> None:
 
 
 def read_as_nobody(folder: Path, checkpoint: Path) -> dict[str, str]:
-    """What the readers of all inputs say to somebody who may not read them."""
+    """Errors of all readers for a user who may not read the files."""
     import test_faults
 
     files = [(name, read) for name, _, read in test_faults.readers(checkpoint)]
-    # The way to the folder may be closed to others, too.
+    # Others may not be allowed to enter the folder.
     os.chdir(folder)
     if os.getuid() == 0:
         os.setuid(65534)
-    found = {}
+    errors = {}
     for name, read in files:
         try:
             read(Path(name))
         except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}"
-    return found
+            errors[name] = f"{type(error).__name__}: {error}"
+    return errors
 
 
 def copy_of_shrinking(folder: Path) -> None:
@@ -436,9 +435,9 @@ OUTPUTS = {
 
 
 def write_all(folder: Path, checkpoint: Path, limit: int) -> dict[str, tuple[str, int]]:
-    """Write every kind of output where there is no room; the error and the exit status of each.
+    """Write every kind of output without enough room; return the error and exit status of each.
 
-    There is too little for a file of more than `limit` bytes or, if 0, on the whole disk.
+    The room is `limit` bytes per file or, if 0, a full disk.
     """
     import torch
 
@@ -480,13 +479,13 @@ def write_all(folder: Path, checkpoint: Path, limit: int) -> dict[str, tuple[str
         "weights": lambda p: weights_of(p, {"x": torch.zeros(100_000)}),
         "checkpoint": lambda p: save_checkpoint(p, network, network.state_dict(), facts),
     }
-    found = {}
+    outcomes = {}
     for kind, work in works.items():
         try:
             work(path[kind])
-            found[kind] = ("nothing", 0)
+            outcomes[kind] = ("nothing", 0)
         except NeurolibError as error:
-            found[kind] = (str(error), 0)
+            outcomes[kind] = (str(error), 0)
     (folder / "metrics.json").write_bytes(b"old")
     for name, arguments in (
         ("neurolib trace", (mask, "--out", path["neurolib trace"], "--min-size", 1)),
@@ -497,8 +496,8 @@ def write_all(folder: Path, checkpoint: Path, limit: int) -> dict[str, tuple[str
     ):
         sys.stderr = io.StringIO()
         status = command(name.split()[1], *arguments, "--overwrite")
-        found[name] = (sys.stderr.getvalue().splitlines()[-1], status)
-    return found
+        outcomes[name] = (sys.stderr.getvalue().splitlines()[-1], status)
+    return outcomes
 
 
 def weights_of(path: Path, tensors: dict) -> None:
@@ -508,7 +507,7 @@ def weights_of(path: Path, tensors: dict) -> None:
 
 
 def use_hub(address: str) -> None:
-    """Let the hub's client, which reads its address at its import, ask another server."""
+    """Point the hub's client, which reads its address at import, to another server."""
     from huggingface_hub import constants, file_download
     from huggingface_hub.utils import disable_progress_bars
 
@@ -535,9 +534,9 @@ def command(*arguments: object) -> int:
 
 
 def facts(folder: Path, place: str = "", definitions: str = "") -> dict[str, str]:
-    """Keys of runs, draws and hashes of files, none of which may depend on the machine.
+    """Keys of runs, draws and hashes of files, which must not depend on the machine.
 
-    With `place`, under the conventions of that language, whose definitions are in a folder.
+    With `place`, in that locale, whose definitions are in a folder.
     """
     from neurolib import blocking, swc, training, volume
     from neurolib.course import runs, sweeps
@@ -562,7 +561,7 @@ def facts(folder: Path, place: str = "", definitions: str = "") -> dict[str, str
     assert command("trace", pairs / "a.tif", "--threshold", "0.001", "--out", folder / "a.swc") == 0
     listed = datasets.load_dataset(str(pairs))
     split = datasets.split_by_neuron(listed, 2, 1, seed=3)
-    found = {
+    values = {
         "data": datasets.data_key(str(pairs)),
         "run": runs._key("03_training", {"b": 1.5, "a": 2}, "x"),
         "split": str([[pair.name for pair in part] for part in split]),
@@ -570,14 +569,14 @@ def facts(folder: Path, place: str = "", definitions: str = "") -> dict[str, str
     }
     samples = [blocking.read_sample(pair) for pair in listed[:2]]
     blocks = training.BlockSource(samples, 3, 48, seed=1)
-    found["blocks"] = str([blocks.places[blocks._row(k)].tolist() for k in range(20)])
+    values["blocks"] = str([blocks.places[blocks._row(k)].tolist() for k in range(20)])
     kinds = (".json", ".csv", ".swc", ".tif")
     paths = sorted(path for path in folder.rglob("*") if path.suffix in kinds)
-    return found | {path.name: sha256(path) for path in paths}
+    return values | {path.name: sha256(path) for path in paths}
 
 
 def claims(folder: Path) -> dict[str, tuple[str, int]]:
-    """What weights that claim a terabyte end in, and the bytes of memory that they took."""
+    """Outcomes of reading weights that claim a terabyte, and the memory in bytes."""
     import torch
 
     from neurolib import weights
@@ -600,7 +599,7 @@ def claims(folder: Path) -> dict[str, tuple[str, int]]:
         for member in whole.infolist():
             packed.writestr(member.filename, whole.read(member))
     (folder / "stored.pth").unlink()
-    found = {}
+    outcomes = {}
     for path in sorted(folder.iterdir()):
         weights.MAX_BYTES = 1 << (22 if path.name == "packed.pth" else 33)
         for read in (weights.read_weights, load_checkpoint):
@@ -612,15 +611,15 @@ def claims(folder: Path) -> dict[str, tuple[str, int]]:
                 said = str(error)
             took = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
             took *= 1 if sys.platform == "darwin" else 1024
-            found[f"{read.__name__} {path.name}"] = (said, took)
-    return found
+            outcomes[f"{read.__name__} {path.name}"] = (said, took)
+    return outcomes
 
 
 # ----------------------------------------------------------------------------------- servers
 
 
 class Server(ThreadingHTTPServer):
-    """Serves some bytes, well or badly: the first part of the address says how."""
+    """Serves some bytes, well or badly, as the first part of the address says."""
 
     daemon_threads = True
 
@@ -633,7 +632,7 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/{way}"
 
     def handle_error(self, *_) -> None:
-        """Who is killed hangs up."""
+        """Ignore killed clients."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -685,7 +684,7 @@ class Handler(BaseHTTPRequestHandler):
                     self.wfile.write(bytes([byte]))
                 return
             if way == "slow":
-                # In pieces, so that there is a time in which it can be killed.
+                # In pieces, so that there is time for a kill.
                 for first in range(0, len(data), 1 << 14):
                     self.wfile.write(data[first : first + (1 << 14)])
                     time.sleep(0.005)
@@ -694,6 +693,6 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def limit_files(size: int) -> None:
-    """Let this process write no file beyond `size` bytes; what is tried fails as on a full disk."""
+    """Limit this process to files of `size` bytes; beyond, writing fails as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

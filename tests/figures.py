@@ -1,4 +1,4 @@
-"""Figures of executed notebooks beside the stored ones; nbval itself compares text only."""
+"""Compare figures of executed notebooks with stored ones; nbval itself compares only text."""
 
 import base64
 import io
@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 FIGURE = re.compile(r'<figure id="([^"]+)">.*?;base64,([A-Za-z0-9+/=]+)', re.DOTALL)
-# Of `difference`. Another font or another last bit stays far below; a curve that moves does not.
+# Limit of `difference`: another font stays far below, a moved curve does not.
 LIMIT = 0.15
 
 
 def figures(outputs: Iterable[Mapping]) -> dict[str, bytes]:
-    """PNGs of a cell's outputs by their ids; of one that was drawn again, the last."""
+    """PNGs of a cell's outputs by their ids; the last one if a figure was drawn again."""
     pages = (output.get("data", {}).get("text/html", "") for output in outputs)
     pages = (page if isinstance(page, str) else "".join(page) for page in pages)
     return {name: base64.b64decode(code) for page in pages for name, code in FIGURE.findall(page)}
@@ -36,7 +36,7 @@ def difference(one: bytes, other: bytes) -> float:
 
 
 class Comparison:
-    """A plugin: each cell that nbval compares is compared in its figures, too."""
+    """A plugin that also compares the figures of each cell that nbval compares."""
 
     def __init__(self):
         self.compared = 0
@@ -46,10 +46,10 @@ class Comparison:
         result = yield
         if getattr(item, "test_outputs", None) is None or not item.options["check"]:
             return result
-        found = figures(item.test_outputs)
+        drawn = figures(item.test_outputs)
         for name, stored in figures(item.cell.outputs).items():
-            assert name in found, f"figure {name}: stored in the notebook, not drawn"
-            apart = difference(stored, found[name])
+            assert name in drawn, f"figure {name}: stored in the notebook, not drawn"
+            apart = difference(stored, drawn[name])
             assert apart < LIMIT, (
                 f"figure {name}: differs from the stored one by {apart:.2f} of its contrast; if it "
                 "is to, run make notebooks"

@@ -1,4 +1,4 @@
-"""A local server that misbehaves in every way we know of."""
+"""A local server that misbehaves in many ways."""
 
 import threading
 import time
@@ -30,7 +30,7 @@ def hurry(monkeypatch):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `data`, or what it holds under the path, the way that the path's first part says."""
+    """Serves `data`, or its item for the path, in the way that the path's first part says."""
 
     daemon_threads = True
 
@@ -67,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
             getattr(self, way)(data, start)
 
     def ranged(self, data, start, send=None):
-        """Answer as a proper server does, and send `send` bytes of it (all by default)."""
+        """Answer like a proper server, and send `send` bytes (all by default)."""
         if start >= len(data):
             self.head(416, 0, Content_Range=f"bytes */{len(data)}")
         elif start:
@@ -96,12 +96,12 @@ class Handler(BaseHTTPRequestHandler):
         self.ranged(data, start, max(0, len(data) // 2 - start))
 
     def short(self, data, _):
-        """Lies: announces half, and half is what arrives."""
+        """Announces and sends only half."""
         self.head(200, len(data) // 2)
         self.wfile.write(data[: len(data) // 2])
 
     def endless(self, *_):
-        """Announces nothing and never stops."""
+        """Announces no length and never stops."""
         self.head(200)
         while True:
             self.wfile.write(bytes(1 << 20))
@@ -119,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data[:100] + bytes([data[100] ^ 255]) + data[101:])
 
     def elsewhere(self, data, start):
-        """Answers a request for the rest with some other part."""
+        """Answers a request for the rest with another part."""
         if start:
             self.head(206, 10, Content_Range=f"bytes 0-9/{len(data)}")
             self.wfile.write(data[:10])

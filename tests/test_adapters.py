@@ -1,4 +1,4 @@
-"""Other people's segmentations: what voxels mean."""
+"""Segmentations of other programs: the meaning of voxels."""
 
 import numpy as np
 import pytest
@@ -22,27 +22,27 @@ def bar() -> np.ndarray:
 def test_whole_numbers_are_labels(dtype):
     labels = bar().astype(dtype)
     labels[labels > 0] = 1 + np.arange(labels.sum()) % 5
-    found, meaning = adapters.as_probability(labels)
-    assert np.array_equal(found, bar())
+    foreground, meaning = adapters.as_probability(labels)
+    assert np.array_equal(foreground, bar())
     assert "5 labels, all but 0" in meaning
-    found, meaning = adapters.as_probability(labels, label=3)
-    assert np.array_equal(found, labels == 3)
+    foreground, meaning = adapters.as_probability(labels, label=3)
+    assert np.array_equal(foreground, labels == 3)
     assert "label 3" in meaning
 
 
 @pytest.mark.parametrize("value", [1, 7, 255])
 def test_one_label_is_a_mask_whatever_its_number(value):
-    found, meaning = adapters.as_probability(bar() * np.uint8(value))
-    assert np.array_equal(found, bar())
+    foreground, meaning = adapters.as_probability(bar() * np.uint8(value))
+    assert np.array_equal(foreground, bar())
     assert meaning == "a mask"
 
 
 @pytest.mark.parametrize(("dtype", "top"), [(np.uint8, 255), (np.uint16, 65535)])
 def test_whole_numbers_with_a_threshold_are_probabilities(dtype, top):
     data = np.linspace(0, top, 60).astype(dtype).reshape(3, 4, 5)
-    found, meaning = adapters.as_probability(data, threshold=0.5)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, data / top, rtol=1e-6)
+    probability, meaning = adapters.as_probability(data, threshold=0.5)
+    assert probability.dtype == np.float32
+    np.testing.assert_allclose(probability, data / top, rtol=1e-6)
     assert str(top) in meaning
 
 

@@ -65,9 +65,9 @@ def test_each_filter_finds_a_thread_in_an_uneven_ground(name):
         ground = np.linspace(0, 0.1, 40)[None, None]
         images.append(np.clip(ground + 0.6 * mask + rng.normal(0, 0.05, mask.shape), 0, 1))
         masks.append(mask)
-    found = baselines.choose(name, images[:1], masks[:1])
-    assert found.dice > 0.6
-    assert dice(found.mask(images[1]), masks[1]) > 0.6
+    baseline = baselines.choose(name, images[:1], masks[:1])
+    assert baseline.dice > 0.6
+    assert dice(baseline.mask(images[1]), masks[1]) > 0.6
 
 
 def test_an_unknown_filter_and_no_volume_are_refused():

@@ -1,4 +1,4 @@
-"""Fetching the Janelia neurons from a local server that misbehaves in every way we know of."""
+"""Fetching the Janelia neurons from a local server that misbehaves."""
 
 import hashlib
 import io
@@ -42,7 +42,7 @@ def neuron(name, folder=ROOT, suffix=".v3draw", content=None, stamp=".ano_stamp_
 
 @pytest.fixture(scope="module")
 def release():
-    """45 Janelia neurons in two parts, neurons of other groups, and what else lies in folders."""
+    """45 Janelia neurons in two parts, neurons of other groups, and other files."""
     members = {"gold166/readme.txt": b"166 neurons"}
     for i in range(45):
         part = ROOT if i < 24 else ROOT.replace("checked7", "checked6").replace("part1", "part2")
@@ -62,9 +62,9 @@ def server(release):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """Waiting times of tests, no address of the user's, and a cache of the test's own."""
+    """Short waiting times, no address of the user's, and the test's own cache."""
     servers.hurry(monkeypatch)
-    # All of them are set, so that what tests set in their place is undone.
+    # All of them are set here, so that changes by tests are undone.
     for name, value in (("CACHE", tmp_path), ("BIGNEURON_URL", ""), ("BIGNEURON_SHA256", "")):
         monkeypatch.setenv(f"NEUROLIB_{name}", str(value))
     return tmp_path / "bigneuron"
@@ -87,7 +87,7 @@ def refused(*args, error=DataError):
 
 
 def leftovers(cache):
-    """What is neither a record nor a transfer that may go on."""
+    """Files that are neither a record nor an unfinished transfer."""
     return sorted(p.name for p in cache.rglob("*") if p.suffix not in (".json", ".part"))
 
 
@@ -162,7 +162,7 @@ def test_transfer_that_was_whole_but_not_yet_renamed_is_recognised(server, relea
     record.with_suffix(".part").write_bytes(release)
     folder = fetch_janelia(server.url("good"))
     assert len(list(folder.iterdir())) == 90
-    # More bytes than the server has are of something else: it starts again.
+    # More bytes than the server has belong to another file: it starts again.
     shutil.rmtree(folder)
     record.with_suffix(".part").write_bytes(release + b"more")
     assert len(list(fetch_janelia(server.url("good")).iterdir())) == 90

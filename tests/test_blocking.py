@@ -60,7 +60,7 @@ def brute_force(tree, shape, spacing, kind, radii=None, a=6.0, d_max=5.0):
     scale = np.asarray(spacing, float) / min(spacing[1:])
     voxels = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).reshape(-1, 3)
     samples = dense_samples(tree, scale)
-    # A voxel longer than a pixel is a row of pixel-sized cubes: its middle may lie anywhere in it.
+    # A voxel longer than a pixel is a row of pixel-sized cubes.
     extent = np.maximum(scale - 1, 0) / 2
     distance = cdist(voxels * scale, samples[:, :3])
     for row, voxel in enumerate(voxels * scale if extent.any() else ()):
@@ -124,7 +124,7 @@ def test_radius_equals_brute_force(seed, spacing):
     response, mask = make_target(tree, shape, spacing, "radius")
     expected = brute_force(tree, shape, spacing, "radius")
     assert np.array_equal(response, mask)
-    assert np.all(mask >= expected)  # the samples only ever miss a voxel, within 0.005
+    assert np.all(mask >= expected)  # the samples can only miss a voxel, within 0.005
     assert np.count_nonzero(mask != expected) <= 3
 
 
@@ -133,7 +133,7 @@ def test_radius_of_single_nodes_flat_cones_and_coincident_nodes():
     z, y, x = np.ogrid[:17, :17, :17]
     distance = np.sqrt((z - 8) ** 2 + (y - 8) ** 2 + (x - 8) ** 2)
     assert np.array_equal(make_target(ball, (17, 17, 17), kind="radius")[1], distance <= 3)
-    # The large ball holds the small one: the cone's tip is nowhere, and nothing is added.
+    # The large ball holds the small one, so the cone adds nothing.
     held = tree_of([[8, 8, 8], [9, 8, 8]], [-1, 0], [3.0, 0.5])
     assert np.array_equal(make_target(held, (17, 17, 17), kind="radius")[1], distance <= 3)
     for radius in ([3.0, 1.0], [1.0, 3.0]):
@@ -153,11 +153,11 @@ def test_a_slanted_line_has_no_staircase_and_no_bias(end):
     along = offset @ axis
     across = offset - along[:, None] * axis
     middle = (along > 3) & (along < np.linalg.norm(end - start) - 3)
-    # Depends on the true distance alone, wherever along the line: no staircase.
+    # It depends on the true distance alone, without a staircase along the line.
     distance = np.linalg.norm(across[middle], axis=1)
     expected = np.expm1(6 * (1 - distance / 5)) / np.expm1(6)
     assert np.abs(response[z, y, x][middle] - expected).max() < 1e-5
-    # Over a line that sweeps whole voxels in y and z, the positions within a voxel average out:
+    # Along a line that sweeps whole voxels in y and z, the positions within a voxel average out:
     # the mask's centre is on the line and its cross section is that of the tube.
     assert np.abs(across[middle].mean(0)).max() < 0.06
     area = middle.sum() / np.ptp(along[middle])
@@ -182,7 +182,7 @@ def test_no_voxel_within_reach_of_an_edge_is_missed(spacing):
     voxels = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) * scale
     extent, places = np.maximum(scale - 1, 0) / 2, np.linspace(-0.5, 0.5, 65)
     for _ in range(12):
-        # As long as a piece can be and half a voxel off: the farthest a voxel can lie from the
+        # As long as a piece can be and half a voxel off: the largest distance of a voxel from the
         # middle of a piece and still be near one of its ends.
         direction = rng.normal(size=3)
         step = 3.99 * np.maximum(scale, 1) * direction / np.linalg.norm(direction)
@@ -237,7 +237,7 @@ SPACINGS = st.tuples(*[st.sampled_from([1 / 8, 0.3, 0.7, 1, 2, 4, 5.5, 8])] * 3)
 @settings(deadline=None, max_examples=120, derandomize=True)
 @given(spacing=SPACINGS, seed=st.integers(0, 999), kind=st.sampled_from(KINDS))
 def test_the_target_of_a_connected_tree_is_connected(spacing, seed, kind):
-    """Whatever the spacing; two trees that lie far apart are two pieces."""
+    """For any spacing; two trees that lie far apart are two pieces."""
     rng, shape, edges = np.random.default_rng(seed), np.array((12, 40, 50)), 6
     parent = [-1, *(int(rng.integers(0, i)) for i in range(1, edges))]
     xyz = rng.uniform(0, shape[::-1] - 1, (edges, 3))

@@ -1,7 +1,7 @@
-"""JupyterLab from end to end: a reader opens a notebook, runs it, moves a slider, answers.
+"""JupyterLab from end to end: open a notebook, run it, move a slider, answer a question.
 
 Without ``NOTEBOOKS=all`` only those of `ALWAYS` are opened: nbval runs the cells of the others.
-What the pages showed is kept in build/screenshots.
+Screenshots are in build/screenshots.
 """
 
 import json
@@ -19,13 +19,13 @@ from browser import chromium, keep, needs_chromium, new_page
 from neurolib.course.runs import NOTEBOOKS, REPOSITORY
 
 pytestmark = needs_chromium
-# Seconds. Machines are shared: a limit tells a page that hangs from one that is slow.
+# Seconds. Machines are shared, so a page may be slow without hanging.
 START, RUN, ANSWER = 180, 900, 180
 ALWAYS = ("00_start_here", "01_data_blocking", "02_weight_inflation")
 SOURCES = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
-# News would be fetched, and asked for, in every new settings folder.
+# JupyterLab would fetch news for every new settings folder.
 NEWS = {"fetchNews": "false", "checkForUpdates": False}
-# What a page's cells are: JupyterLab keeps those that are not in sight out of the document.
+# JupyterLab keeps cells that are out of sight out of the document.
 CELLS = "jupyterapp.shell.currentWidget.content.widgets"
 STATE = f"""() => {CELLS}.map(cell => cell.model.toJSON())"""
 IS_DONE = f"() => {CELLS}.every(c => c.model.type !== 'code' || c.model.executionCount > 0)"
@@ -37,13 +37,13 @@ HAS_CHANGED = f"([i, src]) => {CELLS}[i].node.querySelector('.widget-image').src
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """A JupyterLab of its own, with no settings of this machine's; its address and token."""
+    """A JupyterLab without settings of this machine; its address and token."""
     folder = tmp_path_factory.mktemp("lab")
     (folder / "notebooks").mkdir()
     for path in SOURCES:
         notebook = nbformat.read(path, as_version=4)
         for cell in notebook.cells:
-            if cell.cell_type == "code":  # nothing stored may be taken for something new
+            if cell.cell_type == "code":  # stored outputs must not look new
                 cell.outputs, cell.execution_count = [], None
         nbformat.write(notebook, folder / "notebooks" / path.name)
     shutil.copytree(REPOSITORY / "data/results", folder / "data/results")
@@ -72,7 +72,7 @@ def lab(tmp_path_factory):
 
 
 def address(folder, server):
-    """Where a server listens, and the token that it made: it writes both down once it does."""
+    """Address and token of a server, which it writes down when it listens."""
     for _ in range(2 * START):
         for path in (folder / "runtime").glob("jpserver-*.json"):
             facts = json.loads(path.read_text())
@@ -94,7 +94,7 @@ def menu(page, name, entry):
 
 
 def show(page, number):
-    """Bring a cell into sight; its element."""
+    """Scroll to a cell; return its element."""
     page.evaluate(f"i => {CELLS}[i].parent.scrollToItem(i, 'center')", number)
     cell = page.evaluate_handle(f"i => {CELLS}[i].node", number).as_element()
     cell.wait_for_element_state("visible")
@@ -102,13 +102,13 @@ def show(page, number):
 
 
 def printed(page, number):
-    """What a code cell has printed."""
+    """The text that a code cell printed."""
     outputs = page.evaluate(STATE)[number]["outputs"]
     return "".join("".join(out["text"]) for out in outputs if out["output_type"] == "stream")
 
 
 def answer(page, number, text):
-    """Write into a code cell with the keyboard and run it; what it prints."""
+    """Type into a code cell and run it; return the text that it prints."""
     before = page.evaluate(f"i => {CELLS}[i].model.executionCount", number)
     show(page, number).query_selector(".cm-content").click()
     page.keyboard.press("ControlOrMeta+A")
@@ -140,8 +140,8 @@ def test_a_reader_runs_moves_and_answers(path, lab, browser):
             keep(page, f"{path.stem}-run")
         cells = page.evaluate(STATE)
         for cell in cells:
-            found = [out for out in cell.get("outputs", []) if out["output_type"] == "error"]
-            assert not found, cell["source"]
+            failures = [out for out in cell.get("outputs", []) if out["output_type"] == "error"]
+            assert not failures, cell["source"]
 
         stored = nbformat.read(path, as_version=4).cells
         number = page.evaluate(SLIDER)
@@ -157,8 +157,8 @@ def test_a_reader_runs_moves_and_answers(path, lab, browser):
             assert "not drawn" not in cell.inner_text()
             keep(page, f"{path.stem}-slider")
 
-        if found := exercise(stored):
-            number, stub, solution = found
+        if failures := exercise(stored):
+            number, stub, solution = failures
             question = stub.splitlines()[-1]
             assert printed(page, number).startswith("○")
             assert answer(page, number, stub.replace("...", "0")).startswith("✗")

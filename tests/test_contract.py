@@ -1,4 +1,4 @@
-"""What others rely on: public names where they are, and results that stay as they are."""
+"""The contract with users: public names stay where they are, and results stay the same."""
 
 import hashlib
 import importlib
@@ -35,19 +35,20 @@ TREE = synthesis.grow(3, SHAPE)
 
 @pytest.mark.parametrize("module", NAMES)
 def test_public_names_are_where_they_were(module):
-    found = importlib.import_module(f"neurolib.{module}")
-    assert [name for name in NAMES[module].split() if not hasattr(found, name)] == []
+    imported = importlib.import_module(f"neurolib.{module}")
+    assert [name for name in NAMES[module].split() if not hasattr(imported, name)] == []
     assert callable(neurolib.segment)
 
 
-def test_modules_that_have_rooms_are_found_under_their_old_names():
+def test_modules_are_found_under_their_old_names():
     old = importlib.import_module("neurolib.datasets")
     assert old.load_dataset is importlib.import_module("neurolib.data.datasets").load_dataset
     with pytest.raises(ModuleNotFoundError, match=r"neurolib\.nowhere"):
         importlib.import_module("neurolib.nowhere")
     for name in ("neurolib", "neurolib.cli"):
         command = [sys.executable, "-m", name, "--version"]
-        assert subprocess.check_output(command, text=True).split()[0] == "neurolib"
+        shown = subprocess.check_output(command, text=True)
+        assert shown == f"neurolib {neurolib.__version__}\n"
 
 
 def test_target_and_traced_tree_are_what_they_were():
@@ -64,8 +65,8 @@ def test_probability_is_what_it_was():
     net, _ = network.build(settings, "scratch", "", 0)
     image = synthesis.render(TREE, SHAPE, seed=3).data
     image = (image / image.max()).astype(np.float32)
-    found = predict_volume(net, image, every=8, progress=False, device="cpu")
-    assert found.shape == (3, 64, 72)
-    assert [float(found.mean()), float(found[1, 20, 30])] == pytest.approx(
+    probability = predict_volume(net, image, every=8, progress=False, device="cpu")
+    assert probability.shape == (3, 64, 72)
+    assert [float(probability.mean()), float(probability[1, 20, 30])] == pytest.approx(
         [0.0205, 0.0218], rel=0.05
     )

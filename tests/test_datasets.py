@@ -54,7 +54,7 @@ def write_pair(folder, name, tree=TREE, seed=0, spacing=(2.0, 0.5, 0.5), suffix=
 
 
 def empty_pairs(folder, *names):
-    """Files that are only looked at by name."""
+    """Files of which only the names matter."""
     for name in names:
         (folder / f"{name}.tif").touch()
         (folder / f"{name}.swc").touch()
@@ -99,8 +99,8 @@ def test_pairs_have_equal_names_and_everything_else_is_left_alone(tmp_path):
     ],
 )
 def test_crops_of_one_neuron_are_one_neuron(tmp_path, names, neuron):
-    found = {pair.name: pair.neuron for pair in folder_pairs(empty_pairs(tmp_path, *names))}
-    assert found == dict.fromkeys(names, neuron)
+    neurons = {pair.name: pair.neuron for pair in folder_pairs(empty_pairs(tmp_path, *names))}
+    assert neurons == dict.fromkeys(names, neuron)
 
 
 @pytest.mark.parametrize(
@@ -116,13 +116,13 @@ def test_neurons_file_goes_before_names(tmp_path, mark):
     empty_pairs(tmp_path, "x1", "x2", "y_body", "z_body")
     table = "name,remark,neuron\nx1,,X\nx2,ok,X\ny_body,,Y2\n"
     (tmp_path / "neurons.csv").write_text(mark + table, encoding="utf-8")
-    found = {pair.name: pair.neuron for pair in folder_pairs(tmp_path)}
-    assert found == {"x1": "X", "x2": "X", "y_body": "Y2", "z_body": "z"}
+    neurons = {pair.name: pair.neuron for pair in folder_pairs(tmp_path)}
+    assert neurons == {"x1": "X", "x2": "X", "y_body": "Y2", "z_body": "z"}
 
 
 IMAGE_ENDS = [".tif", ".TIF", ".ome.tif", ".ome.tiff", ".v3draw", ".npy"]
 TREE_ENDS = [".swc", ".SWC", ".eswc", ".tif.swc", ".CNG.swc", ".v3dpbd.swc", ".ome.tif.swc"]
-# Letters whose composed and decomposed forms differ, and what may stand in a name.
+# Letters whose composed and decomposed forms differ, and other characters of names.
 LETTERS = "äÖéñçabXYZ019_- .,"
 
 
@@ -132,7 +132,7 @@ LETTERS = "äÖéñçabXYZ019_- .,"
     data=st.data(),
 )
 def test_names_pair_whatever_their_suffixes_case_and_unicode_form(tmp_path_factory, names, data):
-    # Unlike in any case, and with no dot or blank that would be lost at an end.
+    # Distinct without case, and with no dot or blank at an end.
     names = list({name.strip(" .").casefold(): name.strip(" .") for name in names}.values())
     folder = tmp_path_factory.mktemp("pairs")
     twin, lonely = {}, set()
@@ -167,7 +167,7 @@ def test_names_pair_whatever_their_suffixes_case_and_unicode_form(tmp_path_facto
 @pytest.mark.parametrize(
     ("files", "pairs"),
     [
-        # The nearest name goes first, and only what is left is read tolerantly.
+        # Exact names come first; only the rest is read tolerantly.
         ("cell.tif Cell.tif cell.swc Cell.swc", {"cell": "cell.swc", "Cell": "Cell.swc"}),
         ("cell.tif cell.ome.tif cell.swc", {"cell": "cell.swc"}),
         ("a.tif a.swc A.tif a.tif.swc", {"a": "a.swc", "A": "a.tif.swc"}),
@@ -205,8 +205,8 @@ def test_neurons_file_is_matched_tolerantly(tmp_path, rows, code):
     empty_pairs(tmp_path, "x1", "x2", "z_body", "Zähler_tail")
     rows = f"Name, Neuron\n{rows}\nZÄHLER_tail.TIF,Zähler’s\n"
     (tmp_path / "neurons.csv").write_bytes(rows.replace("\n", "\r\n").encode(code))
-    found = {pair.name: pair.neuron for pair in folder_pairs(tmp_path)}
-    assert found == {"x1": "X", "x2": "X", "z_body": "z", "Zähler_tail": "Zähler’s"}
+    neurons = {pair.name: pair.neuron for pair in folder_pairs(tmp_path)}
+    assert neurons == {"x1": "X", "x2": "X", "z_body": "z", "Zähler_tail": "Zähler’s"}
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_rows_of_files_without_a_partner_are_no_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("asked", "found"),
+    ("asked", "chosen"),
     [
         ("a, left", ["a, left"]),
         ("b,a, left", ["a, left", "b"]),
@@ -249,13 +249,13 @@ def test_rows_of_files_without_a_partner_are_no_error(tmp_path):
         ("B.tif", ["b"]),
     ],
 )
-def test_names_may_be_numbers_and_hold_commas(tmp_path, asked, found):
+def test_names_may_be_numbers_and_hold_commas(tmp_path, asked, chosen):
     pairs = [
         Pair(name, name, tmp_path, tmp_path, "")
         for name in ("a, left", "b", "left", "007", "12", "d", "e")
     ]
     split = split_by_neuron(pairs, held_out=asked)
-    assert sorted(pair.name for pair in split.test) == sorted(found)
+    assert sorted(pair.name for pair in split.test) == sorted(chosen)
     assert "no neuron '8'" in refused(DataError, split_by_neuron, pairs, held_out=8)
     assert "no neuron 'c'" in refused(DataError, split_by_neuron, pairs, held_out="b,c")
 
@@ -311,7 +311,7 @@ def test_no_neuron_is_in_two_splits_and_no_pair_is_lost(neurons, test, validatio
     assert [len(group) for group in groups][1:] == [validation, test]
     assert sorted(p.name for part in split for p in part) == sorted(p.name for p in pairs)
     assert split == split_by_neuron(pairs, test, validation, seed)
-    # The draw is over neurons: the order of the pairs does not matter.
+    # The draw is over neurons, so the order of the pairs does not matter.
     again = split_by_neuron(pairs[::-1], test, validation, seed)
     assert [{p.neuron for p in part} for part in again] == groups
 
@@ -528,7 +528,7 @@ def test_synthetic_pairs_are_cached_until_the_generator_changes(
         changed_generator(tmp_path, broken)
         with pytest.raises(TypeError):
             load_dataset("synthetic")
-    # Nothing half-made stays where the failed call would have put it.
+    # The failed call leaves nothing.
     assert len(list(cache.iterdir())) == 1
     changed_generator(tmp_path, monkeypatch)
     assert load_dataset("synthetic")[0].image.parent != made[0].image.parent
@@ -641,7 +641,7 @@ def test_only_what_has_changed_is_rendered_again(trees, monkeypatch, tmp_path):
 
 def test_a_run_can_go_over_rendered_trees(trees, tmp_path):
     (trees / "neurons.csv").write_text("name,neuron\nb,B\n")
-    # Images beside the trees are not what is asked for, not even two of one name.
+    # Images beside the trees do not matter, not even two of one name.
     for name in ("b.tif", "b.v3draw", "._b.swc"):
         (trees / name).touch()
     pairs = load_dataset(f"rendered:{trees}")
@@ -743,14 +743,14 @@ def test_measure_takes_pairs_or_their_folder(tmp_path):
         data = np.random.default_rng(seed).integers(0, 200, (30, 50, 60), np.uint8)
         write_volume(tmp_path / f"{name}.tif", data, (1.0, 1.0, 1.0))
         write_swc(tmp_path / f"{name}.swc", tree_of((5, 6, 2), (20, 14, 4), (35, 22, 5 + seed)))
-    found = measure(tmp_path)
-    assert found == measure(folder_pairs(tmp_path)) == measure(str(tmp_path))
-    for name, row in zip("ab", found, strict=True):
+    rows = measure(tmp_path)
+    assert rows == measure(folder_pairs(tmp_path)) == measure(str(tmp_path))
+    for name, row in zip("ab", rows, strict=True):
         tree, volume = read_swc(tmp_path / f"{name}.swc"), read_volume(tmp_path / f"{name}.tif")
         expected = synthesis.statistics(tree) | synthesis.image_statistics(volume, tree)
         assert row == expected
     (tmp_path / "a.tif").unlink()
-    assert measure(tmp_path) == found[1:]
+    assert measure(tmp_path) == rows[1:]
     (tmp_path / "b.tif").unlink()
     assert [list(row) for row in measure(tmp_path)] == [list(synthesis.GOLD_RANGES)] * 2
 

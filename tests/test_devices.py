@@ -1,4 +1,4 @@
-"""Devices and precisions, with the hardware's words put in."""
+"""Devices and precisions, with simulated hardware."""
 
 import numpy as np
 import pytest

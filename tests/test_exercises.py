@@ -1,4 +1,4 @@
-"""The exercises: every stub says so, every printed solution passes, typical mistakes get a hint."""
+"""The exercises: stubs are recognised, printed solutions pass, typical mistakes get a hint."""
 
 import importlib
 import math
@@ -38,7 +38,7 @@ def stubs(path):
 
 
 def ask(source, stub, solution=""):
-    """Execute an exercise as a reader would: with the notebook's imports, solved or not."""
+    """Execute an exercise like a reader, with the notebook's imports."""
     names = {}
     text = source.read_text(encoding="utf-8")
     imports = re.findall(r"(?m)^(?:import|from) (?!sys\b|site\b).*$", text)
@@ -51,9 +51,9 @@ def ask(source, stub, solution=""):
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_stubs_are_not_attempted_and_solutions_are_right(source, capsys):
     text = source.read_text(encoding="utf-8")
-    found = list(stubs(source))
-    assert len(found) == text.count('tags=["exercise"]') == text.count('tags=["solution"]')
-    for number, (stub, solution) in enumerate(found, 1):
+    questions = list(stubs(source))
+    assert len(questions) == text.count('tags=["exercise"]') == text.count('tags=["solution"]')
+    for number, (stub, solution) in enumerate(questions, 1):
         ask(source, stub)
         assert f"q{number}: not attempted" in capsys.readouterr().out
         ask(source, stub, solution)
@@ -83,17 +83,17 @@ def hint(question, answer, capsys):
 
 
 def folded(weight, std, times=1.0):
-    """A grey kernel with its σ right, or wrong by what it is multiplied with."""
+    """A grey kernel with the right σ, or multiplied by a wrong factor."""
     return (times * weight / std.view(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
 def shift(weight, mean, std):
-    """What the bias loses to µ and σ."""
+    """The change of the bias by µ and σ."""
     return (weight * (mean / std).view(1, 3, 1, 1)).sum((1, 2, 3))
 
 
 def in_slice(place):
-    """An inflation that puts the kernel into the slice that `place` gives for a depth."""
+    """An inflation that puts the kernel into slice `place(depth)`."""
 
     def inflate(grey, depth):
         kernel = torch.zeros(len(grey), 1, depth, *grey.shape[2:])
@@ -109,7 +109,7 @@ def spread(*shares):
 
 
 def dice(above=1.0, below=1.0, times=2.0, power=1):
-    """A soft Dice loss, right as it stands."""
+    """A soft Dice loss, right by default."""
     return lambda p, y: (
         1 - (times * (p * y).sum() + above) / ((p**power).sum() + (y**power).sum() + below)
     )
@@ -128,7 +128,7 @@ def cosine(progress, low=0.01):
 
 
 def after(warm_up, curve):
-    """A schedule: one function of (step, warm) in the warm-up, one of the progress after it."""
+    """A schedule: one function of (step, warm) in the warm-up, one of the progress afterwards."""
     return lambda k, n, w: warm_up(k, w) if k < w else curve((k - w) / (n - w))
 
 
@@ -149,7 +149,7 @@ def near(a, b):
 
 
 def by_depth(parent):
-    """A right order: breadth first."""
+    """A right order: breadth-first."""
     order = list(np.flatnonzero(parent < 0))
     for row in order:
         order += list(np.flatnonzero(parent == row))
@@ -166,7 +166,7 @@ def specks(truth):
 
 
 def neurons(gain, deviation, level):
-    """How many a t interval of another level asks for."""
+    """The number of neurons for a t interval of another level."""
     n = 2
     while stats.t.ppf(level, n - 1) * deviation / n**0.5 >= gain:
         n += 1
@@ -187,7 +187,7 @@ def stds(*samples):
 
 
 def student(values, t=None, spread=None, share=None):
-    """A t interval, right as it stands."""
+    """A t interval, right by default."""
     n = len(values)
     half = t or stats.t.ppf(0.975, n - 1)
     half *= (spread or values.std(ddof=1)) * (share or 1 / math.sqrt(n))
@@ -195,7 +195,7 @@ def student(values, t=None, spread=None, share=None):
 
 
 def penalised(penalty):
-    """A mean Hd95 in which a miss costs what `penalty` gives for the values and the diagonals."""
+    """A mean Hd95 in which a miss costs `penalty(values, diagonals)`."""
     return lambda v, d: np.where(np.isinf(v), penalty(v, d), v).mean()
 
 
@@ -444,7 +444,7 @@ QUESTIONS = [
 ]
 
 
-# Their answers are no functions.
+# These answers are no functions.
 VALUES = (tracing.q2, blocking.q4)
 
 

@@ -1,6 +1,6 @@
 """Faults: killed processes, full disks, bad servers, odd machines. `make faults` runs all kills.
 
-What other modules' tests try is not repeated: damaged images (`test_formats.py`), pickles with
+Other modules test damaged images (`test_formats.py`), pickles with
 code in them and altered downloads (`test_weights.py`), servers and archives of the data set
 (`test_bigneuron.py`), a killed worker of a cluster (`test_large.py`).
 """
@@ -47,7 +47,7 @@ slow = pytest.mark.skipif(not ALL, reason="slow; set NEUROLIB_FAULTS=1")
 
 
 class Counts:
-    """Counts of the faults that were tried, printed at the end."""
+    """Counts the tried faults, and prints them at the end."""
 
     def __init__(self):
         self.found: dict[str, int] = {}
@@ -90,7 +90,7 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def archive():
-    """A release of two neurons as the data set's server has it, and its hash in the address."""
+    """A server with a release of two neurons."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as file:
         for name in ("one", "two"):
@@ -163,7 +163,7 @@ def test_what_a_killed_process_leaves_is_removed_and_what_is_in_use_is_not(tmp_p
     process.kill()
     process.join()
     assert left() == [its]
-    # Neither is what only looks like it.
+    # A folder that only looks similar stays.
     mine = tmp_path / ".a.txt.backup-of-mine"
     mine.mkdir()
     files.write_text(tmp_path / "b.txt", "other")
@@ -172,7 +172,7 @@ def test_what_a_killed_process_leaves_is_removed_and_what_is_in_use_is_not(tmp_p
 
 
 def test_many_that_write_into_one_folder_at_once(tmp_path, count):
-    """Locks tell threads apart as they do processes: nobody removes what another is writing."""
+    """Locks separate threads, too: none removes what another is writing."""
 
     def write(number):
         for _ in range(40):
@@ -186,7 +186,7 @@ def test_many_that_write_into_one_folder_at_once(tmp_path, count):
 
 
 def test_a_folder_that_is_removed_before_it_is_locked(tmp_path, monkeypatch):
-    """As by another process that takes it for left behind."""
+    """For example by another process that takes it for abandoned."""
     make, made = tempfile.mkdtemp, []
 
     def unlucky(**options):
@@ -204,7 +204,7 @@ def test_a_folder_that_is_removed_before_it_is_locked(tmp_path, monkeypatch):
 
 
 def refused_when_full(folder, checkpoint, outcomes):
-    """Each kind of output ended in one line, left what was there and nothing else."""
+    """Each kind of output failed with one line and left the old file and nothing else."""
     assert set(outcomes) == set(faults.OUTPUTS)
     for kind, (said, status) in outcomes.items():
         assert "cannot be written (" in said, (kind, said)
@@ -296,9 +296,9 @@ def test_files_without_permission(tmp_path, checkpoint, count):
         put(tmp_path / name, data)
         read(tmp_path / name)
         (tmp_path / name).chmod(0)
-    found = faults.finish(faults.read_as_nobody, tmp_path, checkpoint)[2]
-    assert len(found) == len(list(readers(checkpoint)))
-    for name, said in found.items():
+    errors = faults.finish(faults.read_as_nobody, tmp_path, checkpoint)[2]
+    assert len(errors) == len(list(readers(checkpoint)))
+    for name, said in errors.items():
         assert said.startswith(("SettingsError", "SwcError", "WeightsError", "VolumeError")), said
         assert name in said
         count("unreadable inputs")
@@ -338,7 +338,7 @@ def test_files_that_vanish_between_two_looks(tmp_path, checkpoint, count, monkey
 
 
 def test_a_file_that_shrinks_under_a_memory_map(tmp_path, count):
-    """The system ends the process: nothing is left of its output, and the next one says why."""
+    """The system kills the process: its output is gone, and the next process says why."""
     path = volume.write_volume(tmp_path / "in.npy", faults.stack(shape=(4, 256, 256)))
     out = files.write_text(tmp_path / "out.zarr", "old")
     with pytest.raises(RuntimeError, match=f"ended by -{int(signal.SIGBUS)}"):
@@ -356,13 +356,13 @@ def test_a_file_that_shrinks_under_a_memory_map(tmp_path, count):
 def test_servers_of_weights_that_fail_in_every_way(tmp_path, hub, count):
     ways = ("mute", "stalls", "trickles", "truncates", "more", "less", "other", "circle", "closes")
     asked = {way: faults.start(faults.ask, tmp_path / way, hub.url(way)) for way in (*ways, "good")}
-    found = {way: faults.end_of(*one)[2] for way, one in asked.items()}
-    assert found.pop("good") == "there"
-    for way, said in found.items():
+    answers = {way: faults.end_of(*one)[2] for way, one in asked.items()}
+    assert answers.pop("good") == "there"
+    for way, said in answers.items():
         assert said.startswith("WeightsError: vit_small_patch16_224.dino: "), (way, said)
         assert "\n" not in said
-    assert "not there after 2 s" in found["trickles"]
-    assert "does not match" in found["other"]
+    assert "not there after 2 s" in answers["trickles"]
+    assert "does not match" in answers["other"]
     (kept,) = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert kept.name == "vit_small_patch16_224.dino.safetensors"
     assert kept.parts[-3] == "good"
@@ -421,7 +421,7 @@ def test_a_folder_in_which_another_process_is_at_work(work, tmp_path, monkeypatc
     process.kill()
     process.join()
     assert sorted(tmp_path.rglob("*")) == before
-    # Whoever was killed stands in nobody's way, and his lock is gone after the next one.
+    # A killed process blocks nobody, and its lock file is gone after the next one.
     with files.claim(tmp_path / where):
         pass
     assert not (tmp_path / where).exists()
@@ -432,7 +432,7 @@ def test_a_folder_in_which_another_process_is_at_work(work, tmp_path, monkeypatc
 
 
 def elsewhere(folder, **environment):
-    """`faults.facts` as a Python started with these variables finds them."""
+    """Start a Python that writes `faults.facts` under these variables."""
     code = "import faults, json, pathlib, sys; folder = sys.argv[1]; "
     code += (
         "found = faults.facts(pathlib.Path(folder)); json.dump(found, open(folder + '.json', 'w'))"
@@ -446,7 +446,7 @@ def elsewhere(folder, **environment):
 
 
 def test_keys_and_files_do_not_depend_on_hashes_language_or_path(tmp_path, count):
-    """In folders with blanks and letters that an ASCII machine does not know."""
+    """In folders with blanks and letters outside ASCII."""
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     others = [{"PYTHONHASHSEED": "1"} | ascii_only]
     if ALL:
@@ -473,7 +473,7 @@ def test_keys_and_files_do_not_depend_on_hashes_language_or_path(tmp_path, count
 
 
 def german(folder):
-    """Name of a language in which a half is 0,5; made in `folder` where the system can."""
+    """Name of a locale in which a half is 0,5, made in `folder`; empty if that fails."""
     folder.mkdir()
     make = ["localedef", "-i", "de_DE", "-f", "UTF-8", str(folder / "de_DE.UTF-8")]
     if shutil.which("localedef"):
@@ -485,9 +485,9 @@ def german(folder):
 
 
 def test_weights_that_claim_a_terabyte_take_no_memory(tmp_path, count):
-    found = faults.finish(faults.claims, tmp_path)[2]
-    assert len(found) == 10
-    for what, (said, took) in found.items():
+    outcomes = faults.finish(faults.claims, tmp_path)[2]
+    assert len(outcomes) == 10
+    for what, (said, took) in outcomes.items():
         assert what.split()[1] in said
         assert "\n" not in said
         assert took < 100 << 20, (what, took)
@@ -501,7 +501,7 @@ UNSAFE = {
 
 
 def unsafe(source):
-    """Calls in Python code that run text or bytes that came from elsewhere."""
+    """Calls in Python code that might run foreign text or bytes."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue

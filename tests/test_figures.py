@@ -1,4 +1,4 @@
-"""The comparison of figures lets pass what is the same picture, and nothing else."""
+"""The comparison of figures accepts the same picture and nothing else."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Fly neurons from a local server that drops, stalls and lies; their repair; their stand-ins."""
+"""Fly neurons from a server that drops, stalls and lies; their repair; replacement folders."""
 
 import hashlib
 import io
@@ -45,8 +45,8 @@ def stack_of(seed):
     return np.random.default_rng(seed).integers(0, 255, (3 + seed, 20, 24), np.uint8)
 
 
-# As the tracer saves: rows from the bottom (y = 19 - y), each branch on its own with its branch
-# point repeated, a parent that is nowhere, a cycle (6, 7, 8), and a gap of 4 voxels before 9.
+# As the tracer saves: rows from the bottom (y = 19 - y), each branch separately with its branch
+# point repeated, a missing parent, a cycle (6, 7, 8), and a gap of 4 voxels before 9.
 TRACE = b"""# a trace
 1 0 2 17 1 1 -1
 2 0 5 14 1 2 1
@@ -61,7 +61,7 @@ TRACE = b"""# a trace
 
 
 def slice_file(pixels):
-    """A slice as the microscope's program saves it: a palette image with a grey palette."""
+    """A slice like those of the microscope: a palette image with a grey palette."""
     grey = np.tile(np.arange(256, dtype=np.uint16) * 257, (3, 1))
     buffer = io.BytesIO()
     tifffile.imwrite(buffer, pixels, photometric="palette", colormap=grey)
@@ -95,7 +95,7 @@ def raw():
 
 @pytest.fixture(autouse=True)
 def environment(raw, tmp_path, monkeypatch):
-    """The generated manifest, a cache of the test's own, and no address of the user's."""
+    """The generated manifest, the test's own cache, and no address of the user's."""
     servers.hurry(monkeypatch)
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps(raw[1]))
@@ -124,7 +124,7 @@ def refused(*args, error=DataError):
 
 
 def finished(tmp_path):
-    """What stands in the cache under its final name."""
+    """Files in the cache with final names."""
     folder = tmp_path / "cache" / "fly-larva"
     return sorted(p.name for p in folder.glob("[!.]*")) if folder.exists() else []
 
@@ -134,7 +134,7 @@ def check_pairs(pairs, names=NAMES[:3]):
     for pair in pairs:
         assert np.array_equal(read_volume(pair.image).data, stack_of(NAMES.index(pair.name)))
         tree = read_swc(pair.swc)
-        # The nodes of the trace in the image's frame, the repeated places once, as one tree.
+        # The nodes of the trace in the image's frame, repeated places once, as one tree.
         assert len(tree.xyz) == 7
         assert (tree.parent < 0).sum() == 1
         assert [5, 5, 1] in tree.xyz[tree.parent < 0].tolist()  # the thickest
@@ -156,7 +156,7 @@ def test_fetch_brings_the_pairs_and_says_that_there_is_no_licence(server, tmp_pa
     check_pairs(pairs)
     assert [pair.neuron for pair in pairs] == ["alpha", "beta", "beta"]
     assert len(server.requests) == asked, "what is in the cache was asked for again"
-    # Raw files are gone; nothing of the final neurons was asked for.
+    # Raw files are gone; the final neurons were not downloaded.
     assert finished(tmp_path) == sorted(
         ["trees.json", *(f"{name}.{kind}" for name in NAMES[:3] for kind in ("swc", "tif"))]
     )
@@ -195,7 +195,7 @@ def test_servers_that_stall_and_lie_leave_nothing_and_do_no_harm(
     assert f"/{way}/Journal%20Results/alpha/" in message
     assert finished(tmp_path) == []
     behave(monkeypatch, server, "good")
-    # Of a part that the liar left, the hash tells once, and it is not kept.
+    # The hash refuses the liar's part once, and the part is not kept.
     with suppress(DataError):
         load_fly_larva()
     check_pairs(load_fly_larva())
@@ -220,7 +220,7 @@ def test_an_interrupted_download_goes_on_wherever_it_was(server, tmp_path, monke
         monkeypatch.setattr(fly_larva, "download", one_more)
         with suppress(KeyboardInterrupt):
             load_fly_larva()
-        # One file more each time, none for a second time, and no pair but whole ones.
+        # One more file each time, none twice, and only whole pairs.
         assert len(server.requests) == before + 1
         pairs = {name.partition(".")[0] for name in finished(tmp_path)} - {"trees"}
         assert len(pairs) == sum(before + 1 >= whole for whole in (4, 9, 15))
@@ -268,7 +268,7 @@ def test_doctor_says_whether_the_pairs_are_there(server, tmp_path, monkeypatch):
 
 @pytest.fixture
 def own(server, tmp_path):
-    """A folder of all finished pairs, away from the cache."""
+    """A folder of all finished pairs outside the cache."""
     load_fly_larva()
     load_fly_larva("fly-larva-final")
     shutil.move(tmp_path / "cache" / "fly-larva", tmp_path / "own" / "fly-larva")
@@ -282,12 +282,12 @@ def test_a_folder_of_pairs_stands_in_for_the_download(own, server, monkeypatch, 
     monkeypatch.setenv("NEUROLIB_DATA", "own" if place == "relative" else str(tmp_path / place))
     check_pairs(load_fly_larva())
     check_pairs(load_fly_larva("fly-larva-final"), NAMES[3:])
-    # Notebooks, which run in another folder, find it by the same variable.
+    # Notebooks in another folder find it by the same variable.
     code = "from neurolib.data import pairs; print(pairs.stand_in('fly-larva'))"
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True
     )
-    assert Path(found.stdout.strip()) == own
+    assert Path(done.stdout.strip()) == own
     assert server.requests == []
 
 
@@ -360,7 +360,7 @@ def test_nothing_trains_on_the_final_neurons(own, monkeypatch, tmp_path, capsys)
 
 
 def execute_in_this_process(source, target, parameters, cwd, **_):
-    """The text of a notebook until it has measured: a kernel would know no generated data."""
+    """The code of a notebook up to its measurements; a kernel would not know the generated data."""
     notebook, names = jupytext.read(source.with_suffix(".py")), {}
     os.chdir(cwd)
     for cell in notebook.cells:
@@ -382,7 +382,7 @@ def test_a_finished_checkpoint_is_evaluated_on_the_final_neurons(own, monkeypatc
     monkeypatch.chdir(tmp_path)
     checkpoint = faults.checkpoint(tmp_path / "trained.safetensors")
     call = {"data": "fly-larva-final", "profile": "final", "folder": tmp_path / "runs"}
-    # The stand-in is noise: no frame fits its tree.
+    # The images are noise, so no frame fits.
     call |= {"ignore_frames": True}
     run = runs.run_course(**call, parameters={"checkpoint": str(checkpoint)})
     split = datasets.read_manifest(run.path("split.json"))
@@ -396,7 +396,7 @@ def test_a_finished_checkpoint_is_evaluated_on_the_final_neurons(own, monkeypatc
     mask = baselines.drop_small(mask, 200)
     score = run.metrics()["neurons"][name]["Dice"]
     assert score == pytest.approx(evaluation.dice(mask, sample.mask))
-    # A run that was trained keeps its network, and a file that is none is refused.
+    # A trained run keeps its network, and a file without a network is refused.
     run.record("validation", {})
     (tmp_path / "other.safetensors").write_bytes(b"none")
     for path, words in ((checkpoint, "trained here"), (tmp_path / "other.safetensors", "other")):
@@ -447,11 +447,11 @@ def test_repaired_traces_are_minimum_forests_as_networkx_finds_them(seed, nodes,
     assert length(tree) == pytest.approx(forest.size("weight"))
     parts = {frozenset(part) for part in nx.connected_components(forest)}
     labels = components(tree)
-    found = {
+    edges = {
         frozenset(tuple(row) for row in np.round(tree.xyz[labels == label], 2))
         for label in np.unique(labels)
     }
-    assert found == parts
+    assert edges == parts
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from neurolib.volume import normalise, read_volume
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 CASES = int(os.environ.get("NEUROLIB_FUZZ", "600"))
-# A case of OME-Zarr, several files, takes as long as several others.
+# OME-Zarr, with several files, takes longer.
 ZARR_CASES = CASES // 2
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")
 
@@ -211,7 +211,7 @@ def test_tiff_of_several_images(tmp_path):
         for slices in (4, 4, 2):
             writer.write(stack(shape=(slices, 5, 6)), photometric="minisblack")
     refused(path, r"3 separate images, the first of shape \(4, 5, 6\)")
-    # A thumbnail and a smaller copy are no second image, wherever they are in the file.
+    # A thumbnail and a smaller copy are no second image, in any order.
     for shapes in permutations([(4, 5, 6), (2, 3), (2, 2, 3)]):
         with tifffile.TiffWriter(path) as writer:
             for shape in shapes:
@@ -219,7 +219,7 @@ def test_tiff_of_several_images(tmp_path):
         volume = read_volume(path)
         assert np.array_equal(volume.data, stack(shape=(4, 5, 6)))
         assert "3 images" in volume.notes[0]
-    # Nor is a colour overview or a single picture with more pixels than the stack.
+    # Neither is a colour overview or a single picture with more pixels than the stack.
     with tifffile.TiffWriter(path) as writer:
         writer.write(stack(shape=(30, 40, 3)), photometric="rgb")
         writer.write(stack(shape=(50, 60)), photometric="minisblack")
@@ -243,7 +243,7 @@ def test_several_ome_images_have_each_their_own_spacing(tmp_path):
 
 
 def ome_set(folder, data, binary_only=False):
-    """One OME-TIFF a slice, written with the metadata of the whole set in each, or in the first."""
+    """One OME-TIFF per slice, with the metadata of the whole set in each, or in the first."""
     head = '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" '
     planes = "".join(
         f'<TiffData FirstZ="{k}" IFD="0" PlaneCount="1"><UUID FileName="s{k}.ome.tif">'
@@ -319,7 +319,7 @@ def test_min_is_white_is_inverted_unless_imagej_wrote_it(
 
 
 def test_masks_of_tifffile_are_kept(tmp_path):
-    """It marks boolean arrays as MinIsWhite and stores 1 for True."""
+    """tifffile marks boolean arrays as MinIsWhite and stores 1 for True."""
     tifffile.imwrite(tmp_path / "a.tif", stack() > 90)
     volume = read_volume(tmp_path / "a.tif")
     assert np.array_equal(volume.data, stack() > 90)
@@ -368,7 +368,7 @@ def test_other_compressions_of_tifffile(tmp_path, compression):
 
 
 def test_imagejs_header_and_pages_belong_together(tmp_path, capfd):
-    """Too many pages as well as too few; on one line, without one of the library's."""
+    """Too many pages or too few; one line, without messages of the library."""
     path = tmp_path / "a.tif"
     for images, contiguous in ((3, False), (3, True), (9, True)):
         with tifffile.TiffWriter(path) as writer:
@@ -387,7 +387,7 @@ def test_imagejs_header_and_pages_belong_together(tmp_path, capfd):
 
 # Spacing ------------------------------------------------------------------------------------
 
-# Micrometres per unit, from the definitions of the units, not from the table of the readers.
+# Micrometres per unit, from their definitions, not from the readers' table.
 SI = {"k": 3, "h": 2, "da": 1, "d": -1, "c": -2, "m": -3, "µ": -6, "n": -9, "p": -12, "f": -15}
 SI |= {"a": -18, "z": -21, "y": -24, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18, "Z": 21, "Y": 24}
 OME_UNITS = {f"{sign}m": 1e6 * 10.0**power for sign, power in SI.items()} | {"m": 1e6, "Å": 1e-4}
@@ -454,7 +454,7 @@ WRITERS = {
 @settings(deadline=None, max_examples=100, derandomize=True)
 @pytest.mark.filterwarnings("ignore:.*times longer")
 def test_every_axis_has_its_own_unit(tmp_path_factory, name, data):
-    """Whatever the format; one axis that lacks a length or has an unknown unit: none is known."""
+    """In all formats; if one axis lacks a length or has an unknown unit, none is known."""
     write, known, _ = WRITERS[name]
     units = [data.draw(st.sampled_from(list(known))) for _ in range(3)]
     # ImageJ's resolutions are fractions of 32-bit integers.
@@ -478,7 +478,7 @@ def test_every_axis_has_its_own_unit(tmp_path_factory, name, data):
     volume = read_volume(path)
     assert volume.spacing == (1, 1, 1)
     assert volume.unknown
-    # Given, none of it matters.
+    # A given spacing overrides all that.
     volume = read_volume(path, spacing=(3, 2, 1))
     assert (volume.spacing, volume.unknown) == ((3, 2, 1), "")
 
@@ -611,7 +611,7 @@ def test_v3draw_agrees_with_v3dpy(tmp_path):
 @pytest.mark.parametrize("kind", [1, 2])
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_v3dpbd_of_random_runs(tmp_path, kind, order, monkeypatch):
-    # Runs that follow on those unpacked before.
+    # Unpack a few runs at a time.
     monkeypatch.setattr(formats, "_PBD_RUNS", 7)
     for seed in range(10):
         content, voxels = v3dpbd(seed, (1, 3, 17, 23), kind, order)
@@ -696,7 +696,7 @@ def test_nrrd_channels(tmp_path):
     fast = "space directions: none (1,0,0) (0,1,0) (0,0,3)\n"
     path = save(tmp_path, nrrd(np.moveaxis(data, 0, -1), extra=fast), "a.nrrd")
     assert np.array_equal(read_volume(path, channel=1).data, data[1])
-    # Without spacings, the kinds of axes tell; without these, the slowest is taken for it.
+    # Without spacings, the kinds of axes tell; without these, it is the slowest axis.
     for kinds in ("", "kinds: vector domain domain domain\n"):
         shown = np.moveaxis(data, 0, -1) if kinds else data
         path = save(tmp_path, nrrd(shown, "gzip", extra=kinds), "a.nrrd")
@@ -714,7 +714,7 @@ def test_nrrd_of_several_gzip_members(tmp_path):
         path = save(tmp_path, head + body, "a.nrrd")
         assert np.array_equal(read_volume(path).data, data)
         refused(save(tmp_path, head + body[:-30], "a.nrrd"), "truncated|damaged")
-    # One member of nothing at the end, as bgzip writes it, and padding.
+    # An empty last member, as from bgzip, and padding.
     path = save(tmp_path, head + gzip.compress(raw) + gzip.compress(b"") + bytes(9), "a.nrrd")
     assert np.array_equal(read_volume(path).data, data)
     path = save(tmp_path, head + gzip.compress(raw) + b"a note behind the data", "a.nrrd")
@@ -746,12 +746,12 @@ def multiscales(axes="zyx", scale=(2, 0.5, 0.25), unit="micrometer"):
 
 
 def ome_zarr(path, data, image=None, ngff="0.5", chunks=(2, 3, 4), **options):
-    """Write `data` by zarr alone, in the Zarr format of that version of NGFF."""
+    """Write `data` with zarr alone, in the Zarr format of that version of NGFF."""
     image = image or multiscales()
     version = 3 if ngff == "0.5" else 2
     attributes = {"multiscales": [image]}
     if version == 2:
-        # A slash between the numbers of a chunk, as NGFF wants it, is not that format's default.
+        # NGFF wants slashes in the names of chunks, which are not Zarr's default.
         options["chunk_key_encoding"] = {"name": "v2", "separator": "/"}
     group = zarr.create_group(
         path,
@@ -771,7 +771,7 @@ def chunk_files(path):
 
 @pytest.fixture
 def fetched(monkeypatch):
-    """Names of what zarr fetches, metadata left out."""
+    """Names of what zarr fetches, without metadata."""
     names, get = [], zarr.storage.LocalStore.get
 
     async def recorded(self, key, *arguments, **options):
@@ -829,7 +829,7 @@ def test_zarr_channels(tmp_path, ngff):
 
 def test_zarr_spacing(tmp_path):
     path = tmp_path / "a.zarr"
-    # A scale of all levels comes on top of that of the level.
+    # The scale of the image multiplies that of the level.
     common = {"coordinateTransformations": [{"type": "scale", "scale": [1, 2, 4]}]}
     ome_zarr(path, stack(), multiscales() | common)
     assert read_volume(path).spacing == (2, 1, 1)
@@ -882,7 +882,7 @@ def test_zarr_reads_no_chunk_that_is_not_asked_for(tmp_path, fetched):
     assert fetched == []
     assert np.array_equal(volume.data[2:4, 3:6, 2:6], data[1, 2:4, 3:6, 2:6])
     assert sorted(fetched) == ["0/c/1/1/1/0", "0/c/1/1/1/1"]
-    # The first chunk tells that the voxels differ, and of floats each is looked at once.
+    # The first chunk shows that voxels differ; of floats, each chunk is read once.
     fetched.clear()
     read_volume(path, channel=1)
     assert fetched == ["0/c/1/0/0/0"]
@@ -924,7 +924,7 @@ def test_zarr_values_that_are_not_stored(tmp_path):
     volume = read_volume(ome_zarr(path, empty))
     assert len(chunk_files(path)) == 1
     assert np.array_equal(volume.data[:], empty)
-    # With a fill value of NaN, which many writers leave as it is, a gap is not finite.
+    # With a fill value of NaN, as from many writers, a gap is not finite.
     data = stack("float32", (4, 6, 8))
     ome_zarr(path, data, fill_value=float("nan"))
     assert read_volume(path).data.shape == (4, 6, 8)
@@ -1002,7 +1002,7 @@ def test_zarr_with_a_truncated_chunk(tmp_path, ngff, codec):
 
 @pytest.mark.parametrize("ngff", ["0.4", "0.5"])
 def test_zarr_with_blosc_that_claims_too_much(tmp_path, ngff):
-    # The library would read beyond its memory and end the process.
+    # The library would read beyond its memory and crash.
     codec = Blosc() if ngff == "0.4" else zarr.codecs.BloscCodec()
     path = ome_zarr(tmp_path / "a.zarr", stack(), ngff=ngff, compressors=codec)
     file = chunk_files(path)[0]
@@ -1033,7 +1033,7 @@ def test_zarr_with_an_absurd_shape(tmp_path):
             grid = {"name": "regular", "configuration": {"chunk_shape": [chunk, side, side]}}
             file.write_text(json.dumps(small | {"shape": [side] * 3, "chunk_grid": grid}))
             refused(path, "chunks of .* 1 byte to 2 GiB")
-        # No chunk at all: found without going through the 2^33 that there could be.
+        # No chunk at all, found without visiting the 2^33 possible ones.
         for chunk in chunk_files(path):
             chunk.unlink()
         file.write_text(json.dumps(small | {"shape": [side] * 3}))
@@ -1046,7 +1046,7 @@ def test_zarr_with_an_absurd_shape(tmp_path):
 
 # Memory -------------------------------------------------------------------------------------
 
-# The peak of this process alone; that of `resource` begins with the one of its parent.
+# The peak of this process alone; `resource` includes that of the parent.
 PEAK = """
 import re, sys
 from neurolib.volume import normalise, read_volume, write_volume
@@ -1059,7 +1059,7 @@ needs_proc = pytest.mark.skipif(
 
 
 def peak_memory(code, *arguments):
-    """What `code` prints, run in a process of its own where ``peak()`` is its peak in bytes."""
+    """Output of `code` in a new process, where ``peak()`` is its peak memory in bytes."""
     done = subprocess.run(
         [sys.executable, "-c", PEAK + code, *map(str, arguments)],
         capture_output=True,
@@ -1074,7 +1074,7 @@ def peak_memory(code, *arguments):
 def test_a_block_of_4_gb_takes_little_memory(tmp_path, suffix):
     path, shape = tmp_path / f"a{suffix}", (1000, 2000, 2000)
     where = (slice(500, 505), slice(700, 800), slice(900, 1000))
-    # Files with holes: they take little room on the disk.
+    # Files with holes take little room on the disk.
     if suffix == ".tif":
         data = tifffile.memmap(path, shape=shape, dtype="u1", bigtiff=True)
     elif suffix == ".npy":
@@ -1096,12 +1096,12 @@ print(peak() - start)
 """
     block, value, slices = peak_memory(code, path)
     assert block < 30e6
-    # The measure sees what is read: fifty slices are 200 MB.
+    # The measurement sees reading: fifty slices are 200 MB.
     assert value == 0
     assert slices > 150e6
 
 
-# What any format may suffer from -------------------------------------------------------------
+# Damage in all formats ----------------------------------------------------------------------
 
 
 def test_paths_that_are_no_volume(tmp_path):
@@ -1192,7 +1192,7 @@ def test_real_projections_are_refused():
 
 
 def mutate(content, rng, words=(b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0\0\x80", b"9999")):
-    """Damage a file; half of the time near its beginning, where the header is."""
+    """Damage a file; half of the time in its header."""
     data = bytearray(content)
     for _ in range(rng.randint(1, 3)):
         limit = len(data) if rng.random() < 0.5 else min(len(data), 400)
@@ -1211,7 +1211,7 @@ def mutate(content, rng, words=(b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\0\0
 
 
 def fuzz(cases, damaged, read, error=VolumeError):
-    """Number of damaged files that are refused, each with one line; the others must read well."""
+    """Number of damaged files that are refused in one line; the others must be read."""
     said = []
     for _ in range(cases):
         path = damaged()
@@ -1257,7 +1257,7 @@ def saved(write, data, **options):
 @pytest.mark.parametrize("name", [*OPTIONS, *OTHERS])
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_files_are_refused_or_read(tmp_path, name, caplog, count_damaged):
-    # tifffile reports what it skips over; here that is expected by the thousand.
+    # tifffile reports thousands of skipped parts here.
     caplog.set_level("CRITICAL", logger="tifffile")
     if name in OPTIONS:
         source = saved(tifffile.imwrite, DATA_16, photometric="minisblack", **OPTIONS[name])
@@ -1269,13 +1269,13 @@ def test_damaged_files_are_refused_or_read(tmp_path, name, caplog, count_damaged
     count_damaged(CASES)
 
 
-# What JSON can hold in place of something sensible.
+# Replacements for values in JSON.
 ODD = [None, True, -1, 0, 1, 3, 1e308, float("nan"), 1 << 40, 1 << 70, 10**400, "", "x", "..", []]
 ODD += [{}, [1] * 5, [1 << 20] * 3, {"a": 1}, "uint64", "complex128", "r7", "|O", "gzip", "../../a"]
 
 
 def mutate_json(content: bytes, rng: random.Random) -> bytes:
-    """Replace, remove or double something in a JSON file; now and then damage its bytes."""
+    """Replace, remove or double something in a JSON file; sometimes damage its bytes."""
     root = json.loads(content)
     if rng.random() < 0.3 or not root:
         return mutate(content, rng)

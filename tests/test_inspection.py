@@ -1,4 +1,4 @@
-"""`neurolib inspect`: the facts are right, a bad file is one line, the others are still read."""
+"""`neurolib inspect`: facts are right, a bad file is one line, other files are still read."""
 
 import re
 import shutil
@@ -33,7 +33,7 @@ def folder(tmp_path):
 
 
 def facts(text):
-    """What one block of text says, by its key."""
+    """The facts in a block of text, by key."""
     rows = [line.split(maxsplit=1) for line in text.splitlines()[1:]]
     return {key: value for key, value in rows}
 
@@ -41,12 +41,12 @@ def facts(text):
 def test_facts_of_an_image_are_numpys(folder):
     values = imread(folder / "cell.tif")
     (text,) = inspect_files([folder / "cell.tif"])
-    found = facts(text)
-    assert found["shape"].startswith("24 × 64 × 70 (z, y, x), uint8")
-    assert found["spacing"] == "2 × 0.5 × 0.5 µm (z, y, x)"
+    shown = facts(text)
+    assert shown["shape"].startswith("24 × 64 × 70 (z, y, x), uint8")
+    assert shown["spacing"] == "2 × 0.5 × 0.5 µm (z, y, x)"
     low, middle, high = np.percentile(values, (0.5, 50, 99.8))
-    assert f"{low:g}, {middle:g}, {high:g}" in found["intensity"]
-    assert found["intensity"].startswith(f"{values.min()} to {values.max()};")
+    assert f"{low:g}, {middle:g}, {high:g}" in shown["intensity"]
+    assert shown["intensity"].startswith(f"{values.min()} to {values.max()};")
 
 
 def test_what_reading_chose_and_what_is_not_known_is_said(tmp_path, folder):
@@ -55,12 +55,12 @@ def test_what_reading_chose_and_what_is_not_known_is_said(tmp_path, folder):
     options = {"photometric": "miniswhite", "metadata": metadata}
     imwrite(tmp_path / "a.ome.tif", 255 - data, ome=True, **options)
     (text,) = inspect_files([tmp_path / "a.ome.tif"])
-    found = facts(text)
-    assert found["spacing"].startswith("1 × 1 × 1 (z, y, x), not known in µm: not every axis")
-    assert "PhysicalSizeZ missing" in found["spacing"]
-    assert "--spacing" in found["spacing"]
-    assert found["read"] == "stored with 0 as white (MinIsWhite), inverted"
-    assert "warning" not in found
+    shown = facts(text)
+    assert shown["spacing"].startswith("1 × 1 × 1 (z, y, x), not known in µm: not every axis")
+    assert "PhysicalSizeZ missing" in shown["spacing"]
+    assert "--spacing" in shown["spacing"]
+    assert shown["read"] == "stored with 0 as white (MinIsWhite), inverted"
+    assert "warning" not in shown
     (text,) = inspect_files([tmp_path / "a.ome.tif"], spacing=(0.3, 0.1, 0.1))
     assert facts(text)["spacing"] == "0.3 × 0.1 × 0.1 µm (z, y, x)"
     np.save(tmp_path / "dark.npy", 255 - data)
@@ -87,11 +87,11 @@ def test_a_large_zarr_is_not_read_whole(tmp_path, folder, monkeypatch):
 
     monkeypatch.setattr(LazyStack, "__getitem__", counted)
     image, *_ = inspect_files([tmp_path / "cell.zarr", folder / "cell.swc"])
-    found = facts(image)
+    shown = facts(image)
     assert 0 < sum(read) <= 30_000
-    assert re.search(r"14 of \d+ chunks", found["intensity"])
-    assert found["spacing"] == "2 × 0.5 × 0.5 µm (z, y, x)"
-    median = float(found["intensity"].split(": ")[1].split(", ")[1])
+    assert re.search(r"14 of \d+ chunks", shown["intensity"])
+    assert shown["spacing"] == "2 × 0.5 × 0.5 µm (z, y, x)"
+    median = float(shown["intensity"].split(": ")[1].split(", ")[1])
     assert abs(np.sum(data < median) / data.size - 0.5) < 0.1
     *_, last = inspect_files([tmp_path / "cell.zarr", folder / "cell.swc"])
     assert "not compared" in facts(last)["frame"]
@@ -111,11 +111,11 @@ def test_facts_of_a_tree_are_counted_from_its_lines(folder):
     rows = [line.split() for line in (folder / "cell.swc").read_text().splitlines()]
     rows = [row for row in rows if row[0] != "#" and not row[0].startswith("#")]
     (text,) = inspect_files([folder / "cell.swc"])
-    found = facts(text)
-    assert found["nodes"] == f"{len(rows)} in 1 tree"
+    shown = facts(text)
+    assert shown["nodes"] == f"{len(rows)} in 1 tree"
     at = {row[0]: np.array(row[2:5], float) for row in rows}
     whole = sum(np.linalg.norm(at[r[0]] - at[r[6]]) for r in rows if r[6] != "-1")
-    assert float(found["length"].split()[0]) == pytest.approx(whole, abs=0.06)
+    assert float(shown["length"].split()[0]) == pytest.approx(whole, abs=0.06)
 
 
 def test_a_pair_is_compared_whatever_its_names(folder):
@@ -196,7 +196,7 @@ def test_the_command(folder):
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")
 def test_every_real_file_is_inspected():
-    """Stacks fit their trees; projections and archives are said to be no stacks."""
+    """Stacks fit their trees; projections and archives are no stacks."""
     stacks = sorted((DATA / "real3d").iterdir())
     trees = sorted(path for path in DATA.rglob("*.swc") if "raw" not in path.parts)
     assert len(trees) > 60

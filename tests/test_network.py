@@ -1,4 +1,4 @@
-"""The segmentation network: shapes, alignment, initialisation and what its settings refuse."""
+"""The segmentation network: shapes, alignment, initialisation and bad settings."""
 
 import dataclasses
 
@@ -46,7 +46,7 @@ def run(network, *shape):
     "encoder", ["vit_small_patch14_dinov2.lvd142m", "vit_small_patch16_224.dino"]
 )
 def test_from_scratch_every_block_of_the_encoder_counts(encoder):
-    """Also where the first layer scale, 1e-5 in some architectures, would leave them all out."""
+    """Also where the initial layer scale, 1e-5 in some architectures, would hide them."""
     network, _ = build(NetworkSettings(encoder=encoder, size=112), "scratch")
     tokens = []
     for block in network.encoder.blocks:
@@ -83,11 +83,11 @@ def test_logits_have_the_shape_of_the_block(size, depth, predict, stem):
 def test_tiles_of_any_size_keep_the_scale_of_the_block(size, tile):
     network = network_of(size=size)
     seen = network.resize(torch.rand(1, 5, *tile))
-    for found, side in zip(seen.shape[-2:], tile, strict=True):
-        assert found % 16 == 0
+    for shown, side in zip(seen.shape[-2:], tile, strict=True):
+        assert shown % 16 == 0
         # To the nearest multiple of the patch, or padded up to it.
         low, high = (side * 2.24 - 8, side * 2.24 + 8) if size == 224 else (side, side + 15)
-        assert low <= found <= high
+        assert low <= shown <= high
     rows = [side // 16 for side in seen.shape[-2:]]
     assert [list(t.shape[-2:]) for t in network.encode(torch.rand(1, 5, *tile))] == [rows] * 4
     assert run(network, 1, 1, 5, *tile).shape == (1, 1, *tile)
@@ -109,7 +109,7 @@ def test_other_patches_and_sizes_fit_too(settings, side):
 
 
 class Seen(nn.Module):
-    """In place of the decoder: the image as the encoder sees it, at the decoder's resolution."""
+    """Replaces the decoder: the encoder's image at the decoder's resolution."""
 
     def forward(self, image):
         return F.avg_pool2d(image, 2)
@@ -125,10 +125,10 @@ def test_every_voxel_of_the_output_lies_where_it_lies_in_the_input(size, tile):
     y, x = np.meshgrid(*(np.arange(n) for n in tile), indexing="ij")
     wave = (np.sin(y / 9) + np.cos(x / 7)).astype(np.float32)
     with torch.inference_mode():
-        found = network(torch.from_numpy(wave)[None, None, None].expand(1, 1, 5, -1, -1))
-    assert found.shape == (1, 5, *tile)
+        output = network(torch.from_numpy(wave)[None, None, None].expand(1, 1, 5, -1, -1))
+    assert output.shape == (1, 5, *tile)
     inside = (slice(2, -2), slice(2, -2))
-    error = np.abs(found[0, 0].numpy() - wave)[inside]
+    error = np.abs(output[0, 0].numpy() - wave)[inside]
     # A shift of one voxel alone would give 1/7.
     assert error.max() < 0.04
 
@@ -150,11 +150,11 @@ def test_output_depends_on_the_pixel_below_it_through_the_stem():
 @pytest.mark.parametrize("shape", [(100, 100), (48, 61), (7, 5), (200, 130)])
 def test_local_contrast_forgets_exposure_and_background(shape):
     slices = torch.rand(2, 5, *shape, generator=torch.Generator().manual_seed(0))
-    found = local_contrast(slices)
-    assert found.shape == slices.shape
-    assert 0 <= found.min() <= found.max() <= 1
+    contrast = local_contrast(slices)
+    assert contrast.shape == slices.shape
+    assert 0 <= contrast.min() <= contrast.max() <= 1
     # Up to the constant that keeps an empty block from being divided by zero.
-    torch.testing.assert_close(local_contrast(0.5 * slices + 0.3), found, rtol=0, atol=2e-3)
+    torch.testing.assert_close(local_contrast(0.5 * slices + 0.3), contrast, rtol=0, atol=2e-3)
     empty = local_contrast(torch.zeros_like(slices))
     torch.testing.assert_close(empty, torch.full_like(slices, 1.5 / 9.5))
 
@@ -163,8 +163,8 @@ def test_local_contrast_of_a_thread_is_the_same_on_dark_and_bright_ground():
     image = torch.normal(0.2, 0.01, (1, 5, 100, 100), generator=torch.Generator().manual_seed(0))
     image[..., 50:] += 0.5
     image[..., 49:51, :] += 0.1
-    found = local_contrast(image)[0, :, 49:51]
-    dark, bright = found[..., :30].mean(), found[..., 70:].mean()
+    contrast = local_contrast(image)[0, :, 49:51]
+    dark, bright = contrast[..., :30].mean(), contrast[..., 70:].mean()
     assert abs(dark - bright) < 0.1 * dark
     assert dark > 1.5 * local_contrast(image)[0, :, 20, :30].mean()
 
@@ -179,7 +179,7 @@ def test_logits_start_where_neurites_are_rare():
 
 @pytest.fixture(scope="module")
 def weights_file(tmp_path_factory):
-    """2D weights in timm's layout, written to a file as a user would have them."""
+    """2D weights in timm's layout, in a user's file."""
     torch.manual_seed(9)
     model = timm.create_model(TINY, pretrained=False, num_classes=0)
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
@@ -338,8 +338,8 @@ def test_attention_mixes_the_values_as_timms_fused_kernel_does(name):
     assert weights.shape == (2, layer.num_heads, count, count)
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
     values, mixed = fused_pieces(network, slices)
-    found = (weights @ values).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(found, mixed, rtol=1e-4, atol=1e-6)
+    changed = (weights @ values).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(changed, mixed, rtol=1e-4, atol=1e-6)
 
 
 def test_the_network_is_left_as_it_was_even_if_looking_at_it_fails():
@@ -368,20 +368,20 @@ def test_map_of_the_class_token_has_each_patch_at_its_place(name, prefix, monkey
     known = torch.zeros(1, 3, count, count)
     known[0, 2, 0] = torch.arange(count)
     monkeypatch.setattr(rooms, "attention", lambda *_: known)
-    found = class_attention(network, slices)
-    assert found.shape == (3, rows, columns)
-    assert not found[:2].any()
+    maps = class_attention(network, slices)
+    assert maps.shape == (3, rows, columns)
+    assert not maps[:2].any()
     for r, c in ((0, 0), (0, columns - 1), (2, 1), (rows - 1, columns - 1)):
-        assert found[2, r, c] == prefix + r * columns + c
+        assert maps[2, r, c] == prefix + r * columns + c
 
 
 def test_encoder_without_class_token_shows_what_its_patches_look_at():
     network = network_of(encoder="vit_base_patch16_siglip_224", size=112)
     slices = torch.rand(1, 5, 100, 100, generator=torch.Generator().manual_seed(1))
-    found = class_attention(network, slices)
-    assert found.shape == (12, 7, 7)
-    np.testing.assert_allclose(found.sum((1, 2)), 1, rtol=1e-5)
-    np.testing.assert_allclose(found.ravel(), attention(network, slices)[0].mean(1).ravel())
+    maps = class_attention(network, slices)
+    assert maps.shape == (12, 7, 7)
+    np.testing.assert_allclose(maps.sum((1, 2)), 1, rtol=1e-5)
+    np.testing.assert_allclose(maps.ravel(), attention(network, slices)[0].mean(1).ravel())
 
 
 # ----------------------------------------------------------------------------------- cost
@@ -393,28 +393,28 @@ PLAIN = NetworkSettings(encoder="vit_tiny_patch16_224", width=32)  # 12 layers o
 @pytest.mark.parametrize("depth", [1, 3, 5, 7, 9])
 def test_cost_is_that_of_the_closed_formulas(depth):
     """Two operations per product; N tokens of width E, 196 of them patches of 16 x 16."""
-    found = cost(dataclasses.replace(PLAIN, depth=depth))
+    counted = cost(dataclasses.replace(PLAIN, depth=depth))
     e, n = 192, 197
     embedding = 2 * e * depth * 16**2 * 196
-    assert found["patch embedding"] == (e * depth * 16**2 + e, embedding)
+    assert counted["patch embedding"] == (e * depth * 16**2 + e, embedding)
     # qkv, projection and the two layers of the MLP are 12 E² weights; q kᵀ and its product with v.
     blocks = 12 * (2 * 12 * n * e**2 + 2 * 2 * n**2 * e)
-    assert found["encoder"][1] == embedding + blocks
+    assert counted["encoder"][1] == embedding + blocks
     network = Segmenter(dataclasses.replace(PLAIN, depth=depth))
-    assert found["network"][0] == sum(p.numel() for p in network.parameters())
+    assert counted["network"][0] == sum(p.numel() for p in network.parameters())
 
 
 def test_nothing_but_the_patch_embedding_costs_more_in_3d():
     settings = dataclasses.replace(PLAIN, encoder="vit_small_patch14_dinov2.lvd142m")
-    found = {depth: cost(dataclasses.replace(settings, depth=depth)) for depth in (1, 3, 9)}
+    by_depth = {depth: cost(dataclasses.replace(settings, depth=depth)) for depth in (1, 3, 9)}
     for part in ("encoder", "network"):
         rests = {
             tuple(whole - own for whole, own in zip(c[part], c["patch embedding"], strict=True))
-            for c in found.values()
+            for c in by_depth.values()
         }
         assert len(rests) == 1
     for i in (0, 1):
-        assert found[9]["network"][i] > found[3]["network"][i] > found[1]["network"][i]
+        assert by_depth[9]["network"][i] > by_depth[3]["network"][i] > by_depth[1]["network"][i]
 
 
 def test_costs_are_rows_that_compare_with_the_first_depth():

@@ -1,6 +1,6 @@
-"""The way through the course: one small papermill run, taken up again, and its bad inputs.
+"""The whole course in one small papermill run, its resumption, and bad inputs.
 
-That each stored notebook still gives the outputs it holds is nbval's part (see `make test`).
+nbval checks that each stored notebook still gives its outputs (see `make test`).
 """
 
 import math
@@ -43,7 +43,7 @@ def test_test_neurons_are_measured(run):
         assert values.keys() >= MEASURES, name
         assert 0 <= values["dice"] <= 1
         assert 0 <= values["pds"] <= 1
-        # A distance is infinite where nothing was found: a smoke run may find nothing.
+        # A smoke run may find nothing; distances are then infinite.
         assert all(values[key] >= 0 and not math.isnan(values[key]) for key in MEASURES), name
 
 

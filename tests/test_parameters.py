@@ -1,4 +1,4 @@
-"""Parameters and options: read as they are declared, and in range before any work is done."""
+"""Parameters and options: read as declared types, and checked before any work."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Figures: what is drawn where, that nothing is mirrored, and that alternative texts survive."""
+"""Figures: everything is in its place, nothing is mirrored, and alternative texts survive."""
 
 import base64
 import re

@@ -93,7 +93,7 @@ def test_every_dependency_is_pinned(python, platform):
     assert len(names) == len(set(names))
 
 
-# Distributions whose module has another name, or comes with one that is declared.
+# Distributions whose module has another name, or that a declared one installs.
 MODULES = {
     "IPython": "ipykernel",
     "PIL": "matplotlib",
@@ -112,13 +112,13 @@ def imported_modules(source):
             yield node.module
 
 
-# Who may import whom: the course everything, the method itself and the data, the data only what
-# both of them stand on.
+# The course may import everything, the method itself and the data, and the data only these
+# common modules.
 GROUND = {"neurolib", "errors", "files", "parameters", "volume", "swc"}
 
 
 def package_imports():
-    """Each module of the package, by its path without "neurolib.", with those that it imports."""
+    """Each module of the package, by its name without "neurolib.", with those that it imports."""
     paths = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
         for path in (ROOT / "neurolib").rglob("*.py")
@@ -141,7 +141,7 @@ def test_imports_run_from_course_to_method_to_data_and_in_no_circle():
             assert all(one in GROUND or one.startswith("data.") for one in named), module
         elif not module.startswith("course") and module not in ("neurolib", "__main__"):
             assert not any(one.startswith("course") for one in named), module
-    # `neurolib` gives everybody its version and imports the method only when it is asked for it.
+    # All import the version from `neurolib`, which imports the method only on demand.
     graph = {module: named - {"neurolib"} for module, named in imports.items()}
     order = list(graphlib.TopologicalSorter(graph).static_order())
     assert order.index("data.formats") < order.index("blocking") < order.index("course.cli")
@@ -231,7 +231,7 @@ def test_citation_and_licence():
 
 def test_what_a_guest_looks_for_is_there_and_true():
     container = json.loads(read(".devcontainer/devcontainer.json"))
-    target = container["postCreateCommand"].split()[1]  # make installs what it installs elsewhere
+    target = container["postCreateCommand"].split()[1]
     assert target == ".venv/.installed"
     assert "INSTALLED := $(VENV)/.installed" in read("Makefile")
     for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.md"):
@@ -241,15 +241,15 @@ def test_what_a_guest_looks_for_is_there_and_true():
         trained = json.loads(shipped.metadata()["facts"])["training"]
     card = read("data/neurite.md")
     assert f"{trained['steps']} steps of {trained['batch']} blocks" in card
-    # A table of measurements is written between these.
+    # Marks of a table of measurements.
     assert card.index("<!-- measured -->") < card.index("<!-- /measured -->")
     assert "[Unreleased]" in read("CHANGELOG.md")
 
 
 # --------------------------------------------------------------------------------- Makefile
 
-# Stands in for Python: `-m venv` makes an environment with itself in it, `-m pip` notes its
-# arguments, and is interrupted if told so.
+# Replaces Python: `-m venv` makes an environment with itself in it, `-m pip` logs its
+# arguments and can be interrupted.
 STUB = """#!/bin/sh
 case "$1 $2" in
   "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "$0" "$3/bin/pip"
@@ -263,7 +263,7 @@ esac
 
 @pytest.fixture
 def clone(tmp_path):
-    """A folder with the Makefile and what it depends on, and a stand-in for Python."""
+    """A folder with the Makefile, its dependencies, and a replacement for Python."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     stub = tmp_path / "stub"
@@ -273,7 +273,7 @@ def clone(tmp_path):
 
 
 def make(folder, *arguments):
-    """Call make; return its exit status, what it printed, and what the stand-in noted."""
+    """Call make; return its exit status, its output, and the log of the replacement."""
     log = folder / "log"
     log.unlink(missing_ok=True)
     clean = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
@@ -336,7 +336,7 @@ def test_make_names_the_python_it_needs(clone):
 
 
 def load(name):
-    """A module of the tools, whose folder is no package."""
+    """Import a module of the tools, whose folder is no package."""
     spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -399,14 +399,14 @@ print(steps)
 
 @pytest.fixture
 def course(tmp_path):
-    """A folder with two small notebooks, executed in the mind, that keep the rules."""
+    """A folder with two small notebooks that keep the rules, with made-up outputs."""
     for name in ("00_first", "01_second"):
         store(tmp_path / f"{name}.py", TEXT)
     return tmp_path
 
 
 def store(source, text):
-    """Write a text source and the notebook it would give."""
+    """Write a text source and its notebook."""
     source.write_text(text)
     notebook = build.convert(source)
     for count, (_, cell) in enumerate(build.code_cells(notebook), 1):
@@ -550,7 +550,7 @@ def test_embedded_images_are_not_taken_for_paths():
 
 
 def test_colabs_cell_may_run_twice(tmp_path):
-    """The second time it changes nothing, nor after a restart, wherever that leaves the reader."""
+    """Running it again changes nothing, nor does a restart in any folder."""
     notebook = nbformat.read(ROOT / "notebooks" / "03_training.ipynb", as_version=4)
     cell = next(c.source for c in notebook.cells if "bootstrap" in c.metadata.get("tags", []))
     git = tmp_path / "bin" / "git"

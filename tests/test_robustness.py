@@ -1,4 +1,4 @@
-"""The study of robustness: damage is what it says and grows, and rows follow from it."""
+"""The study of robustness: damage is as described and grows, and rows follow from it."""
 
 import sys
 

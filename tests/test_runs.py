@@ -1,4 +1,4 @@
-"""Run folders, grids and results files: what is written is read back, the rest is refused."""
+"""Run folders, grids and results files: good ones are read back, bad ones refused."""
 
 import functools
 import json
@@ -42,19 +42,19 @@ def test_results_round_trip_and_are_averaged_over_seeds(tmp_path):
     rows = [row("a", "n1", 0, 0.2), row("a", "n1", 1, 0.4), row("a", "n2", 0, 0.5)]
     rows += [row("b", "n1", 0, 0.6), row("b", "n2", 0, 0.5)]
     sweeps.write_results(path, rows)
-    found = sweeps.read_results(path)
-    assert sweeps.by_network(found, "dice") == {
+    stored = sweeps.read_results(path)
+    assert sweeps.by_network(stored, "dice") == {
         "a": {"n1": pytest.approx(0.3), "n2": 0.5},
         "b": {"n1": 0.6, "n2": 0.5},
     }
-    assert sweeps.by_seed(found, "dice") == {
+    assert sweeps.by_seed(stored, "dice") == {
         "a": {"seed 0": pytest.approx(0.35), "seed 1": 0.4},
         "b": {"seed 0": pytest.approx(0.55)},
     }
-    # Nothing found on one of two volumes of a neuron: its diagonal counts, and the neuron once.
+    # A volume in which nothing was found counts with its diagonal, and the neuron counts once.
     rows = [row("a", "n1", 0, 0.2) | {"hd95": float("inf")}, row("a", "n1", 0, 0.2)]
     assert sweeps.by_network(rows, "hd95") == {"a": {"n1": 50.0}}
-    assert "3 minutes" in sweeps.describe_results(found)[-1]
+    assert "3 minutes" in sweeps.describe_results(stored)[-1]
 
 
 def test_results_of_another_kind_are_refused(tmp_path):
@@ -77,7 +77,6 @@ def test_a_grid_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (GRID.replace("seeds", "sedes"), "expected the keys"),
         ("just text", "expected the keys"),
         ("a: {", "not valid YAML"),
     ],
@@ -218,7 +217,7 @@ def test_a_sweep_with_two_workers_keeps_what_succeeds_and_goes_on(data, tmp_path
     assert {row["neuron"] for row in rows} == {"cell1"}
     assert {row["encoder_rate"] for row in rows} == {"1e-05"}
     assert all(0 <= row["dice"] <= 1 for row in rows)
-    # The mended grid: what is done is kept, the rest is run; equal parameters, equal numbers.
+    # The mended grid: finished runs are kept, the others run; equal parameters give equal numbers.
     grid.write_text(MENDED.sub("{encoder_rate: 1e-5}", text))
     sweeps.run_sweep(grid, tmp_path / "runs", workers=2)
     again = sweeps.read_results(results, "validation")
@@ -284,12 +283,12 @@ def test_a_run_that_traces_gives_rows_with_the_scores_of_its_trees(tmp_path):
     cell = sweeps.Cell("a", 0, 0, "grid/a-s0-f0", {"depth": 5})
     path = tmp_path / "trees.csv"
     sweeps.write_results(path, sweeps._rows(run, cell, "x", "tree"), "tree")
-    (found,) = sweeps.read_results(path, "tree")
-    told = {key: found[key] for key in ("neuron", "volume", "esa", "recall", "trees", "seconds")}
+    (stored,) = sweeps.read_results(path, "tree")
+    told = {key: stored[key] for key in ("neuron", "volume", "esa", "recall", "trees", "seconds")}
     assert told == {
         "neuron": "cell", "volume": "cell1", "esa": 1.2346, "recall": 0.9, "trees": 3, "seconds": 60
     }  # fmt: skip
-    assert sweeps.by_network([found], "hd95") == {"a": {"cell": 13.0}}
+    assert sweeps.by_network([stored], "hd95") == {"a": {"cell": 13.0}}
 
 
 def test_results_of_other_seeds_stay_if_all_else_is_equal(tmp_path):
@@ -307,9 +306,9 @@ def test_results_of_other_seeds_stay_if_all_else_is_equal(tmp_path):
     others = [old(seed=0), old(data="y"), old(network="b"), old(fold=1)]
     others += [old(cell(**{name: 7}).settings) for name in (*parameters, "tau")]
     sweeps.write_results(path, [kept, *others])
-    found = sweeps._kept(path, [cell(seed=0)], [cell(seed=0)], "somewhere/x", "test")
-    assert [(one["seed"], one["network"], one["fold"]) for one in found] == [("1", "a", "0")]
-    assert np.isnan(found[0]["cldice"])
+    stored = sweeps._kept(path, [cell(seed=0)], [cell(seed=0)], "somewhere/x", "test")
+    assert [(one["seed"], one["network"], one["fold"]) for one in stored] == [("1", "a", "0")]
+    assert np.isnan(stored[0]["cldice"])
 
 
 PAIR = """\
@@ -333,25 +332,25 @@ networks:
 
 
 def test_a_grid_that_measures_masks_runs_in_parts_to_one_file(data, tmp_path, capfd):
-    """What notebooks 03 and 04 really record becomes rows, and a later part keeps the others."""
+    """Real records of notebooks 03 and 04 become rows, and a later part keeps the others."""
     grid, results = tmp_path / "grid.yaml", tmp_path / "results.csv"
     grid.write_text(PAIR.format(results=results, data=data))
     sweeps.run_sweep(grid, tmp_path / "runs", rows=["thick"])
     first = sweeps.read_results(results)
     sweeps.run_sweep(grid, tmp_path / "runs", rows=["thin, 2D"], folds=[0])
     both = sweeps.read_results(results)
-    # The filters, which every run of a fold gives again, are there once.
+    # The filters, which all runs of a fold repeat, are there once.
     assert [row["network"] for row in first] == [*FILTERS, "thick"]
     assert [row["network"] for row in both] == [*FILTERS, "thin, 2D", "thick"]
     kept = [row for row in both if row["network"] != "thin, 2D"]
-    # As text, since NaN is not itself; the run that gave the filters is the newest.
+    # As text, because NaN is not equal to itself; the newest run gave the filters.
     assert [str(one | {"run": ""}) for one in kept] == [str(one | {"run": ""}) for one in first]
-    for found in both:
-        assert found["neuron"] == found["volume"] == "cell0"
-        assert found["style"] == "real"
-        assert 0 <= found["dice"] <= 1
-        assert found["hd95"] > 0
-        assert found["diagonal"] == pytest.approx(np.linalg.norm((24, 64, 64)), abs=0.1)
+    for line in both:
+        assert line["neuron"] == line["volume"] == "cell0"
+        assert line["style"] == "real"
+        assert 0 <= line["dice"] <= 1
+        assert line["hd95"] > 0
+        assert line["diagonal"] == pytest.approx(np.linalg.norm((24, 64, 64)), abs=0.1)
     assert "done before" not in capfd.readouterr().out
     for part, word in (({"rows": ["thik"]}, "--rows thik"), ({"folds": [1]}, "--folds 1")):
         with pytest.raises(SettingsError, match=word):
@@ -360,7 +359,7 @@ def test_a_grid_that_measures_masks_runs_in_parts_to_one_file(data, tmp_path, ca
 
 
 def test_parts_of_a_grid_keep_what_is_not_run(tmp_path):
-    """Brute force: of all subsets of rows, folds and seeds, the union is the whole."""
+    """Brute force: all subsets of rows, folds and seeds add up to the whole."""
     path = tmp_path / "results.csv"
     keys = [("ab"[i % 2], i // 2 % 2, i // 4) for i in range(8)]
     cells = [sweeps.Cell(n, seed, fold, f"{n}{seed}{fold}", {"depth": 1}) for n, seed, fold in keys]
@@ -392,10 +391,10 @@ def test_a_run_that_kills_its_worker_fails_alone(monkeypatch):
     monkeypatch.setattr(sweeps, "WORKER", [sys.executable, "-c", KILLER])
     cells = [sweeps.Cell(name, 0, 0, name, {}) for name in ("one", "killer", "broken", "two")]
     job = functools.partial(sweeps._run_cell, "data", "runs", (), ".")
-    found = {cell.name: got for cell, got in sweeps._execute(cells, job, 2)}
-    assert str(found.pop("killer")).startswith("its process was killed")
-    assert str(found.pop("broken")) == "broken: ValueError: a fault"
-    assert [found[name].folder.name for name in ("one", "two")] == ["one", "two"]
+    ended = {cell.name: got for cell, got in sweeps._execute(cells, job, 2)}
+    assert str(ended.pop("killer")).startswith("its process was killed")
+    assert str(ended.pop("broken")) == "broken: ValueError: a fault"
+    assert [ended[name].folder.name for name in ("one", "two")] == ["one", "two"]
 
 
 @pytest.mark.skipif(
@@ -424,8 +423,8 @@ def test_a_sweep_on_a_cluster_outlives_a_killed_worker(data, tmp_path):
         thread.join()
         assert before - {worker.pid for worker in cluster.workers.values()} == {min(before)}
     told = ("network", "seed", "fold", "neuron", "step", "training_loss", "dice", "run")
-    found = sweeps.read_results(results, "validation")
-    assert [[one[key] for key in told] for one in found] == [
+    shared = sweeps.read_results(results, "validation")
+    assert [[one[key] for key in told] for one in shared] == [
         [a[key] for key in told] for a in alone
     ]
 
@@ -437,7 +436,7 @@ def test_a_cluster_that_is_not_there_is_one_error(monkeypatch):
 
 
 def test_a_run_folder_is_of_one_data_set(data, tmp_path):
-    """Two folders of one last name, two neurons' worth of results: never in one run."""
+    """Two folders with the same last name never share a run."""
     other = tmp_path / "other" / "data"
     other.mkdir(parents=True)
     for path in data.iterdir():
@@ -477,10 +476,10 @@ def test_a_file_that_is_no_results_is_not_replaced(data, tmp_path):
 def test_paths_are_where_the_user_stands(data, tmp_path, monkeypatch):
     (tmp_path / "w.pth").write_text("x")
     monkeypatch.chdir(tmp_path)
-    found = runs.localise({"weights_file": "w.pth", "steps": 3, "gold": ""})
-    assert (runs.NOTEBOOKS / found["weights_file"]).resolve() == tmp_path / "w.pth"
-    assert found["steps"] == 3
-    assert found["gold"] == ""
+    moved = runs.localise({"weights_file": "w.pth", "steps": 3, "gold": ""})
+    assert (runs.NOTEBOOKS / moved["weights_file"]).resolve() == tmp_path / "w.pth"
+    assert moved["steps"] == 3
+    assert moved["gold"] == ""
     grid = tmp_path / "grid.yaml"
     text = PAIR.format(results="mine.csv", data="data")
     grid.write_text(text.replace("steps: 1", "steps: 0"))
@@ -505,18 +504,18 @@ def test_a_run_stops_on_misplaced_trees(data, tmp_path, capsys):
 
 
 def test_trees_in_micrometres_lie_in_their_images(data, tmp_path, capsys):
-    lengths = [found["length"] for found in datasets.measure(data)]
+    lengths = [row["length"] for row in datasets.measure(data)]
     for path in data.glob("*.swc"):
         image = path.with_suffix(".tif")
         volume.write_volume(image, volume.read_volume(image).data, (2.0, 0.5, 0.5))
         swc.write_swc(path, swc.read_swc(path), units="um", spacing=(2.0, 0.5, 0.5))
-        # Other programs leave the voxel size to the image.
+        # Other programs write no voxel size into the SWC.
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join(line for line in lines if "separation" not in line))
     runs.run_course(str(data), "empty", "x", tmp_path / "runs", {"held_out": "cell0"}, ())
     assert "spacing" not in capsys.readouterr().out
-    found = [found["length"] for found in datasets.measure(data)]
-    assert found == pytest.approx(lengths, rel=1e-3)
+    again = [row["length"] for row in datasets.measure(data)]
+    assert again == pytest.approx(lengths, rel=1e-3)
 
 
 def test_channel_and_spacing_of_a_run_reach_every_notebook(data, tmp_path):
@@ -546,7 +545,7 @@ def test_a_trained_network_is_not_replaced_by_one_of_other_settings(data, tmp_pa
     ):
         with pytest.raises(SettingsError, match=f"x: .*{words}.*--name.*--overwrite"):
             runs.run_course(*call, parameters, ())
-    # The value that is declared, given as text: the network is the same.
+    # The declared value as text gives the same network.
     runs.run_course(*call, {"held_out": "cell0", "tau": ".10"}, ())
     tree = swc.read_swc(data / "cell2.swc")
     swc.write_swc(data / "cell2.swc", replace(tree, radius=tree.radius + 1))
@@ -610,8 +609,8 @@ def test_a_run_in_which_nothing_is_found_goes_on_to_its_report(data, tmp_path, m
     run = runs.run_course(str(data), "empty", "x", tmp_path / "runs", parameters, chain)
     assert run.path("report.html").is_file()
     assert not list(run.path("swc").glob("*.swc"))
-    found = run.metrics()["neurons"]["cell0"]
-    assert (found["recall"], found["trees"], found["ESA"]) == (0, 0, float("inf"))
+    scores = run.metrics()["neurons"]["cell0"]
+    assert (scores["recall"], scores["trees"], scores["ESA"]) == (0, 0, float("inf"))
     assert "nothing to trace" in run.path("report.html").read_text()
 
 
@@ -620,7 +619,7 @@ def test_a_key_follows_the_modules_that_compute_and_no_others():
     code += "from neurolib.course import plotting, runs\n"
     code += "from neurolib.course.exercises import evaluation as exercises\nimport numpy"
     names = {path.stem for path in runs.modules_of(code)}
-    # What training imports, and what that imports in turn.
+    # Direct and indirect imports of training.
     assert {"training", "network", "inflation", "blocking", "volume", "formats", "swc"} <= names
     assert not names & {"plotting", "widgets", "runs", "sweeps", "cli", "tracing", "evaluation"}
     assert runs.modules_of("from numpy import linalg") == []

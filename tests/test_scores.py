@@ -1,4 +1,4 @@
-"""Predictions against references, from arrays and from files, by brute force and by identities."""
+"""Predictions against references, from arrays and files, by brute force and identities."""
 
 import csv
 import itertools
@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 
 from neurolib.blocking import make_target
 from neurolib.course.cli import app, main
-from neurolib.course.scores import MISSES, NO_TREE, SCORES, evaluate, evaluate_files
+from neurolib.course.scores import MISSES, SCORES, evaluate, evaluate_files
 from neurolib.data.synthesis import grow
 from neurolib.errors import NeurolibError, SettingsError
 from neurolib.evaluation import dice, hd95, surface_dice, tree_distance, tree_scores
 from neurolib.swc import Tree, length, read_swc, write_swc
-from neurolib.tracing import trace
+from neurolib.tracing import EMPTY_TREE, trace
 from neurolib.volume import write_volume
 
 SHAPE = (24, 64, 64)
@@ -28,7 +28,7 @@ SPACING = (1.5, 0.5, 0.5)
 
 
 def tubes(*rows: tuple[int, int, int]) -> np.ndarray:
-    """Tubes along x: at which y each lies, where it begins and ends."""
+    """Tubes along x, each given by its y, beginning and end."""
     mask = np.zeros((9, 40, 60), bool)
     for y, first, last in rows:
         mask[3:6, y : y + 3, first:last] = True
@@ -57,9 +57,9 @@ def lines(*rows: tuple[int, int, int]) -> Tree:
     ],
 )
 def test_splits_and_merges(made, prediction, reference, splits, merges):
-    found = evaluate(made(*prediction), made(*reference))
-    assert (found["splits"], found["merges"]) == (splits, merges)
-    assert (found["pieces"], found["reference_pieces"]) == (len(prediction), len(reference))
+    scores = evaluate(made(*prediction), made(*reference))
+    assert (scores["splits"], scores["merges"]) == (splits, merges)
+    assert (scores["pieces"], scores["reference_pieces"]) == (len(prediction), len(reference))
     # A mask against a tree counts the same.
     if made is tubes:
         mixed = evaluate(tubes(*prediction), lines(*reference))
@@ -80,19 +80,19 @@ def test_splits_are_counted_by_their_definition(seed, share):
             if len(shared):
                 matched.append(np.bincount(shared).argmax())
         expected.append(len(matched) - len(set(matched)))
-    found = evaluate(a, b)
-    assert [found["splits"], found["merges"]] == expected
+    scores = evaluate(a, b)
+    assert [scores["splits"], scores["merges"]] == expected
 
 
 def test_masks_and_trees_have_the_scores_of_their_functions():
     moved = np.roll(MASK, 1, 1)
-    found = evaluate(moved, TREE, SPACING)
-    assert found["dice"] == dice(moved, make_target(TREE, SHAPE, SPACING)[1])
-    assert found["tolerance"] == 1.0
+    result = evaluate(moved, TREE, SPACING)
+    assert result["dice"] == dice(moved, make_target(TREE, SHAPE, SPACING)[1])
+    assert result["tolerance"] == 1.0
     tree = trace(moved, SPACING)
     same = evaluate(tree, TREE, SPACING)
     scores = tree_scores(tree, TREE, 1.0, SPACING)
-    for some in (found, same):
+    for some in (result, same):
         assert (some["precision"], some["recall"]) == (scores.precision, scores.recall)
         assert some["esa"] == tree_distance(tree, TREE, 1.0, SPACING).esa
         assert some["length"] == length(tree, SPACING)
@@ -118,16 +118,16 @@ def test_only_distances_depend_on_the_unit(unit):
 @pytest.mark.parametrize("kinds", list(itertools.product(["mask", "tree"], repeat=2)))
 def test_empty_predictions_and_references(kinds):
     full = {"mask": MASK, "tree": TREE}
-    none = {"mask": np.zeros_like(MASK), "tree": NO_TREE}
+    none = {"mask": np.zeros_like(MASK), "tree": EMPTY_TREE}
     one, two = kinds
     both = evaluate(none[one], none[two])
-    for found in (evaluate(none[one], full[two]), evaluate(full[one], none[two])):
-        assert all(found[key] == np.inf for key in ("esa", "dsa"))
-        assert (found["precision"], found["recall"], found["pds"]) == (0, 0, 1)
+    for scores in (evaluate(none[one], full[two]), evaluate(full[one], none[two])):
+        assert all(scores[key] == np.inf for key in ("esa", "dsa"))
+        assert (scores["precision"], scores["recall"], scores["pds"]) == (0, 0, 1)
         if "mask" in kinds:
-            assert (found["dice"], found["surface_dice"], found["cldice"]) == (0, 0, 0)
-            assert found["hd95_monai"] == np.inf
-        assert found["diagonal"] > 0
+            assert (scores["dice"], scores["surface_dice"], scores["cldice"]) == (0, 0, 0)
+            assert scores["hd95_monai"] == np.inf
+        assert scores["diagonal"] > 0
     assert (both["precision"], both["recall"], both["pds"], both["esa"]) == (1, 1, 0, 0)
     assert (both["splits"], both["pieces"], both["length"]) == (0, 0, 0)
     if "mask" in kinds:
@@ -139,7 +139,7 @@ def test_empty_predictions_and_references(kinds):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Predictions and references of three neurons, in the formats that people have."""
+    """Predictions and references of three neurons, in common formats."""
     predictions, references = tmp_path / "predictions", tmp_path / "references"
     for folder in (predictions, references):
         folder.mkdir()
@@ -161,8 +161,8 @@ def read(path):
 def test_folders_are_matched_by_name(folders, tmp_path):
     out = tmp_path / "scores.csv"
     write_swc(folders[1] / "d.swc", TREE)
-    found = list(evaluate_files(*folders, out))
-    text = "\n".join(found)
+    lines = list(evaluate_files(*folders, out))
+    text = "\n".join(lines)
     rows = {row["name"]: row for row in read(out)}
     assert set(rows) == {"a", "b", "c"}
     assert "whose SWC is taken: a.tif" in text
@@ -175,7 +175,7 @@ def test_folders_are_matched_by_name(folders, tmp_path):
         assert float(rows["a"][head]) == pytest.approx(expected[key], rel=1e-5)
     assert rows["c"]["esa_um"] == "inf"
     assert float(rows["b"]["dice"]) == 1
-    mean = next(line for line in found if line.startswith("mean of 3"))
+    mean = next(line for line in lines if line.startswith("mean of 3"))
     assert "1 empty, with the diagonal" in mean
     esa = [float(rows[name]["esa_um"]) for name in "ab"] + [float(rows["c"]["diagonal_um"])]
     assert f"ESA {np.mean(esa):.4g} µm" in mean
@@ -185,8 +185,8 @@ def test_one_unit_for_all_pairs(folders, tmp_path):
     out = tmp_path / "scores.csv"
     np.save(folders[0] / "d.npy", MASK)
     np.save(folders[1] / "d.npy", MASK)
-    found = list(evaluate_files(*folders, out))
-    assert any("voxel size unknown (d)" in line for line in found)
+    lines = list(evaluate_files(*folders, out))
+    assert any("voxel size unknown (d)" in line for line in lines)
     row = read(out)[0]
     assert {"hd95_monai_voxels", "esa_voxels", "tolerance_voxels"} <= set(row)
     # Voxels of the finest axis, not indices.
@@ -275,8 +275,8 @@ def test_errors_are_of_ours():
 def test_a_voxel_of_one_micrometre_is_known_and_one_without_a_unit_is_not(tmp_path):
     write_volume(tmp_path / "a.tif", MASK, (1.0, 1.0, 1.0))
     np.save(tmp_path / "b.npy", MASK)
-    found = list(evaluate_files(tmp_path / "a.tif", tmp_path / "b.npy"))
-    assert " µm" in found[-1]
-    found = list(evaluate_files(tmp_path / "b.npy", tmp_path / "b.npy"))
-    assert "voxel size unknown (b)" in found[0]
-    assert " voxels" in found[-1]
+    lines = list(evaluate_files(tmp_path / "a.tif", tmp_path / "b.npy"))
+    assert " µm" in lines[-1]
+    lines = list(evaluate_files(tmp_path / "b.npy", tmp_path / "b.npy"))
+    assert "voxel size unknown (b)" in lines[0]
+    assert " voxels" in lines[-1]

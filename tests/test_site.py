@@ -1,4 +1,4 @@
-"""The site: built once, without a warning; links, pictures, sources; two pages are opened."""
+"""The site: it builds without a warning; links, pictures, sources; two pages in a browser."""
 
 import re
 import subprocess
@@ -15,12 +15,12 @@ from browser import chromium, keep, needs_chromium, new_page
 
 from neurolib.course.runs import NOTEBOOKS, REPOSITORY
 
-# What a browser fetches by itself, and the attribute that says from where.
+# Elements that a browser fetches by itself, and the attribute with the address.
 FETCHED = {"img": "src", "script": "src", "link": "href", "iframe": "src", "source": "src"}
 
 
 class Page(HTMLParser):
-    """Ids, links, pictures and what is fetched of one HTML page."""
+    """Ids, links, pictures and fetched addresses of an HTML page."""
 
     def __init__(self, path):
         super().__init__()

@@ -21,9 +21,9 @@ from neurolib.errors import NeurolibError, SettingsError
 
 
 def share_covered(experiments: list[np.ndarray]) -> float:
-    """Share of experiments with the true mean 0 whose interval holds it."""
-    found = [t_interval(values) for values in experiments]
-    return float(np.mean([one.low < 0 < one.high for one in found]))
+    """Share of experiments whose interval holds the true mean 0."""
+    intervals = [t_interval(values) for values in experiments]
+    return float(np.mean([one.low < 0 < one.high for one in intervals]))
 
 
 def test_a_t_interval_covers_what_it_says_and_a_bootstrap_does_not():
@@ -54,10 +54,10 @@ def test_both_neurons_and_seeds_are_covered(neurons, seeds, rest):
 def test_one_seed_gives_the_interval_of_scipy(values, level):
     values = np.round(values, 3) + np.arange(len(values)) * 1e-2
     low, high = stats.ttest_1samp(values, 0).confidence_interval(level)
-    found = t_interval(values, level)
-    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
-    assert (found.mean, found.n) == (pytest.approx(values.mean()), len(values))
-    # Seeds that all say the same are one.
+    interval = t_interval(values, level)
+    assert (interval.low, interval.high) == (pytest.approx(low), pytest.approx(high))
+    assert (interval.mean, interval.n) == (pytest.approx(values.mean()), len(values))
+    # Identical seeds count as one.
     same = t_interval(np.stack([values] * 3, axis=1), level)
     assert (same.low, same.high) == (pytest.approx(low), pytest.approx(high))
 
@@ -65,8 +65,8 @@ def test_one_seed_gives_the_interval_of_scipy(values, level):
 def test_spreads_are_those_that_were_put_in():
     rng = np.random.default_rng(2)
     values = rng.normal(0, 2.0, (400, 1)) + rng.normal(0, 0.7, (1, 400))
-    found = spreads(values + rng.normal(0, 0.5, values.shape))
-    assert found == (pytest.approx(2.0, rel=0.1), pytest.approx(0.7, rel=0.1))
+    estimated = spreads(values + rng.normal(0, 0.5, values.shape))
+    assert estimated == (pytest.approx(2.0, rel=0.1), pytest.approx(0.7, rel=0.1))
     assert np.isnan(spreads(np.ones((3, 1)))).all()
 
 
@@ -87,13 +87,13 @@ def test_p_of_few_and_of_many():
     many = np.random.default_rng(0).normal(0.2, 1, 40)
     assert sign_flip_p(many) == sign_flip_p(many)
     assert sign_flip_p(many) == pytest.approx(stats.ttest_1samp(many, 0).pvalue, abs=0.02)
-    # Seeds are averaged: they are no further neurons.
+    # Seeds are averaged; they do not count as neurons.
     assert sign_flip_p(np.ones((4, 9))) == 0.125
 
 
 def test_aggregate_replaces_misses():
-    found = aggregate([1.0, np.inf, 3.0], penalty=np.array([10, 20, 30]))
-    assert (found.mean, found.n) == (8, 3)
+    interval = aggregate([1.0, np.inf, 3.0], penalty=np.array([10, 20, 30]))
+    assert (interval.mean, interval.n) == (8, 3)
 
 
 def test_networks_are_compared_on_the_neurons_that_both_have():
@@ -107,7 +107,7 @@ def test_networks_are_compared_on_the_neurons_that_both_have():
     assert other["difference"] == pytest.approx(np.mean([0.1, 0.2]))
     interval = stats.ttest_1samp([0.1, 0.2], 0).confidence_interval()
     assert (other["low"], other["high"]) == pytest.approx(tuple(interval))
-    # Two differences of one sign: of the four sign patterns two are as extreme.
+    # For two differences of one sign, two of the four sign patterns are as extreme.
     assert other["p"] == pytest.approx(0.5)
     with pytest.raises(SettingsError, match="expected one of base, other"):
         compare_networks(values, "none")
@@ -125,7 +125,7 @@ def test_networks_are_compared_seed_by_seed():
     row = compare_networks({"base": base, "other": other}, "base")[1]
     assert row["difference"] == pytest.approx(0.1)
     assert row["sd seeds"] >= 0
-    # A seed that only one neuron has: means over seeds are what is left.
+    # If only one neuron has a seed, means over seeds remain.
     base["n3"], other["n3"] = {"0": 1.0}, {"0": 1.5}
     assert by_neuron(base).shape == (3, 1)
     assert differences(other, base) == pytest.approx(np.array([[0.05], [0.15], [0.5]]))

@@ -58,7 +58,7 @@ def read(folder, content, name="tree.swc"):
 
 
 def nodes(tree):
-    """The tree as a sorted list of nodes with their parents' content: free of any row order."""
+    """The tree as a sorted list of nodes with their parents' content, for any row order."""
 
     def content(row):
         return (*np.round(tree.xyz[row], 6), round(float(tree.radius[row]), 6), int(tree.type[row]))
@@ -274,7 +274,7 @@ def test_large_files_never_need_the_line_parser(tmp_path, monkeypatch):
         f"{k + 1} 3 {x:.3f} {y:.3f} {z:.3f} {r:.3f} {k if k else -1}"
         for k, (x, y, z, r) in enumerate(table)
     ]
-    # The line parser takes ten times as long as NumPy's; it is for files that NumPy refuses.
+    # The line parser, for files that NumPy refuses, takes ten times as long.
     monkeypatch.setattr("neurolib.swc._parse_lines", None)
     for order in (rows, rows[::-1]):
         tree = read_swc(save(tmp_path, "\n".join(order)))
@@ -384,7 +384,7 @@ def test_other_somata_keep_their_points(tmp_path, sides):
     assert tree.repairs == ()
 
 
-# Headers that tell the frame ----------------------------------------------------------------
+# Headers with a frame -----------------------------------------------------------------------
 
 
 NODE = "1 3 40 20 8 2 -1\n2 3 80 20 8 2 1\n"
@@ -517,18 +517,18 @@ def test_other_programs_read_the_length_that_we_report(tmp_path, name, spacing):
     program = pytest.importorskip(name)
     tree = stack_tree()
     path = write_swc(tmp_path / "a.swc", tree, units="um", spacing=spacing)
-    # A neurite begins at its first node outside of the soma, for two of the three.
+    # Two of the three take the first node outside the soma as the beginning of a neurite.
     inner = (tree.parent == 0) & (name != "navis")
     steps = (tree.xyz - tree.xyz[tree.parent]) * spacing[::-1]
     stems = np.linalg.norm(steps, axis=1)[inner].sum()
     if name == "morphio":
         sections = program.Morphology(str(path)).iter()
-        found = sum(np.linalg.norm(np.diff(s.points, axis=0), axis=1).sum() for s in sections)
+        theirs = sum(np.linalg.norm(np.diff(s.points, axis=0), axis=1).sum() for s in sections)
     elif name == "neurom":
-        found = program.get("total_length", program.load_morphology(path))
+        theirs = program.get("total_length", program.load_morphology(path))
     else:
-        found = program.read_swc(path).cable_length
-    assert found == pytest.approx(length(tree, spacing) - stems, rel=1e-5)
+        theirs = program.read_swc(path).cable_length
+    assert theirs == pytest.approx(length(tree, spacing) - stems, rel=1e-5)
     unit = "voxels" if spacing == (1, 1, 1) else "µm"
     assert length_text(tree, spacing).split()[1] == unit
     assert float(length_text(tree, spacing).split()[0]) == pytest.approx(
@@ -762,9 +762,9 @@ def test_fit_names_every_change_of_a_frame(pair, change, hint):
     assert report.contrast < fit(tree, volume).contrast / 1.1
     number = re.compile(r"-?\d+(\.\d+)?")
     assert number.sub("_", report.hint) == number.sub("_", hint)
-    found, wanted = ([float(m[0]) for m in number.finditer(t)] for t in (report.hint, hint))
-    # Along a bright tube two voxels wide, the best shift is known to a voxel, or so for two axes.
-    assert np.abs(np.subtract(found, wanted)).max(initial=0) <= (1 if len(wanted) < 2 else 1.5)
+    hinted, wanted = ([float(m[0]) for m in number.finditer(t)] for t in (report.hint, hint))
+    # Along a bright tube two voxels wide, the best shift is certain to about a voxel for two axes.
+    assert np.abs(np.subtract(hinted, wanted)).max(initial=0) <= (1 if len(wanted) < 2 else 1.5)
 
 
 def test_fit_sees_coordinates_in_micrometres(pair):
@@ -792,10 +792,10 @@ def moved(tree, factor=(1, 1, 1), by=(0, 0, 0)):
 
 def test_right_trees_fit_and_are_not_refused(stacks):
     for tree, volume in stacks:
-        found = fit(tree, volume)
-        assert found.fits
-        assert found.follows > 0.9
-        assert str(found) == "no other fits better"
+        result = fit(tree, volume)
+        assert result.fits
+        assert result.follows > 0.9
+        assert str(result) == "no other fits better"
         assert check_frame(tree, volume, "a") is None
         noise = np.random.default_rng(0).normal(0, 2 * volume.data.std(), volume.data.shape)
         assert fit(tree, Volume(volume.data + noise, volume.spacing)).fits
@@ -819,10 +819,10 @@ def test_right_trees_fit_and_are_not_refused(stacks):
 )
 def test_no_frame_is_recommended_where_none_fits(stacks, wrong):
     tree, volume = stacks[0]
-    found = fit(wrong(tree), volume)
-    assert found.hint == ""
-    assert not found.fits
-    assert "no frame that was tried fits" in str(found)
+    result = fit(wrong(tree), volume)
+    assert result.hint == ""
+    assert not result.fits
+    assert "no frame that was tried fits" in str(result)
 
 
 @pytest.mark.parametrize("size", [0, 8, 20])
@@ -850,9 +850,9 @@ def test_a_tree_too_short_to_tell_its_frame_gets_none(stacks, size):
 )
 def test_fit_names_the_scale(stacks, factor, hint):
     tree, volume = stacks[1]
-    found = fit(moved(tree, factor), volume)
-    assert found.hint == hint
-    assert f"another fits better: {hint} (contrast {found.hint_contrast:.2f}, " in str(found)
+    result = fit(moved(tree, factor), volume)
+    assert result.hint == hint
+    assert f"another fits better: {hint} (contrast {result.hint_contrast:.2f}, " in str(result)
 
 
 def test_check_pair(pair):
@@ -869,7 +869,7 @@ def test_check_pair(pair):
 
 @needs_data
 def test_all_real_trees_read_and_round_trip(tmp_path):
-    # Raw files are as they were found, one with an id twice.
+    # Raw files are unchanged; one has an id twice.
     paths = sorted(path for path in DATA.rglob("*.swc") if "raw" not in path.parts)
     assert len(paths) > 60
     for path in paths:

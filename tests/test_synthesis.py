@@ -65,7 +65,7 @@ def fingerprint():
 
 def test_same_seed_same_bits_in_another_process():
     code = "from tests.test_synthesis import fingerprint; print(fingerprint())"
-    # Another hash seed and thread count than this process is likely to have.
+    # Probably another hash seed and thread count than here.
     out = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parents[1],
@@ -100,18 +100,18 @@ def test_grown_tree_is_valid(seed, shape):
     upper = np.array(shape[::-1]) - 1 - MARGIN
     assert (tree.xyz >= MARGIN).all()
     assert (tree.xyz <= upper).all()
-    # Bifurcations only, and no two nodes in one place.
+    # Only bifurcations, and no two nodes in one place.
     assert np.bincount(tree.parent[1:]).max() <= 2
     assert len(np.unique(tree.xyz.round(3), axis=0)) == n
 
 
 def test_statistics_within_the_gold_ranges():
-    found = [statistics(grow(seed, SHAPE)) for seed in range(12)]
-    found += [statistics(grow(seed, (64, 320, 320))) for seed in range(3)]
-    # In small volumes a tree has few segments and its medians scatter; the typical neuron must
+    rows = [statistics(grow(seed, SHAPE)) for seed in range(12)]
+    rows += [statistics(grow(seed, (64, 320, 320))) for seed in range(3)]
+    # In small volumes a tree has few segments, and its medians scatter: the typical neuron must
     # be a typical one, and none may be far outside.
     for name, (low, high) in GOLD_RANGES.items():
-        values = [row[name] for row in found]
+        values = [row[name] for row in rows]
         assert low <= np.median(values) <= high, name
         assert min(values) >= 0.5 * low, name
         assert max(values) <= 3.0 * high, name
@@ -121,24 +121,24 @@ def test_statistics_of_a_known_tree():
     # A trunk of 20, two branches of 10, one of them with a detour.
     xyz = np.array([[0, 0, 0], [20, 0, 0], [30, 0, 0], [20, 5, 3], [20, 10, 0]], dtype=float)
     tree = Tree(xyz, np.array([3.0, 1, 1, 1, 1]), np.full(5, 3), np.array([-1, 0, 1, 1, 3]))
-    found = statistics(tree)
+    measured = statistics(tree)
     detour = 2 * np.hypot(5, 3)
-    assert found["length"] == pytest.approx(length(tree))
-    assert (found["tips"], found["branches"]) == (3, 1)
-    assert found["segment_median"] == pytest.approx(detour)
-    assert found["segment_mean"] == pytest.approx((30 + detour) / 3)
-    assert found["tortuosity"] == pytest.approx(1.0)
-    assert found["radius_max"] == 3
+    assert measured["length"] == pytest.approx(length(tree))
+    assert (measured["tips"], measured["branches"]) == (3, 1)
+    assert measured["segment_median"] == pytest.approx(detour)
+    assert measured["segment_mean"] == pytest.approx((30 + detour) / 3)
+    assert measured["tortuosity"] == pytest.approx(1.0)
+    assert measured["radius_max"] == 3
     # The order of the nodes must not matter.
     order = np.array([4, 2, 0, 3, 1])
     place = np.argsort(order)
     shuffled = Tree(xyz[order], tree.radius[order], tree.type, place[tree.parent[order]])
     shuffled.parent[tree.parent[order] < 0] = -1
-    assert statistics(shuffled) == pytest.approx(found)
+    assert statistics(shuffled) == pytest.approx(measured)
 
 
 def test_rendering_is_centred():
-    # Neurites at sub-voxel places along each axis: the centroid of the light across them, less
+    # Neurites at sub-voxel places along each axis: the centroid of the light across them, without
     # the background, is where the tree is.
     shape = (41, 61, 61)
     for axis, point in enumerate([(30.0, 30.3, 20.4), (29.6, 30.0, 19.7), (30.25, 29.75, 20.0)]):
@@ -214,19 +214,19 @@ def test_styles():
         assert volume.data.shape == SHAPE
     assert (plain.data == 0).mean() < 0.05
     assert (masked.data == 0).mean() > 0.7
-    found = image_statistics(masked, tree)
-    assert found["axis_50"] > 80
-    assert found["far_50"] == 0
+    measured = image_statistics(masked, tree)
+    assert measured["axis_50"] > 80
+    assert measured["far_50"] == 0
 
 
 def test_segmenting_the_default_stacks_is_no_toy():
     for seed in range(2):
         tree = grow(seed, SHAPE)
-        found = image_statistics(render(tree, SHAPE, seed=seed), tree)
-        assert 0.3 < found["dice"] < 0.65
+        measured = image_statistics(render(tree, SHAPE, seed=seed), tree)
+        assert 0.3 < measured["dice"] < 0.65
         for name in ("axis_50", "far_50", "contrast", "near_50"):
             low, high = REAL_RANGES[name]
-            assert 0.8 * low <= found[name] <= 1.25 * high, name
+            assert 0.8 * low <= measured[name] <= 1.25 * high, name
 
 
 def test_any_forest_renders():
@@ -244,8 +244,8 @@ def test_any_forest_renders():
         np.where(trees.parent < 0, -1, len(trees.parent) - 1 - trees.parent)[::-1],
     )
     for tree in (trees, backwards):
-        found = image_statistics(render(tree, shape, seed=4), tree)
-        assert found["contrast"] > 1.5
+        measured = image_statistics(render(tree, shape, seed=4), tree)
+        assert measured["contrast"] > 1.5
 
 
 def test_extract_is_the_microscopes_stack_of_the_tree_moved_into_its_box():
@@ -278,7 +278,7 @@ def test_flylight_extracts_are_slimmer_than_gold_radii_and_centred():
 
 
 def test_slimmer_tubes_are_those_of_smaller_radii():
-    # A stack too small for fragments of other neurites, which would be slimmer, too.
+    # A stack too small for fragments of other neurites, which would be thinner.
     tree = line((5, 20, 10), (50, 25, 12), radius=3.0)
     tree.radius[::2], tree.radius[5] = 0.7, 0.1
     smaller = np.where(tree.radius == 3, 2.4, np.where(tree.radius == 0.1, 0.1, 0.25))
@@ -322,18 +322,18 @@ def test_extracts_are_not_built_of_trees_in_other_units():
 
 
 def test_calibration_tells_inside_from_outside():
-    # Not at the head: another process imports this file and needs no notebooks.
+    # Not at the top, because another process imports this file without notebooks.
     from neurolib.course.runs import table
 
-    found = [{"tips": 8.0, "dice": 0.39549, "length": 250.0}, {"tips": 400.0, "dice": 0.3}]
-    rows = calibration(found)
+    generated = [{"tips": 8.0, "dice": 0.39549, "length": 250.0}, {"tips": 400.0, "dice": 0.3}]
+    rows = calibration(generated)
     assert [list(row.values()) for row in rows] == [
         ["tips", "8 to 400", "8 to 316", "recorded", "1 of 2", "above"],
         # 0.39549 is 0.395 to the recorded range's digits.
         ["dice", "0.3 to 0.395", "0.241 to 0.395", "recorded", "2 of 2", ""],
         ["length", "250 to 250", "296 to 7200", "recorded", "0 of 1", "below"],
     ]
-    live = calibration(found, [{"tips": 10.0, "mine": 1.0}, {"tips": 20.0}, {"tips": 1234.0}])
+    live = calibration(generated, [{"tips": 10.0, "mine": 1.0}, {"tips": 20.0}, {"tips": 1234.0}])
     assert list(live[0].values())[2:] == ["10 to 1230", "measured, n = 3", "1 of 2", "below"]
     assert live[1:] == rows[1:]
     both = calibration([{"dice": 0.0001234}, {"dice": 123456.0}])[0]
@@ -401,8 +401,8 @@ def test_real_stack_and_its_synthetic_twin():
     tree = read_swc(path.with_suffix(".swc"))
     real = Volume(tifffile.imread(path))
     twin = render(tree, real.data.shape, seed=1)
-    expected, found = image_statistics(real, tree), image_statistics(twin, tree)
+    expected, generated = image_statistics(real, tree), image_statistics(twin, tree)
     for key, (low, high) in REAL_RANGES.items():
         assert low * 0.99 - 1e-3 <= expected[key] <= high * 1.01 + 1e-3, key
-    assert abs(found["dice"] - expected["dice"]) < 0.15
-    assert 0.5 < found["contrast"] / expected["contrast"] < 2.0
+    assert abs(generated["dice"] - expected["dice"]) < 0.15
+    assert 0.5 < generated["contrast"] / expected["contrast"] < 2.0

@@ -1,4 +1,4 @@
-"""The tracer: invariants on any mask, known shapes, invariances, and six real neurons."""
+"""The tracer: invariants for any mask, known shapes, invariances, and six real neurons."""
 
 import functools
 import re
@@ -52,8 +52,8 @@ def draw(tree: Tree, shape: tuple, radius: float = TUBE, spacing: tuple = (1, 1,
     low = np.maximum(tree.xyz.min(axis=0)[::-1] - radius - 1, 0).astype(int)
     high = np.minimum(tree.xyz.max(axis=0)[::-1] + radius + 2, shape).astype(int)
     voxels = np.indices(high - low).reshape(3, -1).T + low
-    found = near.query(voxels * spacing, distance_upper_bound=radius + 1e-6)[0] <= radius
-    mask[tuple(voxels[found].T)] = True
+    inside = near.query(voxels * spacing, distance_upper_bound=radius + 1e-6)[0] <= radius
+    mask[tuple(voxels[inside].T)] = True
     return mask
 
 
@@ -108,18 +108,18 @@ def test_graph_and_components_are_their_definitions(seed, shape, region):
     mask.flat[seed % mask.size] = True
     spacing = np.array((2.0, 1.0, 1.5))
     regions = boxes((0, 0, 0), shape, region)
-    found = find_foreground(mask, tuple(spacing), min_size=1, regions=regions)
+    foreground = find_foreground(mask, tuple(spacing), min_size=1, regions=regions)
     label, count = ndimage.label(mask, np.ones((3, 3, 3)))
-    assert found.component[-1] + 1 == count
-    sizes = np.bincount(found.component)
+    assert foreground.component[-1] + 1 == count
+    sizes = np.bincount(foreground.component)
     assert np.all(np.diff(sizes) <= 0)  # the largest first
     assert sorted(sizes) == sorted(np.bincount(label.ravel())[1:])
-    assert {tuple(v) for v in found.voxels} == {tuple(v) for v in np.argwhere(mask)}
-    steps = found.voxels[:, None] - found.voxels[None]
+    assert {tuple(v) for v in foreground.voxels} == {tuple(v) for v in np.argwhere(mask)}
+    steps = foreground.voxels[:, None] - foreground.voxels[None]
     expected = np.linalg.norm(steps * spacing, axis=2) * (np.abs(steps).max(axis=2) == 1)
-    np.testing.assert_allclose(found.neighbours.toarray(), expected)
+    np.testing.assert_allclose(foreground.neighbours.toarray(), expected)
     for component in range(count):
-        voxels = found.voxels[found.component == component]
+        voxels = foreground.voxels[foreground.component == component]
         assert len(np.unique(label[tuple(voxels.T)])) == 1
         assert np.all(np.diff(np.ravel_multi_index(voxels.T, shape)) > 0)
     regions = boxes((0, 0, 0), shape, region)
@@ -133,15 +133,15 @@ def test_radius_is_the_distance_to_the_background(seed, density, depth):
     mask = np.random.default_rng(seed).random((depth, 8, 9)) < density
     mask[0, 4, 4] = mask[-1, 0, 8] = True
     spacing = np.array((1.5, 1.0, 2.0))
-    found = find_foreground(mask, tuple(spacing), min_size=1)
-    # Outside is background, but not along an axis with a single slice.
+    foreground = find_foreground(mask, tuple(spacing), min_size=1)
+    # The outside is background, except along an axis with a single slice.
     margin = [(int(depth > 1),) * 2, (1, 1), (1, 1)]
     padded = np.pad(mask, margin)
     distance = ndimage.distance_transform_edt(padded, sampling=spacing)
-    expected = distance[tuple((found.voxels + np.array(margin)[:, 0]).T)] - 0.5
-    assert measure_radius(found) == pytest.approx(expected)
-    assert measure_radius(found, found.points) == pytest.approx(expected)
-    shell = {tuple(v) for v in background_shell(found)}
+    expected = distance[tuple((foreground.voxels + np.array(margin)[:, 0]).T)] - 0.5
+    assert measure_radius(foreground) == pytest.approx(expected)
+    assert measure_radius(foreground, foreground.points) == pytest.approx(expected)
+    shell = {tuple(v) for v in background_shell(foreground)}
     grown = ndimage.binary_dilation(
         np.pad(mask, 1), np.array([ndimage.generate_binary_structure(3, 1)])[0]
     ) & ~np.pad(mask, 1)
@@ -152,32 +152,32 @@ def test_radius_is_the_distance_to_the_background(seed, density, depth):
 def test_cost_is_its_formula():
     probability = np.zeros((5, 5, 12))
     probability[1:4, 1:4, 1:11] = 0.7
-    found = find_foreground(probability)
-    radius = measure_radius(found)
+    foreground = find_foreground(probability)
+    radius = measure_radius(foreground)
     expected = np.exp(10 * (1 - radius / radius.max()) ** 2) * np.exp(2 * 0.3)
-    assert path_cost(found, radius) == pytest.approx(expected)
+    assert path_cost(foreground, radius) == pytest.approx(expected)
 
 
 def test_paths_share_no_voxel_and_start_on_earlier_ones():
     tree = grow(1)
     mask = draw(tree, (40, 90, 100))
-    found = find_foreground(mask)
-    radius = measure_radius(found)
-    paths = find_paths(found, radius, path_cost(found, radius))
+    foreground = find_foreground(mask)
+    radius = measure_radius(foreground)
+    paths = find_paths(foreground, radius, path_cost(foreground, radius))
     seen = set()
     for path in paths:
         assert (not seen) or path[0] in seen
         assert not seen.intersection(path[1:].tolist())
-        assert np.all(np.abs(np.diff(found.voxels[path], axis=0)).max(axis=1) == 1)
+        assert np.all(np.abs(np.diff(foreground.voxels[path], axis=0)).max(axis=1) == 1)
         seen.update(path.tolist())
-    kept = prune_paths(paths, found, radius)
+    kept = prune_paths(paths, foreground, radius)
     assert kept[0] is paths[0]
     starts = set(np.concatenate(kept).tolist())
     assert all(path[0] in starts for path in kept)
     for path in kept[1:]:
-        length = np.linalg.norm(np.diff(found.points[path], axis=0), axis=1).sum()
+        length = np.linalg.norm(np.diff(foreground.points[path], axis=0), axis=1).sum()
         assert length + 0.5 >= 6 + radius[path[0]]
-    nodes = paths_to_tree(kept, found, radius)
+    nodes = paths_to_tree(kept, foreground, radius)
     assert len(nodes.xyz) == len(starts)
     assert (nodes.parent < 0).sum() == 1
 
@@ -231,7 +231,7 @@ def add_ball(mask, centre, radius):
 
 
 def two_neurons(thick=(7, 6)):
-    """Two bars with a ball each, and two balls with nothing around."""
+    """Two bars with a ball each, and two isolated balls."""
     mask = np.zeros((30, 90, 120), bool)
     for y, x, radius in zip((20, 60), (40, 70), thick, strict=True):
         mask[13:16, y : y + 3, 5:115] = True
@@ -253,11 +253,11 @@ def test_one_soma_at_most_and_no_fragment(tmp_path):
     assert np.allclose(tree.xyz[soma], [40, 21, 14], atol=1.5)
     assert len(opened_by_morphio(tree, tmp_path).soma.points) == 1
     assert (tree.parent < 0).sum() == 4
-    # The other neuron begins at an end, as without a soma.
+    # The other neuron begins at an end, as if it had no soma.
     roots = tree.xyz[tree.parent < 0]
     other = roots[np.abs(roots[:, 1] - 61) < 3]
     assert min(abs(other[0, 0] - 5), abs(other[0, 0] - 114)) < 3
-    # Thick fragments beside neurites without a soma are none.
+    # Thick fragments beside neurites are no somata.
     assert (trace(two_neurons((0, 0)), bridge=0).type == 0).all()
 
 
@@ -292,8 +292,8 @@ def test_the_tree_with_the_seed_comes_first():
 def test_root_of_a_component_of_one_voxel():
     mask = np.zeros((3, 3, 3), bool)
     mask[1, 1, 1] = True
-    found = find_foreground(mask, min_size=1)
-    assert find_root(found.neighbours, measure_radius(found)) == 0
+    foreground = find_foreground(mask, min_size=1)
+    assert find_root(foreground.neighbours, measure_radius(foreground)) == 0
 
 
 # --- Round trip ----------------------------------------------------------------------------------
@@ -400,7 +400,7 @@ def test_crops_and_margins_change_nothing():
 
 
 def test_anisotropic_voxels():
-    # A neuron of 100 slices seen with every third slice only.
+    # A neuron of 100 slices of which only every third is known.
     tree = grow(5, (99, 90, 100))
     thin = moved(tree, tree.xyz / [1, 1, 3])
     mask = draw(thin, (33, 90, 100), 3.0, (3, 1, 1))
@@ -474,7 +474,7 @@ def test_how_far_two_ends_may_point_past_each_other(one, other, joined):
 
 
 def test_bridges_make_no_loop_and_take_the_probable_way():
-    # Three arms that end near one point: two bridges join them, the third would close a loop.
+    # Three arms end near one point: two bridges join them, the third would close a loop.
     arms = [(30 + 26 * np.cos(a), 30 + 26 * np.sin(a)) for a in (0.3, 2.4, 4.5)]
     mask = np.zeros((15, 61, 61), bool)
     for x, y in arms:
@@ -485,7 +485,7 @@ def test_bridges_make_no_loop_and_take_the_probable_way():
     assert len(log) == 2
     assert (tree.parent < 0).sum() == 1
     check_is_forest(tree, mask)
-    # Make the pair that was not joined the probable one: it is joined now.
+    # If the other pair is made probable, it is joined.
     ends = {bridge.start for bridge in log} | {bridge.end for bridge in log}
     assert len(ends) == 3
     joined = {frozenset((bridge.start, bridge.end)) for bridge in log}
@@ -524,12 +524,14 @@ def test_a_cut_neuron_keeps_its_recall_as_forest_and_bridged():
 
 def test_stages_are_what_trace_does():
     mask = cut_bar(8)
-    found = find_foreground(mask)
-    radius = measure_radius(found)
-    paths = prune_paths(find_paths(found, radius, path_cost(found, radius)), found, radius)
-    tree, bridges = bridge_gaps(paths_to_tree(paths, found, radius), mask)
+    foreground = find_foreground(mask)
+    radius = measure_radius(foreground)
+    paths = prune_paths(
+        find_paths(foreground, radius, path_cost(foreground, radius)), foreground, radius
+    )
+    tree, bridges = bridge_gaps(paths_to_tree(paths, foreground, radius), mask)
     assert len(bridges) == 1
-    smooth = smooth_tree(tree, background_shell(found), found.scale, 2.0)
+    smooth = smooth_tree(tree, background_shell(foreground), foreground.scale, 2.0)
     assert np.array_equal(smooth.xyz, trace(mask).xyz)
 
 
@@ -537,7 +539,7 @@ def test_stages_are_what_trace_does():
 
 
 class Slices:
-    """A volume that can be sliced, and no more; knows the most that was read at once."""
+    """A volume that can only be sliced; it knows the largest part read at once."""
 
     def __init__(self, data):
         self._data, self.shape, self.dtype, self.most, self.total = (
@@ -592,11 +594,11 @@ def test_neurons_with_gaps_in_parts(region, spacing):
     mask[3:6, 3:6, 2:98] = mask[30:34, 84:87, 2:98] = True
     mask[:, :, 35:39] = mask[:, :, 71:78] = False
     probability = np.where(mask, 0.8, 0.2).astype(np.float32)
-    bridges, found = [], []
+    bridges, traced = [], []
     whole = trace(probability, spacing, log=bridges)
     parts = Slices(probability)
-    check_same(trace(parts, spacing, log=found, regions=boxes((0, 0, 0), shape, region)), whole)
-    assert found == bridges
+    check_same(trace(parts, spacing, log=traced, regions=boxes((0, 0, 0), shape, region)), whole)
+    assert traced == bridges
     assert bridges
     # Each voxel once, and the surroundings of gaps.
     assert parts.most <= max(np.prod(region), 16**3)
@@ -616,7 +618,7 @@ def test_a_foreground_beyond_memory_is_refused_before_it_is_there(monkeypatch):
         trace(full, regions=boxes((0, 0, 0), full.shape, (4, 128, 128)))
     assert "\n" not in str(error.value)
     assert full.total == 2 * full.most
-    # Twice as many that could not be traced, but most of them go as they come.
+    # Twice as many as could be traced, but most are dropped at once.
     specks = np.zeros((64, 128, 128), bool)
     specks[::2, ::2, ::2] = True
     specks[:, 60:63, 60:63] = True

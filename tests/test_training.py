@@ -1,4 +1,4 @@
-"""Training: each loss against plain NumPy, the loop against being killed."""
+"""Training: losses against plain NumPy, and the loop under interruptions."""
 
 import dataclasses
 import json
@@ -101,7 +101,7 @@ def sigmoid(x):
 
 
 def tube_batch():
-    """Logits and masks (2, 1, 40, 40) of a bent tube, found with doubt and half a gap."""
+    """Noisy logits with half a gap, and masks (2, 1, 40, 40), of a bent tube."""
     y, x = torch.meshgrid(torch.arange(40.0), torch.arange(40.0), indexing="ij")
     tube = ((y - 20 - 6 * torch.sin(x / 6)).abs() < 2).float()
     doubt = torch.randn(2, 1, 40, 40, generator=torch.Generator().manual_seed(0))
@@ -115,7 +115,7 @@ def test_dice_and_cldice_are_monais():
 
     logits, mask = tube_batch()
     for _ in range(2):
-        # MONAI takes clDice image by image; ours is that of the batch.
+        # MONAI computes clDice per image, we per batch.
         one, two = logits[:1], mask[:1]
         cldice = monai.SoftclDiceLoss(iter_=3, smooth=1e-12)(one.sigmoid(), two)
         assert soft_cldice(one, two).item() == pytest.approx(cldice.item(), abs=1e-6)
@@ -192,13 +192,13 @@ def test_pulls_are_minus_the_slopes_of_every_term(batch):
 
 
 def test_everything_is_what_cldice_or_skeleton_recall_alone_would_be_content_with(batch):
-    """Why neither ever stands alone."""
+    """So neither may be used alone."""
     response = torch.tensor(batch[1])
     everything = torch.full(response.shape, 40.0, dtype=torch.float64)
-    found = {}
+    terms = {}
     for name in LOSSES:
-        found |= loss_terms(name, everything, response, 0.2)
-    assert {term for term, value in found.items() if value < 1e-6} == {"skeleton", "cldice"}
+        terms |= loss_terms(name, everything, response, 0.2)
+    assert {term for term, value in terms.items() if value < 1e-6} == {"skeleton", "cldice"}
 
 
 @pytest.mark.parametrize("tau", [0.1, 0.5, 0.9])
@@ -311,7 +311,7 @@ def test_unusable_settings_are_refused_in_one_line(bad):
 
 
 def test_defaults_are_those_of_the_notebook():
-    """They have to stand in the notebook, where a reader changes them."""
+    """They are repeated in the notebook for readers to change."""
     defaults = dataclasses.asdict(TrainingSettings())
     notebook = runs.notebook_parameters(runs.notebook_path("03_training"))
     shared = defaults.keys() & notebook.keys()
@@ -402,7 +402,7 @@ def test_augmentation_moves_block_and_response_alike():
     centres = torch.arange(24.0)
     moves = 0
     for block, response, before in zip(out[:, 0], moved, responses, strict=True):
-        # The patch stays in the centre slice, in the block where it is in the response.
+        # The patch stays in the centre slice, at the same place in block and response.
         assert response[2].sum() > 0
         assert response[[0, 1, 3, 4]].sum() == 0
         bright = block[2] * (block[2] > 0.3)
@@ -428,21 +428,21 @@ def test_zoom_scales_the_tree_and_not_the_tube(factor):
         return torch.from_numpy(response)
 
     _, moved = training.zoom(torch.zeros(5, 100, 100), target(1), factor)
-    wanted, found = target(factor)[2] >= 0.1, moved[2] >= 0.1
-    assert 2 * (wanted & found).sum() / (wanted.sum() + found.sum()) > 0.97
+    wanted, zoomed = target(factor)[2] >= 0.1, moved[2] >= 0.1
+    assert 2 * (wanted & zoomed).sum() / (wanted.sum() + zoomed.sum()) > 0.97
 
 
 def test_augmentation_keeps_the_range_and_its_input_and_follows_its_generator_only(samples):
     given = BlockSource(samples, 3, 48).batch(0, 40)
     before = [values.clone() for values in given]
-    found = []
+    variants = []
     for seed in (1, 1, 2):
-        torch.manual_seed(len(found))
-        found.append(augment(*given, torch.Generator().manual_seed(seed)))
+        torch.manual_seed(len(variants))
+        variants.append(augment(*given, torch.Generator().manual_seed(seed)))
     assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(*found[:2], strict=True))
-    assert not torch.equal(found[0][0], found[2][0])
-    for values in found[0]:
+    assert all(torch.equal(a, b) for a, b in zip(*variants[:2], strict=True))
+    assert not torch.equal(variants[0][0], variants[2][0])
+    for values in variants[0]:
         assert 0 <= values.min() <= values.max() <= 1
 
 
@@ -487,7 +487,7 @@ def test_validation_dice_is_the_mean_over_volumes_at_one_common_threshold():
         blocks = (response + noise).clamp(0.01, 0.99)[:, None]
         checks.append(ValidationBlocks(blocks, response, torch.arange(1.0, n + 1)))
 
-    # The weights that are passed count, not the module's own.
+    # The weights passed count, not the module's.
     dice, threshold = validate(Known(), {"gain": torch.tensor(0.5)}, checks, tau=0.4)
     rows = []
     for check in checks:
@@ -509,27 +509,27 @@ def test_validation_dice_is_the_mean_over_volumes_at_one_common_threshold():
 
 
 def test_validation_estimates_the_dice_of_the_whole_volume(checks):
-    """Few blocks stand for all: the estimate is near what all blocks together give."""
+    """A few blocks represent all: the estimate is near that of all blocks."""
     sample = tubes("big", 3, shape=(30, 192, 192))
     rng = np.random.default_rng(1)
-    # False alarms everywhere: a Dice of salient blocks alone would miss most of them.
+    # The Dice of salient blocks alone would miss most of these false alarms.
     image = np.clip(sample.response + (rng.random(sample.mask.shape) < 0.01), 0.01, 0.99)
     sample = dataclasses.replace(sample, image=image.astype(np.float32))
     guess = sample.image >= 0.1
     whole = 2 * (guess & sample.mask).sum() / (guess.sum() + sample.mask.sum())
-    found = {}
+    estimates = {}
     for count in (10_000, 60):
         settings = dataclasses.replace(FAST, validation_blocks=count)
         check = validation_blocks(sample, NETWORK, settings)
         assert check.weight.sum().item() == pytest.approx(30 * 4 * 4, rel=1e-5)
         weights = {"gain": torch.logit(torch.tensor(0.5)) - torch.logit(torch.tensor(0.1))}
         assert len(check.blocks) == len(check.weight) <= count
-        found[count], _ = validate(Known(), weights, [check], 0.1)
+        estimates[count], _ = validate(Known(), weights, [check], 0.1)
     # The grid of 48 tiles 192 without overlap, so that all blocks are the whole volume.
-    assert found[10_000] >= whole - 1e-6
-    assert found[60] == pytest.approx(found[10_000], rel=0.15)
+    assert estimates[10_000] >= whole - 1e-6
+    assert estimates[60] == pytest.approx(estimates[10_000], rel=0.15)
     only = check._replace(weight=torch.ones_like(check.weight))
-    assert validate(Known(), weights, [only], 0.1)[0] > 1.15 * found[10_000]
+    assert validate(Known(), weights, [only], 0.1)[0] > 1.15 * estimates[10_000]
 
 
 def test_validation_blocks_are_spread_over_both_kinds(checks):
@@ -565,11 +565,11 @@ def test_training_on_tubes_learns_them(tmp_path, samples, checks):
     lines = (tmp_path / "history.csv").read_text().splitlines()
     assert lines[0].startswith("step,loss,dice,ce,skeleton")
     assert len(lines) == 41
-    # The network that is left is the one of the checkpoint, and it finds the tubes.
-    found, facts = load_checkpoint(result.checkpoint)
+    # The network has the checkpoint's weights, and it finds the tubes.
+    loaded, facts = load_checkpoint(result.checkpoint)
     assert facts["dice"] == result.dice
     check = validation_blocks(checks[0], network.settings, settings)
-    again, threshold = validate(found, found.state_dict(), [check], 0.1)
+    again, threshold = validate(loaded, loaded.state_dict(), [check], 0.1)
     assert again == pytest.approx(result.dice, abs=1e-6)
     assert threshold == facts["threshold"]
 
@@ -587,8 +587,8 @@ def test_frozen_training_leaves_the_encoder_and_its_file_out(tmp_path, samples, 
             assert same, key
     assert not torch.equal(after["head.1.weight"], before["head.1.weight"])
     assert not any(key.startswith("encoder.") for key in load_file(result.checkpoint))
-    found, _ = load_checkpoint(result.checkpoint)
-    assert all(torch.equal(v, after[k]) for k, v in found.state_dict().items())
+    loaded, _ = load_checkpoint(result.checkpoint)
+    assert all(torch.equal(v, after[k]) for k, v in loaded.state_dict().items())
 
 
 def test_frozen_checkpoint_is_rebuilt_from_its_own_weights_file_only(tmp_path, samples, checks):
@@ -602,9 +602,9 @@ def test_frozen_checkpoint_is_rebuilt_from_its_own_weights_file_only(tmp_path, s
             network, _ = build(NETWORK, "center", str(pretrained), seed=6)
             settings = dataclasses.replace(FAST, frozen=True, steps=1)
             result = train(network, samples, checks, tmp_path, settings)
-            found, _ = load_checkpoint(result.checkpoint)
+            loaded, _ = load_checkpoint(result.checkpoint)
             after = network.state_dict()
-            assert all(torch.equal(v, after[k]) for k, v in found.state_dict().items())
+            assert all(torch.equal(v, after[k]) for k, v in loaded.state_dict().items())
     save_file(flat, pretrained)
     with pytest.raises(WeightsError, match="frozen encoder"):
         load_checkpoint(result.checkpoint)
@@ -626,7 +626,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
         if row["step"] == 4:
             network.head[1].bias.data.fill_(math.nan)
 
-    # The same network: gradients of the run that failed must not leak into this one.
+    # The same network: gradients of the failed run must not leak into this one.
     with pytest.raises(
         SettingsError,
         match=r"loss is nan.*in step 5; .*late/checkpoint.safetensors: 3$",
@@ -686,8 +686,8 @@ def test_checkpointing_recomputes_the_same_gradients(samples):
 
 
 def test_patience_stops_and_a_second_call_does_not_go_on(tmp_path, samples, checks, monkeypatch):
-    found = iter([0.1, 0.5, 0.4, 0.3, 0.2, 0.1])
-    monkeypatch.setattr(training, "validate", lambda *_: (next(found), 0.5))
+    scores = iter([0.1, 0.5, 0.4, 0.3, 0.2, 0.1])
+    monkeypatch.setattr(training, "validate", lambda *_: (next(scores), 0.5))
     settings = dataclasses.replace(FAST, steps=6, validate_every=1, patience=2)
     network, _ = build(NETWORK, "scratch", seed=0)
     result = train(network, samples, checks, tmp_path, settings)
@@ -795,7 +795,7 @@ def test_a_checkpoint_is_not_tested_on_what_it_has_seen(tmp_path, samples, check
     result = train(network, samples, checks, tmp_path, dataclasses.replace(FAST, steps=1))
     _, facts = load_checkpoint(result.checkpoint)
     training.check_unseen(facts, [tubes("t", 3)], result.checkpoint)
-    # Under another name it is the same volume.
+    # The same volume under another name.
     renamed = dataclasses.replace(samples[1], pair=tubes("t", 3).pair)
     for known in (samples[0], checks[0], renamed):
         with pytest.raises(DataError, match=r"trained or validated on [abv], so a test on"):
@@ -810,7 +810,7 @@ def test_training_without_validation_is_refused_before_it_begins(tmp_path, sampl
 
 @pytest.mark.parametrize("at", [1, 3], ids=["before anything was kept", "after"])
 def test_a_stopped_cell_that_is_run_again_goes_on(at, tmp_path, samples, checks):
-    """The interrupt button of a notebook: the network object has been changed, and stays."""
+    """The interrupt button of a notebook leaves a changed network object."""
 
     def stop(row):
         if row["step"] == at:
@@ -826,7 +826,7 @@ def test_a_stopped_cell_that_is_run_again_goes_on(at, tmp_path, samples, checks)
     train(again, samples, checks, tmp_path / "whole", FAST)
     for key, value in again.state_dict().items():
         assert torch.equal(network.state_dict()[key], value), key
-    # A third time there is nothing left to do.
+    # The third call has nothing to do.
     train(network, samples, checks, tmp_path / "stopped", FAST, on_step=rows.append)
     assert rows[-1]["step"] == 6
     assert len(rows) == 6 - at // 2 * 2
@@ -850,7 +850,7 @@ TWO = dataclasses.replace(FAST, steps=2, save_every=1, augment=False, clip=1e9, 
 
 
 def test_two_processes_step_along_the_mean_of_their_gradients(tmp_path, samples):
-    """Both see different blocks; the first moments after two steps tell the mean gradients."""
+    """They see different blocks; the first moments after two steps reveal the mean gradients."""
     script = tmp_path / "pair.py"
     script.write_text(PAIR.format(tests=str(Path(__file__).parent)))
     done = python(*TORCHRUN, script, tmp_path / "run")
@@ -869,20 +869,20 @@ def test_two_processes_step_along_the_mean_of_their_gradients(tmp_path, samples)
             terms = loss_terms(TWO.loss, network(blocks), responses[:, 1:2], 0.1)
             (sum(terms.values()) / 2).backward()
         optimizer.step()
-    found = load_file(tmp_path / "run" / "resume.safetensors")
+    shared = load_file(tmp_path / "run" / "resume.safetensors")
     for number, entry in optimizer.state_dict()["state"].items():
-        moment = found[f"optimizer.{number}.exp_avg"]
+        moment = shared[f"optimizer.{number}.exp_avg"]
         torch.testing.assert_close(moment, entry["exp_avg"], rtol=1e-3, atol=1e-6)
 
-    # One process that adds up two passes a step takes the same steps as the two processes.
+    # One process that accumulates two passes per step takes the same steps.
     network, _ = build(NETWORK, "scratch", seed=3)
     alone = dataclasses.replace(TWO, accumulate=2)
     train(network, samples, [tubes("v", 2)], tmp_path / "alone", alone)
     weights = load_file(tmp_path / "alone" / "resume.safetensors")
-    assert weights.keys() == found.keys()
+    assert weights.keys() == shared.keys()
     for key, value in weights.items():
         if key.startswith("network."):
-            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(shared[key], value, rtol=1e-3, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------- checkpoints
@@ -898,11 +898,11 @@ def checkpoint(tmp_path, network):
 
 
 def test_checkpoint_rebuilds_the_network(checkpoint, network):
-    found, facts = load_checkpoint(checkpoint)
-    assert found.settings == network.settings
-    assert not found.training
-    assert found.state_dict().keys() == network.state_dict().keys()
-    assert all(torch.equal(v, found.state_dict()[k]) for k, v in network.state_dict().items())
+    loaded, facts = load_checkpoint(checkpoint)
+    assert loaded.settings == network.settings
+    assert not loaded.training
+    assert loaded.state_dict().keys() == network.state_dict().keys()
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in network.state_dict().items())
     assert (facts["dice"], facts["step"], facts["threshold"]) == (0.5, 3, 0.4)
     assert TrainingSettings(**facts["training"]) == FAST
     checkpoint.with_name("other").touch()
@@ -912,13 +912,13 @@ def test_checkpoint_rebuilds_the_network(checkpoint, network):
 def test_frozen_training_from_a_checkpoint_keeps_the_encoder_it_started_from(
     tmp_path, samples, checks, checkpoint
 ):
-    """It cannot be made again from pre-trained weights: it must be in the file."""
+    """Pre-trained weights cannot replace it, so it must be in the file."""
     network, _ = build(dataclasses.replace(NETWORK, stem=True), "scratch", seed=5)
     restore(network, checkpoint)
     before = {k: v.clone() for k, v in network.encoder.state_dict().items()}
     settings = dataclasses.replace(FAST, frozen=True, steps=1)
-    found, _ = load_checkpoint(train(network, samples, checks, tmp_path, settings).checkpoint)
-    assert all(torch.equal(v, before[k]) for k, v in found.encoder.state_dict().items())
+    loaded, _ = load_checkpoint(train(network, samples, checks, tmp_path, settings).checkpoint)
+    assert all(torch.equal(v, before[k]) for k, v in loaded.encoder.state_dict().items())
 
 
 def test_a_decoder_is_not_joined_to_an_encoder_it_was_not_trained_behind(tmp_path):
@@ -966,7 +966,7 @@ def test_foreign_file_is_refused(tmp_path, metadata):
 
 @pytest.mark.parametrize("part", ["weights", "facts"])
 def test_a_checkpoint_with_a_changed_byte_is_refused(checkpoint, part):
-    """Flip one bit at each of many places: what still loads is what was saved."""
+    """Flip one bit at each of many places."""
     whole = checkpoint.read_bytes()
     start = 8 + int.from_bytes(whole[:8], "little")
     threshold = whole.index(b"threshold")
@@ -999,7 +999,7 @@ def data(tmp_path_factory):
 
 
 def test_torchrun_trains_and_the_notebook_goes_on_from_there(tmp_path, data):
-    """Two processes with sockets between them; the notebook finds nothing left to train."""
+    """Two processes train; the notebook then has nothing left to train."""
     given = [part for item in SMALL.items() for part in ("-p", "{}={}".format(*item))]
     command = [*TORCHRUN, "-m", "neurolib", "train", "--data", data, "--profile", "empty"]
     done = python(*command, "--name", "x", "--folder", tmp_path, *given)
@@ -1011,14 +1011,14 @@ def test_torchrun_trains_and_the_notebook_goes_on_from_there(tmp_path, data):
     after = load_file(run.path("checkpoint.safetensors"))
     assert all(torch.equal(after[key], value) for key, value in before.items())
     assert run.path("history.csv").read_text() == history
-    # One process alone sees half of the blocks, and ends with other weights.
+    # A single process sees half of the blocks and ends with other weights.
     alone = runs.train_run(str(data), "empty", "alone", tmp_path, SMALL)
     other = load_file(alone.path("checkpoint.safetensors"))
     assert not all(torch.equal(other[key], value) for key, value in before.items())
 
 
 def test_the_gpu_profile_runs_through_the_notebook_on_a_cpu(tmp_path, data):
-    """Two steps of a small network; all that is the profile's own stays, bfloat16 too."""
+    """Two steps of a small network, with the other settings of the profile, such as bfloat16."""
     name = "03_training"
     known = runs.notebook_parameters(runs.notebook_path(name))
     profile = {k: v for k, v in runs.read_profile("gpu").items() if k in known}

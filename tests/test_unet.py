@@ -1,4 +1,4 @@
-"""The peer: MONAI's U-Net must be what it is called, and fit into the harness unchanged."""
+"""The peer, MONAI's U-Net: its size is right, and training and inference accept it."""
 
 import dataclasses
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_it_is_monais_network_on_the_block():
         every = make(dataclasses.replace(SETTINGS, predict="all")).eval()
         every.load_state_dict(network.state_dict())
         assert torch.equal(every(block), whole)
-        # Sides that are no multiple of eight are reflected and cut, nothing is shifted.
+        # Sides that are no multiple of eight are padded and cut without a shift.
         cut = network(block[..., :100, :97])
     assert cut.shape == (1, 1, 100, 97)
     torch.testing.assert_close(cut[..., :40, :40], whole[:, 2:3, :40, :40], rtol=0.2, atol=0.3)

@@ -126,7 +126,7 @@ def test_normalise_is_bounded_in_memory(tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    # Beside the result: one slab as index of the histogram, 8 bytes a voxel, and its copy.
+    # Besides the result: one slab as indices of the histogram, 8 bytes per voxel, and its copy.
     assert peak < result.nbytes + 3 * 8 * volume_module.SLAB
 
 
@@ -149,7 +149,7 @@ def test_real_masked_volume(tmp_path):
     slices=st.sampled_from([2, 12]),
 )
 def test_dark_structures_on_a_bright_ground_are_noticed(seed, gain, tilt, slices):
-    """Whatever the brightness and its gradient; noise alone is neither."""
+    """For any brightness and gradient; noise is not inverted."""
     rng, shape = np.random.default_rng(seed), (slices, 80, 90)
     line = np.zeros(shape)
     line[slices // 2, rng.integers(20, 60), 5:85] = 1
@@ -179,7 +179,7 @@ def test_dark_structures_on_a_bright_ground_are_noticed(seed, gain, tilt, slices
 )
 @pytest.mark.filterwarnings("ignore:.*times longer")
 def test_written_volumes_come_back(tmp_path_factory, dtype, shape, spacing, suffix, known):
-    """With their spacing, and no unit where none was known."""
+    """With their spacing, and without a unit if none was known."""
     data = stack(dtype, shape)
     path = tmp_path_factory.mktemp("volume") / f"a{suffix}"
     assert write_volume(path, data, spacing, known=known) == path
@@ -276,7 +276,7 @@ def test_written_zarr_is_what_ngff_says(tmp_path):
     assert array["dimension_names"] == ["z", "y", "x"]
     assert array["data_type"] == "uint16"
     assert array["chunk_grid"]["configuration"]["chunk_shape"] == [16, 128, 128]
-    # Compressed: an empty part costs nothing, a smooth one little.
+    # Compression makes empty and smooth parts small.
     assert np.array_equal(zarr.open_array(path / "0", mode="r")[:], data)
     data[:] = np.arange(40)[:, None, None]
     data[:16] = 0
@@ -316,7 +316,7 @@ def test_zarr_is_written_from_anything_that_can_be_sliced(tmp_path, monkeypatch)
 
 @needs_proc
 def test_a_zarr_larger_than_memory_may_be_written(tmp_path):
-    # 160 MB, of which few are stored; a piece has 8 MB.
+    # 160 MB, mostly not stored; a piece has 8 MB.
     path = write_volume(tmp_path / "a.zarr", np.broadcast_to(np.uint16(0), (80, 1000, 1000)))
     array = zarr.open_array(path / "0")
     array[40:60, 500:600, 500:700] = 7
@@ -330,7 +330,7 @@ print(peak() - start)
 """
     writing, total, reading = peak_memory(code, path, tmp_path / "b.zarr")
     assert writing < 80e6
-    # The measure sees an array of that size.
+    # The measurement would see an array of that size.
     assert reading > 150e6
     assert total == 7 * 20 * 100 * 200
     data = read_volume(tmp_path / "b.zarr").data
@@ -359,7 +359,7 @@ def test_overwriting_a_zarr_is_whole_or_not_at_all(tmp_path, monkeypatch):
         write_volume(path, Failing())
     same()
 
-    # The last renaming fails, or the process is interrupted before it.
+    # The last rename fails, or the process is interrupted before it.
     replace, done = os.replace, []
     for error in (OSError("busy"), KeyboardInterrupt()):
 
@@ -377,7 +377,7 @@ def test_overwriting_a_zarr_is_whole_or_not_at_all(tmp_path, monkeypatch):
         same()
     monkeypatch.setattr(os, "replace", replace)
 
-    # Nothing of the old remains, and a file that has the name makes room.
+    # Nothing of the old folder remains, and a file of that name is replaced.
     write_volume(path, stack(shape=(3, 4, 5)))
     assert read_volume(path).data.shape == (3, 4, 5)
     assert len(list((path / "0" / "c").rglob("*"))) < len(before)

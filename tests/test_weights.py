@@ -104,7 +104,7 @@ def natural_like(rng) -> np.ndarray:
 
 
 def test_encoder_features_agree_with_the_onnx_files_own(pretrained, onnx_file, tmp_path):
-    """The mapping is right if timm computes from it what the ONNX file computes itself."""
+    """With the mapped weights, timm computes the same as the ONNX file."""
     inner = "/backbone/layernorm/Add_1_output_0"
     graph = onnx.load(str(onnx_file))
     graph.graph.output.append(onnx.helper.make_empty_tensor_value_info(inner))
@@ -161,9 +161,9 @@ def test_full_training_checkpoint_with_its_command_line_is_read(tmp_path, small)
 
 def test_half_precision_is_read_as_float32(tmp_path, small):
     save_file({k: v.half() for k, v in small.items()}, tmp_path / "w.safetensors")
-    found = weights.read_weights(tmp_path / "w.safetensors")
-    assert found["cls_token"].dtype == torch.float32
-    assert torch.equal(found["cls_token"], small["cls_token"].half().float())
+    tensors = weights.read_weights(tmp_path / "w.safetensors")
+    assert tensors["cls_token"].dtype == torch.float32
+    assert torch.equal(tensors["cls_token"], small["cls_token"].half().float())
 
 
 def test_file_of_dinos_real_layout_fills_the_whole_encoder(tmp_path, dino):
@@ -187,7 +187,7 @@ def test_file_in_the_users_folder_goes_before_every_other_source(tmp_path, small
 
 
 class Touch:
-    """Unpickling an instance without care creates a file."""
+    """Careless unpickling of an instance creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -265,8 +265,8 @@ def test_unknown_names_are_refused_before_any_download(name):
 
 # ------------------------------------------------------------------------ the model hub
 
-# Runs in a process of its own, since huggingface_hub reads its address when it is imported. The
-# server gives one answer per model; the last model is asked for when the server is gone.
+# Runs in its own process, because huggingface_hub reads its address at import. The
+# server has one answer per model; before the last model it goes away.
 HUB = """
 import hashlib, json, os, sys, threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

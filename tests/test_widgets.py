@@ -1,4 +1,4 @@
-"""Pictures that answer to sliders: what they show, live and still."""
+"""Pictures with sliders, live and still."""
 
 import asyncio
 import base64
@@ -17,14 +17,14 @@ from neurolib.course import plotting, runs, widgets
 
 @pytest.fixture
 def shown(monkeypatch):
-    """What is displayed, as bundles of formats."""
+    """Displayed outputs, as bundles of formats."""
     bundles = []
     monkeypatch.setattr("IPython.display.display", lambda data, raw=False: bundles.append(data))
     return bundles
 
 
 def child(bundle, place):
-    """A part of a displayed widget, found as a front end does, by its model's id."""
+    """A part of a displayed widget, by its model's id, like in a front end."""
     state = ipywidgets.Widget.get_manager_state()["state"]
     box = state[bundle[runs.WIDGET]["model_id"]]["state"]
     return _instances[box["children"][place].removeprefix("IPY_MODEL_")]
@@ -111,7 +111,7 @@ def test_a_live_picture_is_drawn_anew_every_few_rows(shown):
     assert "text/html" not in bundle
     assert bytes(_instances[bundle[runs.WIDGET]["model_id"]].value).startswith(b"\x89PNG")
     output = nbformat.v4.new_output("display_data", bundle)
-    assert list(runs.settled([output])) == []
+    assert list(runs.strip_live_outputs([output])) == []
 
 
 def test_layers_are_drawn_over_the_slice_they_belong_to():
@@ -131,6 +131,6 @@ def test_kept_outputs_have_the_still_picture_only():
     live = {runs.WIDGET: {"model_id": "1"}, "text/html": "<figure>", "text/plain": "words"}
     bar = {runs.WIDGET: {"model_id": "2"}, "text/plain": " 50%|#####     | 5/10 [00:01]"}
     outputs = [nbformat.v4.new_output("display_data", data) for data in (live, bar)]
-    (kept,) = runs.settled(outputs)
+    (kept,) = runs.strip_live_outputs(outputs)
     assert kept.data == {"text/html": "<figure>", "text/plain": "words"}
-    assert list(runs.settled([kept])) == [kept]
+    assert list(runs.strip_live_outputs([kept])) == [kept]

@@ -1,13 +1,13 @@
 """Build the notebooks from their text sources, and check that both agree.
 
-The only source of ``NN_name.ipynb`` is ``NN_name.py``, text in jupytext's py:percent format::
+``NN_name.ipynb`` is built from ``NN_name.py``, text in jupytext's py:percent format::
 
     python tools/build.py              write and execute all notebooks
     python tools/build.py 03 05_swc    only those whose names start like this
     python tools/build.py --check      compare and check without executing
     python tools/build.py --twice 06   execute twice in one kernel, write nothing
 
-What is stored does not depend on when, where and by whom it was executed.
+The result does not depend on when, where and by whom it was executed.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import nbformat
 import readme
 from nbformat import NotebookNode
 
-from neurolib.course.runs import peak_memory, settled
+from neurolib.course.runs import peak_memory, strip_live_outputs
 from neurolib.files import write_text
 from neurolib.weights import WHEEL_MODEL, cache_folder
 
@@ -39,34 +39,34 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-# Seconds in which a kernel must start, and a cell of the small profile must end.
+# Seconds in which a kernel must start, and a cell must end.
 START_TIMEOUT, CELL_TIMEOUT = 120, 1200
 
-# Non-blank lines of a code cell; parameters and bootstrap are not part of the reading.
+# Non-blank lines of a code cell, other than parameters and bootstrap.
 MAX_LINES, MEDIAN_LINES = 15, 5
-# A cell with this tag builds a part of the method in full: it may be longer, and the median leaves
-# it out.
+# A cell with this tag builds a part of the method: it may be longer and does not count for the
+# median.
 METHOD, METHOD_LINES = "method", 32
 PARAMETERS, BOOTSTRAP = "parameters", "bootstrap"
 
-# The line of a notebook's first cell that its build measures, and what loads pre-trained weights.
+# The line of a notebook's first cell with measurements, and calls that load pre-trained weights.
 MEASURED = re.compile(r"(?m)^# \*\*Takes\*\* .*$")
 LOADS = re.compile(r"\b(load_pretrained|network\.build|load_checkpoint|inference\.predicted)\(")
-# What notebooks go on from instead of making it again.
+# Files from which a notebook would resume instead of making them again.
 LONG = {
     "03_training": ("resume.safetensors", "checkpoint.safetensors"),
     "04_evaluation": ("probability",),
     "05_swc_tracing": ("probability",),
 }
 
-# Paths that mean something on one machine only: where machines keep people's files, and where
-# this one keeps the reader's and the repository's. What follows a word or a dot is relative, or
-# part of an address (https://a/home/b).
+# Paths that exist on one machine only: folders where machines keep people's files, and those of
+# the reader and the repository. After a word or a dot, a path is relative or part of an address
+# (https://a/home/b).
 _PLACES = "home|root|Users|tmp|var|opt|mnt|media|srv|work|workspace|private|content"
 _OWN = "|".join(re.escape(str(path)) for path in (FOLDER.parent, Path.home()))
 ABSOLUTE = re.compile(rf"(?<![\w./~-])(?:/(?:{_PLACES})/|(?:{_OWN})(?![\w-])|[A-Z]:\\)[^\s'\"<>]*")
-# What lets others in: tokens of hubs, hosts and clouds, of a Jupyter server, keys, passwords in an
-# address. A name of this machine that is no common word, and its user's with an @, are as private.
+# Tokens of hubs, hosts, clouds and Jupyter servers, keys, and passwords in an address. The name of
+# this machine (unless it is a plain word) and user@machine are private too.
 SECRETS = (
     r"hf_[A-Za-z0-9]{30,}",
     r"gh[pousr]_[A-Za-z0-9]{36,}",
@@ -80,7 +80,7 @@ SECRETS = (
 
 
 def private(user: str, machine: str) -> re.Pattern:
-    """What of a text must not be stored, where these are the user and the machine."""
+    """A pattern of what must not be stored, for this user and machine."""
     names = [rf"\b{re.escape(user)}@[A-Za-z]\w*"] if user else []
     if re.search(r"[\d.-]", machine):
         names.append(rf"\b{re.escape(machine)}\b")
@@ -95,23 +95,17 @@ EMBEDDED = re.compile(r"data:[\w/+.-]+;base64,[A-Za-z0-9+/=]+")
 
 
 def sources(names: Sequence[str] = (), folder: Path = FOLDER) -> list[Path]:
-    """The text sources, in order; with `names`, those whose names start with one of them.
-
-    Raises
-    ------
-    SystemExit
-        If a name fits none.
-    """
-    found = sorted(folder.glob("[0-9][0-9]_*.py"))
+    """The text sources, in order; with `names`, those that start with one of them."""
+    paths = sorted(folder.glob("[0-9][0-9]_*.py"))
     stems = [Path(name).stem for name in names]
     for stem in stems:
-        if not any(path.stem.startswith(stem) for path in found):
+        if not any(path.stem.startswith(stem) for path in paths):
             raise SystemExit(f"{stem}: no such source in {folder.name}/; expected e.g. 03_training")
-    return [path for path in found if not stems or path.stem.startswith(tuple(stems))]
+    return [path for path in paths if not stems or path.stem.startswith(tuple(stems))]
 
 
 def convert(source: Path) -> NotebookNode:
-    """The notebook of a text source: ids from place and content, metadata always the same."""
+    """The notebook of a text source, with ids from place and content and fixed metadata."""
     notebook = jupytext.read(source, fmt="py:percent")
     notebook.metadata = nbformat.from_dict(METADATA)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
@@ -132,7 +126,7 @@ def execute(notebook: NotebookNode, folder: Path = FOLDER) -> NotebookNode:
         timeout=CELL_TIMEOUT,
         startup_timeout=START_TIMEOUT,
         kernel_name="python3",
-        # A warning about its local ports says nothing to who builds notebooks.
+        # Silences a warning about local ports.
         extra_arguments=["--log-level=ERROR"],
         resources={"metadata": {"path": str(folder)}},
         store_widget_state=False,
@@ -144,10 +138,10 @@ def execute(notebook: NotebookNode, folder: Path = FOLDER) -> NotebookNode:
 
 
 def execute_twice(source: Path) -> None:
-    """Execute the cells of a notebook, and all of them again in the same kernel.
+    """Execute the cells of a notebook twice in the same kernel.
 
-    A reader goes back and runs cells again: none may depend on being run once, or leave something
-    behind that changes those above it. Results and figures go to a folder that is removed.
+    Readers run cells again, so no cell may depend on being run once, or change those above it.
+    Results and figures go to a temporary folder.
     """
     notebook = convert(source)
     with tempfile.TemporaryDirectory() as folder:
@@ -161,16 +155,16 @@ def execute_twice(source: Path) -> None:
 
 
 def clean(notebook: NotebookNode) -> NotebookNode:
-    """Remove what changes between two executions, in place: times, progress bars, live widgets."""
+    """Remove times, progress bars and live widgets, which change between executions, in place."""
     notebook.metadata = nbformat.from_dict(METADATA)
     for _, cell in code_cells(notebook):
         cell.metadata.pop("execution", None)
-        cell.outputs = join_streams(settled(cell.outputs))
+        cell.outputs = join_streams(strip_live_outputs(cell.outputs))
     return notebook
 
 
 def join_streams(outputs: Iterable[NotebookNode]) -> list[NotebookNode]:
-    """Join neighbouring texts of a stream: where a kernel cuts them depends on its timing."""
+    """Join neighbouring texts of a stream, because a kernel cuts them at random."""
     joined = []
     for output in outputs:
         last = joined[-1] if joined else {}
@@ -193,7 +187,7 @@ def build(source: Path) -> Path:
     _refuse(source, check_outputs(notebook))
     line = measured(notebook, time.monotonic() - started, peak[0])
     write_text(source, MEASURED.sub(line, source.read_text(encoding="utf-8")))
-    # The same cells with another first one: ids and sources are made again, outputs stay.
+    # Only the first cell changes: convert again and keep the outputs.
     final = convert(source)
     for cell, executed in zip(final.cells, notebook.cells, strict=True):
         if cell.cell_type == "code":
@@ -202,7 +196,7 @@ def build(source: Path) -> Path:
 
 
 def forget(source: Path) -> None:
-    """Remove what an earlier build left of the long part of a notebook, or it would not be long."""
+    """Remove files from which a notebook would resume, so that its full time is measured."""
     run_dir = re.search(r'(?m)^run_dir = "([^"]+)"', source.read_text(encoding="utf-8"))
     for name in LONG.get(source.stem, ()):
         path = source.parent / run_dir[1] / name
@@ -210,16 +204,7 @@ def forget(source: Path) -> None:
 
 
 def measured(notebook: NotebookNode, seconds: float, peak: int) -> str:
-    """Front matter: minutes, memory and downloads of the small profile, as just measured.
-
-    Parameters
-    ----------
-    notebook : NotebookNode
-        Its code says whether pre-trained weights are needed.
-    seconds : float
-    peak : int
-        Largest memory of the kernel in bytes.
-    """
+    """The line with minutes, memory (`peak`, in bytes) and downloads of a notebook."""
     minutes = "under a minute" if seconds < 60 else f"{seconds / 60 + 0.5:.0f} minutes"
     download = "nothing to download"
     if any(LOADS.search(cell.source) for _, cell in code_cells(notebook)):
@@ -242,14 +227,14 @@ def check(paths: Sequence[Path]) -> list[str]:
     problems, bootstraps = [], {}
     for source in paths:
         expected = convert(source)
-        found = check_shape(expected)
+        own = check_shape(expected)
         stored = source.with_suffix(".ipynb")
         if stored.exists():
             notebook = nbformat.read(stored, as_version=4)
-            found += check_drift(expected, notebook) or check_outputs(notebook)
+            own += check_drift(expected, notebook) or check_outputs(notebook)
         else:
-            found.append("there is no notebook; run make notebooks")
-        problems += [f"{source.stem}, {problem}" for problem in found]
+            own.append("there is no notebook; run make notebooks")
+        problems += [f"{source.stem}, {problem}" for problem in own]
         bootstraps[source.stem] = [c.source for c in expected.cells if BOOTSTRAP in tags(c)]
     return problems + check_bootstraps(bootstraps) + check_orphans(paths)
 
@@ -271,7 +256,7 @@ def check_drift(expected: NotebookNode, stored: NotebookNode) -> list[str]:
 
 
 def check_outputs(notebook: NotebookNode) -> list[str]:
-    """Whether every code cell was executed, in order, without error, and leaves no paths."""
+    """Problems of code cells: not executed in order, errors, live outputs, private texts."""
     problems = []
     for count, (number, cell) in enumerate(code_cells(notebook), 1):
         if cell.execution_count != count:
@@ -282,7 +267,7 @@ def check_outputs(notebook: NotebookNode) -> list[str]:
         for output in cell.outputs:
             if output.output_type == "error":
                 problems.append(f"cell {number}: holds the error {output.ename}: {output.evalue}")
-            if list(settled([output])) != [output]:
+            if list(strip_live_outputs([output])) != [output]:
                 problems.append(f"cell {number}: holds a bar or a live widget; run make notebooks")
             for text in output_texts(output):
                 if path := absolute_path(text):
@@ -293,7 +278,7 @@ def check_outputs(notebook: NotebookNode) -> list[str]:
 
 
 def check_shape(notebook: NotebookNode) -> list[str]:
-    """The rules of the house: one title, one literal parameters cell, short cells, no paths."""
+    """Breaches of our rules: one title, one literal parameters cell, short cells, no paths."""
     problems = check_titles(notebook) + check_parameters(notebook)
     for number, cell in enumerate(notebook.cells):
         if path := absolute_path(cell.source):
@@ -319,11 +304,11 @@ def check_shape(notebook: NotebookNode) -> list[str]:
 
 
 def check_titles(notebook: NotebookNode) -> list[str]:
-    """Exactly one title of the first level, and it opens the notebook."""
+    """A problem unless the only title of the first level opens the notebook."""
     titles = []
     for number, cell in enumerate(notebook.cells):
         if cell.cell_type == "markdown":
-            # A comment in a fenced example is no title.
+            # Comments in fenced examples are no titles.
             text = re.sub(r"^(```|~~~).*?^\1", "", cell.source, flags=re.DOTALL | re.MULTILINE)
             titles += [number] * len(re.findall(r"^# ", text, flags=re.MULTILINE))
     if titles == [0] and notebook.cells[0].source.startswith("# "):
@@ -332,7 +317,7 @@ def check_titles(notebook: NotebookNode) -> list[str]:
 
 
 def check_parameters(notebook: NotebookNode) -> list[str]:
-    """Exactly one cell tagged parameters, which assigns literals to names and no more."""
+    """A problem unless exactly one cell is tagged parameters and only assigns literals to names."""
     tagged = [(n, cell) for n, cell in enumerate(notebook.cells) if PARAMETERS in tags(cell)]
     if len(tagged) != 1:
         return [f"{len(tagged)} cells tagged {PARAMETERS}, expected one"]
@@ -353,8 +338,8 @@ def check_parameters(notebook: NotebookNode) -> list[str]:
 
 
 def check_bootstraps(bootstraps: dict[str, list[str]]) -> list[str]:
-    """Whether the bootstrap cells of all notebooks are the same."""
-    cells = {name: found[0] for name, found in bootstraps.items() if found}
+    """Bootstrap cells that differ from the first notebook's."""
+    cells = {name: tagged[0] for name, tagged in bootstraps.items() if tagged}
     first = next(iter(cells), None)
     return [
         f"{name}, its {BOOTSTRAP} cell differs from that of {first}"
@@ -385,14 +370,14 @@ def code_cells(notebook: NotebookNode) -> list[tuple[int, NotebookNode]]:
 
 
 def output_texts(output: NotebookNode) -> Iterable[str]:
-    """What a reader sees of an output as text."""
+    """All texts of an output."""
     if output.output_type == "stream":
         yield output.text
     yield from (value for value in output.get("data", {}).values() if isinstance(value, str))
 
 
 def absolute_path(text: str) -> str:
-    """The first path in `text` that exists on one machine only, or an empty string."""
+    """The first path in `text` that exists on one machine only, or ""."""
     match = ABSOLUTE.search(EMBEDDED.sub("", text))
     return match[0] if match else ""
 
@@ -406,7 +391,7 @@ def _is_literal(value: ast.expr) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; its exit status is 1 if a check finds something."""
+    """The command; returns 1 if a check finds a problem."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="only notebooks whose names start like this")
     parser.add_argument("--check", action="store_true", help="compare and check, do not execute")
@@ -418,7 +403,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*problems, sep="\n", end="\n" * bool(problems), file=sys.stderr)
         print(f"{len(paths)} notebooks, {len(problems)} problems")
         return 1 if problems else 0
-    # Idle threads must sleep, or they take the cores from each other; see the Makefile.
+    # Idle threads must sleep; see the Makefile.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if options.twice:
         for path in paths:

@@ -1,4 +1,4 @@
-"""What pages of the site say about the course, made from its notebooks, commands and results."""
+"""Sphinx directives that show the course's notebooks, modules, commands and results."""
 
 import ast
 import csv
@@ -23,7 +23,7 @@ from neurolib.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 TAKES = re.compile(r"^\*\*Takes\*\* (.*?) and (\S+ GB) of memory on (.*)$", re.MULTILINE)
-# As the paper has its rows; other files are compared with their first network.
+# In the order of the paper's rows; other files are compared with their first network.
 BASELINES = ("3D scratch", "2D scratch")
 PAGE = """\
 # {name}
@@ -37,7 +37,7 @@ PAGE = """\
 
 @dataclass(frozen=True)
 class Notebook:
-    """What a stored notebook says of itself."""
+    """Facts in the first cell of a stored notebook."""
 
     name: str
     title: str
@@ -49,23 +49,23 @@ class Notebook:
 
 def notebooks() -> list[Notebook]:
     """All notebooks of the course, in order."""
-    found = []
+    stored = []
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         cells = nbformat.read(path, as_version=4).cells
         first = cells[0].source
         title, promise = re.match(r"# (.*)\n\n\*(.*)\*\n", first).groups()
         minutes, memory, _ = TAKES.search(first).groups()
         exercises = sum("exercise" in cell.metadata.get("tags", []) for cell in cells)
-        found.append(Notebook(path.stem, title, promise, minutes, memory, exercises))
-    return found
+        stored.append(Notebook(path.stem, title, promise, minutes, memory, exercises))
+    return stored
 
 
 def stage(folder: Path) -> None:
-    """Write the pages that Sphinx reads and nobody edits: stored notebooks, and modules."""
+    """Write the pages that are copies: stored notebooks, and a page per module."""
     pages = {f"api/{name}.md": PAGE.format(name=name) for name in modules()}
     for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"):
         notebook = nbformat.read(path, as_version=4)
-        # Pages are found by the number; the cell that is for Colab says nothing to a reader.
+        # Readers look for the number, and do not need the cell for Colab.
         notebook.cells[0].source = f"# {path.name[:2]} {notebook.cells[0].source[2:]}"
         notebook.cells = [
             c for c in notebook.cells if "bootstrap" not in c.metadata.get("tags", [])
@@ -82,14 +82,14 @@ def stage(folder: Path) -> None:
 
 
 def modules() -> dict[str, str]:
-    """Public modules of the package, and the first line of what each says of itself."""
-    found = {}
+    """Public modules of the package, and the first lines of their docstrings."""
+    lines = {}
     packages = (ROOT / "neurolib/course/exercises/__init__.py",)
     for path in (*(ROOT / "neurolib").rglob("[!_]*.py"), *packages):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-        found[name] = text.partition("\n")[0]
-    return dict(sorted(found.items()))
+        lines[name] = text.partition("\n")[0]
+    return dict(sorted(lines.items()))
 
 
 class Written(SphinxDirective):
@@ -102,7 +102,7 @@ class Written(SphinxDirective):
 
 
 class Notebooks(Written):
-    """A table of the notebooks: promise, time and memory of the stored profile, exercises."""
+    """A table of the notebooks: promise, time, memory, exercises."""
 
     def text(self) -> str:
         return table(
@@ -130,7 +130,7 @@ class Modules(Written):
 class Schedule(Written):
     """A timetable from lines ``minutes | what``; ``{03}`` stands for a link to that notebook.
 
-    The argument is the first hour, ``09:00``. Clock times and the machine's minutes are computed.
+    The argument is the time of the start, ``09:00``.
     """
 
     required_arguments = 1
@@ -179,19 +179,19 @@ class Commands(Written):
 
 
 class Results(SphinxDirective):
-    """Every tidy file of data/results: what was run, the comparison, and each neuron."""
+    """Every results file in data/results: settings, comparison, and scores of each neuron."""
 
     def run(self) -> list[nodes.Node]:
-        found = []
+        sections = []
         for path in sorted((ROOT / "data/results").glob("*.csv")):
             with open(path, newline="", encoding="utf-8") as file:
                 header = next(csv.reader(file))
-            if "network" in header:  # others are no sweep's
+            if "network" in header:  # of a sweep
                 self.env.note_dependency(str(path))
                 kinds = {"step": "validation", "esa": "tree"}
                 measure = next((kind for column, kind in kinds.items() if column in header), "test")
-                found += self.of_file(path, measure)
-        return found
+                sections += self.of_file(path, measure)
+        return sections
 
     def of_file(self, path: Path, measure: str) -> list[nodes.Node]:
         try:
@@ -207,7 +207,7 @@ class Results(SphinxDirective):
             lines += [f"Dice, and the difference from *{baseline}* on the same neurons:", ""]
             values = sweeps.by_neuron_and_seed(rows, "dice")
             lines += [table(statistics.compare_networks(values, baseline))]
-        # A heading inside parsed text would be put beside this section, not into it.
+        # Sphinx would put a heading in parsed text beside this section.
         section = nodes.section("", nodes.title(text=path.name), ids=[nodes.make_id(path.name)])
         section += self.parse_text_to_nodes("\n".join(lines))
         if measure == "validation":
@@ -225,7 +225,7 @@ class Results(SphinxDirective):
 
 
 class Benchmarks(Written):
-    """What ``make bench`` found: the machine, the targets that are missed, a table per task."""
+    """Results of ``make bench``: the machine, the missed targets, a table per task."""
 
     def text(self) -> str:
         path = ROOT / "data/results/bench.json"
@@ -236,7 +236,7 @@ class Benchmarks(Written):
         targets = [r for r in rows if r["target"] != ""]
         missed = [r for r in targets if r["verdict"] == "missed"]
         parts = [
-            # Without a heading it would be put behind the sections.
+            # Without a heading it would come after the sections.
             "## Machine and targets",
             f"Measured on {record['date']} in {record['minutes']} minutes: {about['cpu']}, "
             f"{about['cores']} cores, {about['memory GiB']} GiB, GPU: {about['gpu']}, load before "
@@ -247,7 +247,7 @@ class Benchmarks(Written):
         ]
         for name, title in record["about"].items():
             some = [r for r in rows if r["benchmark"] == name]
-            # Columns in which this task has nothing are left out.
+            # Omit columns that are empty for this task.
             used = [c for c in some[0] if c != "benchmark" and any(r[c] != "" for r in some)]
             parts += [f"## {name.capitalize()}", title]
             parts += [table([{c: r[c] for c in used} for r in some])]
@@ -255,7 +255,7 @@ class Benchmarks(Written):
 
 
 def best(rows: list[dict]) -> list[dict]:
-    """The best validation Dice of each network and seed, and the step at which it was reached."""
+    """The best validation Dice of each network and seed, and its step."""
     runs: dict[tuple, list[dict]] = {}
     for row in rows:
         runs.setdefault((row["network"], row["seed"], row["fold"]), []).append(row)
@@ -265,7 +265,7 @@ def best(rows: list[dict]) -> list[dict]:
 
 
 def mathml(node: nodes.Element, block: bool) -> str:
-    """An equation as MathML; sizes of brackets are the browser's."""
+    """An equation as MathML; the browser chooses the sizes of brackets."""
     tex = re.sub(r"\\[bB]ig+[lr]?(?![a-zA-Z])", "", node.astext()).replace(r"\dots", r"\ldots")
     try:
         return tex2mathml(tex, as_block=block)
@@ -285,14 +285,14 @@ def visit_block(self, node: nodes.math_block) -> None:
 
 
 def without_badges(app, doctree: nodes.document) -> None:
-    """Badges are pictures from elsewhere: their words stay, and a page loads nothing."""
+    """Replace badges by their texts, so that a page loads nothing from elsewhere."""
     for image in list(doctree.findall(nodes.image)):
         if "://" in image["uri"]:
             image.replace_self(nodes.Text(f"{image.get('alt', '')} "))
 
 
 def plain_bars(app, what, name, obj, options, lines: list[str]) -> None:
-    """Bars in docstrings are mathematics (|A ∩ B|), never reStructuredText's substitutions."""
+    """Escape bars in docstrings, which are mathematics (|A ∩ B|), not substitutions."""
     lines[:] = [line if "`" in line else line.replace("|", r"\|") for line in lines]
 
 

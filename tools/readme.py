@@ -1,6 +1,6 @@
-"""The README's tables of notebooks and of results, made from what they are about.
+"""The README's tables of notebooks and results.
 
-``build.py`` writes them; ``build.py --check`` finds them out of date.
+``build.py`` writes them; ``build.py --check`` checks that they are current.
 """
 
 import platform
@@ -33,7 +33,7 @@ TAKES = re.compile(r"(?m)^# \*\*Takes\*\* (.+?) and (.+?) of memory")
 
 
 def write(sources: Sequence[Path]) -> None:
-    """Write both tables, and with which versions the notebooks of `sources` were seen to work."""
+    """Write the tables, and the versions with which the notebooks of `sources` were executed."""
     text = fill(README.read_text(encoding="utf-8"), "notebooks", notebooks(sources))
     text = fill(text, "ours", ours())
     text = fill(text, "results", results())
@@ -41,7 +41,7 @@ def write(sources: Sequence[Path]) -> None:
 
 
 def check(sources: Sequence[Path]) -> list[str]:
-    """What in the README is not what `write` would write; where things were seen is left alone."""
+    """Tables of the README that differ from what `write` would write."""
     text = README.read_text(encoding="utf-8")
     parts = {"notebooks": notebooks(sources), "ours": ours(), "results": results()}
     return [
@@ -68,7 +68,7 @@ def fill(text: str, name: str, part: str) -> str:
 
 
 def notebooks(sources: Sequence[Path]) -> str:
-    """A line per notebook: what it teaches, minutes and memory as its build measured them."""
+    """A line per notebook: what it teaches, and its minutes and memory."""
     rows = []
     for source in sources:
         text = source.read_text(encoding="utf-8")
@@ -80,7 +80,7 @@ def notebooks(sources: Sequence[Path]) -> str:
 
 
 def seen() -> str:
-    """The versions of what the notebooks were just executed with."""
+    """The versions with which the notebooks were just executed."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm", "jupyterlab"))
     return (
         f"All of them were last executed with Python {platform.python_version()}, {packages} on "
@@ -89,7 +89,7 @@ def seen() -> str:
 
 
 def ours() -> str:
-    """Filters, our own network and the same network without the photographs, means over neurons."""
+    """Means over neurons of filters, our network, and the same network without pre-training."""
     rows = sweeps.read_results(OURS, "tree")
     neurons = {row["neuron"] for row in rows}
     lines = [
@@ -101,13 +101,14 @@ def ours() -> str:
 
 
 def results() -> str:
-    """Means with intervals over neurons and seeds, and paired gains, of the stored results."""
+    """Means with intervals over neurons and seeds, and paired gains, from the stored results."""
     rows = sweeps.read_results(RESULTS)
     dice, hd95 = (sweeps.by_neuron_and_seed(rows, column) for column in ("dice", "hd95"))
 
     def spread(values: np.ndarray, digits: int, sign: str = "") -> str:
-        found = t_interval(values)
-        mean, low, high = (f"{x:{sign}.{digits}f}" for x in (found.mean, found.low, found.high))
+        interval = t_interval(values)
+        numbers = (interval.mean, interval.low, interval.high)
+        mean, low, high = (f"{x:{sign}.{digits}f}" for x in numbers)
         return f"{mean} ({low} to {high})"
 
     p = {row["network"]: row.get("p") for row in compare_networks(dice, BASELINE)}

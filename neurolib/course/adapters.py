@@ -1,20 +1,16 @@
-"""Other people's segmentations: a mask, labels or a probability, whatever program wrote them.
-
-`neurolib.course.robustness.trace_skeleton`, the simplest tracer, is found here, too.
-"""
+"""Segmentations of other programs: masks, labels and probabilities."""
 
 import numpy as np
 
-from neurolib.course.robustness import trace_skeleton as trace_skeleton
 from neurolib.errors import SettingsError, VolumeError
 
-FULL_SCALE = {"uint8": 255, "uint16": 65535}  # the whole number that stands for probability 1
+FULL_SCALE = {"uint8": 255, "uint16": 65535}  # the value of probability 1
 
 
 def as_probability(
     data: np.ndarray, label: int | None = None, threshold: float | None = None, name: str = "volume"
 ) -> tuple[np.ndarray, str]:
-    """What other programs write as a segmentation, as a mask or a probability.
+    """Turn a segmentation of another program into a mask or a probability.
 
     ================  ============  ===========================================================
     voxels            threshold     meaning
@@ -31,7 +27,7 @@ def as_probability(
     label : int, optional
         The only label that is foreground.
     threshold : float, optional
-        As given to a tracer; here it only says that whole numbers are no labels.
+        As given to a tracer; here it only means that whole numbers are probabilities.
     name : str
         Of the file, for errors.
 
@@ -39,7 +35,7 @@ def as_probability(
     -------
     data : (z, y, x) bool, or float in [0, 1]
     meaning : str
-        What it was taken for, in words.
+        How the voxels were read, in words.
     """
     data = np.asarray(data)
     if data.ndim != 3 or not data.size:
@@ -48,7 +44,7 @@ def as_probability(
         raise SettingsError("label and threshold: give one; labels have no threshold")
     kind = data.dtype.kind
     if kind == "b":
-        found, meaning = data, "a mask"
+        result, meaning = data, "a mask"
     elif kind == "f":
         if label is not None:
             raise SettingsError(f"label={label}: {name} holds {data.dtype}, expected whole numbers")
@@ -58,7 +54,7 @@ def as_probability(
                 f"{name}: found values from {low:g} to {high:g}, expected probabilities in "
                 "[0, 1]; divide by the value of a certain voxel, or save labels as integers"
             )
-        found, meaning = data, "a probability"
+        result, meaning = data, "a probability"
     elif kind not in "iu":
         raise VolumeError(f"{name}: found {data.dtype}, expected a mask, labels or probabilities")
     elif threshold is not None:
@@ -68,15 +64,15 @@ def as_probability(
                 f"threshold: {name} holds {data.dtype}; probabilities are floats in [0, 1], "
                 f"{' or '.join(FULL_SCALE)}"
             )
-        found, meaning = data / np.float32(top), f"a probability, {top} being 1"
+        result, meaning = data / np.float32(top), f"a probability, {top} being 1"
     else:
-        found, meaning = _labelled(data, label, name)
-    if found.dtype == bool and found.all():
+        result, meaning = _labelled(data, label, name)
+    if result.dtype == bool and result.all():
         raise VolumeError(
             f"{name}: every voxel is foreground, expected some that are 0; choose one label, or "
             "give a threshold if these are probabilities"
         )
-    return found, meaning
+    return result, meaning
 
 
 def _labelled(data: np.ndarray, label: int | None, name: str) -> tuple[np.ndarray, str]:

@@ -1,7 +1,7 @@
-"""What a few lines can do without learning: a filter, one threshold, and no small pieces.
+"""What a few lines can do without learning: a filter, a threshold, and no small pieces.
 
-A network that does not beat these has learnt nothing that is worth its training. Their parameters
-are chosen as a network's threshold is: on the validation neurons, one value for all volumes.
+A network that does not beat these was not worth its training. Their parameters are chosen like a
+network's threshold: on the validation neurons, one value for all volumes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from scipy import ndimage
 from neurolib.errors import DataError, SettingsError
 from neurolib.evaluation import choose_cut, drop_small
 
-# Each filter with the settings that are tried, in voxels. Ridges: Sato et al. 1998.
+# The settings to try for each filter, in voxels. Ridges: Sato et al. 1998.
 FILTERS: dict[str, tuple[tuple[float, ...], ...]] = {
     "threshold": ((),),
     "difference of Gaussians": ((1, 6), (1.5, 6), (1.5, 8)),
@@ -23,7 +23,7 @@ FILTERS: dict[str, tuple[tuple[float, ...], ...]] = {
 
 @dataclass(frozen=True)
 class Baseline:
-    """A filter with the settings, threshold and smallest piece that were best on validation."""
+    """A filter with its best settings, threshold and smallest piece on validation volumes."""
 
     name: str
     settings: tuple[float, ...]
@@ -42,7 +42,7 @@ def respond(name: str, image: np.ndarray, settings: Sequence[float] = ()) -> np.
     Parameters
     ----------
     name : {"threshold", "difference of Gaussians", "ridge filter"}
-        The image itself; a narrow Gaussian minus a wide one; Sato's ridge filter of scikit-image.
+        The image itself; a narrow Gaussian minus a wide one; scikit-image's filter of Sato.
     image : (z, y, x) array
         Normalised to [0, 1].
     settings : sequence of float
@@ -96,8 +96,8 @@ def choose(name: str, images: Sequence[np.ndarray], masks: Sequence[np.ndarray])
     return best
 
 
-def describe(found: Mapping[str, Baseline]) -> list[dict]:
-    """A row for each baseline: what was chosen, and its Dice on the validation volumes."""
+def describe(baselines: Mapping[str, Baseline]) -> list[dict]:
+    """A row for each baseline: its choices, and its Dice on the validation volumes."""
     return [
         {
             "filter": one.name,
@@ -106,5 +106,5 @@ def describe(found: Mapping[str, Baseline]) -> list[dict]:
             "smallest piece": one.min_size,
             "validation Dice": one.dice,
         }
-        for one in found.values()
+        for one in baselines.values()
     ]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from neurolib.swc import Tree
     from neurolib.volume import Volume
 
-# Of the command-line library that typer has inside, or beside it.
+# The UsageError of the command-line library beneath typer.
 UsageError = typer.BadParameter.__base__
 INTERRUPTED = 130  # exit status
 
@@ -83,7 +83,7 @@ def _version(asked: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Say the version."),
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
     pass
@@ -107,14 +107,14 @@ def run(
 ) -> None:
     """Execute notebooks 00 to 05 on a data set and leave runs/NAME with report.html.
 
-    What an earlier call has finished is skipped: run an interrupted call again to resume it.
+    Finished notebooks are skipped: run an interrupted call again to resume it.
 
     Example: neurolib run --data my_pairs -p held_out=cell3 -p steps=300
     """
     from neurolib.course.runs import run_course, summary
 
-    how = {"ignore_frames": ignore_frames, "overwrite": overwrite}
-    done = run_course(data, profile, name, folder, dict(map(_assignment, set_ or [])), **how)
+    options = {"ignore_frames": ignore_frames, "overwrite": overwrite}
+    done = run_course(data, profile, name, folder, dict(map(_assignment, set_ or [])), **options)
     print(f"\n{summary(done)}\n\nreport: {done.path('report.html')}")
 
 
@@ -128,14 +128,14 @@ def train(
     ignore_frames: IgnoreFramesOption = False,
     overwrite: RetrainOption = False,
 ) -> None:
-    """Train only, on several GPUs or machines; `neurolib run` with the same options goes on.
+    """Train only, on several GPUs or machines; `neurolib run` with the same options continues.
 
     Example: torchrun --nproc-per-node 4 -m neurolib train --profile gpu --data my_pairs
     """
     from neurolib.course.runs import train_run
 
-    how = {"ignore_frames": ignore_frames, "overwrite": overwrite}
-    done = train_run(data, profile, name, folder, dict(map(_assignment, set_ or [])), **how)
+    options = {"ignore_frames": ignore_frames, "overwrite": overwrite}
+    done = train_run(data, profile, name, folder, dict(map(_assignment, set_ or [])), **options)
     print(f"checkpoint: {done.path('checkpoint.safetensors')}")
 
 
@@ -161,7 +161,7 @@ def sweep(
 ) -> None:
     """Run notebooks 03 and 04, or 05 too, for every network, seed and fold of a grid.
 
-    Finished runs are skipped, and failed ones are tried again. Parts of a grid that are run one
+    Finished runs are skipped, and failed ones are tried again. Parts of a grid that run one
     after the other add up to one file of results, which notebook 06 shows.
 
     Example: neurolib sweep profiles/table1-cpu.yaml --data my_pairs --workers 2
@@ -180,7 +180,7 @@ def inspect(
     channel: Annotated[int | None, typer.Option(help="Channel of multi-channel images.")] = None,
     spacing: SpacingOption = "",
 ) -> None:
-    """Say what is in images and SWC files, and whether an image and its tree fit together.
+    """Show what images and SWC files contain, and whether an image and its tree fit together.
 
     Example: neurolib inspect cell.tif cell.swc
     """
@@ -311,13 +311,13 @@ def segment(
 def _places(
     images: list[Path], options: dict[str, Path | None]
 ) -> dict[Path, tuple[Path | None, ...]]:
-    """The outputs of each image, in the order of `options`; found before any work is done."""
+    """The outputs of each image, in the order of `options`; unusable ones are refused."""
     from neurolib.volume import SUFFIXES
 
-    found, several = _expand(images)
-    several = several or len(found) > 1
+    inputs, several = _expand(images)
+    several = several or len(inputs) > 1
     places: dict[Path, tuple[Path | None, ...]] = {}
-    for image in found:
+    for image in inputs:
         suffix = next((s for s in SUFFIXES if image.name.lower().endswith(s)), image.suffix)
         name, wanted = image.name.removesuffix(image.name[-len(suffix) :] or " "), []
         for option, path in options.items():
@@ -325,7 +325,7 @@ def _places(
             in_folder = path is not None and (several or (not path.suffix and path.is_dir()))
             if in_folder and path.suffix.lower() in ends:
                 raise SettingsError(
-                    f"{option} {path}: expected a folder, since there are {len(found)} images"
+                    f"{option} {path}: expected a folder, since there are {len(inputs)} images"
                 )
             own = path / f"{name}{ends[0]}" if in_folder else path
             _check_output(own, *ends)
@@ -335,13 +335,13 @@ def _places(
 
 
 def _expand(paths: list[Path]) -> tuple[list[Path], bool]:
-    """Images that are named, lie in a folder, or fit a pattern; whether there may be several."""
+    """Images named, in a folder, or matching a pattern; whether there may be several."""
     import glob
 
     from neurolib.files import is_result
     from neurolib.volume import SUFFIXES
 
-    found: list[Path] = []
+    images: list[Path] = []
     several = len(paths) > 1
     for path in paths:
         if path.is_dir() and path.suffix.lower() not in SUFFIXES:
@@ -350,7 +350,7 @@ def _expand(paths: list[Path]) -> tuple[list[Path], bool]:
         elif not path.exists() and glob.has_magic(str(path)):
             inside, pattern = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))], path
         else:
-            found.append(path)
+            images.append(path)
             continue
         several = True
         some = [p for p in inside if p.name.lower().endswith(SUFFIXES)]
@@ -359,9 +359,9 @@ def _expand(paths: list[Path]) -> tuple[list[Path], bool]:
             print(f"{pattern}: {len(results)} results of earlier calls left out")
         if not some:
             raise SettingsError(f"{pattern}: no image; expected files in {', '.join(SUFFIXES)}")
-        found += some
-    unique = {path.resolve(): path for path in reversed(found)}
-    return [path for path in found if unique[path.resolve()] is path], several
+        images += some
+    unique = {path.resolve(): path for path in reversed(images)}
+    return [path for path in images if unique[path.resolve()] is path], several
 
 
 def _segment_one(
@@ -398,7 +398,7 @@ def _segment_one(
     else:
         volume = predict_image(image, network, tiling, channel=channel, spacing=spacing)
     _say(remarks(volume, image.name))
-    # Names, not paths: a result does not depend on the folder in which it was made.
+    # Names, not paths, so that a result does not depend on its folder.
     made = {"image": image.name, "checkpoint": f"{checkpoint.name}, sha256 {sha256(checkpoint)}"}
     made |= {"spacing (z, y, x)": volume.spacing, "channel": channel}
     made |= {
@@ -431,7 +431,7 @@ def _segment_one(
 
 
 def _known(stack: "Volume", units: str, name: str) -> tuple[float, float, float] | None:
-    """The spacing of a stack, None if unknown; refused before the work if `units` need it."""
+    """The spacing of a stack, None if unknown, which is an error if `units` need it."""
     if units not in ("voxels", "um"):
         raise SettingsError(f"--units {units}: expected voxels or um")
     known = stack.known_spacing
@@ -575,15 +575,16 @@ def _trace_one(
 
     in_parts = isinstance(stack.data, LazyStack)
     read = segmentation if in_parts else as_probability
-    found, meaning = read(stack.data, label, threshold, volume.name)
-    if seed and not all(-0.5 <= s < n - 0.5 for s, n in zip(seed, found.shape, strict=True)):
+    foreground, meaning = read(stack.data, label, threshold, volume.name)
+    shape = foreground.shape
+    if seed and not all(-0.5 <= s < n - 0.5 for s, n in zip(seed, shape, strict=True)):
         raise SettingsError(
             f"--seed {','.join(f'{value:g}' for value in seed[::-1])}: lies outside of "
-            f"{volume.name}, which has {found.shape[::-1]} voxels (x, y, z); voxels count from 0"
+            f"{volume.name}, which has {shape[::-1]} voxels (x, y, z); voxels count from 0"
         )
-    regions = stored_boxes(found) if in_parts else None
+    regions = stored_boxes(foreground) if in_parts else None
     cut = 0.5 if threshold is None else threshold
-    tree = trace(found, stack.spacing, seed, cut, regions=regions, **options)
+    tree = trace(foreground, stack.spacing, seed, cut, regions=regions, **options)
     print(f"{volume.name}: {meaning}")
     made = {"image": f"{volume}, {meaning}", "spacing (z, y, x)": stack.spacing, "label": label}
     _write_tree(out, tree, provenance("trace", **made, **about), units, known)
@@ -663,7 +664,7 @@ def evaluate(
 
     _check_output(out, ".csv")
     if out is not None:
-        # Beside what is measured there is room for a table.
+        # A table may lie beside the measured files.
         inside = [p for folder in (prediction, reference) for p in folder.glob("*")]
         inputs = [p for p in inside if p.suffix.lower() != ".csv"] + [prediction, reference]
         inputs = [p for p in inputs if p.suffix.lower() == ".zarr" or not p.is_dir()]
@@ -706,7 +707,7 @@ def fetch(
 
 @app.command()
 def doctor() -> None:
-    """Say what this machine has and what is missing: versions, devices, memory, weights, data."""
+    """Show what this machine has and what is missing: versions, devices, memory, weights, data."""
     problems = check_environment()
     if problems:
         raise SettingsError("; ".join(problems))
@@ -714,7 +715,7 @@ def doctor() -> None:
 
 
 def check_environment() -> list[str]:
-    """Print the facts of this environment; return what would keep the course from working."""
+    """Print facts about this environment; return what would keep the course from working."""
     problems = []
     print(f"python {platform.python_version()} on {platform.platform()}")
     for package in ("torch", "timm", "numpy", "jupyterlab", "papermill", "lightning-fabric"):
@@ -772,7 +773,7 @@ def _check_weights() -> list[str]:
 
 
 def _check_output(path: Path | None, *suffixes: str) -> None:
-    """Refuse an output that could not be written, before hours go into making it."""
+    """Refuse an output that cannot be written."""
     if path is None:
         return
     suffix = path.suffix.lower()
@@ -781,14 +782,14 @@ def _check_output(path: Path | None, *suffixes: str) -> None:
     folder = path.absolute().parent
     while not folder.exists():
         folder = folder.parent
-    # An OME-Zarr is a folder and may be replaced by another; no other folder may.
+    # Of all folders, only an OME-Zarr may be replaced.
     taken = path.is_dir() and not (suffix == ".zarr" and (path / "zarr.json").exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK) or taken:
         raise SettingsError(f"{path}: cannot write here; choose a folder you may write to")
 
 
 def _check_ranges(**values: object) -> None:
-    """Refuse options out of range (`neurolib.parameters.RANGES`), by the names they have here."""
+    """Refuse options out of range (`neurolib.parameters.RANGES`)."""
     from neurolib.parameters import check_range
 
     for name, value in values.items():
@@ -807,7 +808,7 @@ def _three(name: str, text: str) -> tuple[float, float, float] | None:
 
 
 def _assignment(text: str) -> tuple[str, str]:
-    """``key=value``: the notebook that declares the parameter says what the value is."""
+    """Split ``key=value``; the notebook that declares the parameter knows its type."""
     key, sign, value = text.partition("=")
     if not sign:
         raise SettingsError(f"-p {text}: expected key=value, as in steps=300")
@@ -815,7 +816,7 @@ def _assignment(text: str) -> tuple[str, str]:
 
 
 def main() -> None:
-    """Entry point: an error of the user's is one line on stderr and exit status 2."""
+    """Entry point: print a `NeurolibError` as one line on stderr and exit with status 2."""
     plain = warnings.formatwarning
 
     def one_line(message, category, *rest, **more):
@@ -823,12 +824,12 @@ def main() -> None:
         return f"neurolib: {message}\n" if is_ours else plain(message, category, *rest, **more)
 
     warnings.formatwarning = one_line
-    for stream in (sys.stdout, sys.stderr):  # a file's name may be no UTF-8
+    for stream in (sys.stdout, sys.stderr):  # a file's name may not be UTF-8
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
         status = app(standalone_mode=False)
-        if status == INTERRUPTED:  # which typer says instead of raising it
+        if status == INTERRUPTED:  # typer returns it instead of raising
             raise KeyboardInterrupt
         sys.exit(status)
     except UsageError as error:

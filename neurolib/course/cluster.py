@@ -1,4 +1,4 @@
-"""Work shared out by Dask: over processes of this machine, or any cluster that sees its files."""
+"""Distribute work with Dask, over processes of this machine or a cluster that sees its files."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from neurolib.errors import NeurolibError, SettingsError
 
 @contextmanager
 def connect(workers: int = 0, scheduler: str = "") -> Iterator[Any]:
-    """A Dask client of the cluster at an address, or of so many processes of this machine."""
+    """A Dask client of the cluster at an address, or of `workers` processes of this machine."""
     try:
         import distributed
     except ImportError:
@@ -31,14 +31,13 @@ def connect(workers: int = 0, scheduler: str = "") -> Iterator[Any]:
 def share(
     client: Any, function: Callable, items: Sequence
 ) -> Iterator[tuple[Any, Any | NeurolibError]]:
-    """Call a function on each item; yield items as they are done, with a result or an error.
+    """Call a function on each item; yield finished items, with a result or a `NeurolibError`.
 
-    An item whose worker dies goes to another one, a few times. Errors that are no `NeurolibError`
-    are raised here.
+    An item whose worker dies goes to another one, a few times. Other errors are raised.
     """
     import distributed
 
-    # Not by contents: equal items are done as often as they are there.
+    # pure=False does equal items as often as they are listed.
     jobs = {client.submit(function, item, pure=False): item for item in items}
     for job in distributed.as_completed(jobs):
         error = job.exception()

@@ -1,4 +1,4 @@
-"""The kernel in which runs execute notebooks: this Python, whatever kernels are installed."""
+"""The kernel in which runs execute notebooks: this Python."""
 
 from ipykernel.kernelspec import RESOURCES, get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
@@ -6,9 +6,9 @@ from jupyter_client.manager import AsyncKernelManager
 
 
 class ThisPython(AsyncKernelManager):
-    """Starts the running Python: a kernelspec ``python3`` of the user's may be of another one."""
+    """Starts the running Python; the user's kernelspec ``python3`` may name another one."""
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        """That of the installed ipykernel."""
+        """The kernelspec of the installed ipykernel."""
         return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())

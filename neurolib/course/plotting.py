@@ -1,7 +1,7 @@
-"""Every figure of the course, with one look: what to draw comes in as arrays, figures come out.
+"""All figures of the course: arrays go in, figures come out.
 
-Colours are those of Okabe and Ito (2008), told apart by colour-blind readers; images use grey
-and *viridis*. `show` displays a figure with its id and a text for those who cannot see it.
+Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart; images use
+grey and *viridis*. `show` displays a figure with its id and a text for those who cannot see it.
 """
 
 import base64
@@ -20,7 +20,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from neurolib.files import atomic_path
-from neurolib.swc import Tree
+from neurolib.swc import Tree, edges
 
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 RED, PURPLE, SKY, BLACK = "#D55E00", "#CC79A7", "#56B4E9", "#000000"
@@ -28,16 +28,15 @@ CYCLE = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK)
 DPI = 80
 Spacing = tuple[float, float, float]
 
-# Three projections of a (z, y, x) volume: the axes that go down, across, and into the page.
+# Three projections of a (z, y, x) volume: the axes down, across, and into the page.
 VIEWS = {"xy": (1, 2, 0), "zy": (1, 0, 2), "xz": (0, 2, 1)}
 
 
 def show(figure: Figure, name: str, alt: str, folder: str | Path | None = None) -> None:
-    """Display a figure with an id and an alternative text; keep it as PNG where asked.
+    """Display a figure with an id and an alternative text, write it as PNG, and close it.
 
-    `name` is unique in its notebook, and that of ``<name>.png`` in `folder`. `alt` says what the
-    figure shows; unlike the metadata of an image output it survives conversion to HTML. The figure
-    is closed.
+    `name` is unique in its notebook; the PNG is ``<name>.png`` in `folder`, if given. `alt` says
+    what the figure shows; unlike the metadata of an image output it survives conversion to HTML.
     """
     from IPython.display import HTML, display
 
@@ -47,7 +46,7 @@ def show(figure: Figure, name: str, alt: str, folder: str | Path | None = None) 
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as PNG; the figure is closed."""
+    """Turn a figure into PNG and close it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
@@ -62,7 +61,7 @@ def keep(data: bytes, name: str, folder: str | Path | None) -> None:
 
 
 def markup(data: bytes, name: str, alt: str) -> str:
-    """A PNG as HTML that needs no other file, with id and alternative text."""
+    """A PNG as self-contained HTML, with id and alternative text."""
     return (
         f'<figure id="{html.escape(name)}"><img style="max-width:100%" alt="{html.escape(alt)}" '
         f'src="data:image/png;base64,{base64.b64encode(data).decode()}"></figure>'
@@ -74,14 +73,14 @@ def projections(
 ) -> Figure:
     """Maximum projections of volumes along z, x and y, with trees drawn over them.
 
-    `layers` (title: array) stand side by side; `trees` (label: Tree) are drawn over every layer.
+    `layers` (title: array) are side by side; `trees` (label: Tree) are drawn over each.
     """
     groups = {title: trees or {} for title in layers}
     colours = dict(zip(trees or {}, CYCLE[1:], strict=False))
     return _trees_over(layers, groups, colours, (1.0, 1.0, 1.0), 1.0)
 
 
-# What `neurolib.course.robustness.agreement` tells apart, in the colours of `overlay`.
+# The parts of `neurolib.course.robustness.agreement`, in the colours of `overlay`.
 JUDGED = {"correct": SKY, "false": ORANGE, "missed": PURPLE}
 
 
@@ -90,9 +89,9 @@ def judged(
     groups: Mapping[str, Mapping[str, Tree]],
     spacing: Spacing = (1.0, 1.0, 1.0),
 ) -> Figure:
-    """Trees over three projections of their image: what is correct, false and missed.
+    """Trees over three projections of their image: correct, false and missed parts.
 
-    `groups` maps a title to what `neurolib.course.robustness.agreement` gives.
+    `groups` maps a title to a result of `neurolib.course.robustness.agreement`.
     """
     return _trees_over(dict.fromkeys(groups, image), groups, JUDGED, spacing, 0.5)
 
@@ -154,12 +153,11 @@ def draw_tree(
 
 
 def _edges(points: np.ndarray, tree: Tree) -> np.ndarray:
-    child = np.flatnonzero(tree.parent >= 0)
-    return np.stack([points[child], points[tree.parent[child]]], axis=1)
+    return points[np.stack(edges(tree), axis=1)]
 
 
 def tree_3d(trees: Mapping[str, Tree], spacing: Spacing = (1.0, 1.0, 1.0)) -> Figure:
-    """Trees in a 3D box that fills the picture, z upwards, equal scales on the three axes."""
+    """Trees in a 3D box that fills the picture, with z upwards and equal scales."""
     from mpl_toolkits.mplot3d.art3d import Line3DCollection
 
     figure = plt.figure(figsize=(8, 4.8))
@@ -186,9 +184,9 @@ def overlay(
     target: np.ndarray,
     spacing: Spacing = (1.0, 1.0, 1.0),
 ) -> Figure:
-    """Prediction against target in three projections.
+    """Prediction and target in three projections.
 
-    A pixel has the colour of which there is most along its line of sight.
+    A pixel has the most frequent colour along its line of sight.
     """
     classes = {
         "both": (mask & target, BLUE),
@@ -219,9 +217,9 @@ def images(
 ) -> Figure:
     """A row-wise grid of 2D arrays (y, x) or (y, x, 3) with titles.
 
-    `shared`: one range of values and a colour bar for all arrays (y, x) but the grey ones, from
-    zero, or symmetric around zero on a diverging map if any is negative; `label` names it. `bar`: a
-    scale bar in voxels, for panels that show tissue.
+    `shared`: one range of values and a colour bar, named `label`, for all arrays (y, x); it starts
+    at zero, or is symmetric around zero on a diverging map if any value is negative. `bar`: a
+    scale bar in voxels.
     """
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
@@ -252,7 +250,7 @@ def images(
 def layered(
     image: np.ndarray, masks: Mapping[str, np.ndarray], z: int, spacing: Spacing = (1.0, 1.0, 1.0)
 ) -> Figure:
-    """Slice z of a volume (z, y, x) in [0, 1], alone and with masks over it in colours."""
+    """Slice z of a volume (z, y, x) in [0, 1], alone and under coloured masks."""
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9, 4.7 * image.shape[1] / image.shape[2]), layout="constrained"
     )
@@ -272,9 +270,9 @@ def layered(
 def blocks(
     image: np.ndarray, mask: np.ndarray, grid: np.ndarray, chosen: np.ndarray, z: int
 ) -> Figure:
-    """Slice z with its target in blue and the outlines of its blocks, the chosen ones in orange.
+    """Slice z with its target in blue and outlines of its blocks, the chosen ones in orange.
 
-    `grid` and `chosen` (n, 3) are centre slice, first row and first column of each block.
+    `grid` and `chosen` (n, 3): centre slice, first row and first column of each block.
     """
     figure, axes = plt.subplots(figsize=(5, 5 * image.shape[1] / image.shape[2]))
     rgb = grey(image[z])
@@ -282,7 +280,7 @@ def blocks(
     axes.imshow(rgb, interpolation="nearest")
     for places, colour, width in ((grid, "white", 0.5), (chosen, ORANGE, 2.0)):
         for _, y, x in places[places[:, 0] == z]:
-            # Drawn a little inside: neighbours overlap where the last block moves inward.
+            # Slightly smaller than the block, because neighbours may overlap.
             frame = plt.Rectangle((x + 1, y + 1), 97, 97, fill=False, ec=colour, lw=width)
             axes.add_patch(frame)
     bare(axes, f"slice {z}")
@@ -296,7 +294,7 @@ ARROW = {"arrowstyle": "-|>", "color": BLACK, "shrinkA": 0, "shrinkB": 0}
 def pipeline(block: np.ndarray, kernel: np.ndarray, probability: np.ndarray, tree: Tree) -> Figure:
     """The course in a row: block (D, h, w), inflated kernel (D, p, p), probability (y, x), tree.
 
-    Block and kernel are drawn as piles of slices, the tree over the frame of the probability.
+    Block and kernel are piles of slices.
     """
     figure, panels = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained")
     limit = float(np.abs(kernel).max())
@@ -316,7 +314,7 @@ def pipeline(block: np.ndarray, kernel: np.ndarray, probability: np.ndarray, tre
 
 
 def _pile(axes: Axes, slices: np.ndarray, cmap: str, low: float, high: float, step: float) -> None:
-    """Slices (D, h, w), the first in front, each by `step` of its size up and to the right."""
+    """Slices (D, h, w), the first in front, the others shifted up and right by `step` each."""
     depth, h, w = slices.shape
     for z in reversed(range(depth)):
         shift = step * z
@@ -334,8 +332,8 @@ def _pile(axes: Axes, slices: np.ndarray, cmap: str, low: float, high: float, st
 def architecture(shapes: Mapping[str, Sequence[int]], taps: Sequence[int]) -> Figure:
     """The network from a block to its logits, with the four taps and the shape of every stage.
 
-    `shapes` names ``slices``, ``enlarged``, ``tokens``, ``decoder``, ``logits``, and ``stem`` if
-    there is one; `taps` are the transformer blocks, from 0, after which tokens are taken out.
+    `shapes` has ``slices``, ``enlarged``, ``tokens``, ``decoder``, ``logits``, and perhaps
+    ``stem``; `taps` are the transformer blocks, from 0, whose tokens the decoder takes.
     """
     figure, axes = plt.subplots(figsize=(11, 4.6), layout="constrained")
     axes.set(xlim=(0, 110), ylim=(0, 46))
@@ -388,10 +386,10 @@ def curves(
     xlabel: str | Sequence[str],
     line: float | None = None,
 ) -> Figure:
-    """Panels side by side, lines in each, one colour and mark per label in all of them.
+    """Panels of lines side by side; a label has the same colour and mark in all of them.
 
-    `panels` maps a y label to lines (label: (x, y)); there may be an x label per panel. Every axis
-    begins at zero where no value is negative, and has a dashed `line` to compare with.
+    `panels` maps a y label to lines (label: (x, y)); `xlabel` may list one per panel. An axis
+    begins at zero if no value is negative. A dashed `line` serves for comparison.
     """
     wide = {1: 6.5, 2: 5.0}.get(len(panels), 2.6)
     size = (wide * len(panels), 3.4)
@@ -416,13 +414,13 @@ def curves(
 
 
 def learning(history: Sequence[Mapping[str, float]]) -> Figure:
-    """Rows of `neurolib.training.train`: the loss and its terms, and Dice on validation blocks."""
+    """Loss, its terms, and Dice on validation blocks, from rows of `neurolib.training.train`."""
     terms = [key for key in history[0] if key not in ("step", "validation_dice", "threshold")]
     steps = [row["step"] for row in history]
     losses = {term: (steps, [row[term] for row in history]) for term in terms}
     checks = [row for row in history if "validation_dice" in row]
-    found = [row["step"] for row in checks], [row["validation_dice"] for row in checks]
-    return curves({"loss": losses, "Dice, validation blocks": {"": found}}, "step")
+    dice = [row["step"] for row in checks], [row["validation_dice"] for row in checks]
+    return curves({"loss": losses, "Dice, validation blocks": {"": dice}}, "step")
 
 
 def dots(
@@ -434,9 +432,9 @@ def dots(
 ) -> Figure:
     """Methods side by side on each neuron, and their means with intervals.
 
-    `groups` and `references` map a method to its value on each neuron: a dot, or a line across the
-    neuron's column for what must be beaten. `intervals` are those of the methods' means; `line` is
-    a value to compare with, as zero is for differences, else the axis begins at zero.
+    `groups` maps a method to its value on each neuron, drawn as a dot; `references` does so for
+    methods to beat, drawn as lines. `intervals` belong to the methods' means. `line` is a value to
+    compare with, such as zero for differences; without it the axis begins at zero.
     """
     references = references or {}
     both = [*groups.values(), *references.values()]
@@ -453,7 +451,7 @@ def dots(
             axes.vlines(end, *intervals[name], color=colour, lw=2, zorder=1)
     for (name, values), style in zip(references.items(), ("--", ":", "-."), strict=False):
         levels = [values.get(neuron, np.nan) for neuron in neurons]
-        # The mean is NaN where a neuron has no such value.
+        # The mean is NaN if a neuron has no value.
         for at, level in enumerate([*levels, np.mean(levels)]):
             if np.isfinite(level):
                 axes.hlines(level, at - 0.4, at + 0.4, color="0.35", ls=style)
@@ -471,13 +469,13 @@ def dots(
 
 
 def bare(axes: Axes, title: str = "") -> None:
-    """No ticks; a small title."""
+    """Remove the ticks and set a small title."""
     axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=9)
 
 
 def _open(figure: Figure) -> Figure:
-    """A figure whose axes have no lines at the top and on the right."""
+    """Remove the lines at the top and on the right of all axes."""
     for axes in figure.get_axes():
         axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -489,18 +487,18 @@ def _squares(axes: Axes, colours: Mapping[str, str]) -> None:
 
 
 def grey(plane: np.ndarray) -> np.ndarray:
-    """A slice (y, x) with values in [0, 1] as RGB (y, x, 3), to be painted on."""
+    """A slice (y, x) with values in [0, 1] as RGB (y, x, 3)."""
     return np.repeat(np.clip(plane, 0, 1)[..., None].astype(float), 3, axis=2)
 
 
 def scale_bar(axes: Axes, pixels: int, spacing: float = 1.0, unit: str = "voxels") -> None:
-    """A bar of a round length, about a fifth of the image, with its length written over it."""
+    """A labelled bar of a round length, about a fifth of the image."""
     wanted = pixels * spacing / 5
     power = 10.0 ** np.floor(np.log10(wanted))
     length = max(step * power for step in (1, 2, 5) if step * power <= wanted)
     start, across = axes.get_xlim()[0] + 0.04 * pixels, axes.get_xaxis_transform()
     ends = [start, start + length / spacing]
-    # White with a dark rim: seen on tissue and on white.
+    # White with a dark rim is visible on tissue and on white.
     rim = [patheffects.withStroke(linewidth=2, foreground="0.3")]
     look = {"color": "white", "transform": across, "path_effects": rim}
     axes.plot(ends, [0.04, 0.04], lw=3, solid_capstyle="butt", **look)
@@ -508,13 +506,12 @@ def scale_bar(axes: Axes, pixels: int, spacing: float = 1.0, unit: str = "voxels
 
 
 def inflated(kernel: np.ndarray, response: Sequence[float], limit: float) -> Figure:
-    """The slices of an inflated kernel, and under each what a tube in that slice evokes.
+    """The slices of an inflated kernel, and below each the response to a tube in that slice.
 
-    A response of 1 is that of the 2D kernel; colours go from -limit to limit, so that a faint
-    slice looks faint.
+    A response of 1 is that of the 2D kernel; colours go from -limit to limit.
     """
     depth = len(kernel)
-    # One size for all depths: a picture that answers to a slider must not jump.
+    # One size for all depths: a picture with a slider must not jump.
     figure = plt.figure(figsize=(8, 3.6), layout="constrained")
     grid = figure.add_gridspec(2, depth, height_ratios=(1, 1.4))
     for z, part in enumerate(kernel):
@@ -528,12 +525,11 @@ def inflated(kernel: np.ndarray, response: Sequence[float], limit: float) -> Fig
     axes.set(xlabel="slice in which the tube lies", ylabel="response", xlim=(-depth / 2, depth / 2))
     axes.set_ylim(0, 1.15 * max(1, *response))
     axes.set_xticks(np.arange(depth) - depth // 2)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
+    return _open(figure)
 
 
 def categories(labels: np.ndarray) -> np.ndarray:
-    """Whole numbers (y, x) as colours (y, x, 3), neighbouring numbers unlike; NaN is white."""
+    """Integers (y, x) as colours (y, x, 3), different for successive numbers; NaN is white."""
     numbers = np.nan_to_num(labels, nan=-1).astype(int)
     colours = np.array([*map(to_rgb, CYCLE[:6]), (1, 1, 1)])
     return colours[np.where(numbers < 0, 6, numbers % 6)]
@@ -546,10 +542,10 @@ def zoomed(
     label: str = "",
     size: int = 64,
 ) -> Figure:
-    """A projection, as far as there is anything, a window of it enlarged, and lines over both.
+    """A projection without its empty margin, an enlarged window of it, and lines over both.
 
-    `plane` holds colours (y, x, 3), values with a colour bar if `label` names them, or a mask, in
-    light grey on white. `lines` maps a label to arrays (m, 2) of y, x.
+    `plane` holds colours (y, x, 3), values with a colour bar if `label` names them, or a mask,
+    drawn in light grey on white. `lines` maps a label to arrays (m, 2) of y, x.
     """
     figure, panels = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
     look = {"cmap": plt.get_cmap("viridis").with_extremes(bad="black")}
@@ -587,23 +583,22 @@ def zoomed(
 
 
 def scene(image: np.ndarray, trees: Mapping[str, Tree], spacing: Spacing = (1.0, 1.0, 1.0)):
-    """A volume (z, y, x) in [0, 1] and its trees in a k3d view; None where k3d is not installed."""
+    """A volume (z, y, x) in [0, 1] and its trees in a k3d view; None if k3d is not installed."""
     try:
         k3d = importlib.import_module("k3d")
     except ImportError:
         return None
     step = np.asarray(spacing)[::-1]
-    # Half a voxel before the first centre to half a voxel behind the last one.
+    # From half a voxel before the first centre to half a voxel behind the last one.
     bounds = np.stack([-step / 2, (np.array(image.shape[::-1]) - 0.5) * step], axis=1).ravel()
     plot = k3d.plot()
     plot += k3d.volume(
         image.astype(np.float16), bounds=bounds.tolist(), color_range=[0.15, 1], name="image"
     )
     for (label, tree), colour in zip(trees.items(), CYCLE[1:], strict=False):
-        child = np.flatnonzero(tree.parent >= 0)
         plot += k3d.lines(
             (tree.xyz * step).astype(np.float32),
-            np.stack([child, tree.parent[child]], axis=1).astype(np.uint32),
+            np.stack(edges(tree), axis=1).astype(np.uint32),
             indices_type="segment",
             color=int(colour[1:], 16),
             width=0.5 * min(spacing),

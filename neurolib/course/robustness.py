@@ -1,4 +1,4 @@
-"""Where tracing fails: masks made worse step by step, traced, and compared with the reference."""
+"""Where tracing fails: damage masks step by step, trace them, and compare with the reference."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,23 +10,24 @@ from scipy.spatial import KDTree
 
 from neurolib.errors import SettingsError, VolumeError
 from neurolib.evaluation import compare, distance_to_tree, in_unit, skeleton
-from neurolib.swc import Tree, densify
+from neurolib.swc import Tree, densify, edges
 from neurolib.tracing import (
+    EMPTY_TREE,
     HALF_VOXEL,
-    NOTHING,
     UNDEFINED,
     find_foreground,
     measure_radius,
     rooted,
 )
 
-GAP = 3.5  # voxels: radius of a ball cut out of a neurite, so that a cut is 7 long
-SPECK = (1.8, 3.2)  # voxels: radii of specks; balls of 27 to 123 voxels
-CLEAR = 8.0  # voxels from the centre of a speck to the neurite
-NEAR = 2.0  # voxels: how far apart two trees may be that agree
-BLUR = 1.5  # voxels: the blur under which thresholds are compared
+# In voxels.
+GAP = 3.5  # radius of a ball cut out of a neurite; a cut is 7 long
+SPECK = (1.8, 3.2)  # radii of specks, balls of 27 to 123 voxels
+CLEAR = 8.0  # least distance from the centre of a speck to the neurite
+NEAR = 2.0  # largest distance between trees that agree
+BLUR = 1.5  # σ of the blur for the damage "threshold"
 
-# What is done to the mask: the name of its amount, and amounts from harmless to hopeless.
+# Kinds of damage: the name of the amount, and amounts from harmless to hopeless.
 DAMAGE = {
     "cuts": ("cuts", (0, 5, 10, 20, 40)),
     "specks": ("specks", (0, 10, 20, 40)),
@@ -42,11 +43,11 @@ def trace_skeleton(
     threshold: float = 0.5,
     min_size: int = 20,
 ) -> Tree:
-    """The simplest tracer: scikit-image's thinning (Lee et al., 1994), its voxels joined to trees.
+    """The simplest tracer: join the voxels of scikit-image's thinning (Lee et al., 1994) to trees.
 
-    A minimum spanning tree over neighbouring voxels opens loops; nothing is pruned and no gap
-    closed. Thinning ignores the spacing (`neurolib.evaluation.skeleton`). Parameters and tree are
-    those of `neurolib.tracing.trace`; each root is an end of its tree.
+    A minimum spanning tree over neighbouring voxels opens loops. Nothing is pruned, no gap is
+    closed, and thinning ignores the spacing (`neurolib.evaluation.skeleton`). Parameters and result
+    are those of `neurolib.tracing.trace`; each root is an end of its tree.
     """
     foreground = find_foreground(probability, spacing, threshold, min_size)
     mask = np.zeros(foreground.shape, bool)
@@ -69,15 +70,15 @@ def trace_skeleton(
 def degrade(
     mask: np.ndarray, tree: Tree, kind: str, amount: float, seed: int = 0
 ) -> tuple[np.ndarray, float]:
-    """A mask made worse in one way, as a probability, and the threshold to trace it at.
+    """Damage a mask in one way; return it as a probability, with the threshold to trace it at.
 
     ===========  =====================================================  ==================
-    kind         what is done                                           amount
+    kind         damage                                                 amount
     ===========  =====================================================  ==================
-    cuts         balls of radius 3.5 voxels are cut out along the tree  how many
-    specks       balls of radius 1.8 to 3.2 are added off the tree      how many
-    noise        voxels of the mask are lost, each by itself            share lost, 0 to 1
-    blur         a Gaussian, as of a wider point spread                 σ in voxels
+    cuts         balls of radius 3.5 voxels cut out along the tree      number
+    specks       balls of radius 1.8 to 3.2 added off the tree          number
+    noise        voxels of the mask lost independently                  share lost, 0 to 1
+    blur         a Gaussian, like a wider point spread                  σ in voxels
     threshold    a Gaussian of σ = 1.5, cut at other values than 0.5    threshold, 0 to 1
     ===========  =====================================================  ==================
 
@@ -87,7 +88,7 @@ def degrade(
         A faultless one: the target of `tree`.
     tree, kind, amount
     seed : int
-        A larger amount with the same seed adds to what a smaller one does.
+        With the same seed, a larger amount adds to the damage of a smaller one.
 
     Returns
     -------
@@ -161,24 +162,23 @@ def robustness(
                 try:
                     traced = tracer(probability, spacing, threshold=threshold)
                 except VolumeError:
-                    traced = NOTHING
-                found = compare(traced, tree, in_unit(spacing, "voxels"))
-                rows.append({"damage": kind, "amount": amount, "tracer": name, **found})
+                    traced = EMPTY_TREE
+                scores = compare(traced, tree, in_unit(spacing, "voxels"))
+                rows.append({"damage": kind, "amount": amount, "tracer": name, **scores})
     return rows
 
 
 def agreement(
     tree: Tree, reference: Tree, spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
 ) -> dict[str, Tree]:
-    """What of two trees is near the other: the edges that are correct, false and missed.
+    """Tell which edges of two trees are near the other tree: correct, false and missed ones.
 
     Returns
     -------
     dict
-        ``correct`` and ``false``, parts of `tree`, and ``missed``, a part of `reference`: edges (of
-        a voxel or two, as tracers make them) whose middle is within `NEAR` voxels of the finest
-        axis of the other tree, or is not. All nodes are kept; those whose edge belongs elsewhere
-        are roots.
+        ``correct`` and ``false``, parts of `tree`, and ``missed``, a part of `reference`. An edge
+        is near if its middle is within `NEAR` voxels of the finest axis of the other tree. Each
+        part keeps all nodes; those without their edge become roots.
     """
     scale = np.array(in_unit(spacing, "voxels"))[::-1]
     near, far = _parts(tree, reference, scale)
@@ -186,8 +186,8 @@ def agreement(
 
 
 def _parts(tree: Tree, other: Tree, scale: np.ndarray) -> tuple[Tree, Tree]:
-    child = np.flatnonzero(tree.parent >= 0)
-    middle = (tree.xyz[child] + tree.xyz[tree.parent[child]]) / 2 * scale
+    child, parent = edges(tree)
+    middle = (tree.xyz[child] + tree.xyz[parent]) / 2 * scale
     near = np.zeros(len(tree.parent), bool)
     near[child] = distance_to_tree(middle, replace(other, xyz=other.xyz * scale)) <= NEAR
     return tuple(

@@ -1,9 +1,9 @@
-"""Runs: papermill executes the notebooks in order, in a folder where a run can be resumed.
+"""Runs: papermill executes the notebooks in order; a run can be resumed in its folder.
 
-A run folder holds the executed notebooks, what they pass on (split, checkpoint, predicted
-volumes, SWC), ``figures/``, ``metrics.json`` and ``report.html``. A notebook is executed again
-only if its key has changed: the hash of its code, its parameters, the modules that it uses
-to compute, and the key of the notebook before it.
+The folder holds the executed notebooks, what they pass on (split, checkpoint, predicted volumes,
+SWC), ``figures/``, ``metrics.json`` and ``report.html``. A notebook is executed again only if its
+key changes: the hash of its code, its parameters, the modules that it computes with, and the key
+of the notebook before it.
 """
 
 import ast
@@ -57,7 +57,7 @@ from neurolib.parameters import check_range, read_as
 from neurolib.swc import check_frame, check_pair
 from neurolib.volume import remarks
 
-# Imported only where it is used, because it costs every notebook two seconds.
+# Imported where it is used, because it costs two seconds.
 if TYPE_CHECKING:
     from nbformat import NotebookNode
 
@@ -80,14 +80,14 @@ COURSE = (
 EVALUATION = ("04_evaluation", "05_swc_tracing")
 # Modules that cannot change a number.
 SHOWING = {"plotting", "widgets", "runs", "parameters", "exercises", "errors"}
-# Seconds after which a hanging kernel is ended: to start; per cell (GPU profiles train for hours).
+# Seconds after which a hanging kernel is killed: at its start; per cell (GPUs train for hours).
 START_TIMEOUT, CELL_TIMEOUT = 120, 24 * 3600
 MEMORY_LIMIT_MB = 1500
 # Parameters that name files, relative to the user's current folder.
 PATHS = ("weights_file", "start_from", "gold", "stacks", "real", "results", "baselines")
 # Parameters that name neurons.
 NEURONS = ("held_out", "validate_on")
-# Parameters that come from an option of the command.
+# Parameters set by an option of the command.
 OPTIONS = {"data": "--data", "run_dir": "--folder and --name"}
 # The output format of a live widget.
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -99,7 +99,7 @@ PROGRESS = re.compile(r"\d+%\s*\|.*\d+/\d+|\d+it \[|\bit/s\b|\bs/it\b")
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder and what notebooks leave in it."""
+    """A run folder and its files."""
 
     folder: Path
 
@@ -113,18 +113,18 @@ class Run:
         return self.folder / name
 
     def record(self, stage: str, values: dict) -> None:
-        """Put `values` under `stage` into ``metrics.json``."""
+        """Write `values` under `stage` into ``metrics.json``."""
         metrics = self.metrics()
         metrics[stage] = values
         write_text(self.path("metrics.json"), json.dumps(metrics, indent=1))
 
     def metrics(self) -> dict:
-        """What has been recorded so far, by stage."""
+        """The recorded values, by stage."""
         path = self.path("metrics.json")
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def hand_over(self, name: str) -> str:
-        """The line of a checkpoint: the file's name, size and hash."""
+        """Name, size and hash of a file that a notebook passes on."""
         path = self.path(name)
         return f"{name}: {path.stat().st_size / 1e6:.1f} MB, sha256 {sha256(path)[:12]}"
 
@@ -142,9 +142,9 @@ def split_of(run: Run, data: str) -> Split:
     if not path.exists():
         write_manifest(path, split_by_neuron(pairs), seed=0)
     split = read_manifest(path)
-    found = {pair.image.resolve() for pair in pairs}
+    images = {pair.image.resolve() for pair in pairs}
     for pair in (*split.train, *split.validation, *split.test):
-        if pair.image.resolve() not in found:
+        if pair.image.resolve() not in images:
             raise DataError(
                 f"{path}: a split of other data than {data} (of {pair.image}); choose another "
                 "run_dir, or run notebook 01 with these data"
@@ -158,14 +158,14 @@ def target_of(run: Run) -> dict:
 
 
 def checkpoint_of(run: Run) -> Path:
-    """The checkpoint that notebook 03 left in a run, or the shipped network before 03 has run.
+    """The checkpoint that notebook 03 left in a run, or before that the shipped network.
 
-    ``data/neurite.md`` says what the shipped network was trained on and how good it is.
+    ``data/neurite.md`` describes the shipped network.
 
     Raises
     ------
     WeightsError
-        If the run's own checkpoint is gone: results of another network would pass for its own.
+        If the run was trained but its checkpoint is gone.
     """
     path = run.path(CHECKPOINT)
     if path.exists():
@@ -176,17 +176,17 @@ def checkpoint_of(run: Run) -> Path:
 
 
 def open_run(folder: str | Path, notebook: str = "", names: dict | None = None) -> Run:
-    """Open a run folder; make it if necessary.
+    """Open a run folder; create it if necessary.
 
     Parameters
     ----------
     folder : path
     notebook, names : str and dict, optional
-        A notebook and its ``globals()``. Its parameters, which papermill may have set to anything,
-        are read as the types that are declared, or refused (SettingsError).
+        A notebook and its ``globals()``, in which the parameters that papermill set are converted
+        to their declared types, or refused (SettingsError).
     """
     for name, default in (notebook_parameters(notebook_path(notebook)) if notebook else {}).items():
-        # papermill takes the name 003 for a number, which only `split_by_neuron` can undo.
+        # papermill reads the name 003 as a number; only `split_by_neuron` can undo that.
         if isinstance(default, str) and type(names[name]) is int:
             names[name] = names[name] if name in NEURONS else str(names[name])
         else:
@@ -232,7 +232,7 @@ def read_profile(name: str | Path) -> dict:
 
 
 class _Text(yaml.SafeLoader):
-    """YAML whose plain values all stay text; the parameter's declaration decides their type."""
+    """YAML whose values stay text; the parameter's declaration decides their type."""
 
     yaml_implicit_resolvers: ClassVar[dict] = {}
 
@@ -263,8 +263,8 @@ def read_yaml(path: Path) -> object:
 
 
 def notebook_parameters(path: Path) -> dict:
-    """Names and default values in the one cell tagged ``parameters`` (literals only)."""
-    # Without nbformat, whose import takes a notebook a second.
+    """Names and default values (literals) in the one cell tagged ``parameters``."""
+    # Without nbformat, whose import takes a second.
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     cells = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
     if len(cells) != 1:
@@ -283,7 +283,7 @@ def choose_parameters(values: dict, defaults: dict[str, dict]) -> dict[str, dict
     Parameters
     ----------
     values : dict
-        From a profile and the command line; text is read as the type of the notebook's default.
+        From a profile and the command line; text is converted to the type of the default.
     defaults : mapping of notebook name to its parameters and their default values
 
     Raises
@@ -307,12 +307,12 @@ def choose_parameters(values: dict, defaults: dict[str, dict]) -> dict[str, dict
 
 
 def check_settings(values: dict) -> "tuple[NetworkSettings, TrainingSettings]":
-    """Refuse now what a stage would refuse hours later (SettingsError); return training's settings.
+    """Refuse now what a stage would refuse hours later (SettingsError); return the settings.
 
     Parameters
     ----------
     values : dict
-        Parameters of the notebooks, all of them.
+        All parameters of the notebooks.
     """
     from neurolib import blocking, devices, inflation, network, training
 
@@ -338,18 +338,18 @@ def check_settings(values: dict) -> "tuple[NetworkSettings, TrainingSettings]":
 
 
 def localise(values: dict, start: str | Path = NOTEBOOKS) -> dict:
-    """Rewrite paths among the parameters, given relative to here, relative to the folder `start`.
+    """Rewrite paths among the parameters relative to the folder `start`.
 
     Raises
     ------
     SettingsError
         If there is no such file.
     """
-    found = {name: values[name] for name in PATHS if values.get(name)}
-    for name, path in found.items():
+    paths = {name: values[name] for name in PATHS if values.get(name)}
+    for name, path in paths.items():
         if not os.path.exists(path):
             raise SettingsError(f"{name}={path}: no such file or folder in {Path.cwd()}")
-    return values | {name: os.path.relpath(path, start) for name, path in found.items()}
+    return values | {name: os.path.relpath(path, start) for name, path in paths.items()}
 
 
 # -------------------------------------------------------------------------------- execution
@@ -365,7 +365,7 @@ def run_course(
     ignore_frames: bool = False,
     overwrite: bool = False,
 ) -> Run:
-    """Execute the notebooks on a data set; skip what is done, and resume an interrupted run.
+    """Execute the notebooks on a data set; skip finished ones and resume an interrupted run.
 
     Parameters
     ----------
@@ -374,18 +374,18 @@ def run_course(
     profile : str
         See `read_profile`.
     name : str
-        Name of the run; by default made from data and profile.
+        Name of the run; by default data and profile.
     folder : path
         Folder of all runs.
     parameters : dict, optional
-        These override the profile. With ``checkpoint``, the path of a trained network, nothing is
-        trained: notebooks 04 and 05 evaluate it on all pairs.
+        These override the profile. With ``checkpoint``, the path of a trained network, notebooks
+        04 and 05 evaluate it on all pairs, and nothing is trained.
     notebooks : tuple of str
-        Notebooks to run. Without 01, its split and target are made here, from the same parameters.
+        Notebooks to run. Without 01, its split and target are made from the same parameters.
     ignore_frames : bool
-        Go on with trees that do not lie on the neurites of their images.
+        Accept trees that do not lie on the neurites of their images.
     overwrite : bool
-        Train anew in a folder whose network was trained with other settings or data.
+        Train again in a folder whose network had other settings or data.
 
     Returns
     -------
@@ -394,15 +394,15 @@ def run_course(
     Raises
     ------
     SettingsError
-        Also if another process is using the folder of this run.
+        Also if another process is using the folder.
     """
-    given = _given(profile, parameters)
+    given = _merge_parameters(profile, parameters)
     checkpoint = given.get("checkpoint", "")
     checkpoint = str(checkpoint_file(checkpoint)) if checkpoint else ""
     notebooks = EVALUATION if checkpoint else notebooks
     defaults = {n: notebook_parameters(notebook_path(n)) for n in (DATA_NOTEBOOK, *notebooks)}
     path = Path(folder) / (name or f"{data_label(data)}-{Path(profile).stem}")
-    # Notebooks run in their own folder, and their paths are relative to it.
+    # Notebooks run in their own folder.
     values = localise({key: given[key] for key in given if key != "checkpoint"}) | {
         "run_dir": os.path.relpath(path, NOTEBOOKS),
         "data": name_from(data, NOTEBOOKS),
@@ -419,7 +419,7 @@ def run_course(
     run = open_run(path)
     with claim(run.path(".lock")):
         before = data_key(data)
-        _sign(run, data, before, given)
+        _record_source(run, data, before, given)
         if DATA_NOTEBOOK not in notebooks:
             before += _prepare(
                 run, data, defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK], checkpoint
@@ -445,15 +445,14 @@ def train_run(
     ignore_frames: bool = False,
     overwrite: bool = False,
 ) -> Run:
-    """Train as notebook 03 does, without its pictures, on all devices that torchrun provides.
+    """Train like notebook 03, without pictures, on all devices that torchrun provides.
 
-    `run_course` with the same parameters then finds the training done, and goes on from there.
-    Parameters and errors are those of `run_course`.
+    `run_course` with the same parameters continues from there. Parameters and errors are the same.
     """
     from neurolib import inference, network, training
 
     defaults = {n: notebook_parameters(notebook_path(n)) for n in COURSE}
-    given = _given(profile, parameters)
+    given = _merge_parameters(profile, parameters)
     chosen = choose_parameters(localise(given, "."), defaults)
     split = defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK]
     values = defaults["03_training"] | chosen["03_training"]
@@ -467,7 +466,7 @@ def train_run(
     run = open_run(path)
     with claim(run.path(".lock")) if first else contextlib.nullcontext():
         if first:
-            _sign(run, data, data_key(data), given)
+            _record_source(run, data, data_key(data), given)
             _prepare(run, data, split)
         fabric.barrier()
         pairs, target = read_manifest(run.path("split.json")), target_of(run)
@@ -485,8 +484,8 @@ def train_run(
     return run
 
 
-def _given(profile: str | Path, parameters: dict | None) -> dict:
-    """Parameters of a profile and of the caller, without those that have options of their own."""
+def _merge_parameters(profile: str | Path, parameters: dict | None) -> dict:
+    """Parameters of a profile and of the caller; those with their own options are refused."""
     values = read_profile(profile) | (parameters or {})
     for name in OPTIONS.keys() & values.keys():
         raise SettingsError(f"parameter {name!r}: give it by {OPTIONS[name]}")
@@ -494,9 +493,9 @@ def _given(profile: str | Path, parameters: dict | None) -> dict:
 
 
 def check_run(folder: Path, data: str, given: dict | None = None) -> None:
-    """Refuse a folder that is in use for something else (SettingsError).
+    """Refuse a folder that holds something else (SettingsError).
 
-    That is also a network that was trained with other parameters than `given`, or on other files.
+    This includes a network trained with other parameters than `given`, or on other files.
     """
     check_name(folder.resolve())
     if not folder.is_dir():
@@ -530,7 +529,7 @@ def check_run(folder: Path, data: str, given: dict | None = None) -> None:
 
 
 def _tau_of(checkpoint: str, folder: Path) -> float:
-    """The target threshold of a finished network; refuse `folder` if one was trained there."""
+    """The target threshold of a finished network; refuse `folder` if it has a trained one."""
     from neurolib.training import load_checkpoint
 
     if "validation" in Run(folder).metrics():
@@ -540,14 +539,14 @@ def _tau_of(checkpoint: str, folder: Path) -> float:
     return load_checkpoint(checkpoint)[1]["tau"]
 
 
-def _sign(run: Run, data: str, key: str, given: dict) -> None:
-    """Record what a run is made from: its data (name and location) and its parameters."""
-    told = {"data": data, "folder": _absolute(data), "key": text_key(key)}
-    run.record("made_from", told | {"parameters": given})
+def _record_source(run: Run, data: str, key: str, given: dict) -> None:
+    """Record the data (name and location) and the parameters of a run."""
+    source = {"data": data, "folder": _absolute(data), "key": text_key(key)}
+    run.record("made_from", source | {"parameters": given})
 
 
 def _absolute(data: str) -> str:
-    """A data set's name with its folder, if it has one, as an absolute path."""
+    """A data set's name, with its folder (if any) as an absolute path."""
     if data in NAMED:
         return data
     rendered = RENDERED.fullmatch(data)
@@ -569,7 +568,7 @@ def notebook_path(name: str) -> Path:
 
 
 def check_data(data: str, choices: Iterable[dict], ignore_frames: bool = False) -> None:
-    """Make unusable data fail at once and in one line, not inside a notebook.
+    """Refuse unusable data now, not inside a notebook.
 
     Parameters
     ----------
@@ -583,16 +582,16 @@ def check_data(data: str, choices: Iterable[dict], ignore_frames: bool = False) 
     if data in GENERATED:
         return
     choices = list(choices)
-    said: set[str] = set()
+    printed: set[str] = set()
     ways = {(v["channel"], v["spacing"]) for v in choices} or {(-1, "")}
     for values in choices:
         _split(load_dataset(data), values)
     for pair in (pair for way in sorted(ways) for pair in load_dataset(data, *way)):
         check_name(data, pair.image.resolve(), pair.swc.resolve())
         volume, tree = read_pair(pair)
-        for remark in set(remarks(volume, "")) - said:  # once, not for every image
+        for remark in set(remarks(volume, "")) - printed:  # once, not for every image
             print(f"{pair.image.name}{remark.replace('--spacing ', '-p spacing=')}", flush=True)
-            said.add(remark)
+            printed.add(remark)
         check_pair(tree, volume.data.shape, pair.name)
         if ignore_frames:
             continue
@@ -609,11 +608,11 @@ def _split(pairs: list[Pair], values: dict) -> Split:
 
 
 def _prepare(run: Run, data: str, values: dict, checkpoint: str = "") -> str:
-    """Write what notebook 01 would, split and target; return what they were made from.
+    """Write the split and the target like notebook 01; return their parameters as text.
 
-    A finished `checkpoint` is stored as notebook 03 would store it, and all pairs are test pairs.
+    With a finished `checkpoint`, store it like notebook 03; all pairs are test pairs.
     """
-    # Notebooks resolve paths from another folder than this process does.
+    # Notebooks resolve paths from another folder.
     pairs = [
         replace(pair, image=pair.image.resolve(), swc=pair.swc.resolve())
         for pair in load_dataset(data, values["channel"], values["spacing"])
@@ -626,8 +625,8 @@ def _prepare(run: Run, data: str, values: dict, checkpoint: str = "") -> str:
             shutil.copyfile(checkpoint, temporary)
         run.record("about", {"data": data, "network": run.hand_over(CHECKPOINT)})
         values = values | run.metrics()["about"]
-        told = "" if data == "fly-larva-final" else "; it must not have been trained on any of them"
-        print(f"{checkpoint}: evaluated on all {len(pairs)} pairs of {data}{told}", flush=True)
+        note = "" if data == "fly-larva-final" else "; it must not have been trained on any of them"
+        print(f"{checkpoint}: evaluated on all {len(pairs)} pairs of {data}{note}", flush=True)
     return json.dumps(values, sort_keys=True)
 
 
@@ -642,12 +641,12 @@ def _key(notebook: str, parameters: dict, before: str) -> str:
 
 
 def modules_of(code: str) -> list[Path]:
-    """The package's modules that code uses to compute: those it imports, and their imports in turn.
+    """The package's modules that code imports, directly or indirectly.
 
     Modules that only display or control (`SHOWING`) are left out: a new colour in a figure must
     not train a network again.
     """
-    package, found = Path(__file__).parents[1], set()
+    package, modules = Path(__file__).parents[1], set()
     todo = [re.sub(r"(?m)^(\s*)[!%].*", r"\1pass", code)]  # the notebook's shell lines
     while todo:
         for node in ast.walk(ast.parse(todo.pop())):
@@ -659,10 +658,10 @@ def modules_of(code: str) -> list[Path]:
             folder = package.joinpath(*inside)
             names = [folder / alias.name for alias in node.names] if folder.is_dir() else [folder]
             for path in (name.with_suffix(".py") for name in names if name.name not in SHOWING):
-                if path not in found and path.is_file():
-                    found.add(path)
+                if path not in modules and path.is_file():
+                    modules.add(path)
                     todo.append(path.read_text(encoding="utf-8"))
-    return sorted(found)
+    return sorted(modules)
 
 
 def _is_done(run: Run, notebook: str, key: str) -> bool:
@@ -679,11 +678,11 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
 
     source, target = notebook_path(notebook), run.path(f"{notebook}.ipynb")
     if notebook == "05_swc_tracing":
-        # Trees of neurons that are no longer tested would look like results.
+        # Trees of neurons no longer tested would look like results.
         for path in run.path("swc").glob("*.swc"):
             if is_sealed(path):
                 path.unlink()
-    # What ends early is not done, and a checkpoint of other settings is nobody's result.
+    # Until it ends, the notebook does not count as done.
     records = run.metrics().get("notebooks", {})
     records.pop(notebook, None)
     run.record("notebooks", records)
@@ -702,7 +701,7 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
                 start_timeout=START_TIMEOUT,
                 execution_timeout=CELL_TIMEOUT,
                 stderr_file=sys.stderr if alone else None,
-                # A warning about its local ports would break up the progress bars.
+                # A warning about local ports would break up the progress bars.
                 extra_arguments=["--log-level=ERROR"],
                 progress_bar={"mininterval": 2, "ascii": True, "disable": not alone},
             )
@@ -711,13 +710,13 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
             shutil.copy(temporary, failed)
             raise _in_one_line(notebook, error, failed) from None
         except (DeadKernelError, CellTimeoutError) as error:
-            # The kernel uses the memory, so it is what the system kills when memory runs out.
+            # When memory runs out, the system kills the kernel.
             reason = (str(error).splitlines() or ["the kernel died"])[0]
             raise NotebookError(f"{notebook}: {reason}; perhaps for lack of memory") from None
         executed = nbformat.read(temporary, as_version=4)
         for cell in executed.cells:
             if cell.cell_type == "code":
-                cell.outputs = list(settled(cell.outputs))
+                cell.outputs = list(strip_live_outputs(cell.outputs))
         nbformat.write(executed, temporary)
     run.path(f"{notebook}.failed.ipynb").unlink(missing_ok=True)
     records[notebook] = {
@@ -728,13 +727,13 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
     run.record("notebooks", records)
 
 
-def settled(outputs: "Iterable[NotebookNode]") -> "Iterable[NotebookNode]":
-    """Outputs as stored: without progress bars, and with a still picture in place of a widget."""
+def strip_live_outputs(outputs: "Iterable[NotebookNode]") -> "Iterable[NotebookNode]":
+    """Remove progress bars, and replace widgets by their still pictures."""
     from nbformat import from_dict
 
     for output in outputs:
         if output.output_type == "stream" and output.name == "stderr":
-            # A bar draws over itself with returns and "cursor up".
+            # A bar redraws itself with returns and "cursor up".
             lines = re.split(r"[\r\n]+", output.text.replace("\x1b[A", ""))
             kept = [line for line in lines if line.strip() and not PROGRESS.search(line)]
             output = from_dict({**output, "text": "".join(f"{line}\n" for line in kept)})
@@ -742,7 +741,7 @@ def settled(outputs: "Iterable[NotebookNode]") -> "Iterable[NotebookNode]":
                 continue
         data = output.get("data", {})
         if WIDGET in data:
-            # A progress bar or a live curve has no still picture, so nothing of it is kept.
+            # A progress bar or a live curve has no still picture.
             if "text/html" not in data:
                 continue
             rest = {key: value for key, value in data.items() if key != WIDGET}
@@ -751,7 +750,7 @@ def settled(outputs: "Iterable[NotebookNode]") -> "Iterable[NotebookNode]":
 
 
 def _in_one_line(notebook: str, error, failed: Path) -> NeurolibError:
-    """Reduce a papermill error to one line, its cause; our own errors keep their message."""
+    """Reduce a papermill error to its cause in one line; a `NeurolibError` keeps its class."""
     ours = {cls.__name__: cls for cls in NeurolibError.__subclasses__()}
     cls = ours.get(error.ename, NotebookError)
     return cls(f"{notebook}, cell {error.exec_count}: {error.evalue} (all of it: {failed})")
@@ -763,7 +762,7 @@ class NotebookError(NeurolibError):
 
 @contextlib.contextmanager
 def passive_threads() -> Iterator[None]:
-    """Let idle OpenMP threads sleep: on a shared CPU, spinning slows a ViT step six times."""
+    """Let idle OpenMP threads sleep; on a shared CPU, spinning ones slow a ViT step six times."""
     before = os.environ.get("OMP_WAIT_POLICY")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
@@ -775,10 +774,7 @@ def passive_threads() -> Iterator[None]:
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """Peak resident memory, in bytes, of the processes that this one starts inside the block.
-
-    It is the one element of the list.
-    """
+    """Peak resident memory, in bytes, of processes started inside the block, as a list of one."""
     import psutil
 
     peak, stop = [0], threading.Event()
@@ -804,7 +800,7 @@ def peak_memory() -> Iterator[list[int]]:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows as a Markdown table that is readable unrendered too; numbers have three decimals."""
+    """Rows as a Markdown table, aligned for reading as text; numbers have three decimals."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
 
     def cell(value) -> str:
@@ -832,7 +828,7 @@ def table(rows: list[dict]) -> str:
 
 
 def summary(run: Run) -> str:
-    """What a run found, as Markdown: a line per test neuron, then a line per notebook."""
+    """Results of a run as Markdown: a line per test neuron, then a line per notebook."""
     metrics = run.metrics()
     parts = []
     made = metrics.get("made_from", {})
@@ -857,7 +853,7 @@ def summary(run: Run) -> str:
 
 
 def write_report(run: Run, notebooks: tuple[str, ...] = COURSE) -> Path:
-    """Write ``report.html``: the summary, then every executed notebook, for any browser."""
+    """Write ``report.html``: the summary and every executed notebook."""
     import nbformat
     from nbconvert import HTMLExporter
 

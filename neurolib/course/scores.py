@@ -1,4 +1,4 @@
-"""Predictions measured against references: masks, trees or folders of them, as one table."""
+"""Compare predictions with references: masks, trees or folders of them, as one table."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from scipy.spatial import KDTree
 from neurolib.blocking import make_target
 from neurolib.course.adapters import as_probability
 from neurolib.course.statistics import aggregate
-from neurolib.data.pairs import TREES, pair_files, same_name, stem
+from neurolib.data.pairs import TREES, files_of, pair_files, same_name, stem
 from neurolib.errors import DataError, NeurolibError, SettingsError, VolumeError
 from neurolib.evaluation import (
     FULL_CONNECTIVITY,
@@ -29,11 +29,10 @@ from neurolib.evaluation import (
 )
 from neurolib.files import write_text
 from neurolib.swc import Tree, check_pair, components, length, read_swc
-from neurolib.tracing import trace
+from neurolib.tracing import EMPTY_TREE, trace
 from neurolib.volume import SUFFIXES, read_volume
 
-NO_TREE = Tree(np.zeros((0, 3)), np.zeros(0), np.zeros(0, int), np.zeros(0, int))
-# What a table has, in this order, and how its lines call it; lengths have the unit in their names.
+# Columns of a table and their names in printed lines; columns of lengths also name the unit.
 SCORES = {
     "dice": "Dice", "hd95_monai": "Hd95 (monai)", "hd95_medpy": "Hd95 (medpy)",
     "surface_dice": "surface Dice", "cldice": "clDice", "precision": "precision",
@@ -41,7 +40,7 @@ SCORES = {
     "merges": "merges", "pieces": "pieces", "reference_pieces": "reference pieces",
     "length": "length", "reference_length": "reference length",
 }  # fmt: skip
-MISSES = ("hd95_monai", "hd95_medpy", "esa", "dsa")  # infinite where one of two is empty
+MISSES = ("hd95_monai", "hd95_medpy", "esa", "dsa")  # infinite if only one side is empty
 LENGTHS = (*MISSES, "length", "reference_length", "diagonal", "tolerance")
 
 
@@ -51,30 +50,30 @@ def evaluate(
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
     tolerance: float | None = None,
 ) -> dict[str, float]:
-    """All scores of a prediction, whether it and its reference are masks or trees.
+    """All scores of a prediction against a reference; each is a mask or a tree.
 
-    Where one of them is a mask, both are compared as masks and as trees: a tree is drawn as the
-    tube of `neurolib.blocking.make_target`, a mask traced by `neurolib.tracing.trace`, with the
-    defaults of both. Two trees have no mask, and their mask scores are NaN.
+    If one of them is a mask, they are compared both as masks and as trees: a tree is drawn as a
+    tube (`neurolib.blocking.make_target`), a mask is traced (`neurolib.tracing.trace`), with
+    default parameters. For two trees, mask scores are NaN.
 
-    Connected pieces of a mask, or trees, match the piece of the other side with which they share
-    most voxels, or most length within the tolerance. ``splits`` are matched pieces of the
-    prediction in excess of the pieces that they match, ``merges`` the same of the reference.
+    Each connected piece (of a mask) or tree matches the piece of the other side with which it
+    shares most voxels, or most length within the tolerance. ``splits`` counts the matched pieces
+    of the prediction beyond the pieces that they match, ``merges`` does so for the reference.
 
-    If both are empty they agree: 1 for overlaps, 0 for distances. If one is, overlaps, precision
-    and recall are 0, PDS is 1 and distances are infinite.
+    If both are empty, overlaps are 1 and distances 0. If one is, overlaps, precision and recall
+    are 0, PDS is 1 and distances are infinite.
 
     Parameters
     ----------
     prediction, reference : boolean array (z, y, x), or Tree in its voxels
-    spacing : (dz, dy, dx); distances and lengths are in its unit
-    tolerance : of surface Dice, precision, recall, PDS, DSA and of matches, in the same unit;
-        default: 2 voxels of the finest axis
+    spacing : (dz, dy, dx), which sets the unit of distances and lengths
+    tolerance : for surface Dice, precision, recall, PDS, DSA and matches, in the same unit; by
+        default 2 voxels of the finest axis
 
     Returns
     -------
     dict
-        The keys of `SCORES`, ``diagonal`` (no distance can be larger), and ``tolerance``.
+        The keys of `SCORES`, ``diagonal`` (the largest possible distance), and ``tolerance``.
     """
     scale = np.array(spacing, dtype=float)
     tolerance = float(2 * scale.min() if tolerance is None else tolerance)
@@ -117,24 +116,24 @@ def _as_tree(one: np.ndarray | Tree, spacing: tuple) -> Tree:
         return one
     try:
         return trace(one, spacing)
-    except VolumeError:  # nothing, or only specks that the tracer drops
-        return NO_TREE
+    except VolumeError:  # nothing, or only specks
+        return EMPTY_TREE
 
 
 def _compare_trees(tree: Tree, reference: Tree, tolerance: float, spacing: tuple) -> dict:
-    found = {"length": length(tree, spacing), "reference_length": length(reference, spacing)}
+    scores = {"length": length(tree, spacing), "reference_length": length(reference, spacing)}
     if len(tree.parent) and len(reference.parent):
         distance = tree_distance(tree, reference, tolerance, spacing)
-        scores = tree_scores(tree, reference, tolerance, spacing)
-        found |= {"esa": distance.esa, "dsa": distance.dsa, "pds": distance.pds}
-        return found | {"precision": scores.precision, "recall": scores.recall}
+        overlap = tree_scores(tree, reference, tolerance, spacing)
+        scores |= {"esa": distance.esa, "dsa": distance.dsa, "pds": distance.pds}
+        return scores | {"precision": overlap.precision, "recall": overlap.recall}
     agree = len(tree.parent) == len(reference.parent)
-    found |= dict.fromkeys(("esa", "dsa"), 0.0 if agree else float("inf"))
-    return found | {"pds": float(not agree), "precision": float(agree), "recall": float(agree)}
+    scores |= dict.fromkeys(("esa", "dsa"), 0.0 if agree else float("inf"))
+    return scores | {"pds": float(not agree), "precision": float(agree), "recall": float(agree)}
 
 
 def _shared_voxels(a: np.ndarray, b: np.ndarray) -> sparse.csr_array:
-    """Voxels that each piece of a mask (rows) shares with each of another (columns)."""
+    """Number of voxels that each piece of mask a (rows) shares with each of b (columns)."""
     (label_a, count_a), (label_b, count_b) = (ndimage.label(m, FULL_CONNECTIVITY) for m in (a, b))
     both = a & b
     places = label_a[both] - 1, label_b[both] - 1
@@ -144,14 +143,14 @@ def _shared_voxels(a: np.ndarray, b: np.ndarray) -> sparse.csr_array:
 def _shared_length(
     tree: Tree, other: Tree, tolerance: float, scale: np.ndarray
 ) -> sparse.csr_array:
-    """Length of each tree of a forest that lies nearest to each tree of another, if it is near."""
+    """Length of each tree (rows) that is near a tree of another forest (columns) and nearest it."""
     tree, other, fine = finest_voxels(tuple(scale), tree, other)
     (points, lengths, row), (others, _, other_row) = short_pieces(tree), short_pieces(other)
     label, other_label = components(tree), components(other)
     shape = tuple(int((some.parent < 0).sum()) for some in (tree, other))
     if not len(points) or not len(others):
         return sparse.csr_array(shape)
-    # Points lie up to half a voxel apart along the other tree.
+    # Points along the other tree lie up to half a voxel apart.
     reach = np.hypot(tolerance / fine, 0.25)
     away, nearest = KDTree(others).query(points, distance_upper_bound=reach)
     near = np.isfinite(away)
@@ -160,7 +159,7 @@ def _shared_length(
 
 
 def _excess(shared: sparse.csr_array) -> int:
-    """Matched pieces (rows) in excess of the pieces (columns) that they match."""
+    """Number of matched pieces (rows) beyond the number of pieces (columns) that they match."""
     rows = shared.tocsr()
     ends = zip(rows.indptr[:-1], rows.indptr[1:], strict=True)
     matches = [int(rows.indices[i + np.argmax(rows.data[i:j])]) for i, j in ends if j > i]
@@ -178,31 +177,31 @@ def evaluate_files(
     tolerance: float | None = None,
     threshold: float | None = None,
 ) -> Iterator[str]:
-    """Measure a file, or each file of a folder, against the reference of the same name.
+    """Compare a file, or each file of a folder, with the reference of the same name.
 
-    Distances, lengths and the tolerance are in µm if the voxel size of every pair is known, or
-    else in voxels of the finest axis; the heads of the table say which.
+    Distances, lengths and the tolerance are in µm if every voxel size is known, else in voxels of
+    the finest axis; the table's header says which.
 
     Parameters
     ----------
     prediction, reference : paths
         Two files or two folders: masks, labels or probabilities (`neurolib.volume.read_volume`)
-        and SWC files. A tree is in the voxels of its pair's mask. Of a tree and an image of one
-        name in a folder, the tree is taken.
+        and SWC files. A tree is in the voxels of its pair's mask. If a folder has a tree and an
+        image of one name, the tree counts.
     out : path, optional
-        The table to write, .csv, a line per pair.
-    spacing : (dz, dy, dx) in µm, instead of what the files say
+        The table to write, .csv, one line per pair.
+    spacing : (dz, dy, dx) in µm, instead of those of the files
     tolerance, see `evaluate`
     threshold : on predicted probabilities, 0.5 if not given
 
     Yields
     ------
     str
-        What is left out, converted or drawn; a line per pair; a line of means over several. There
-        an infinite distance counts with the diagonal of its volume.
+        What is left out or converted, a line per pair, and a line of means over several pairs, in
+        which an infinite distance counts as the diagonal of its volume.
     """
-    pairs, said = _pairs(Path(prediction), Path(reference))
-    yield from said
+    pairs, notes = _pairs(Path(prediction), Path(reference))
+    yield from notes
     sizes = {n: (spacing, True) if spacing else _pair_spacing(pair) for n, pair in pairs.items()}
     unknown = [name for name, (_, known) in sizes.items() if not known]
     unit = "voxels" if unknown else "µm"
@@ -231,7 +230,7 @@ def evaluate_files(
 
 
 def _pairs(one: Path, two: Path) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
-    """Files that belong together, by name, and what is left out."""
+    """Pairs of files by name, and lines on the files left out."""
     folders = [path.is_dir() and path.suffix.lower() not in SUFFIXES for path in (one, two)]
     for path in (one, two):
         if not path.exists():
@@ -241,15 +240,13 @@ def _pairs(one: Path, two: Path) -> tuple[dict[str, tuple[Path, Path]], list[str
     if not all(folders):
         folder, file = (one, two) if folders[0] else (two, one)
         raise DataError(f"{folder} is a folder, {file} is not; expected two files or two folders")
-    said, files = [], []
+    notes, files = [], []
     for folder in (one, two):
-        found = [
-            p for p in sorted(folder.iterdir()) if p.name.lower().endswith((*SUFFIXES, *TREES))
-        ]
-        trees = {same_name(path.name) for path in found if path.suffix.lower() in TREES}
-        beside = [p for p in found if p.suffix.lower() not in TREES and same_name(p.name) in trees]
-        said += _left_out(beside, "whose SWC is taken")
-        files.append([p for p in found if p not in beside and not p.name.startswith(".")])
+        usable = files_of(folder, (*SUFFIXES, *TREES))
+        trees = {same_name(path.name) for path in usable if path.suffix.lower() in TREES}
+        beside = [p for p in usable if p.suffix.lower() not in TREES and same_name(p.name) in trees]
+        notes += _left_out(beside, "whose SWC is taken")
+        files.append([p for p in usable if p not in beside])
     pairs = dict(sorted(pair_files(*files).items()))
     if not pairs:
         raise DataError(
@@ -258,18 +255,19 @@ def _pairs(one: Path, two: Path) -> tuple[dict[str, tuple[Path, Path]], list[str
         )
     used = {path for pair in pairs.values() for path in pair}
     for some, other in zip(files, ("reference", "prediction"), strict=True):
-        said += _left_out([p for p in some if p not in used], f"that have no {other} of their name")
-    return pairs, said
+        unused = [p for p in some if p not in used]
+        notes += _left_out(unused, f"that have no {other} of their name")
+    return pairs, notes
 
 
 def _left_out(files: list[Path], why: str) -> list[str]:
-    """One line for files that are left out, or none."""
+    """A line on files that are left out, if there are any."""
     some = ", ".join(path.name for path in files[:10]) + " ..." * (len(files) > 10)
     return [f"{files[0].parent}: {len(files)} files left out {why}: {some}"] if files else []
 
 
 def _pair_spacing(pair: tuple[Path, Path]) -> tuple[tuple[float, float, float], bool]:
-    """The voxel size (dz, dy, dx) that the masks of a pair tell, and whether its unit is known."""
+    """The voxel size (dz, dy, dx) in the masks of a pair, and whether its unit is known."""
     volumes = [
         (path.name, read_volume(path, check=False))
         for path in pair
@@ -291,7 +289,7 @@ def _read(
     if path.suffix.lower() in TREES:
         lines = path.read_bytes().splitlines()
         if not any(line.strip() and not line.lstrip().startswith(b"#") for line in lines):
-            return NO_TREE, [f"{path.name}: no nodes, an empty tree"]
+            return EMPTY_TREE, [f"{path.name}: no nodes, an empty tree"]
         tree = read_swc(path, spacing)
         return tree, [f"{path.name}: {'; '.join(tree.repairs)}"] if tree.repairs else []
     if threshold is not None and not 0 < threshold <= 1:
@@ -307,7 +305,7 @@ def _read(
 
 
 def _mean(rows: list[dict]) -> tuple[str, dict]:
-    """Means over the pairs that have a score, with their number and how many are misses."""
+    """Heading (with the number of pairs and misses) and mean scores."""
     missed = sum(np.isinf(row["esa"]) for row in rows)
     mean = {}
     for key in SCORES:

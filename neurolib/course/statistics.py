@@ -8,12 +8,12 @@ from scipy import stats
 
 from neurolib.errors import SettingsError
 
-EXACT, RANDOM_FLIPS = 16, 99_999  # differences up to which all 2ⁿ sign flips are tried; beyond
+EXACT, RANDOM_FLIPS = 16, 99_999  # all 2ⁿ sign flips for up to 16 differences, else random ones
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over n neurons with its interval; NaN at both ends if n is 1."""
+    """A mean over n neurons with its interval, which is NaN if n is 1."""
 
     mean: float
     low: float
@@ -24,12 +24,12 @@ class Interval:
 def t_interval(values: np.ndarray, level: float = 0.95) -> Interval:
     """Mean over neurons (and seeds) and its t interval.
 
-    Four neurons are enough for it: it covers the true mean in 95 % of all experiments where the
-    values are normal, and the percentile bootstrap in 80 %. With several seeds both neurons and
-    seeds are taken as drawn at random: the variance of the mean is then the sum of three parts
-    (neurons, seeds, their interaction), estimated by the mean squares of a two-way table, with
-    degrees of freedom after Satterthwaite, "An approximate distribution of estimates of variance
-    components", Biometrics Bulletin 1946.
+    Four neurons are enough: for normal values it covers the true mean in 95 % of all experiments,
+    the percentile bootstrap only in 80 %. With several seeds, both neurons and seeds count as
+    random. The variance of the mean is then the sum of three parts (neurons, seeds, their
+    interaction), estimated by the mean squares of a two-way table, with degrees of freedom after
+    Satterthwaite, "An approximate distribution of estimates of variance components", Biometrics
+    Bulletin 1946.
 
     Parameters
     ----------
@@ -52,9 +52,9 @@ def t_interval(values: np.ndarray, level: float = 0.95) -> Interval:
 
 
 def spreads(values: np.ndarray) -> tuple[float, float]:
-    """Standard deviations of neurons and of seeds, each without what the other adds.
+    """Standard deviations of neurons and of seeds, each without the share of the other.
 
-    The values are (n, k), one per neuron and seed; with one neuron or one seed, the result is NaN.
+    The values are (n, k), one per neuron and seed; for one neuron or one seed, the result is NaN.
     """
     values = _check_values(values)
     n, k = values.shape
@@ -65,7 +65,7 @@ def spreads(values: np.ndarray) -> tuple[float, float]:
 
 
 def _mean_squares(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean squares of neurons (rows), of seeds (columns), and of what they leave."""
+    """Mean squares of neurons (rows), of seeds (columns), and of the residuals."""
     n, k = values.shape
     rows, columns = values.mean(axis=1), values.mean(axis=0)
     if k == 1:
@@ -78,16 +78,16 @@ def _mean_squares(values: np.ndarray) -> tuple[float, float, float]:
 def sign_flip_p(differences: np.ndarray) -> float:
     """Two-sided p of paired differences, by flipping their signs.
 
-    If neither method were better, each difference could as well have the other sign. Up to 16
-    differences all 2ⁿ patterns are tried, so that p is exact and at least 2 / 2ⁿ: 0.125 for four
-    neurons. Beyond, 99,999 patterns are drawn (`scipy.stats.permutation_test`).
+    If neither method were better, each difference could just as well have the other sign. For up
+    to 16 differences all 2ⁿ patterns are tried, so that p is exact and at least 2 / 2ⁿ: 0.125 for
+    four neurons. For more, 99,999 patterns are drawn (`scipy.stats.permutation_test`).
 
     The differences are (n,), one per neuron, or (n, k) of k seeds.
     """
     values = _check_values(differences).mean(axis=1)
     if len(values) == 1:
         return 1.0  # both patterns are equally far from zero; SciPy refuses a single value
-    found = stats.permutation_test(
+    test = stats.permutation_test(
         (values,),
         lambda sample, axis: sample.mean(axis=axis),
         permutation_type="samples",
@@ -96,13 +96,13 @@ def sign_flip_p(differences: np.ndarray) -> float:
         batch=10_000,
         random_state=np.random.default_rng(0),
     )
-    return float(found.pvalue)
+    return float(test.pvalue)
 
 
 def aggregate(values: np.ndarray, penalty: float | np.ndarray | None = None) -> Interval:
-    """Mean over volumes with its t interval, where infinite values count as misses.
+    """Mean over volumes with its t interval; infinite values are misses.
 
-    There, `penalty` takes their place, one per volume or one for all: the volume's diagonal
+    `penalty` replaces them, one per volume or one for all: the volume's diagonal
     (`neurolib.evaluation.volume_diagonal`), so that a miss never improves the mean.
     """
     values = np.asarray(values, dtype=float)
@@ -119,13 +119,13 @@ Score = float | Mapping[str, float]  # of one neuron: one number, or one per see
 
 
 def compare_networks(values: Mapping[str, Mapping[str, Score]], baseline: str) -> list[dict]:
-    """Mean of each method, and its paired difference from one of them.
+    """Mean of each method, and its paired difference from a baseline.
 
     Parameters
     ----------
     values : mapping of method to mapping of neuron to value, or to mapping of seed to value
     baseline : str
-        The method that the others are compared with, on the neurons that both have.
+        The method to compare the others with, on the neurons that both have.
 
     Returns
     -------
@@ -141,9 +141,9 @@ def compare_networks(values: Mapping[str, Mapping[str, Score]], baseline: str) -
         row = {"network": name, "mean": float(np.mean([_mean(s) for s in scores.values()]))}
         if name != baseline:
             gain = differences(scores, values[baseline])
-            found = t_interval(gain)
-            row |= {"difference": found.mean, "low": found.low, "high": found.high}
-            row |= {"p": sign_flip_p(gain), "n": found.n}
+            interval = t_interval(gain)
+            row |= {"difference": interval.mean, "low": interval.low, "high": interval.high}
+            row |= {"p": sign_flip_p(gain), "n": interval.n}
             if gain.shape[1] > 1:
                 row["sd neurons"], row["sd seeds"] = spreads(gain)
         rows.append(row)
@@ -151,7 +151,7 @@ def compare_networks(values: Mapping[str, Mapping[str, Score]], baseline: str) -
 
 
 def differences(ours: Mapping[str, Score], theirs: Mapping[str, Score]) -> np.ndarray:
-    """Paired differences of the n neurons that both have, seed by seed, as `by_neuron` has them."""
+    """Paired differences (n, k) of the neurons that both have, seed by seed (see `by_neuron`)."""
     shared = [neuron for neuron in ours if neuron in theirs]
     if not shared:
         raise SettingsError("the two methods were not measured on a common neuron")
@@ -166,7 +166,7 @@ def differences(ours: Mapping[str, Score], theirs: Mapping[str, Score]) -> np.nd
 def by_neuron(scores: Mapping[str, Score]) -> np.ndarray:
     """Scores as (n, k), a row per neuron and a column per seed.
 
-    k is 1, the means over seeds, where a neuron lacks a seed that another one has.
+    If the neurons differ in their seeds, k is 1: the means over seeds.
     """
     seeds = {_seeds(score) for score in scores.values()}
     if len(seeds) > 1 or seeds == {()}:

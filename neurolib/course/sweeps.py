@@ -1,7 +1,7 @@
-"""Sweeps: the same notebooks once per network, seed and fold, and one tidy file of results.
+"""Sweeps: run the notebooks once per network, seed and fold, and collect one file of results.
 
-A grid is a YAML file, as ``profiles/table1-cpu.yaml``. Every cell of it is a run of its own
-(`neurolib.course.runs`), so that finished ones are skipped, failed and killed ones taken up again.
+A grid is a YAML file, such as ``profiles/table1-cpu.yaml``. Each of its cells is a run
+(`neurolib.course.runs`), so that finished runs are skipped and failed ones resumed.
 """
 
 import contextlib
@@ -46,15 +46,14 @@ from neurolib.files import atomic_path, claim, text_key, write_text
 from neurolib.parameters import read_as
 from neurolib.volume import read_volume
 
-# What is measured, and the notebooks that do it: the masks of test neurons, or the trees traced
-# from them, too; or, to choose rates by, learning curves on validation neurons. Tests are never
-# looked at for a choice.
+# What to measure, and the notebooks that do it: masks of test neurons, also the trees traced from
+# them, or learning curves on validation neurons. Choices must not depend on test neurons.
 MEASURES = {
     "test": ("03_training", "04_evaluation"),
     "tree": ("03_training", "04_evaluation", "05_swc_tracing"),
     "validation": ("03_training",),
 }
-# Parameters that grids vary, with one column each; empty where the notebook's default held.
+# Parameters that grids vary, one column each; empty for the notebook's default.
 VARIED = (
     "encoder", "initialisation", "frozen", "depth", "stem", "contrast", "predict", "loss",
     "encoder_rate", "layer_decay", "train_neurons",
@@ -66,19 +65,19 @@ SHARED = (
 )  # fmt: skip
 TESTED = ("network", "seed", "fold", "neuron", "volume", "dice", "hd95", "diagonal", "cldice")
 TREE = ("esa", "dsa", "pds", "precision", "recall", "trees")
-# What one line of a results file says, in this order.
+# Columns of a results file, in this order.
 COLUMNS = {
     "test": (*TESTED, "every", *SHARED),
     "tree": (*TESTED, *TREE, "every", *SHARED),
     "validation": ("network", "seed", "fold", "neuron", "step", "training_loss", "dice", *SHARED),
 }  # fmt: skip
-# Parameters on which the rows of filters depend, beside the data.
+# Parameters on which the rows of filters depend, besides the data.
 FILTERED = ("held_out", "validate_on", "target", "tau", "every")
 NUMBERS = ("dice", "hd95", "diagonal", "cldice", *TREE, "seconds", "step", "training_loss")
-# Parameters that a cell has from elsewhere.
+# Parameters that a grid must give elsewhere.
 RESERVED = {"seed": "seeds", "held_out": "folds", "data": "data", "run_dir": "--folder"}
 KEYS = {"data", "networks", "seeds", "folds", "common", "results"}
-# A process that does one run.
+# Command of a process that does one run.
 WORKER = [sys.executable, "-c", "from neurolib.course.sweeps import _work; _work()"]
 
 
@@ -94,12 +93,12 @@ class Cell:
 
     @property
     def settings(self) -> str:
-        """Hash of all its parameters but the seed: equal, and two runs may be averaged."""
+        """Hash of all parameters but the seed; runs with equal hashes may be averaged."""
         return _hash({key: self.parameters[key] for key in self.parameters if key != "seed"})
 
     @property
     def data_settings(self) -> str:
-        """Hash of those parameters on which a filter's result depends, too."""
+        """Hash of the parameters on which a filter's result depends."""
         return _hash({key: self.parameters[key] for key in FILTERED if key in self.parameters})
 
 
@@ -112,16 +111,16 @@ def read_grid(path: str | Path) -> dict:
 
     Keys: ``networks`` maps the name of each row to its parameters, ``folds`` lists test neurons
     held out together (comma-separated), ``seeds`` lists numbers, ``common`` holds parameters of
-    all runs, ``data`` and ``results`` name the data set and the tidy file to write; ``measure``
-    is ``test`` (if left out), ``tree`` or ``validation``.
+    all runs, ``data`` and ``results`` name the data set and the file to write; ``measure`` is
+    ``test`` (the default), ``tree`` or ``validation``.
     """
     path = Path(path)
     if not path.is_file():
         raise SettingsError(f"{path}: no such grid; profiles/table1-cpu.yaml is one")
     grid = read_yaml(path)
     if not isinstance(grid, dict) or set(grid) - {"measure"} != KEYS:
-        found = ", ".join(sorted(grid)) if isinstance(grid, dict) else type(grid).__name__
-        raise SettingsError(f"{path}: expected the keys {', '.join(sorted(KEYS))}; got {found}")
+        given = ", ".join(sorted(grid)) if isinstance(grid, dict) else type(grid).__name__
+        raise SettingsError(f"{path}: expected the keys {', '.join(sorted(KEYS))}; got {given}")
     grid.setdefault("measure", "test")
     if grid["measure"] not in MEASURES:
         raise SettingsError(
@@ -164,37 +163,36 @@ def run_sweep(
     folds: Sequence[int] = (),
     ignore_frames: bool = False,
 ) -> Path:
-    """Run every network, seed and fold of a grid, skip what is done, write the tidy results.
+    """Run every network, seed and fold of a grid that is not done; write the results.
 
     Parameters
     ----------
     path : path
         A grid, see `read_grid`.
     folder : path
-        In which the runs lie, each in ``<grid>/<network>-s<seed>-f<fold>``.
+        Parent of the runs, which are in ``<grid>/<network>-s<seed>-f<fold>``.
     data : str
-        Instead of the grid's own; folders and results are then named by the data too.
+        Replaces the grid's; folders and results are then named after the data too.
     workers : int
-        Runs at the same time, each in a process of its own; they share the cores. One thread each
-        makes the most of few cores, and CPU results do not depend on what else runs.
+        Runs at the same time, each in its own process; they share the cores.
     seeds : sequence of int
-        Instead of the grid's own. Results of other seeds stay in the file if all their
-        parameters are those of the grid.
+        Replaces the grid's. Results of other seeds stay in the file if their parameters are those
+        of the grid.
     scheduler : str
-        Address of a Dask cluster that does the runs instead, as ``tcp://10.0.0.1:8786``. Its
-        workers see repository, data and `folder` under the same absolute paths, and have one
-        thread each; a run whose worker dies is taken up by another one.
+        Address of a Dask cluster that does the runs, such as ``tcp://10.0.0.1:8786``. Its workers
+        must have one thread each, and see repository, data and `folder` under the same absolute
+        paths; a run whose worker dies goes to another one.
     rows, folds : sequence of str, sequence of int
-        Run only the networks of these names and the folds of these numbers, from 0. Results of the
-        rest stay in the file if their parameters are those of the grid, so that parts add up to it.
+        Run only the networks of these names and the folds of these numbers, from 0. Other results
+        stay in the file if their parameters are those of the grid, so that parts add up to it.
     ignore_frames : bool
-        Go on with trees that do not lie on the neurites of their images.
+        Accept trees that do not lie on the neurites of their images.
 
     Returns
     -------
     Path
-        The results file: after every run the results of all that are done. Runs that failed are
-        raised as one NotebookError after all others; a second call tries these again.
+        The results file, which is written after every run. If runs fail, a NotebookError follows
+        at the end; a second call tries them again.
     """
     if workers < 1:
         raise SettingsError(f"workers={workers}: expected at least one")
@@ -281,7 +279,7 @@ def _cells(grid: dict, stem: str, seeds: Sequence[int]) -> Iterator[Cell]:
 def _part(
     path: str | Path, grid: dict, cells: list[Cell], rows: Sequence[str], folds: Sequence[int]
 ) -> list[Cell]:
-    """The cells of some rows and folds; of all that are not named."""
+    """The cells of some rows and folds, by default of all."""
     known = list(grid["networks"])
     for name in rows:
         if name not in known:
@@ -296,7 +294,7 @@ def _part(
 
 
 def _run_cell(data: str, folder: str, chain: Sequence[str], where: str, cell: Cell) -> Run:
-    """Run one cell; in `where`, since data may be named relative to it."""
+    """Run one cell in the folder `where`, because data may be relative to it."""
     with contextlib.chdir(where):
         profile = PROFILES / "empty.yaml"
         values = cell.parameters
@@ -306,7 +304,7 @@ def _run_cell(data: str, folder: str, chain: Sequence[str], where: str, cell: Ce
 def _execute(
     cells: list[Cell], job: Callable[[Cell], Run], workers: int = 1, scheduler: str = ""
 ) -> Iterator[tuple[Cell, Run | NeurolibError]]:
-    """Run the cells; yield each with its run, or with the error that ended it, as they end."""
+    """Run the cells; as each ends, yield it with its run or its error."""
     if scheduler:
         with cluster.connect(scheduler=scheduler) as client:
             yield from cluster.share(client, job, cells)
@@ -328,17 +326,17 @@ def _execute(
 
 
 def _run_apart(job: functools.partial, threads: int, cell: Cell) -> Run | NeurolibError:
-    """Do a job on a cell in a process of its own, with so many threads there and in its kernels."""
-    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    """Do a job on a cell in its own process, with `threads` threads there and in its kernels."""
+    env, pipe = os.environ | {"OMP_NUM_THREADS": str(threads)}, subprocess.PIPE
     with (
-        tempfile.TemporaryFile("w+") as said,
-        subprocess.Popen(WORKER, stdin=subprocess.PIPE, stderr=said, text=True, env=env) as process,
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(WORKER, stdin=pipe, stderr=errors, text=True, env=env) as process,
     ):
         process.stdin.write(json.dumps([*job.args, vars(cell)]) + "\n")
-        process.stdin.flush()  # and stays open: its end is the end of this process
+        process.stdin.flush()  # stays open, so that its end tells the worker that we ended
         status = process.wait()
-        said.seek(0)
-        last = (said.read().splitlines() or [""])[-1]
+        errors.seek(0)
+        last = (errors.read().splitlines() or [""])[-1]
     if status == 0:
         return Run(Path(job.args[1]) / cell.name)
     if status < 0:
@@ -347,7 +345,7 @@ def _run_apart(job: functools.partial, threads: int, cell: Cell) -> Run | Neurol
 
 
 def _work() -> None:
-    """Do the run that the first line of the input names; leave an error as JSON and status 2."""
+    """Do the run in the first line of the input; write an error as JSON and exit with status 2."""
     *job, cell = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
@@ -358,13 +356,13 @@ def _work() -> None:
 
 
 def _end_with_parent() -> None:
-    """Of a sweep that is killed nothing may go on that would be in the way of the next one."""
-    os.read(0, 1)  # until the input ends
+    """Kill this process when the input ends, because its sweep was killed."""
+    os.read(0, 1)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _rows(run: Run, cell: Cell, data: str, measure: str) -> list[dict]:
-    """The lines of a results file that one run gives."""
+    """Lines of a results file for one run."""
     metrics = run.metrics()
     records, about = metrics["notebooks"], metrics["about"]
     chain = MEASURES[measure]
@@ -383,7 +381,7 @@ def _rows(run: Run, cell: Cell, data: str, measure: str) -> list[dict]:
         "every": cell.parameters.get("every", 1),
         "settings": cell.settings,
     }
-    # A parameter that a cell leaves at its default has an empty place.
+    # A parameter at its default is empty.
     common |= {key: cell.parameters.get(key, "") for key in VARIED_AND_SHARED}
     if measure == "validation":
         curve = metrics["validation"]
@@ -395,14 +393,12 @@ def _rows(run: Run, cell: Cell, data: str, measure: str) -> list[dict]:
         # In the unit of the distances.
         scale = in_unit(volume.spacing, scores.get("unit", "µm"))
         diagonal = volume_diagonal(volume.data.shape, scale)
-        # A notebook records words beside the numbers (the style, which stands in `names`), and
-        # no clDice on a sample of the slices.
         names = {"neuron": pair.neuron, "volume": pair.name, "style": pair.style}
         names |= {"diagonal": round(diagonal, 1)}
         rows.append(common | names | _numbers(scores))
-        for name, found in metrics.get("filters", {}).get(pair.name, {}).items():
+        for name, filtered in metrics.get("filters", {}).get(pair.name, {}).items():
             trained = dict.fromkeys((*VARIED_AND_SHARED, "key", "weights", "device", "seconds"), "")
-            row = common | trained | names | _numbers(found)
+            row = common | trained | names | _numbers(filtered)
             rows.append(row | {"network": name, "seed": "", "settings": cell.data_settings})
     return rows
 
@@ -413,7 +409,7 @@ def _numbers(scores: dict) -> dict:
 
 
 def _write_together(path: Path, parts: list[list[dict]], order: list[str], measure: str) -> None:
-    """Write all rows, sorted, each once: every run of a fold gives its filters again."""
+    """Write all rows, sorted, each once, because all runs of a fold repeat its filters."""
     keys = ("network", "seed", "fold", "volume", "step")
     single = {tuple(str(row.get(k)) for k in keys): row for part in parts for row in part}
 
@@ -429,13 +425,13 @@ def _write_index(
     """Write a page with a line per run: its state, its Dice and seconds, its report."""
     lines = [("network", "seed", "fold", "state", "Dice", "seconds")]
     for cell in cells:
-        found = rows.get(cell.name, [])
-        name, dice = escape(cell.network), [row["dice"] for row in found]
+        own = rows.get(cell.name, [])
+        name, dice = escape(cell.network), [row["dice"] for row in own]
         line = [name, cell.seed, cell.fold, escape(failed.get(cell.name, "not yet")), "", ""]
-        if found:
-            best = max(dice) if "step" in found[0] else sum(dice) / len(dice)
+        if own:
+            best = max(dice) if "step" in own[0] else sum(dice) / len(dice)
             link = f'<a href="{quote(Path(cell.name).name)}/report.html">{name}</a>'
-            line = [link, cell.seed, cell.fold, "done", f"{best:.3f}", found[0]["seconds"]]
+            line = [link, cell.seed, cell.fold, "done", f"{best:.3f}", own[0]["seconds"]]
         lines.append(line)
     body = "\n".join(f"<tr>{''.join(f'<td>{one}</td>' for one in line)}</tr>" for line in lines)
     title = escape(path.parent.name)
@@ -449,7 +445,7 @@ def _write_index(
 
 
 def _kept(path: Path, cells: list[Cell], grid: list[Cell], data: str, measure: str) -> list[dict]:
-    """Results of an earlier call that are not to be run now, with the parameters of this grid."""
+    """Results of earlier calls that this call does not run but that belong to this grid."""
     try:
         rows = read_results(path, measure)
     except SettingsError:
@@ -470,7 +466,7 @@ def _kept(path: Path, cells: list[Cell], grid: list[Cell], data: str, measure: s
 
 
 def write_results(path: Path, rows: list[dict], measure: str = "test") -> None:
-    """Write a tidy file, whole or not at all; NaN is an empty place."""
+    """Write a results file atomically; NaN becomes empty."""
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(
             file, COLUMNS[measure], lineterminator="\n", extrasaction="ignore", restval=""
@@ -482,7 +478,7 @@ def write_results(path: Path, rows: list[dict], measure: str = "test") -> None:
 
 
 def read_results(path: str | Path, measure: str = "test") -> list[dict]:
-    """Read a tidy results file; measurements as floats, NaN where there is none."""
+    """Read a results file; measurements are floats, NaN if missing."""
     path = Path(path)
     if not path.is_file():
         raise SettingsError(f"{path}: no results; run: neurolib sweep profiles/table1-cpu.yaml")
@@ -501,20 +497,19 @@ def read_results(path: str | Path, measure: str = "test") -> list[dict]:
 def by_neuron_and_seed(rows: list[dict], column: str) -> dict[str, dict[str, dict[str, float]]]:
     """Mean of a column over the volumes of a neuron, as network → neuron → seed → value.
 
-    Two volumes of one neuron are no two neurons. An infinite distance, of a network that found
-    nothing, counts as the diagonal of its volume.
+    An infinite distance, of a network that found nothing, counts as the diagonal of its volume.
     """
-    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    values: dict[str, dict[str, dict[str, list[float]]]] = {}
     for row in rows:
         value = row["diagonal"] if row[column] == float("inf") else row[column]
-        seeds = found.setdefault(row["network"], {}).setdefault(row["neuron"], {})
+        seeds = values.setdefault(row["network"], {}).setdefault(row["neuron"], {})
         seeds.setdefault(row["seed"], []).append(value)
     return {
         network: {
             neuron: {seed: sum(v) / len(v) for seed, v in seeds.items()}
             for neuron, seeds in neurons.items()
         }
-        for network, neurons in found.items()
+        for network, neurons in values.items()
     }
 
 
@@ -527,25 +522,25 @@ def by_network(rows: list[dict], column: str) -> dict[str, dict[str, float]]:
 
 
 def means(rows: list[dict], columns: Mapping[str, str]) -> list[dict]:
-    """A row per network or filter: the mean over neurons of each column, under its head."""
-    found = {head: by_network(rows, column) for column, head in columns.items()}
+    """A row per network or filter: the mean over neurons of each column, under its heading."""
+    values = {heading: by_network(rows, column) for column, heading in columns.items()}
     names = dict.fromkeys(row["network"] for row in rows)
     return [
         {"method": name}
-        | {head: sum(of[name].values()) / len(of[name]) for head, of in found.items()}
+        | {heading: sum(of[name].values()) / len(of[name]) for heading, of in values.items()}
         for name in names
     ]
 
 
 def by_seed(rows: list[dict], column: str) -> dict[str, dict[str, float]]:
-    """Mean of a column over neurons, as network → seed → value: what another seed changes."""
-    found: dict[str, dict[str, float]] = {}
+    """Mean of a column over neurons, as network → seed → value."""
+    averages: dict[str, dict[str, float]] = {}
     for seed in sorted({row["seed"] for row in rows} - {""}):
         values = by_network([row for row in rows if row["seed"] == seed], column)
         for network, neurons in values.items():
             mean = sum(neurons.values()) / len(neurons)
-            found.setdefault(network, {})[f"seed {seed}"] = mean
-    return found
+            averages.setdefault(network, {})[f"seed {seed}"] = mean
+    return averages
 
 
 def gains(
@@ -560,7 +555,7 @@ def gains(
 
 
 def describe_results(rows: list[dict]) -> list[str]:
-    """What a results file was made with, one fact a line."""
+    """Settings of a results file, one fact per line."""
 
     def values(column: str) -> str:
         return ", ".join(sorted({str(row[column]) for row in rows}))

@@ -1,7 +1,7 @@
-"""Pictures that answer to sliders, with a still picture where nothing can answer.
+"""Pictures with sliders, and a still picture where no kernel runs.
 
-A widget works where a kernel runs: JupyterLab, Binder, Colab. On a page (nbviewer, HTML, a report)
-the same output shows its still picture, drawn at the controls' first values.
+A widget needs a kernel: JupyterLab, Binder, Colab. On a page (nbviewer, HTML, a report) the same
+output shows a still picture, drawn at the first values of the controls.
 """
 
 import asyncio
@@ -13,28 +13,28 @@ from matplotlib.figure import Figure
 from neurolib.course.plotting import keep, markup, png
 from neurolib.course.runs import WIDGET
 
-# Seconds for which a control must rest before its picture is drawn.
+# Seconds for which a control must rest before the picture is drawn.
 REST = 0.05
 
 
 def live(draw: Callable[[list], Figure], alt: str, every: int = 10) -> Callable[[dict], None]:
-    """Display a picture of something that grows, and return what makes it grow by one row.
+    """Display a picture that grows, and return the function that adds a row to it.
 
-    Nothing of it is kept in a stored notebook: when all is done, show the figure once more.
+    A stored notebook does not keep the picture: show the figure once more at the end.
 
     Parameters
     ----------
     draw : callable
-        Takes all rows so far and gives a figure.
+        Takes all rows so far and returns a figure.
     alt : str
-        For front ends that show no widgets.
+        For front ends without widgets.
     every : int
         Rows between two drawings.
 
     Returns
     -------
     callable
-        Takes one row, as `neurolib.training.train` gives it to `on_step`.
+        Takes one row; pass it to `neurolib.training.train` as `on_step`.
     """
     import ipywidgets
     from IPython.display import display
@@ -60,16 +60,16 @@ def live(draw: Callable[[list], Figure], alt: str, every: int = 10) -> Callable[
 def explore(
     draw: Callable[..., Figure], name: str, alt: str, folder: str | Path | None = None, **controls
 ) -> None:
-    """Display a figure that is drawn anew whenever one of its controls changes.
+    """Display a figure that is redrawn whenever one of its controls changes.
 
     Parameters
     ----------
     draw : callable
-        Takes the value of each control by its name and gives a figure.
+        Takes the value of each control by its name and returns a figure.
     name, alt, folder
-        As in `neurolib.course.plotting.show`; of the still picture.
+        As in `neurolib.course.plotting.show`, for the still picture.
     **controls : ipywidgets
-        Sliders, drop-down lists: anything with a ``value``.
+        Anything with a ``value``: sliders, drop-down lists.
     """
     import ipywidgets
     from IPython.display import display
@@ -83,7 +83,7 @@ def explore(
     problem = ipywidgets.Label()
 
     def update() -> None:
-        # An error in a callback reaches nobody: it must be seen where the picture stays as it was.
+        # Nobody sees an error in a callback, so it is shown beside the old picture.
         try:
             live.value, problem.value = picture(), ""
         except Exception as error:
@@ -92,19 +92,19 @@ def explore(
     waiting: list[asyncio.TimerHandle] = []
 
     def changed(_) -> None:
-        # A slider in motion tells every place it passes: only the one where it rests is drawn.
+        # A moving slider reports every place; draw only the one where it rests.
         for handle in waiting:
             handle.cancel()
         try:
             waiting[:] = [asyncio.get_running_loop().call_later(REST, update)]
-        except RuntimeError:  # no loop, no slider in motion
+        except RuntimeError:  # without a loop, no slider moves
             update()
 
     for key, control in controls.items():
         control.description = control.description or key
         control.observe(changed, "value")
     box = ipywidgets.VBox([*controls.values(), problem, live])
-    # Front ends take the richest format they know: the widget, else the picture, else the words.
+    # A front end takes the richest format that it knows.
     display(
         {
             WIDGET: {"version_major": 2, "version_minor": 0, "model_id": box.model_id},

@@ -26,36 +26,36 @@ from neurolib.errors import DataError, NeurolibWarning, SettingsError
 URL = "https://github.com/BigNeuron/Data/releases/download/Gold166_v1/gold166.zip"
 VARIABLE = "NEUROLIB_BIGNEURON_URL"
 GROUP = "janelia_flylight"
-# Best first, where a folder holds one image in several formats: the release's own goes first.
+# Best first, where a folder holds one image in several formats.
 IMAGES = (".v3dpbd", ".v3draw", ".tif", ".tiff")
-# Vaa3D names a proofread tree after its image and the time at which it was saved:
+# Vaa3D names a proofread tree after its image and the time of saving:
 # "cell.v3dpbd_stamp_2015_06_15_18_06.swc", "cell.v3dpbd.ano_stamp_2015_06_17_11_23.swc".
 GOLD = re.compile(r"_stamp_[\d_]+\.swc$", re.IGNORECASE)
-# The archive is a few gigabytes, its Janelia part less than fifty when unpacked; what claims to
-# be far larger is not it, and must not fill a disk.
+# The archive has a few gigabytes, its Janelia part less than fifty unpacked; anything far larger
+# must not fill a disk.
 MAX_ARCHIVE = 40 << 30
 MAX_UNPACKED = 100 << 30
-# What zipfile raises for archives that are damaged, encrypted or packed in unknown ways.
+# Errors of zipfile for archives that are damaged, encrypted or packed in unknown ways.
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 
 
 def fetch_janelia() -> Path:
     """Folder of the Janelia image/SWC pairs, downloaded and unpacked at the first call.
 
-    The archive comes from ``$NEUROLIB_BIGNEURON_URL``, else the release's own address (`URL`), and
-    must have the hash ``$NEUROLIB_BIGNEURON_SHA256``. The release publishes none: without one, that
-    of the first download is recorded in the cache and enforced later.
+    The archive comes from ``$NEUROLIB_BIGNEURON_URL``, by default the release's address (`URL`),
+    and must have the hash ``$NEUROLIB_BIGNEURON_SHA256``. The release publishes no hash: by default
+    that of the first download is recorded in the cache and enforced later.
 
     Returns
     -------
     Path
-        Folder with an image and ``<name>.swc`` for every neuron, there whole or not at all.
+        Folder with an image and ``<name>.swc`` for every neuron, created atomically.
     """
     url = os.environ.get(VARIABLE) or URL
     expected = os.environ.get("NEUROLIB_BIGNEURON_SHA256", "").lower()
     if not re.fullmatch(r"([0-9a-f]{64})?", expected):
         raise DataError(f"sha256 {expected!r}: expected 64 hexadecimal digits")
-    # Two addresses may hold two versions: each has a folder and a record of its own.
+    # Two addresses may hold two versions, so each has its own folder and record.
     cache, key = files.cache_folder() / "bigneuron", hashlib.sha256(url.encode()).hexdigest()[:8]
     folder, record = cache / f"{GROUP}-{key}", cache / f"archive-{key}.json"
     known = read_record(record).get("sha256", "")
@@ -65,10 +65,9 @@ def fetch_janelia() -> Path:
             f"{expected[:16]}...; delete {folder} and {record} to fetch it again"
         )
     archive, lock = cache / f"archive-{key}.zip", cache / f".{GROUP}-{key}.lock"
-    # Killed after it was unpacked, a call leaves the archive.
+    # A call killed after unpacking leaves the archive.
     if folder.is_dir() and not archive.exists() and not lock.exists():
         return folder
-    # Two that append to one part would spoil it.
     with files.claim(lock):
         if not folder.is_dir():
             _fetch(url, archive, folder, expected or known, record)
@@ -79,24 +78,24 @@ def fetch_janelia() -> Path:
 def _fetch(url: str, archive: Path, folder: Path, expected: str, record: Path) -> None:
     """Download, check and unpack the archive."""
     download(url, archive, expected, MAX_ARCHIVE, VARIABLE)
-    found = expected or files.sha256(archive)
+    digest = expected or files.sha256(archive)
     if not expected:
         warnings.warn(
-            f"{url}: no hash of this archive is known; sha256 {found} of this first download is "
+            f"{url}: no hash of this archive is known; sha256 {digest} of this first download is "
             f"recorded in {record} and enforced from now on",
             NeurolibWarning,
             stacklevel=3,
         )
-    files.write_text(record, json.dumps({"url": url, "sha256": found}, indent=1))
+    files.write_text(record, json.dumps({"url": url, "sha256": digest}, indent=1))
     try:
         with files.atomic_path(folder) as temporary:
             temporary.mkdir()
             _unpack(archive, temporary)
     except OSError as error:
-        # The disk's fault, not the archive's: it is kept for the next call.
+        # The disk is to blame, so keep the archive for the next call.
         raise SettingsError(f"{folder}: cannot be written ({error.strerror})") from None
     except (DataError, *DAMAGED) as error:
-        # What is not the release must not be remembered as its first download.
+        # This is not the release, so its hash must not be remembered.
         archive.unlink()
         if not expected:
             record.unlink()
@@ -107,7 +106,7 @@ def _fetch(url: str, archive: Path, folder: Path, expected: str, record: Path) -
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """Write the Janelia pairs of the archive into `folder`, under names of our own."""
+    """Write the Janelia pairs of the archive into `folder`, renamed."""
     with zipfile.ZipFile(archive) as opened:
         members = [member for member in opened.infolist() if not member.is_dir()]
         for member in members:
@@ -138,7 +137,7 @@ def _unpack(archive: Path, folder: Path) -> None:
             )
         for name, (image, tree) in tqdm(sorted(pairs.items()), desc="unpacking"):
             for member, suffix in ((image, _path(image).suffix.lower()), (tree, ".swc")):
-                # zipfile stops at the size that was summed up above, and checks the CRC.
+                # zipfile stops at the size summed up above, and checks the CRC.
                 with opened.open(member) as source, open(folder / f"{name}{suffix}", "wb") as out:
                     shutil.copyfileobj(source, out, 1 << 20)
 
@@ -157,7 +156,7 @@ def _pairs(members: list[zipfile.ZipInfo]) -> tuple[dict[str, tuple], list[str]]
             folders[path.parent].append(member)
     pairs, unpaired = {}, []
     for _, inside in sorted(folders.items()):
-        # Of several formats of one image, the first of IMAGES comes last, and stays.
+        # Of several formats of one image, the last one here counts: the first of IMAGES.
         images = {
             _path(m).stem: m
             for suffix in reversed(IMAGES)
@@ -166,8 +165,8 @@ def _pairs(members: list[zipfile.ZipInfo]) -> tuple[dict[str, tuple], list[str]]
         }
         trees = [m for m in inside if _path(m).suffix.lower() == ".swc"]
         for stem, image in sorted(images.items()):
-            # Alone in its folder an image may have a tree of any name; "cell_1" is not the image
-            # of "cell_10.swc".
+            # The only image of a folder may have a tree of any name; otherwise "cell_10.swc" must
+            # not match "cell_1".
             named = (f"{stem}.", f"{stem}_")
             own = [t for t in trees if len(images) == 1 or _path(t).name.startswith(named)]
             gold = [t for t in own if GOLD.search(_path(t).name)] or own
@@ -175,6 +174,6 @@ def _pairs(members: list[zipfile.ZipInfo]) -> tuple[dict[str, tuple], list[str]]
             if len(gold) != 1:
                 unpaired.append(name)
             else:
-                # The same image in two parts is one neuron: the first is kept.
+                # If both parts have the same image, the first counts.
                 pairs.setdefault(name, (image, gold[0]))
     return pairs, unpaired

@@ -1,8 +1,8 @@
 """Data sets: pairs of an image and its SWC, split by neuron.
 
-A data set is a folder of pairs with the same name (``cell.tif`` and ``cell.swc``), wherever it
-comes from: generated (``synthetic``), rendered from given trees (``rendered:FOLDER``), downloaded
-(``fly-larva``, ``bigneuron-janelia``), or somebody's own.
+A data set is a folder of pairs with the same name (``cell.tif`` and ``cell.swc``): generated
+(``synthetic``), rendered from given trees (``rendered:FOLDER``), downloaded (``fly-larva``,
+``bigneuron-janelia``), or your own.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ from neurolib.parameters import three_numbers
 from neurolib.swc import Tree, read_swc, write_swc
 from neurolib.volume import SUFFIXES, read_volume, write_volume
 
-# The name of a data set that is rendered from the trees of a folder, and of its microscope.
+# The name of a data set rendered from the trees of a folder, perhaps with its microscope.
 RENDERED = re.compile(r"rendered(-(?P<style>[^:/\\]*))?:(?P<folder>.+)")
 
 
@@ -60,17 +60,17 @@ def load_dataset(name: str | Path, channel: int = -1, spacing: str = "") -> list
     Parameters
     ----------
     name : str or path
-        ``synthetic``, ``fly-larva``, ``fly-larva-final``, ``bigneuron-janelia``,
-        ``rendered:FOLDER`` (or ``rendered-STYLE:FOLDER``) for the SWC files of a folder, see
-        `rendered_pairs`, or a folder of pairs. Folders are relative to the working directory.
+        ``synthetic``, ``fly-larva``, ``fly-larva-final``, ``bigneuron-janelia``, a folder of
+        pairs, or ``rendered:FOLDER`` (or ``rendered-STYLE:FOLDER``) for the SWC files of a folder
+        (see `rendered_pairs`). Folders are relative to the working directory.
     channel : int
-        Of multi-channel images, from 0; -1 where they have one.
+        Of multi-channel images, from 0; -1 for images with one.
     spacing : str
-        Z,Y,X in µm, in place of what the images record; empty: theirs.
+        Z,Y,X in µm; empty for those of the images.
     """
-    how = {"channel": None if channel < 0 else channel}
-    how["spacing"] = three_numbers(spacing, "spacing=", positive=True)
-    return [replace(pair, **how) for pair in _pairs_of(name)]
+    options = {"channel": None if channel < 0 else channel}
+    options["spacing"] = three_numbers(spacing, "spacing=", positive=True)
+    return [replace(pair, **options) for pair in _pairs_of(name)]
 
 
 def _pairs_of(name: str | Path) -> list[Pair]:
@@ -89,11 +89,7 @@ def _pairs_of(name: str | Path) -> list[Pair]:
 
 
 def name_from(name: str, start: str | Path) -> str:
-    """The name of a data set for a process that works in the folder `start`.
-
-    Folders in the name, as they are found from here, are written relative to `start`; names
-    without a folder stay as they are.
-    """
+    """Rewrite the folder in a data set's name, if there is one, relative to the folder `start`."""
     if name in NAMED:
         return name
     rendered = RENDERED.fullmatch(name)
@@ -112,7 +108,7 @@ def data_label(data: str) -> str:
 
 
 def data_key(data: str) -> str:
-    """What decides the pairs of a data set: of all its files the content, and whose neuron."""
+    """Identify the pairs of a data set by the contents and neurons of its files."""
     if data in GENERATED:
         return data
     return ",".join(
@@ -144,8 +140,8 @@ def split_by_neuron(
         Names of test and of validation neurons (or of their pairs), separated by commas, instead
         of a draw. A name may itself contain commas, or be a number.
     train : int
-        Neurons to train on, drawn from those that are left; 0 takes all. With one seed, fewer
-        neurons are among the more.
+        Number of neurons to train on, drawn from the rest; 0 takes all. With the same seed, a
+        smaller draw is part of a larger one.
     """
     if any(pair.style == FINAL_STYLE for pair in pairs):
         raise DataError(
@@ -194,14 +190,14 @@ def _asked(
 ) -> list[str]:
     """The `known` names that a setting lists."""
     if isinstance(asked, int):
-        # YAML makes a number of 007.
+        # YAML reads 007 as a number.
         numbers = [name for name in known if name.isdecimal() and int(name) == asked]
         asked = numbers if len(numbers) == 1 else str(asked)
     words = [[name] for name in asked] if not isinstance(asked, str) else [asked.split(",")]
-    found = []
+    chosen = []
     for parts in words:
         while any(part.strip() for part in parts):
-            # The longest run of parts that is a name: names may contain commas.
+            # Names may contain commas: try the longest run of parts first.
             ends = range(len(parts), 0, -1)
             hits = ((end, find_name(",".join(parts[:end]), known)) for end in ends)
             end, name = next((hit for hit in hits if hit[1] is not None), (1, None))
@@ -209,13 +205,13 @@ def _asked(
                 raise DataError(
                     f"{key}: no neuron {parts[0].strip()!r}; there are {', '.join(neurons)}"
                 )
-            found += [name] if name is not None else []
+            chosen += [name] if name is not None else []
             parts = parts[end:]
-    return found
+    return chosen
 
 
 def write_manifest(path: str | Path, split: Split, seed: int) -> Path:
-    """Write which pair is in which split, with the hash of each file and the seed, as JSON."""
+    """Write a split as JSON, with the hash of each file and the seed."""
     entries = []
     for role, pairs in zip(("train", "validation", "test"), split, strict=True):
         for pair in pairs:
@@ -237,13 +233,13 @@ def _digest(path: Path) -> str:
 
 
 def read_manifest(path: str | Path) -> Split:
-    """Read a split back; refuse it if a file has changed since."""
+    """Read a split; refuse it if a file has changed since."""
     path = Path(path)
     groups = {"train": (), "validation": (), "test": ()}
     try:
         for entry in json.loads(path.read_text(encoding="utf-8"))["pairs"]:
             files = Path(entry["image"]), Path(entry["swc"])
-            # Older splits have neither.
+            # Old splits have neither.
             channel, spacing = entry.get("channel"), entry.get("spacing")
             pair = Pair(entry["name"], entry["neuron"], *files, entry["style"], channel)
             pair = replace(pair, spacing=tuple(spacing)) if spacing else pair
@@ -261,7 +257,7 @@ def read_manifest(path: str | Path) -> Split:
     return Split(**groups)
 
 
-# The embedded data set: large enough to hold an arbor, small enough for two cores.
+# Large enough for an arbor, small enough for two cores.
 SYNTHETIC_COUNT = 6
 SYNTHETIC_SHAPE = (48, 192, 192)
 
@@ -269,8 +265,8 @@ SYNTHETIC_SHAPE = (48, 192, 192)
 def synthetic_pairs() -> list[Pair]:
     """Generate the embedded data set, or find it in the cache.
 
-    The cache folder is named by the settings and by the hash of the generator's own source:
-    a changed generator never leaves old data in use.
+    The hash of the generator's source names the cache folder, so that a changed generator never
+    uses old data.
     """
     source, count, shape = sha256(synthesis.__file__)[:12], SYNTHETIC_COUNT, SYNTHETIC_SHAPE
     size = "x".join(map(str, shape))
@@ -289,18 +285,16 @@ def synthetic_pairs() -> list[Pair]:
 def rendered_pairs(folder: str | Path, style: str = "flylight") -> list[Pair]:
     """Render the trees of a folder as a microscope would show them, or find them in the cache.
 
-    Real trees, stacks that are not: the pairs' `style` is "rendered from gold". Each stack is
-    the tree's bounding box with room around (`synthesis.ROOM` voxels beyond the tubes),
-    and the SWC beside it is the given one moved into that box; its first lines say by how much.
-    Staining and noise are drawn by the name of the file alone, so that a neuron looks the same
-    whatever lies beside it.
+    Trees are real, stacks are not: the pairs' `style` is "rendered from gold". Each stack is the
+    tree's bounding box with a margin (`synthesis.ROOM` voxels beyond the tubes). The SWC beside it
+    is the given one moved into that box; its first lines give the shift. Staining and noise depend
+    on the file name alone, so that a neuron looks the same in any folder.
 
     Parameters
     ----------
     folder : path
-        With SWC files in voxels of equal sides; other files are left alone, but an optional
-        ``neurons.csv`` is read as by `folder_pairs`. Radii are taken as `read_swc` gives them:
-        rough ones stay rough, and one that is not positive is 1 voxel.
+        With SWC files in voxels of equal sides, and optionally ``neurons.csv`` as for
+        `folder_pairs`. Radii are those of `read_swc`: one that is not positive becomes 1 voxel.
     style : str
         One of `neurolib.data.synthesis.STYLES`.
 
@@ -311,9 +305,9 @@ def rendered_pairs(folder: str | Path, style: str = "flylight") -> list[Pair]:
 
     Notes
     -----
-    Each pair is cached by itself, under the style, the hash of the generator's source, and the
-    hash of name and content of its SWC: an interrupted call goes on where it was, and a changed
-    tree is the only one to be rendered again.
+    Each pair is cached under the style, the hash of the generator's source, and the hash of its
+    SWC's name and content. So an interrupted call resumes, and only a changed tree is rendered
+    again.
     """
     if style not in synthesis.STYLES:
         known = ", ".join(f"rendered-{name}:FOLDER" for name in synthesis.STYLES)
@@ -336,11 +330,11 @@ def rendered_pairs(folder: str | Path, style: str = "flylight") -> list[Pair]:
                 f"{path}: cannot be read ({error.strerror}); expected an SWC file"
             ) from None
         key = text_key(f"{name}\0{content}")
-        # A folder's name has a limit that the names of files with their suffix may just reach.
+        # The name of a file may be just as long as a name may be.
         places[name] = shelf / f"{name[:40]}-{key}"
     missing = [name for name, place in places.items() if not place.is_dir()]
     for name in missing:
-        # All of them before the first is rendered: an error must not come after minutes.
+        # Check all before rendering the first: an error must not come after minutes.
         _read_to_render(files[name])
     for name in tqdm(missing, desc="rendering", mininterval=2, disable=not missing):
         if not places[name].is_dir():  # another process may have made it meanwhile
@@ -361,9 +355,8 @@ def _read_to_render(path: Path) -> Tree:
 
 
 def _render_pair(path: Path, place: Path, style: str) -> None:
-    """Render one SWC into the folder `place`, which is there whole or not at all."""
+    """Render one SWC into the folder `place`, atomically."""
     tree = _read_to_render(path)
-    # Eight digits are as many seeds as anybody has neurons.
     seed = int(hashlib.sha256(path.stem.encode()).hexdigest()[:8], 16)
     volume, moved = synthesis.render_extract(tree, style, seed)
     shift = " ".join(f"{d:+.0f}" for d in (moved.xyz - tree.xyz)[0])
@@ -375,19 +368,17 @@ def _render_pair(path: Path, place: Path, style: str) -> None:
 
 
 def measure(data: list[Pair] | str | Path) -> list[dict[str, float]]:
-    """Statistics of trees and stacks, to be compared by `neurolib.data.synthesis.calibration`.
+    """Statistics of trees and stacks for `neurolib.data.synthesis.calibration`.
 
     Parameters
     ----------
     data : list of Pair, or path
-        Pairs, or a folder. A folder of SWC files without an image of equal name gives the
-        statistics of the trees alone.
+        Pairs, or a folder. A folder without pairs gives the statistics of its trees alone.
 
     Returns
     -------
     list of dict
-        For each neuron what `synthesis.statistics` and, where there are images, what
-        `synthesis.image_statistics` return.
+        `synthesis.statistics` and, with images, `synthesis.image_statistics` of each neuron.
     """
     if not isinstance(data, list):
         trees = trees_by_name(Path(data))
@@ -403,9 +394,7 @@ def _measured(swc: Path, image: Path | None = None) -> dict[str, float]:
     volume = read_volume(image) if image else None
     tree = read_swc(swc, volume and volume.known_spacing)
     try:
-        found = synthesis.statistics(tree)
-        if volume is not None:
-            found |= synthesis.image_statistics(volume, tree)
+        tree_facts = synthesis.statistics(tree)
+        return tree_facts | (synthesis.image_statistics(volume, tree) if volume else {})
     except NeurolibError as error:
         raise type(error)(f"{(image or swc).name}: {error}") from None
-    return found

@@ -14,25 +14,25 @@ from urllib3.exceptions import HTTPError
 from neurolib.errors import DataError, SettingsError
 from neurolib.files import sha256 as hash_of
 
-# A connection is given up when nothing comes for TIMEOUT seconds, or less than SLOWEST bytes per
-# second over WINDOW seconds; the transfer when TRIES connections in a row brought nothing new.
+# A connection ends when nothing comes for TIMEOUT seconds, or less than SLOWEST bytes per second
+# over WINDOW seconds; the transfer fails after TRIES connections in a row without progress.
 TIMEOUT = 30.0
 WINDOW = 30.0
 SLOWEST = 4096
 TRIES = 5
-# Connections in all, so that one that drops after every few bytes comes to an end, too.
+# Limits a transfer whose connections each drop after a few bytes.
 MAX_CONNECTIONS = 100
 PAUSE = 1.0
-# Seconds that a server may ask for between two connections.
+# Most seconds that a server may make us wait between two connections.
 MAX_WAIT = 60.0
-# Smaller files come and go too fast for a progress bar of their own.
+# Smaller files need no progress bar.
 SMALL = 16 << 20
-# Keeps the connection open from file to file.
+# Keeps the connection open between files.
 SESSION = requests.Session()
 
 
 class _Interrupted(Exception):
-    """The connection broke or was refused for now: worth another one, after `wait` seconds."""
+    """The connection broke or was refused; try another one after `wait` seconds."""
 
     def __init__(self, reason: str, wait: str = ""):
         super().__init__(reason)
@@ -40,35 +40,36 @@ class _Interrupted(Exception):
 
 
 class _Stalled(_Interrupted):
-    """The server sends so slowly that the file would take days."""
+    """The server is too slow."""
 
 
 def download(url: str, path: Path, sha256: str, limit: int, variable: str) -> None:
-    """Bring a file to `path`, whole and with the right hash, or not at all.
+    """Download a file to `path`, with the right hash or not at all.
 
-    What an interrupted transfer has brought stays beside it as ``.part``, and the next call
-    resumes there. A file that is already at `path` is only checked.
+    An interrupted transfer leaves ``.part`` beside it, and the next call resumes there. A file
+    that is already at `path` is only checked.
 
     Parameters
     ----------
     sha256 : str
-        Hash that the file must have; empty where none is known.
+        Hash that the file must have; empty if unknown.
     limit : int
-        Largest number of bytes that it can have.
+        Largest number of bytes that it may have.
     variable : str
-        Environment variable in which the user can name another address.
+        Environment variable with which the user can set another address.
     """
     if not path.exists():
-        _bring(url, path, limit, variable)
-    if sha256 and (found := hash_of(path)) != sha256:
+        _transfer_all(url, path, limit, variable)
+    if sha256 and (digest := hash_of(path)) != sha256:
         path.unlink()
         raise DataError(
-            f"{url}: the download has sha256 {found}, expected {sha256}; it was deleted: try "
+            f"{url}: the download has sha256 {digest}, expected {sha256}; it was deleted: try "
             f"again, or set ${variable} to another address"
         )
 
 
-def _bring(url: str, path: Path, limit: int, variable: str) -> None:
+def _transfer_all(url: str, path: Path, limit: int, variable: str) -> None:
+    """Connect again until the file is whole."""
     part = path.with_suffix(".part")
     fruitless, connections, wait = 0, 0, 0.0
     while fruitless < TRIES and connections < MAX_CONNECTIONS:
@@ -81,7 +82,7 @@ def _bring(url: str, path: Path, limit: int, variable: str) -> None:
             os.replace(part, path)
             return
         except (_Interrupted, requests.ConnectionError, requests.Timeout, HTTPError) as error:
-            # A connection that only trickles is fruitless, too, or it would never end.
+            # A connection that only trickles counts as fruitless, or it would never end.
             gained = _size(part) > before and not isinstance(error, _Stalled)
             fruitless = 0 if gained else fruitless + 1
             reason, wait = _reason(error), getattr(error, "wait", 0.0)
@@ -109,19 +110,19 @@ def _reason(error: Exception) -> str:
 
 
 def _transfer(url: str, part: Path, limit: int, variable: str) -> None:
-    """One connection: append to `part` until the file is whole, or raise."""
+    """Append to `part` over one connection until the file is whole, or raise."""
     have = _size(part)
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with SESSION.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code == 416:
-            # Nothing is left to send: the part is the whole, or of something else.
+            # Nothing is left to send: the part is complete, or of another file.
             if response.headers.get("Content-Range") == f"bytes */{have}":
                 return
             part.unlink()
             raise _Interrupted("the server has fewer bytes than were already here")
         if response.status_code in (429, 500, 502, 503, 504):
-            told = response.headers.get("Retry-After", "")
-            raise _Interrupted(f"the server answered {response.status_code}", told)
+            wait = response.headers.get("Retry-After", "")
+            raise _Interrupted(f"the server answered {response.status_code}", wait)
         if response.status_code not in (200, 206):
             raise DataError(
                 f"{url}: the server answered {response.status_code}; set ${variable} to an "
@@ -130,13 +131,13 @@ def _transfer(url: str, part: Path, limit: int, variable: str) -> None:
         sent, start = response.headers.get("Content-Range", "others"), 0
         length = response.headers.get("Content-Length", "")
         if response.status_code == 206:
-            told = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", sent)
-            if not told or int(told[1]) != have:
+            content = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", sent)
+            if not content or int(content[1]) != have:
                 raise DataError(
                     f"{url}: asked for the bytes from {have} on, the server sent {sent!r}; set "
                     f"${variable} to another address"
                 )
-            start, length = have, told[2]
+            start, length = have, content[2]
         total = int(length) if length.isdigit() else None
         if total is not None and total > limit:
             raise DataError(f"{url}: {total} bytes, expected {limit} at most; check the address")
@@ -150,7 +151,7 @@ def _transfer(url: str, part: Path, limit: int, variable: str) -> None:
             tqdm(**bar, disable=limit <= SMALL) as progress,
         ):
             size = start
-            # read1 returns what is there: a trickle must come back to the clock.
+            # read1 returns what has arrived, so that a trickle does not escape the clock.
             window, since = 0, time.monotonic()
             while piece := response.raw.read1(1 << 20):
                 size += len(piece)
@@ -169,7 +170,7 @@ def _transfer(url: str, part: Path, limit: int, variable: str) -> None:
 
 
 def read_record(path: Path) -> dict[str, str]:
-    """Hashes that were recorded beside downloads; none where there is no record."""
+    """Hashes recorded beside downloads; empty without a record."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):

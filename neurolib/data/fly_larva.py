@@ -1,10 +1,10 @@
-"""Neurons of the fly larva's central nervous system: raw files downloaded, checked, paired.
+"""Neurons of the fly larva's central nervous system: download, check, pair.
 
 The volumes (confocal, one TIFF per slice) and semi-automatic traces lie in the repository
 TuFF_toolkit, of the Tubularity Flow Field (Mukherjee, Condron and Acton, IEEE Trans. Image
-Process. 24, 2015). It carries no licence, so nothing of it is in ours but names and hashes:
-``fly_larva.json``. ``fly-larva`` is 10 volumes of 8 neurons; ``fly-larva-final`` is 4 neurons to
-evaluate a finished network on, which nothing trains on, validates on or chooses by.
+Process. 24, 2015). It has no licence, so we copy only names and hashes: ``fly_larva.json``.
+``fly-larva`` has 10 volumes of 8 neurons; ``fly-larva-final`` has 4 neurons for evaluating a
+finished network, never for training or for any choice.
 """
 
 import functools
@@ -42,34 +42,34 @@ ORIGIN = (
 )
 # A slice has 0.4 MB at most.
 MAX_FILE = 1 << 20
-# Hashes of the trees that were made here; with the manifest's they are the known ones.
+# Hashes of the trees made here; those in the manifest are valid too.
 RECORD = "trees.json"
 # Components are joined across gaps of up to this many voxels.
 GAP = 6.0
 
 
 def load_fly_larva(name: str = NAME) -> list[Pair]:
-    """Pairs of ``fly-larva`` or ``fly-larva-final``, downloaded and made at the first call.
+    """Pairs of ``fly-larva`` or ``fly-larva-final``; the first call downloads them.
 
-    ``$NEUROLIB_DATA`` (a folder of finished pairs, or one with a folder for each data set) stands
-    in for the download. Images and trees are compared with the known hashes wherever they lie.
+    ``$NEUROLIB_DATA`` (a folder of finished pairs, or one with a folder for each data set)
+    replaces the download. Images and trees must have the known hashes in any case.
     """
     wanted, folder = _entries(name), stand_in(name)
     if folder is None:
         folder = _fetch(wanted)
-    found = {pair.name: pair for pair in folder_pairs(folder)}
-    missing = [entry["name"] for entry in wanted if entry["name"] not in found]
+    by_name = {pair.name: pair for pair in folder_pairs(folder)}
+    missing = [entry["name"] for entry in wanted if entry["name"] not in by_name]
     if missing:
-        told = f"{folder}: {len(missing)} of {len(wanted)} pairs of {name} are not there"
-        told += f" ({', '.join(missing)})"
+        message = f"{folder}: {len(missing)} of {len(wanted)} pairs of {name} are not there"
+        message += f" ({', '.join(missing)})"
         if len(missing) == len(wanted):
-            raise DataError(f"{told}; unset NEUROLIB_DATA to download them")
-        warnings.warn(f"{told}; going on without them", NeurolibWarning, stacklevel=3)
+            raise DataError(f"{message}; unset NEUROLIB_DATA to download them")
+        warnings.warn(f"{message}; going on without them", NeurolibWarning, stacklevel=3)
     style = "real" if name == NAME else FINAL_STYLE
     made = read_record(folder / RECORD)
     pairs = []
     for entry in wanted:
-        if pair := found.get(entry["name"]):
+        if pair := by_name.get(entry["name"]):
             voxels = _hash_of_voxels(pair.image, pair.image.stat().st_mtime_ns)
             _check(pair.image, voxels, (entry["voxels"],))
             _check(pair.swc, sha256(pair.swc), (*entry["trees"], made.get(pair.name, "")))
@@ -78,19 +78,19 @@ def load_fly_larva(name: str = NAME) -> list[Pair]:
 
 
 def describe_fly_larva() -> str:
-    """One line that says how many pairs there are, and where; nothing is downloaded."""
+    """Number and place of the pairs in one line; nothing is downloaded."""
     wanted, own = _entries(NAME), stand_in(NAME)
     folder = own or cache_folder() / NAME
     missing = _lacking(wanted, folder)
-    told = f"{NAME}: {len(wanted) - len(missing)} of {len(wanted)} pairs in {own or 'the cache'}"
+    line = f"{NAME}: {len(wanted) - len(missing)} of {len(wanted)} pairs in {own or 'the cache'}"
     if missing and not own:
         size = sum(entry["raw_mb"] for entry in missing)
-        told += f"; 'neurolib fetch {NAME}' downloads {size:.0f} MB"
-    return told
+        line += f"; 'neurolib fetch {NAME}' downloads {size:.0f} MB"
+    return line
 
 
 def origin() -> str:
-    """One line that says where the files come from."""
+    """Source of the files, in one line."""
     return ORIGIN.format(**_manifest())
 
 
@@ -121,7 +121,7 @@ def _check(path: Path, digest: str, known: tuple[str, ...]) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _hash_of_voxels(path: Path, _changed: int) -> str:
-    """Hash of the decoded stack, computed once for each state of the file."""
+    """Hash of the decoded stack, cached until the file changes."""
     return hashlib.sha256(np.ascontiguousarray(read_volume(path).data)).hexdigest()
 
 
@@ -132,7 +132,7 @@ def _fetch(entries: list[dict]) -> Path:
     """Make the pairs that the cache lacks; return their folder."""
     folder = cache_folder() / NAME
     left = [folder / f".{entry['name']}" for entry in entries]
-    # Killed after a pair was whole, a call leaves its raw files.
+    # A call killed after finishing a pair leaves its raw files.
     if not _lacking(entries, folder) and not any(raw.exists() for raw in left):
         return folder
     address = (os.environ.get(VARIABLE) or URL.format(**_manifest())).rstrip("/")
@@ -155,7 +155,7 @@ def _make_pair(entry: dict, folder: Path, address: str, bar: tqdm) -> None:
     for path, (place, digest) in {**slices, raw / "trace.swc": trace}.items():
         download(f"{address}/{quote(place)}", path, digest, MAX_FILE, VARIABLE)
         bar.update()
-    # The files are palette images with a grey palette: the index is the intensity.
+    # These are palette images with a grey palette, so the index is the intensity.
     stack = np.stack([tifffile.imread(path) for path in sorted(slices)])
     tree, joined = repair_trace((raw / "trace.swc").read_bytes(), stack.shape[1], entry["z_shift"])
     image, swc = _paths(folder, name)
@@ -163,7 +163,7 @@ def _make_pair(entry: dict, folder: Path, address: str, bar: tqdm) -> None:
     write_text(
         folder / RECORD, json.dumps(read_record(folder / RECORD) | {name: sha256(swc)}, indent=1)
     )
-    write_volume(image, stack)  # last: with it, the pair is whole
+    write_volume(image, stack)  # last, because it completes the pair
     shutil.rmtree(raw)
 
 
@@ -173,13 +173,13 @@ def _make_pair(entry: dict, folder: Path, address: str, bar: tqdm) -> None:
 def repair_trace(trace: bytes, height: int, z_shift: float = 0.0) -> tuple[Tree, int]:
     """Turn a raw trace into a forest in the frame of the image.
 
-    The tracer counted rows from the bottom, saved every branch on its own with its branch point
+    The tracer counted rows from the bottom, saved each branch separately with its branch point
     repeated, and left cycles and gaps.
 
     Parameters
     ----------
     trace : bytes
-        SWC; a parent that is not in it counts as none.
+        SWC; nodes whose parent is missing become roots.
     height : int
         Rows of the image.
     z_shift : float
@@ -190,7 +190,7 @@ def repair_trace(trace: bytes, height: int, z_shift: float = 0.0) -> tuple[Tree,
     tree : Tree
         Each component rooted at its thickest node, the largest component first.
     joined : int
-        Number of gaps that were joined.
+        Number of joined gaps.
     """
     table = np.loadtxt(trace.decode("ascii").splitlines(), usecols=range(7), ndmin=2)
     xyz = np.column_stack([table[:, 2], height - 1 - table[:, 3], table[:, 4] + z_shift])
@@ -206,8 +206,8 @@ def repair_trace(trace: bytes, height: int, z_shift: float = 0.0) -> tuple[Tree,
         graph = coo_array((weights, edges.T), shape=(len(xyz), len(xyz))).tocsr()
         return minimum_spanning_tree(graph), connected_components(graph, directed=False)[1]
 
-    # Strategy: a minimum spanning forest cuts cycles at their longest edge, and joins components
-    # where they are closest; a gap's weight is above all lengths, so that no gap displaces an edge.
+    # Strategy: a minimum spanning forest cuts cycles at their longest edge and joins components
+    # where they are closest. Gaps weigh more than all edges, so that none displaces an edge.
     _, component = forest(np.ones(len(edges)), edges)
     gaps = KDTree(xyz).query_pairs(GAP, output_type="ndarray").reshape(-1, 2)
     gaps = gaps[component[gaps[:, 0]] != component[gaps[:, 1]]]

@@ -1,8 +1,8 @@
 """One reader per file format: from a path to voxels (z, y, x) and their spacing.
 
-Every reader compares what a header claims with what the file can hold before it allocates
-anything, and maps the file into memory, or reads it piece by piece, where its format allows.
-`neurolib.volume` chooses the reader and checks what it gave.
+Before a reader allocates memory, it checks that the file can hold what its header claims. Where
+the format allows, it maps the file into memory or reads it piece by piece. `neurolib.volume`
+chooses the reader and checks the result.
 """
 
 import functools
@@ -28,7 +28,7 @@ import tifffile
 from neurolib.errors import VolumeError
 from neurolib.files import decode
 
-# What tifffile logs beside raising comes in our own errors, on one line.
+# Our errors include what tifffile would log.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 
@@ -36,7 +36,7 @@ logging.getLogger("tifffile").addHandler(logging.NullHandler())
 class Spacing:
     """Lengths (dz, dy, dx) of a voxel, in µm unless `unknown` says why not; `source`: the fields.
 
-    Where they are not known in µm, their ratio may still be; else they are 1.
+    Without a unit they are a ratio, or 1 if that is unknown too.
     """
 
     lengths: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -46,9 +46,9 @@ class Spacing:
 
 @dataclass(frozen=True)
 class Stack:
-    """What a reader gives: voxels (z, y, x) of any byte order, their spacing, and notes.
+    """Result of a reader: voxels (z, y, x) of any byte order, their spacing, and notes.
 
-    A note is a sentence on what was chosen or converted.
+    A note is a sentence on a choice or a conversion.
     """
 
     data: Any
@@ -58,10 +58,10 @@ class Stack:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file with one array says of it: all that `_load` needs.
+    """The header of a file with one array.
 
-    shape: slowest axis first; axis: the one of the channels, or None; unpack: gives the voxels
-    if they are packed, else they lie in the file from byte `offset` on.
+    shape: slowest axis first; axis: that of the channels, or None; unpack: returns the voxels if
+    they are packed, else they lie in the file from byte `offset` on.
     """
 
     shape: tuple[int, ...]
@@ -80,8 +80,8 @@ Y yotta 24, Z zetta 21, E exa 18, P peta 15, T tera 12, G giga 9, M mega 6, k ki
 da deca 1, d deci -1, c centi -2, m milli -3, µ micro -6, n nano -9, p pico -12, f femto -15,
 a atto -18, z zepto -21, y yocto -24
 """
-# Micrometres per unit, by the names that OME, OME-Zarr, ImageJ and NRRD files use: all lengths of
-# OME's list (UnitsLength of the schema 2016-06) in symbols and words.
+# Micrometres per unit, by its names in OME, OME-Zarr, ImageJ and NRRD files: all of OME's
+# UnitsLength (schema 2016-06) in symbols and words.
 MICRONS = {
     name: 10.0 ** (int(power) + 6)
     for sign, word, power in [entry.split() for entry in _PREFIXES.split(",")]
@@ -93,14 +93,14 @@ MICRONS |= {"inch": 25400.0, "in": 25400.0, "inches": 25400.0, "thou": 25.4, "li
 MICRONS |= {"ft": 304800.0, "foot": 304800.0, "feet": 304800.0, "yd": 914400.0, "yard": 914400.0}
 MICRONS |= {"mi": 1609344e3, "mile": 1609344e3, "pt": 25400 / 72, "ua": 1.495978707e17}
 MICRONS |= {"ly": 9.4607304725808e21, "pc": 3.0856775814913673e22, "parsec": 3.0856775814913673e22}
-# What stands where no length is meant: numbers with it still tell the ratio of the axes.
+# Units without a length; their numbers still give the ratio of the axes.
 NO_LENGTH = ("", "pixel", "px", "voxel", "reference frame", "none", "???", "unknown")
 MICRONS |= dict.fromkeys(NO_LENGTH, 0.0)
 
 
 def microns(unit: str) -> float | None:
-    """Micrometres per `unit`; 0 of what is no length (`NO_LENGTH`), None of a name not known."""
-    # "Mm" is not "mm": as it is written first. Both signs of µ, and ImageJ's way to escape it.
+    """Micrometres per `unit`; 0 if it is no length (`NO_LENGTH`), None if it is unknown."""
+    # "Mm" is not "mm": try it as written first. µ has two code points, and an escape in ImageJ.
     unit = unit.strip().replace("\\u00b5", "µ").replace("\\u00B5", "µ").replace("μ", "µ")
     names = (unit, unit.lower(), unit.lower().replace("metre", "meter"))
     forms = (form for n in names for form in (n, n.removesuffix("s") if len(n) > 4 else n))
@@ -108,18 +108,18 @@ def microns(unit: str) -> float | None:
 
 
 def calibrate(values: Sequence[float], units: Sequence[str], fields: Sequence[str]) -> Spacing:
-    """Turn what a file records of each axis into one spacing.
+    """Turn what a file records about each axis into one spacing.
 
     Parameters
     ----------
     values, units, fields : three of each, in the order z, y, x
-        Lengths of a voxel, their units, and the names of the file's fields that hold them.
+        Lengths of a voxel, their units, and the names of their fields in the file.
 
     Returns
     -------
     Spacing
-        In µm. Where no axis has a unit, the numbers of the file, as their ratio still counts.
-        (1, 1, 1) where an axis has no usable value, or a unit that is no known length.
+        In µm. If no axis has a unit, the numbers of the file, as a ratio. If an axis has no usable
+        value, or an unknown unit, (1, 1, 1).
     """
     factors = [microns(unit) for unit in units]
     source = ", ".join(
@@ -139,18 +139,18 @@ def calibrate(values: Sequence[float], units: Sequence[str], fields: Sequence[st
 
 
 def _number(value: Any) -> float:
-    """`value` as float, NaN (for "unknown") where it is none."""
+    """`value` as float, NaN if it is none."""
     try:
         return float(value)
     except (TypeError, ValueError):
         return float("nan")
 
 
-# What all formats share -----------------------------------------------------------------------
+# Checks of all formats ------------------------------------------------------------------------
 
 
 def check_shape(name: str, shape: Sequence[int]) -> None:
-    """Refuse everything but three dimensions of which z has more than one slice."""
+    """Refuse shapes other than three dimensions with more than one slice."""
     if len(shape) == 2 or (len(shape) == 3 and shape[0] == 1):
         raise VolumeError(
             f"{name}: expected a 3D stack, got shape {tuple(shape)}; a single slice is not a volume"
@@ -165,7 +165,7 @@ def check_type(name: str, dtype: np.dtype) -> None:
 
 
 def check_size(name: str, shape: Sequence[int], dtype: np.dtype, available: int) -> None:
-    """Compare the bytes that a header claims with those that are there."""
+    """Refuse a header that claims more bytes than there are."""
     claimed = prod(shape) * dtype.itemsize
     if claimed > available:
         raise VolumeError(
@@ -175,7 +175,7 @@ def check_size(name: str, shape: Sequence[int], dtype: np.dtype, available: int)
 
 
 def check_memory(name: str, shape: Sequence[int], dtype: np.dtype) -> None:
-    """Refuse an array larger than all memory: systems that promise any amount end the process."""
+    """Refuse an array larger than memory, for which the system might kill the process."""
     needed, memory = prod(shape) * dtype.itemsize, psutil.virtual_memory().total
     if needed > memory:
         raise VolumeError(
@@ -185,7 +185,7 @@ def check_memory(name: str, shape: Sequence[int], dtype: np.dtype) -> None:
 
 
 def choose_channel(name: str, channels: int, channel: int | None) -> int:
-    """Index of the channel to take, or the error that tells which there are."""
+    """Index of the channel to take, or an error that lists the channels."""
     if channel is None and channels > 1:
         raise VolumeError(
             f"{name}: {channels} channels (0 to {channels - 1}), expected one; "
@@ -199,7 +199,7 @@ def choose_channel(name: str, channels: int, channel: int | None) -> int:
 
 
 def check_spacing(spacing: Sequence[float], name: str = "") -> np.ndarray:
-    """A spacing as (3,) float64; VolumeError, with the name of a file, if it is none."""
+    """A spacing as (3,) float64; `name` is that of the file, for the error."""
     values = np.asarray(spacing, dtype=float)
     if values.shape != (3,) or not np.all(np.isfinite(values) & (values > 0)):
         raise VolumeError(
@@ -212,7 +212,7 @@ def check_spacing(spacing: Sequence[float], name: str = "") -> np.ndarray:
 def boxes(
     lower: Sequence[int], upper: Sequence[int], step: Sequence[int]
 ) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut what lies between two corners (z, y, x) into boxes of `step`, ordered by z, y, x."""
+    """Cut the range between two corners (z, y, x) into boxes of `step`, ordered by z, y, x."""
     for z in range(lower[0], upper[0], step[0]):
         for y in range(lower[1], upper[1], step[1]):
             for x in range(lower[2], upper[2], step[2]):
@@ -239,7 +239,7 @@ def read_file(path: Path, channel: int | None) -> Stack:
 
 
 def _begin(path: Path) -> tuple[bytes, int]:
-    """First bytes and size of a file that can be read and is not empty."""
+    """First bytes and size of a file; an error if it is empty or a folder."""
     if path.is_dir():
         raise VolumeError(f"{path.name}: is a folder, expected a file; give one image stack")
     with open(path, "rb") as file:
@@ -250,7 +250,7 @@ def _begin(path: Path) -> tuple[bytes, int]:
 
 
 def _load(path: Path, size: int, header: Header, channel: int | None) -> Stack:
-    """Check what a header claims and map, or unpack, the voxels."""
+    """Check a header, then map or unpack the voxels."""
     name, shape, axis = path.name, header.shape, header.axis
     check_type(name, header.dtype)
     if not all(n > 0 for n in shape):
@@ -267,8 +267,8 @@ def _load(path: Path, size: int, header: Header, channel: int | None) -> Stack:
 
 # TIFF ---------------------------------------------------------------------------------------
 
-# Most bytes that one stored byte can stand for, by compression: a claim beyond it is no image.
-# 1: packed bits; 5: LZW, 4096 bytes per 12 bits; 8 and 32946: Deflate; 32773: PackBits.
+# Most bytes that one stored byte can expand to, by compression. 1: packed bits; 5: LZW, 4096 bytes
+# per 12 bits; 8 and 32946: Deflate; 32773: PackBits.
 EXPANSION = {1: 8, 5: 2731, 8: 1032, 32773: 64, 32946: 1032}
 EXPANSION_OTHER = 1 << 15
 
@@ -281,15 +281,15 @@ def read_tiff(path: Path, channel: int | None) -> Stack:
     except (VolumeError, MemoryError):
         raise
     except Exception as error:
-        # Damaged files make tifffile and its codecs raise errors of nearly every type.
+        # Damaged files make tifffile and its codecs raise almost any error.
         raise VolumeError(f"{path.name}: cannot be read as TIFF: {_first_line(error)}") from error
 
 
 def _check_directories(name: str, tif: tifffile.TiffFile) -> None:
     """Follow the directories of all pages; refuse a chain or a tag that leaves the file.
 
-    tifffile stops at the first page that it cannot reach and reports a shorter stack, so that
-    a truncated file would pass for a smaller volume.
+    tifffile stops at the first page that it cannot reach, so that a truncated file would pass for
+    a smaller volume.
     """
     form, file, at = tif.tiff, tif.filehandle, tif.pages.first.offset
     seen: set[int] = set()
@@ -309,7 +309,7 @@ def _check_directories(name: str, tif: tifffile.TiffFile) -> None:
             raise VolumeError(
                 f"{name}: ends within a page directory; the file is truncated or damaged"
             ) from None
-        # Tag, type and number of values, then the values or where they are.
+        # Tag, type, number of values, then the values or their place.
         for tag, kind, values, _ in struct.iter_unpack(form.tagformat1 + form.tagformat2[1:], tags):
             if values * struct.calcsize(tifffile.TIFF.DATA_FORMATS.get(kind, "B")) > file.size:
                 raise VolumeError(
@@ -329,7 +329,7 @@ def _read_series(path: Path, tif: tifffile.TiffFile, channel: int | None) -> Sta
         )
     parts, notes = _choose_images(name, tif)
     first = parts[0]
-    # Slices written one by one come as one series each.
+    # Slices that were written separately are one series each.
     several = len(parts) > 1
     axes, shape = (
         ("ZYX", (len(parts), *first.shape)) if several else _axes(name, first.axes, first.shape)
@@ -351,14 +351,14 @@ def _read_series(path: Path, tif: tifffile.TiffFile, channel: int | None) -> Sta
     page = first.keyframe
     if page.photometric == tifffile.PHOTOMETRIC.PALETTE and not tif.is_imagej:
         table = np.asarray(page.colormap)
-        # Of a grey table that does not rise, the numbers of its entries are no brightness.
+        # If a grey table does not rise, its indices are not brightness.
         if (table == table[0]).all() and (np.diff(table[0].astype(int)) < 0).any():
             data = table[0][data]
             notes += ("stored with a table of greys, whose brightness is used",)
-    # ImageJ stores pixels as they are and inverts what it shows.
+    # ImageJ stores pixels as they are and inverts only the display.
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and not tif.is_imagej:
         if data.dtype == bool and page.software.startswith("tifffile"):
-            # It gives boolean arrays that mark, and stores them as they are.
+            # tifffile marks boolean arrays so, but stores them as they are.
             notes += ("a mask marked MinIsWhite by tifffile, kept as it is",)
         else:
             data = _negative(name, data, page.bitspersample)
@@ -369,14 +369,14 @@ def _read_series(path: Path, tif: tifffile.TiffFile, channel: int | None) -> Sta
 def _choose_images(
     name: str, tif: tifffile.TiffFile
 ) -> tuple[list[tifffile.TiffPageSeries], tuple[str, ...]]:
-    """The series of the largest stack, or of its slices; with a note if there are others."""
+    """The series of the largest stack, or of its slices, and a note if there are others."""
     groups: dict[tuple, list] = {}
     for series in tif.series:
         groups.setdefault((series.shape, series.dtype), []).append(series)
 
     def weight(group: list) -> tuple[bool, bool, int]:
         voxels = len(group) * prod(group[0].shape)
-        # Colour overviews and single slices are no rival of a stack, however large.
+        # A stack comes before colour overviews and single slices, however large.
         return "S" not in group[0].axes, voxels > prod(group[0].shape[-2:]), voxels
 
     main = max(groups.values(), key=weight)
@@ -397,7 +397,7 @@ def _choose_images(
 
 
 def _axes(name: str, axes: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
-    """Axes and shape without those of length 1, the stack axis named Z."""
+    """Axes and shape without axes of length 1; the stack axis is named Z."""
     kept = [(a, n) for a, n in zip(axes, shape, strict=True) if n != 1 or a in "YX"]
     axes, shape = "".join(a for a, _ in kept), tuple(n for _, n in kept)
     if "S" in axes:
@@ -405,7 +405,7 @@ def _axes(name: str, axes: str, shape: Sequence[int]) -> tuple[str, tuple[int, .
             f"{name}: colour image with {shape[axes.index('S')]} samples per pixel, expected "
             "grey values; split its channels first"
         )
-    # Stacks of plain pages have no name for their axis: I, Q or "other" in tifffile's terms.
+    # tifffile calls the axis of plain pages I, Q or "other".
     unnamed = [a for a in axes if a not in "ZCTYX"]
     if "Z" not in axes and len(unnamed) == 1:
         axes = axes.replace(unnamed[0], "Z")
@@ -420,11 +420,11 @@ def _axes(name: str, axes: str, shape: Sequence[int]) -> tuple[str, tuple[int, .
 
 
 def _check_imagej(name: str, tif: tifffile.TiffFile, slices: int) -> None:
-    """Compare the images that ImageJ's header claims with those that are there."""
+    """Refuse a file with fewer images than ImageJ's header claims."""
     if not tif.is_imagej:
         return
     claimed, pages = _number((tif.imagej_metadata or {}).get("images", 1)), len(tif.pages)
-    # Beyond 4 GiB, ImageJ writes one page for all.
+    # Beyond 4 GiB, ImageJ writes a single page.
     if claimed > slices or 1 < claimed < pages:
         laid = f" as {slices} channels times slices" if claimed == pages else ""
         raise VolumeError(
@@ -449,7 +449,7 @@ def _check_pages(
                 f"{name}: slice {number} of its set of files is missing: {', '.join(lost)} not "
                 "found, or no TIFF; put all files of the set into one folder"
             )
-        # In a set of OME files, most pages are in another file.
+        # In a set of OME files, most pages are in other files.
         file = (tif.pages.first if page is None else page).parent.filehandle
         if page is not None and page.parent is not tif:
             _check_member(name, tif, page)
@@ -494,7 +494,7 @@ def _is_tiff(path: Path) -> bool:
 
 
 def _negative(name: str, data: np.ndarray, bits: Any) -> np.ndarray:
-    """Pixels of which 0 is white, turned into intensities."""
+    """Invert pixels of which 0 is white."""
     if data.dtype.kind == "f":
         raise VolumeError(
             f"{name}: 0 is white (MinIsWhite) in voxels of {data.dtype}, which have no black; "
@@ -510,14 +510,14 @@ def _imagej_spacing(tif: tifffile.TiffFile) -> Spacing:
     metadata, tags = tif.imagej_metadata or {}, tif.pages[0].tags
     unit = str(metadata.get("unit", ""))
     if not tif.is_imagej or (not microns(unit) and tags.valueof(296, default=1) != 1):
-        # Per inch or centimetre but without ImageJ's unit: a resolution for printing.
+        # Per inch or centimetre without ImageJ's unit: a resolution for printing.
         return Spacing()
     # XResolution and YResolution are pixels per unit, as fractions.
     per_unit = [tags.valueof(code, default=(0, 1)) for code in (283, 282)]
     dy, dx = (d / n if n else float("nan") for n, d in per_unit)
-    # ImageJ leaves out a spacing of 1 (other writers without a unit leave out what they do not
-    # know), and writes a negative one for a stack that was taken from top to bottom; it has
-    # `yunit` and `zunit` where they differ from `unit`.
+    # ImageJ omits a spacing of 1 (writers without a unit omit an unknown one), and writes a
+    # negative one for a stack taken from top to bottom. It writes `yunit` and `zunit` if they
+    # differ from `unit`.
     dz = abs(_number(metadata.get("spacing", 1.0 if microns(unit) else None)))
     units = [str(metadata.get(key, unit)) for key in ("zunit", "yunit")]
     return calibrate((dz, dy, dx), (*units, unit), ("spacing", "YResolution", "XResolution"))
@@ -526,7 +526,7 @@ def _imagej_spacing(tif: tifffile.TiffFile) -> Spacing:
 def _ome_spacing(tif: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Spacing:
     root = ElementTree.fromstring(tif.ome_metadata)
     pixels = [e.attrib for e in root.iter() if e.tag.endswith("}Pixels")] or [{}]
-    # One series an image, in their order.
+    # One series per image, in the same order.
     get = pixels[list(tif.series).index(series) if len(pixels) == len(tif.series) else 0].get
     fields = [f"PhysicalSize{axis}" for axis in "ZYX"]
     if not any(map(get, fields)):
@@ -549,7 +549,7 @@ def read_npy(path: Path, begin: bytes) -> Header:
     except OSError:
         raise
     except Exception as error:
-        # The header is a Python literal: parsing damaged ones fails in many ways.
+        # Parsing a damaged header, a Python literal, fails in many ways.
         raise VolumeError(
             f"{path.name}: its NumPy header cannot be read ({type(error).__name__}); save it again "
             "with numpy.save"
@@ -565,13 +565,13 @@ def read_npy(path: Path, begin: bytes) -> Header:
 
 # Vaa3D --------------------------------------------------------------------------------------
 
-# The formats are defined by their reader, stackutil.cpp and ImageLoaderBasic.cpp of Vaa3D.
+# Vaa3D's readers, stackutil.cpp and ImageLoaderBasic.cpp, define the formats.
 V3DRAW, V3DRAW5 = b"raw_image_stack_by_hpeng", b"raw5image_stack_by_hpeng"
 V3DPBD = b"v3d_volume_pkbitdf_encod"
 
 
 def _vaa3d_header(name: str, begin: bytes, code: str = "i") -> Header:
-    """A Vaa3D header with sizes of struct type `code`, and the voxel type as unsigned integers."""
+    """A Vaa3D header with sizes of struct type `code`."""
     order = {b"L": "<", b"B": ">"}.get(begin[24:25])
     if order is None:
         raise VolumeError(
@@ -591,47 +591,47 @@ def _vaa3d_header(name: str, begin: bytes, code: str = "i") -> Header:
 
 
 def read_v3draw(path: Path, begin: bytes) -> Header:
-    size, found = path.stat().st_size, _vaa3d_header(path.name, begin)
+    size, header = path.stat().st_size, _vaa3d_header(path.name, begin)
 
     def fills(header: Header) -> bool:
         claimed = prod(header.shape) * header.dtype.itemsize + header.offset
         return claimed == size and min(header.shape) > 0
 
-    if not fills(found):
+    if not fills(header):
         # Early versions of Vaa3D wrote the sizes as 2-byte integers.
         short = _vaa3d_header(path.name, begin, "h")
-        found = short if fills(short) else found
-    if len(found.shape) == 4:
-        return found
-    if found.shape[0] != 1:
+        header = short if fills(short) else header
+    if len(header.shape) == 4:
+        return header
+    if header.shape[0] != 1:
         raise VolumeError(
-            f"{path.name}: a series of {found.shape[0]} time points, expected one 3D stack"
+            f"{path.name}: a series of {header.shape[0]} time points, expected one 3D stack"
         )
-    return replace(found, shape=found.shape[1:])
+    return replace(header, shape=header.shape[1:])
 
 
 def read_v3dpbd(path: Path, begin: bytes) -> Header:
-    found = _vaa3d_header(path.name, begin)
+    header = _vaa3d_header(path.name, begin)
 
     def unpack() -> np.ndarray:
-        packed = path.read_bytes()[found.offset :]
-        return _pbd_unpack(path.name, packed, found.dtype, found.shape)
+        packed = path.read_bytes()[header.offset :]
+        return _pbd_unpack(path.name, packed, header.dtype, header.shape)
 
-    return replace(found, unpack=unpack)
+    return replace(header, unpack=unpack)
 
 
-# The first codes of each class of runs, for voxels of 1 and 2 bytes, and the bits of a difference
-# in it: literals have none, and the last class repeats one value.
+# For voxels of 1 and 2 bytes: the first code of each class of runs, and its bits per difference.
+# The first class are literals, the last one repeats a value.
 _PBD = {1: ((0, 33, 128), (0, 2, 0)), 2: ((0, 32, 80, 183, 223), (0, 3, 4, 5, 0))}
-# Runs of voxels that are unpacked together.
+# Runs unpacked at a time.
 _PBD_RUNS = 1 << 16
 
 
 def _pbd_unpack(name: str, packed: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     """Voxels of a packed stream, in native byte order.
 
-    A code byte stands for a run of literals, of differences to the previous voxel, or of one
-    repeated value. All codes are followed before anything is allocated.
+    A code byte starts a run of literals, of differences to the previous voxel, or of one repeated
+    value. All codes are read before anything is allocated.
     """
     kind, total = dtype.itemsize, prod(shape)
     begins, widths = (np.array(part) for part in _PBD[kind])
@@ -661,14 +661,14 @@ def _pbd_unpack(name: str, packed: bytes, dtype: np.dtype, shape: tuple[int, ...
         if kind == 2:
             low, high = (where + 1, where) if dtype.str[0] == ">" else (where, where + 1)
             value = data[low] | data[high].astype(np.int64) << 8
-        # Differences of one byte fill it from the lowest bits, those of two from the highest; the
-        # upper half of the codes, but for the first of them, are negative.
+        # Differences fill a byte from the lowest bits (1-byte voxels) or the highest (2-byte).
+        # Numbers above half of the range are negative.
         width, change = bits[code[step]], np.zeros(len(run), np.int64)
         byte, bit = np.divmod(place[step] * width, 8)
         byte += begin[step]
         window = data[byte].astype(np.int64) << 8 | data[byte + 1]
-        found = window >> (8 + bit if kind == 1 else 16 - width - bit) & ((1 << width) - 1)
-        change[step] = np.where(found > 1 << width >> 1, (1 << width >> 1) - found, found)
+        raw = window >> (8 + bit if kind == 1 else 16 - width - bit) & ((1 << width) - 1)
+        change[step] = np.where(raw > 1 << width >> 1, (1 << width >> 1) - raw, raw)
         change = np.cumsum(change)
         last = np.maximum.accumulate(np.where(step, -1, np.arange(len(run))))
         base = np.where(last < 0, int(voxels[done - 1]), value[last] - change[last])
@@ -678,7 +678,7 @@ def _pbd_unpack(name: str, packed: bytes, dtype: np.dtype, shape: tuple[int, ...
 
 
 def _pbd_codes(name: str, packed: bytes, stored: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """Where the code of each run is; by code, a run has `stored` bytes, or `bits` if not 0."""
+    """Place of each run's code; by code, a run has `bits`, or if 0 `stored` bytes."""
     sizes = (1 + np.where(bits > 0, -(-bits // 8), stored)).tolist()
     starts, position, end = [], 0, len(packed)
     while position < end:
@@ -706,8 +706,8 @@ def read_nrrd(path: Path, begin: bytes) -> Header:
             "cut off, expected both in one .nrrd file"
         )
     offset = begin.index(b"\n", head.end()) + 1
-    found = re.findall(r"^([^#:\n]+):(?!=)[ \t]*(.*?)[ \t]*$", decode(head[0]), re.MULTILINE)
-    fields = {key.strip().lower(): value for key, value in found}
+    lines = re.findall(r"^([^#:\n]+):(?!=)[ \t]*(.*?)[ \t]*$", decode(head[0]), re.MULTILINE)
+    fields = {key.strip().lower(): value for key, value in lines}
     for key in ("data file", "datafile", "line skip", "lineskip", "byte skip", "byteskip"):
         if fields.get(key, "0") != "0":
             raise VolumeError(
@@ -739,14 +739,14 @@ def _gunzip(path: Path, header: Header) -> np.ndarray:
     try:
         with open(path, "rb") as file:
             file.seek(header.offset)
-            # Of any number of members, one after the other (RFC 1952).
+            # This reads any number of members (RFC 1952).
             stream = gzip.GzipFile(fileobj=file)
             unpacked = stream.read(prod(header.shape) * header.dtype.itemsize)
             try:
                 stream.read(1)  # the checksum comes at the end
             except gzip.BadGzipFile as error:
                 if "CRC" in str(error):
-                    raise  # what else follows the data is none of ours
+                    raise  # other bytes after the data do not matter
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise VolumeError(f"{path.name}: gzip data are damaged ({error}); export again") from error
     check_size(path.name, header.shape, header.dtype, len(unpacked))
@@ -754,13 +754,13 @@ def _gunzip(path: Path, header: Header) -> np.ndarray:
 
 
 def _nrrd_axes(fields: dict[str, str], dims: int) -> tuple[int | None, Spacing]:
-    """The axis of the channels, of four, and the spacing of the others."""
+    """The channel axis (of four axes) and the spacing of the others."""
     key, values, units = _nrrd_lengths(fields)
     values = values[::-1] if len(values) == dims else [float("nan")] * dims
     units = [*units, *[""] * dims][:dims][::-1]
     axis = None
     if dims == 4:
-        # The channel axis has no spacing or is of a kind not of space; by habit the slowest.
+        # The channel axis is not of a spatial kind or has no spacing; otherwise it is the slowest.
         kinds = fields.get("kinds", "").lower().split()[::-1]
         odd = [k for k, n in enumerate(kinds) if n not in ("domain", "space") and len(kinds) == 4]
         axis = [*odd, *np.flatnonzero(~np.isfinite(values)).tolist(), 0][0]
@@ -771,7 +771,7 @@ def _nrrd_axes(fields: dict[str, str], dims: int) -> tuple[int | None, Spacing]:
 
 
 def _nrrd_lengths(fields: dict[str, str]) -> tuple[str, list[float], list[str]]:
-    """Field, length and unit of each axis, fastest first; NaN for an axis that is not of space."""
+    """Field, length and unit of each axis, fastest first; NaN for an axis not in space."""
 
     def listed(key: str) -> list[str]:
         text = fields.get(key, "")
@@ -781,7 +781,7 @@ def _nrrd_lengths(fields: dict[str, str]) -> tuple[str, list[float], list[str]]:
     if "space directions" in fields:
         text = fields["space directions"].replace("none", "(nan)").replace(" ", "")
         steps = [[_number(x) for x in v.split(",")] for v in text.strip("()").split(")(")]
-        # Each direction has a unit: along one axis it is its own, across some only if equal.
+        # An oblique direction has a unit only if all of its axes have the same.
         pairs = [zip(listed("space units"), s, strict=False) for s in steps]
         units = [" and ".join(sorted({unit for unit, x in pair if x})) for pair in pairs]
         values = [float(np.linalg.norm(s)) for s in steps]
@@ -792,17 +792,16 @@ def _nrrd_lengths(fields: dict[str, str]) -> tuple[str, list[float], list[str]]:
 
 # OME-Zarr -----------------------------------------------------------------------------------
 
-# No compressor of Zarr's makes chunks of more: a claim beyond it is no image.
+# The largest chunk that Zarr's compressors can make.
 CHUNK_BYTES = 1 << 31
 
 
 @dataclass(frozen=True)
 class LazyStack:
-    """One channel of a Zarr array as a stack (z, y, x): reads what is indexed, nothing before.
+    """One channel of a Zarr array as a stack (z, y, x) that is read when it is indexed.
 
-    It is indexed with whole numbers and slices; ``numpy.asarray`` reads all of it. A chunk that
-    turns out to be damaged raises `VolumeError` then. One that is not there holds the fill
-    value: so Zarr defines it, and so sparse volumes are stored.
+    Index it with integers and slices; ``numpy.asarray`` reads all of it. A damaged chunk raises
+    `VolumeError`. A missing one holds the fill value, as Zarr defines it for sparse volumes.
     """
 
     name: str
@@ -841,7 +840,7 @@ class LazyStack:
                 "read a smaller part"
             ) from error
         except Exception as error:
-            # Each codec and file system has errors of its own.
+            # Codecs and file systems have their own errors.
             raise VolumeError(
                 f"{self.name}: a chunk cannot be read ({type(error).__name__}: "
                 f"{_first_line(error)}); it is damaged, copy or export the image again"
@@ -854,10 +853,10 @@ class LazyStack:
         return np.asarray(self[:], dtype=dtype)
 
     def stored_cells(self) -> tuple[list[tuple[int, ...]], tuple[int, ...], list[int]]:
-        """Places of the cells that have a file, in the grid; size of a cell; size of the grid.
+        """Grid places of the cells that have a file; size of a cell; size of the grid.
 
-        They are found from the files, in the time that these take, however large the shape that
-        the array claims. A cell is a chunk or, with sharding, many.
+        The time depends on the number of files, not on the shape that the array claims. A cell is
+        a chunk or, with sharding, many.
         """
         lead = len(self.fixed)
         step = getattr(self.array, "shards", None) or self.array.chunks
@@ -868,10 +867,7 @@ class LazyStack:
         return sorted(p for p in inside if all(map(lt, p, grid))), step[lead:], grid
 
     def stored(self) -> Iterator[tuple[int, np.ndarray]]:
-        """First slice and voxels of each chunk that is stored, by z; then those of a missing one.
-
-        One voxel stands for all chunks that are not there.
-        """
+        """First slice and voxels of each stored chunk, by z; then one voxel of a missing chunk."""
         places, step, grid = self.stored_cells()
         for place in places:
             lower = tuple(map(mul, place, step))
@@ -886,7 +882,7 @@ class LazyStack:
 
 
 def _chunk_files(folder: Path, ndim: int) -> Iterator[tuple[int, ...]]:
-    """Places in the grid of an array's chunk files: named 0.1.2, 0/1/2 or c/0/1/2."""
+    """Grid places of an array's chunk files, which are named 0.1.2, 0/1/2 or c/0/1/2."""
     for parent, _, files in os.walk(folder):
         above = Path(parent).relative_to(folder).parts
         for file in files:
@@ -904,7 +900,7 @@ def read_zarr(path: Path, channel: int | None) -> Stack:
     except VolumeError:
         raise
     except Exception as error:
-        # Metadata are free JSON and zarr has its own errors for each kind of damage.
+        # Metadata are any JSON, and zarr has its own errors.
         raise VolumeError(
             f"{name}: not an OME-Zarr image ({type(error).__name__}: {_first_line(error)}); "
             f"expected multiscales with axes and datasets{_inside(path)}"
@@ -944,12 +940,12 @@ def _inside(path: Path) -> str:
 
 
 def _open_multiscale(path: Path) -> tuple[Any, list[str], Spacing, int]:
-    """Level 0 of the first image of a group, names of its axes, its spacing, number of images."""
+    """Level 0 of the first image of a group, its axes and spacing, and the number of images."""
     zarr = _import_zarr()
     group = zarr.open_group(zarr.storage.LocalStore(path, read_only=True), mode="r")
     attributes = dict(group.attrs)
     if "bioformats2raw.layout" in attributes.get("ome", attributes):
-        # That converter's folder of images, most often of one.
+        # The converter's folder of images, usually with one.
         if "1" in group:
             raise VolumeError(
                 f"{path.name}: several images, expected one; name it, as {path.name}/0"
@@ -958,11 +954,11 @@ def _open_multiscale(path: Path) -> tuple[Any, list[str], Spacing, int]:
         attributes = dict(group.attrs)
     images = attributes.get("ome", attributes)["multiscales"]
     image = images[0]
-    # Axes are objects from version 0.4 on, names in 0.3, and always these five before.
+    # Axes are objects from version 0.4 on, names in 0.3, and these five before.
     described = [a if isinstance(a, dict) else {"name": a} for a in image.get("axes", "tczyx")]
     axes = [axis["name"].lower() for axis in described]
     level = image["datasets"][0]
-    # A scale of all levels comes on top of that of the level; up to 0.3 there is none.
+    # The scale of the image multiplies that of the level; up to 0.3 there is none.
     steps = [where.get("coordinateTransformations") or [] for where in (level, image)]
     own, common = (
         next((s["scale"] for s in some if s.get("type") == "scale"), None) for some in steps
@@ -977,11 +973,10 @@ def _open_multiscale(path: Path) -> tuple[Any, list[str], Spacing, int]:
 
 @functools.cache
 def _import_zarr() -> Any:
-    """The package zarr, imported on first use as it takes half a second, made safe for Blosc.
+    """The package zarr, imported on first use (half a second), with a safer Blosc.
 
-    numcodecs hands a Blosc chunk to its C library without comparing the length that the chunk
-    claims with the one that it has, so that a damaged one can end the process
-    (https://github.com/zarr-developers/numcodecs/issues/228). The comparison is made here.
+    numcodecs does not compare the length that a Blosc chunk claims with its real one, so that a
+    damaged chunk can crash the process (https://github.com/zarr-developers/numcodecs/issues/228).
     """
     import zarr
     from numcodecs import blosc
@@ -990,7 +985,7 @@ def _import_zarr() -> Any:
 
     def decompress(source: Any, dest: Any = None) -> Any:
         data = np.frombuffer(source, np.uint8)
-        # Bytes 12 to 16 of Blosc's header: length of the chunk, header included.
+        # Bytes 12 to 16 of Blosc's header: length of the chunk with its header.
         claimed = int.from_bytes(data[12:16].tobytes(), "little") if len(data) >= 16 else 16
         if claimed > len(data):
             raise ValueError(f"Blosc claims {claimed} bytes, found {len(data)}")
@@ -1000,7 +995,7 @@ def _import_zarr() -> Any:
     return zarr
 
 
-# First bytes of each format of single files, and its reader.
+# First bytes and reader of each format of single files.
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 FORMATS: dict[str, tuple[tuple[bytes, ...], Callable]] = {
     ".tif": (TIFF, read_tiff),

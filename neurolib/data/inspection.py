@@ -1,4 +1,4 @@
-"""What is in a file: facts about images and trees, and whether the two belong together."""
+"""Facts about images and trees, and whether the two fit together."""
 
 from collections.abc import Iterator, Sequence
 from math import prod
@@ -22,8 +22,8 @@ from neurolib.volume import (
     read_volume,
 )
 
-# Voxels of which all are looked at; of larger volumes evenly spread slices stand for the rest, and
-# of OME-Zarr, where a slice is in many chunks, evenly spread chunks.
+# Most voxels to read; of larger volumes, evenly spaced slices are read, or evenly spaced chunks of
+# OME-Zarr, where a slice touches many chunks.
 WHOLE, WHOLE_ZARR = 1 << 27, 1 << 25
 
 
@@ -32,24 +32,23 @@ def inspect_files(
     channel: int | None = None,
     spacing: Sequence[float] | None = None,
 ) -> Iterator[str]:
-    """Facts of each file, then of each image with its tree, as blocks of text.
+    """Facts about each file, then about each image with its tree, as blocks of text.
 
     Parameters
     ----------
     paths : sequence of path
-        Images and SWC files; a folder stands for the images and SWC files in it. An image and a
-        tree of equal names (`pairs.pair_files`) belong together, and so do the only
-        image and the only tree.
+        Images, SWC files, and folders of them. An image and a tree of equal names
+        (`pairs.pair_files`) belong together, and so do the only image and the only tree.
     channel : int, optional
         Of multi-channel images.
     spacing : (dz, dy, dx), optional
-        In µm, in place of what the images record.
+        In µm; overrides that of the images.
 
     Yields
     ------
     str
-        One block of lines per file or pair, and one of the files that are in no pair. If files
-        could not be read, a `NeurolibError` says how many, after the last.
+        One block per file or pair, and one for the files in no pair. If some files could not be
+        read, a `NeurolibError` follows.
     """
     files = list(dict.fromkeys(file for path in paths for file in _expand(Path(path))))
     images, trees, problems = [], {}, 0
@@ -68,7 +67,7 @@ def inspect_files(
         yield block(str(file), facts)
     pairs = _pairs(images, trees)
     for image, tree in pairs:
-        # Read once more: all images of a folder at once need not fit into memory.
+        # Read again, because all images together need not fit into memory.
         volume = read_volume(image, channel, check=False, spacing=spacing)
         facts = fit_facts(swc.read_swc(tree, volume.known_spacing), volume)
         yield block(f"{image.name} with {tree.name}", facts)
@@ -86,46 +85,43 @@ def _expand(path: Path) -> list[Path]:
         return [path]
     # Some systems leave "._cell.tif" beside "cell.tif".
     files = [p for p in sorted(path.iterdir()) if not p.name.startswith(".")]
-    found = [p for p in files if p.suffix.lower() in (*SUFFIXES, *TREES)]
-    if not found:
+    usable = [p for p in files if p.suffix.lower() in (*SUFFIXES, *TREES)]
+    if not usable:
         raise NeurolibError(
             f"{path}: a folder without images ({', '.join(SUFFIXES)}) and SWC files; name another"
         )
-    return found
+    return usable
 
 
 def _pairs(images: list[Path], trees: dict[Path, swc.Tree]) -> list[tuple[Path, Path]]:
     if len(images) == len(trees) == 1:
         return [(images[0], next(iter(trees)))]
     pairs = [(i, t) for i in images for t in trees if same_name(i.name) == same_name(t.name)]
-    # Of several trees of that name, such as two reconstructions, those beside the image, and of
-    # names that differ in case or further suffixes the one that agrees.
+    # Of several trees of that name, prefer those in the image's folder, then those whose names
+    # agree in case and further suffixes.
     for agree in (
         lambda image, tree: image.parent == tree.parent,
         lambda image, tree: stem(image.name) == stem(tree.name),
         lambda image, tree: image.stem == tree.stem,
     ):
-        settled = {file for pair in pairs if agree(*pair) for file in pair}
-        pairs = [pair for pair in pairs if agree(*pair) or not settled.intersection(pair)]
+        paired = {file for pair in pairs if agree(*pair) for file in pair}
+        pairs = [pair for pair in pairs if agree(*pair) or not paired.intersection(pair)]
     return pairs
 
 
 def block(title: str, facts: dict[str, str]) -> str:
-    """A title and, indented below it, one fact a line."""
+    """A title and, indented below it, one fact per line."""
     return "\n".join([title, *(f"  {key:<10} {value}" for key, value in facts.items())])
 
 
-def _looked_at(volume: Volume, name: str) -> tuple[np.ndarray, str]:
-    """What stands for a volume (n, y, x), and in words what it is if it is not all of it.
-
-    Raises `VolumeError` for values that are no image (`check_values`).
-    """
+def _checked_sample(volume: Volume, name: str) -> tuple[np.ndarray, str]:
+    """Voxels (n, y, x) that represent a volume, checked by `check_values`; in words which part."""
     data = volume.data
     if not isinstance(data, LazyStack) or prod(data.shape) <= WHOLE_ZARR:
         check_values(volume, name)
         step = max(1, -(-prod(data.shape) // WHOLE))
         return np.asarray(data[::step]), f"; every {step}th slice" if step > 1 else ""
-    # Whole chunks only, which lie side by side.
+    # Whole chunks only.
     chunk = np.minimum(data.chunks, data.shape)
     grid = np.array(data.shape) // chunk
     count = min(prod(grid.tolist()), max(1, WHOLE_ZARR // prod(chunk.tolist())))
@@ -138,10 +134,10 @@ def _looked_at(volume: Volume, name: str) -> tuple[np.ndarray, str]:
 
 
 def volume_facts(volume: Volume, name: str) -> dict[str, str]:
-    """Shape, type, spacing and intensities of a volume, and what is odd about it, in words."""
+    """Shape, type, spacing, intensities and oddities of a volume, in words."""
     shape, spacing = volume.data.shape, volume.spacing
-    values, part = _looked_at(volume, name)
-    # As for scaling: of masked stacks the percentiles of what is not masked.
+    values, part = _checked_sample(volume, name)
+    # As in `normalise`, masked voxels do not count.
     masked = (values == 0).mean() > 0.5 and values.any()
     kept = values[values != 0] if masked else values
     low, middle, high = np.percentile(kept, (LEVELS[0], 50, LEVELS[1]))
@@ -166,7 +162,7 @@ def volume_facts(volume: Volume, name: str) -> dict[str, str]:
 
 
 def tree_facts(tree: swc.Tree) -> dict[str, str]:
-    """Size and shape of a tree and what reading repaired, in words."""
+    """Size, shape and repairs of a tree, in words."""
     if not len(tree.parent):
         return {"tree": "no nodes"}
     low, high = tree.xyz.min(axis=0), tree.xyz.max(axis=0)
@@ -187,12 +183,12 @@ def fit_facts(tree: swc.Tree, volume: Volume) -> dict[str, str]:
     """Whether a tree lies on the bright structures of a volume, in words."""
     if isinstance(volume.data, LazyStack) and prod(volume.data.shape) > WHOLE:
         return {"frame": "not compared, as all of the image would be read; cut out a part"}
-    found = swc.fit(tree, volume)
+    fit = swc.fit(tree, volume)
     return {
-        "inside": f"{found.inside:.1%} of the nodes lie in the image",
-        "contrast": f"{found.contrast:.2f} standard deviations brighter on the tree; "
-        f"{found.follows:.0%} of it brighter than {swc.AROUND:g} voxels around",
-        "frame": str(found),
-        # Of a tree in another frame it would be another number.
-        **({"length": swc.length_text(tree, volume.spacing)} if found.fits else {}),
+        "inside": f"{fit.inside:.1%} of the nodes lie in the image",
+        "contrast": f"{fit.contrast:.2f} standard deviations brighter on the tree; "
+        f"{fit.follows:.0%} of it brighter than {swc.AROUND:g} voxels around",
+        "frame": str(fit),
+        # In another frame, the length would be wrong.
+        **({"length": swc.length_text(tree, volume.spacing)} if fit.fits else {}),
     }

@@ -1,4 +1,4 @@
-"""Which image and which tree belong together, and which neuron they show."""
+"""Pair images with trees, and find out which neuron they show."""
 
 import csv
 import re
@@ -13,7 +13,7 @@ from neurolib.files import decode, named_folder
 from neurolib.swc import Tree, read_swc
 from neurolib.volume import SUFFIXES, Volume, read_volume
 
-# Part words by which people name several crops of one neuron: they never go into two splits.
+# Words that people append to the name of a neuron for its crops.
 PART = re.compile(
     r"([_\-. ](body|tail|head|soma|axon|dendrite|dendrites|left|right|top|bottom|"
     r"(crop|part|tile|piece|section|stack)[_\-]?\d*))+$",
@@ -22,15 +22,15 @@ PART = re.compile(
 
 TREES = (".swc", ".eswc")
 
-# What programs put between a name and its suffix: OME's images, NeuroMorpho.org's trees.
+# OME's images and NeuroMorpho.org's trees have these before the suffix.
 MARKS = (".ome", ".cng")
 
 NEURONS_FILE = "neurons.csv"
-# Data sets that their name and this version decide: nothing of theirs has to be hashed.
+# Data sets that their name and this version determine, so that no file need be hashed.
 GENERATED = ("synthetic", "bigneuron-janelia")
 NAMED = (*GENERATED, "fly-larva", "fly-larva-final")
 
-# Pairs of this style are evaluated only: never trained on, validated on or chosen by.
+# Pairs of this style are for evaluation only.
 FINAL_STYLE = "real, final test set"
 
 
@@ -38,7 +38,7 @@ FINAL_STYLE = "real, final test set"
 class Pair:
     """An image and its tree: `name`, the `neuron` it shows, both files, and how it was made.
 
-    channel, spacing: of the image, where they are not left to the file; see `read_volume`.
+    channel, spacing: of the image, as `read_volume` takes them.
     """
 
     name: str
@@ -57,9 +57,9 @@ def read_pair(pair: Pair) -> tuple[Volume, Tree]:
 
 
 def stand_in(name: str) -> Path | None:
-    """The folder that stands in for a downloaded data set; None without ``$NEUROLIB_DATA``.
+    """The folder that replaces a downloaded data set; None without ``$NEUROLIB_DATA``.
 
-    It is the one of that name in ``$NEUROLIB_DATA``, or ``$NEUROLIB_DATA`` itself.
+    It is the folder of that name in ``$NEUROLIB_DATA``, or ``$NEUROLIB_DATA`` itself.
     """
     root = named_folder("NEUROLIB_DATA")
     if root is not None and not root.is_dir():
@@ -75,9 +75,9 @@ def folder_pairs(folder: str | Path, style: str = "real") -> list[Pair]:
     """Find the image/SWC pairs of a folder, sorted by name; see `pair_files` for the names.
 
     An optional ``neurons.csv`` with the columns ``name,neuron`` says which pairs show the same
-    neuron. Without it, names that differ only in part words at their end (``_body``, ``_tail``,
-    ``_crop2``, ``_left_part1`` ...) are taken for one neuron. Neither cares about case. A warning
-    says which images and trees have no partner.
+    neuron. Without it, names that differ only in a final part word (``_body``, ``_tail``,
+    ``_crop2``, ``_left_part1`` ...) count as one neuron. Both ignore case. A warning lists images
+    and trees without a partner.
     """
     folder = Path(folder)
     images, trees = files_of(folder, SUFFIXES), files_of(folder, TREES)
@@ -101,10 +101,9 @@ def folder_pairs(folder: str | Path, style: str = "real") -> list[Pair]:
 def pair_files(images: Sequence[Path], trees: Sequence[Path]) -> dict[str, tuple[Path, Path]]:
     """Images and trees of equal names, by that name.
 
-    Equal are names without their suffix; of what is left, also names without further suffixes
-    (``cell.ome.tif``, ``cell.tif.swc``, ``cell.CNG.swc``) and in any Unicode form; of what is
-    left then, also names in another case. A tree of several images, or an image of several trees,
-    is a `DataError`.
+    Names are first compared without their suffix; then, for files left over, without further
+    suffixes (``cell.ome.tif``, ``cell.tif.swc``, ``cell.CNG.swc``) and in one Unicode form; then
+    also without case. Several images or trees of one name are a `DataError`.
     """
     pairs: dict[str, tuple[Path, Path]] = {}
     for key in (lambda name: _without(name, (*SUFFIXES, *TREES)), stem, same_name):
@@ -118,7 +117,7 @@ def pair_files(images: Sequence[Path], trees: Sequence[Path]) -> dict[str, tuple
             if not (some_images and some_trees):
                 continue
             image, tree = some_images[0], some_trees[0]
-            # Of names in two cases, the image's.
+            # If the cases differ, the image's counts.
             name = stem(image.name) if key is same_name else name
             for kind, files in (("images", some_images), ("trees", some_trees)):
                 if len(files) > 1 or name in pairs:
@@ -136,7 +135,7 @@ def alone(
     """The files that are in no pair, and why."""
     pairs = list(pairs)
     used = {file for pair in pairs for file in pair}
-    # Each image or tree of a pair by the names of the files that it might have been paired with.
+    # The trees, then the images of the pairs, by the name of their partner.
     taken = [{same_name(pair[kind].name): pair[kind].name for pair in pairs} for kind in (1, 0)]
     left = {}
     for kind, files, others in (("tree", images, taken[0]), ("image", trees, taken[1])):
@@ -149,7 +148,7 @@ def alone(
 
 
 def stem(name: str) -> str:
-    """A file's name without suffixes and marks, in one Unicode form: cell of ``cell.ome.tif``."""
+    """A file's name without suffixes and marks, in one Unicode form: ``cell.ome.tif`` is cell."""
     name = unicodedata.normalize("NFC", name.strip())
     while (shorter := _without(name, (*SUFFIXES, *TREES, *MARKS))) != name:
         name = shorter
@@ -157,19 +156,19 @@ def stem(name: str) -> str:
 
 
 def same_name(name: str) -> str:
-    """A file's name as far as it must agree with another's."""
+    """A file's name in the form that must agree with another's."""
     return unicodedata.normalize("NFC", stem(name).casefold())
 
 
 def _without(name: str, suffixes: tuple[str, ...]) -> str:
-    """A name without the one of `suffixes` at its end, if there is one and something before it."""
+    """A name without its suffix if that is one of `suffixes` and something comes before it."""
     lower = name.lower()
     suffix = next((s for s in suffixes if lower.endswith(s) and len(name) > len(s)), "")
     return name[: len(name) - len(suffix)]
 
 
 def find_name(asked: str, names: Iterable[str]) -> str | None:
-    """The one of `names` that is meant by `asked`, which may have a suffix or another case."""
+    """The one of `names` that `asked` means; it may have a suffix or another case."""
     # A spreadsheet may list paths.
     asked, names = asked.strip().replace("\\", "/").rpartition("/")[2], list(names)
     for key in (str, stem, same_name):
@@ -223,7 +222,7 @@ def neurons_of(folder: Path, names: Iterable[str], others: Iterable[str] = ()) -
                 f"{neuron!r} here; keep one of them"
             )
     neurons = {name: given.get(name) or PART.sub("", name) or name for name in names}
-    # One spelling: two would be two neurons, and might get into two splits.
+    # Two spellings would be two neurons and might end up in two splits.
     spelling: dict[str, str] = {}
     return {n: spelling.setdefault(neuron.casefold(), neuron) for n, neuron in neurons.items()}
 

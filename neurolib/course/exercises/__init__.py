@@ -1,9 +1,8 @@
 """Self-checks of the exercises: one module per notebook, one function per question.
 
-A notebook imports its own, ``from neurolib.course.exercises import blocking as exercises``, and
-asks ``exercises.q1(answer)``. What is printed is one of three states: not attempted, not yet (with
-a hint for the mistake that was probably made), right. Answers that are functions are judged by what
-they do with many inputs, not by how they are written.
+A notebook imports its module, ``from neurolib.course.exercises import blocking as exercises``, and
+calls ``exercises.q1(answer)``. This prints one of three states: not attempted, not yet (with a hint
+for the likely mistake), right. Functions are judged by their results for many inputs.
 """
 
 import functools
@@ -12,16 +11,16 @@ from typing import Any
 
 
 class _NotAttempted(Exception):
-    """The answer, or what the reader's function returns, is still the dots of the stub."""
+    """The answer, or the result of the reader's function, is still the dots of the stub."""
 
 
 def question(praise: str) -> Callable:
-    """Make a question of a judge: a function from an answer to a hint, empty if it is right.
+    """Turn a judge into a question: it maps an answer to a hint, or "" if the answer is right.
 
     Parameters
     ----------
     praise : str
-        Printed after "right": what the reader has just shown.
+        Printed after "right".
     """
 
     def decorate(judge: Callable[[Any], str]) -> Callable[[Any], None]:
@@ -33,7 +32,7 @@ def question(praise: str) -> Callable:
                 print(f"○ {judge.__name__}: not attempted; put your answer in place of the dots")
                 return
             except Exception as error:
-                # Whatever a reader's function raises is a state of the exercise, not a crash.
+                # An error in a reader's function is no crash.
                 hint = f"your answer raises {type(error).__name__}: {error}"
             print(f"✗ {judge.__name__}: not yet. {hint}" if hint else f"● right: {praise}")
 
@@ -50,7 +49,7 @@ def attempt(value: Any) -> Any:
 
 
 def call(function: Callable, *arguments: Any) -> Any:
-    """What the reader's function gives; the dots mean that it is not written yet."""
+    """Result of the reader's function; the dots mean that it is not written yet."""
     if not callable(function):
         raise TypeError(f"expected a function, got {type(function).__name__}")
     return attempt(function(*arguments))

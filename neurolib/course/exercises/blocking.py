@@ -10,7 +10,7 @@ from neurolib.blocking import block_starts, tube_radius
 from neurolib.course.exercises import call, question
 from neurolib.data.datasets import load_dataset
 
-A, D_MAX = 6.0, 5.0  # of the response, Sironi et al.
+A, D_MAX = 6.0, 5.0  # of the response (Sironi et al.)
 
 
 @question("coordinates are x, y, z, spacings are dz, dy, dx: you turned one of them round.")
@@ -21,18 +21,18 @@ def q1(to_voxels: Callable) -> str:
         spacing = rng.uniform(0.1, 3, 3)
         voxels = rng.uniform(0, 400, (7, 3))
         microns = voxels * spacing[::-1]
-        found = np.asarray(call(to_voxels, microns.copy(), tuple(spacing)), float)
-        if found.shape != voxels.shape:
-            return f"Seven points went in as an array (7, 3), {found.shape} came back."
-        if np.allclose(found, voxels):
+        answer = np.asarray(call(to_voxels, microns.copy(), tuple(spacing)), float)
+        if answer.shape != voxels.shape:
+            return f"Seven points went in as an array (7, 3), {answer.shape} came back."
+        if np.allclose(answer, voxels):
             continue
-        if np.allclose(found, microns / spacing):
+        if np.allclose(answer, microns / spacing):
             return "The spacing is (dz, dy, dx) and a point is (x, y, z): turn one of them round."
-        if np.allclose(found, microns * spacing[::-1]) or np.allclose(found, microns * spacing):
+        if np.allclose(answer, microns * spacing[::-1]) or np.allclose(answer, microns * spacing):
             return "A point at 10 µm with 2 µm between voxels is at voxel 5: divide."
-        if np.allclose(found, np.rint(voxels)) or np.allclose(found, np.floor(voxels)):
+        if np.allclose(answer, np.rint(voxels)) or np.allclose(answer, np.floor(voxels)):
             return "A node may lie between voxels: do not round."
-        if np.allclose(found - voxels, (found - voxels)[0]):
+        if np.allclose(answer - voxels, (answer - voxels)[0]):
             return "Voxel centres lie at whole numbers: nothing is to be added or taken away."
         return "With a spacing of (2, 1, 1), the point (8, 8, 8) µm is the voxel (8, 8, 4)."
     return ""
@@ -40,24 +40,24 @@ def q1(to_voxels: Callable) -> str:
 
 @question("this is the threshold that asks for a tube of that radius.")
 def q2(threshold: Callable) -> str:
-    """A radius in voxels, below d_M, gives the threshold of the tube of that radius."""
+    """A radius in voxels, below d_M, gives the threshold for a tube of that radius."""
     for radius in np.linspace(0.3, 4.8, 19):
-        found = float(call(threshold, float(radius)))
+        answer = float(call(threshold, float(radius)))
         exact = np.expm1(A * (1 - radius / D_MAX)) / np.expm1(A)
-        if np.isclose(found, exact, rtol=1e-3):
+        if np.isclose(answer, exact, rtol=1e-3):
             continue
-        if np.isclose(found, np.exp(A * (1 - radius / D_MAX)) / np.exp(A), rtol=1e-3):
+        if np.isclose(answer, np.exp(A * (1 - radius / D_MAX)) / np.exp(A), rtol=1e-3):
             return "Nearly: without the two -1 the response does not fall to 0 at D = d_M."
-        if np.isclose(found, np.expm1(A * (1 - radius / D_MAX)), rtol=1e-3):
+        if np.isclose(answer, np.expm1(A * (1 - radius / D_MAX)), rtol=1e-3):
             return "On the centreline the response is 1: divide by its largest value."
-        if np.isclose(found, np.expm1(A * (1 - 2 * radius / D_MAX)) / np.expm1(A), rtol=1e-3):
+        if np.isclose(answer, np.expm1(A * (1 - 2 * radius / D_MAX)) / np.expm1(A), rtol=1e-3):
             return "D is the distance from the centreline: the radius, not the diameter."
-        if 0 < found < 1:
+        if 0 < answer < 1:
             return (
-                f"For radius {radius:.2f} your threshold {found:.3g} gives a tube of radius "
-                f"{tube_radius(found):.2f}: put D = radius into the equation of y(D)."
+                f"For radius {radius:.2f} your threshold {answer:.3g} gives a tube of radius "
+                f"{tube_radius(answer):.2f}: put D = radius into the equation of y(D)."
             )
-        return f"A threshold lies between 0 and 1; for radius {radius:.2f} you gave {found:.3g}."
+        return f"A threshold lies between 0 and 1; for radius {radius:.2f} you gave {answer:.3g}."
     return ""
 
 
@@ -72,19 +72,19 @@ def q3(starts: Callable) -> str:
         for size in [block + rng.integers(0, 200)]
     ]
     for size, block, stride in cases:
-        found = np.asarray(call(starts, size, block, stride))
+        answer = np.asarray(call(starts, size, block, stride))
         about = f"(size {size}, block {block}, stride {stride})"
-        if found.ndim != 1 or not len(found) or found.dtype.kind not in "iu":
+        if answer.ndim != 1 or not len(answer) or answer.dtype.kind not in "iu":
             return f"Give a list of whole numbers {about}."
-        if len(set(found.tolist())) < len(found):
+        if len(set(answer.tolist())) < len(answer):
             return f"One start comes twice {about}: take care where the stride fits exactly."
-        if found.max() > size - block:
+        if answer.max() > size - block:
             return (
-                f"The block that begins at {found.max()} ends at {found.max() + block} {about}: "
+                f"The block that begins at {answer.max()} ends at {answer.max() + block} {about}: "
                 "move the last one inward."
             )
         covered = np.zeros(size, bool)
-        for start in found:
+        for start in answer:
             if start < 0:
                 return f"A block begins at {start} {about}: no voxel has such a number."
             covered[start : start + block] = True
@@ -93,7 +93,7 @@ def q3(starts: Callable) -> str:
                 f"Voxel {int(np.argmin(covered))} is in no block {about}: the last block must end "
                 "with the volume."
             )
-        if sorted(found.tolist()) != block_starts(size, block, stride).tolist():
+        if sorted(answer.tolist()) != block_starts(size, block, stride).tolist():
             return (
                 f"All is covered, with other blocks than necessary {about}: begin at 0, go on by "
                 "the stride, and move only the last block."
@@ -103,7 +103,7 @@ def q3(starts: Callable) -> str:
 
 @question("the nearer the training blocks are to the test blocks, the more a memory shines.")
 def q4(order: Sequence[str]) -> str:
-    """Names of four splits, in the order of the Dice that a learner by heart reaches on them."""
+    """Names of four splits, in the order of the Dice that pure memory reaches on them."""
     names = ("random blocks", "alternate slices", "halves in z", "another neuron")
     if isinstance(order, str) or sorted(map(str, order)) != sorted(names):
         return f"Give the four names in an order: {', '.join(names)}."
@@ -118,7 +118,7 @@ def q4(order: Sequence[str]) -> str:
 
 
 def _leaks() -> dict[str, float]:
-    """Dice of the memory of notebook 01 on the embedded data set, for each way to split it."""
+    """Dice of notebook 01's memory on the synthetic data set, for each split."""
 
     def centres(number: int) -> tuple[np.ndarray, ...]:
         sample = blocking.read_sample(load_dataset("synthetic")[number])

@@ -1,4 +1,4 @@
-"""Questions of notebook 04: beating a threshold, fooling metrics, misses, a paired gain."""
+"""Questions of notebook 04: beat a threshold, fool metrics, misses, a paired gain."""
 
 from collections.abc import Callable
 
@@ -22,9 +22,9 @@ def q1(segment: Callable) -> str:
         )
     cuts = np.linspace(0.05, 1, 39)
     best = max(evaluation.dice(sample.image >= cut, sample.mask) for cut in cuts)
-    found = evaluation.dice(mask, sample.mask)
-    said = f"Your Dice is {found:.3f}, the best threshold's {best:.3f}. "
-    if found >= best + 0.05:
+    own = evaluation.dice(mask, sample.mask)
+    said = f"Your Dice is {own:.3f}, the best threshold's {best:.3f}. "
+    if own >= best + 0.05:
         print(said)
         return ""
     if mask.mean() > 10 * sample.mask.mean():
@@ -44,12 +44,12 @@ def q2(fool: Callable) -> str:
     masks = call(fool, truth.copy())
     if not isinstance(masks, tuple | list) or len(masks) != 2:
         return "Return two masks: one that fools Dice, one that fools Hd95."
-    found = []
+    scores = []
     for mask in map(np.asarray, masks):
         if mask.shape != truth.shape or mask.dtype != bool:
             return f"Masks are boolean and of the truth's shape {truth.shape}; {mask.shape} came."
-        found.append((evaluation.dice(mask, truth), evaluation.hd95(mask, truth)))
-    (high, far), (low, near) = found
+        scores.append((evaluation.dice(mask, truth), evaluation.hd95(mask, truth)))
+    (high, far), (low, near) = scores
     if high < 0.9:
         return f"The first mask has Dice {high:.2f}: at least 0.9 is wanted, so add little."
     if far < 20:
@@ -74,19 +74,19 @@ def q3(mean_hd95: Callable) -> str:
     ]
     for values, diagonals in (map(np.array, case) for case in cases):
         with np.errstate(all="ignore"):
-            found = float(call(mean_hd95, values.copy(), diagonals.copy()))
+            answer = float(call(mean_hd95, values.copy(), diagonals.copy()))
         missed = np.isinf(values)
         kept = values[~missed]
-        if np.isclose(found, np.where(missed, diagonals, values).mean()):
+        if np.isclose(answer, np.where(missed, diagonals, values).mean()):
             continue
-        about = f"Of {values.tolist()} with diagonals {diagonals.tolist()} you say {found:.2f}."
-        if not np.isfinite(found):
+        about = f"Of {values.tolist()} with diagonals {diagonals.tolist()} you say {answer:.2f}."
+        if not np.isfinite(answer):
             return f"{about} Put something finite in the place of each infinity first."
-        if np.isclose(found, kept.mean()):
+        if np.isclose(answer, kept.mean()):
             return f"{about} The miss is left out: whoever fails on hard neurons looks better."
-        if np.isclose(found, kept.sum() / len(values)):
+        if np.isclose(answer, kept.sum() / len(values)):
             return f"{about} The miss counts as 0: that is the best score there is."
-        if np.isclose(found, diagonals.mean()):
+        if np.isclose(answer, diagonals.mean()):
             return f"{about} Those are the diagonals alone; most values are finite, keep them."
         mistakes = {
             "Its own volume's diagonal takes the place of a miss": (
@@ -98,7 +98,7 @@ def q3(mean_hd95: Callable) -> str:
             "The largest value seen is no bound for a miss; the diagonal is": (kept.max(),),
         }
         for hint, penalties in mistakes.items():
-            if any(np.isclose(found, np.where(missed, p, values).mean()) for p in penalties):
+            if any(np.isclose(answer, np.where(missed, p, values).mean()) for p in penalties):
                 return f"{about} {hint}."
         return f"{about} Replace each infinity by the diagonal of its volume, then take the mean."
     return ""
@@ -111,21 +111,21 @@ def q4(interval: Callable) -> str:
     n, neurons = 5, rng.normal(0.5, 0.1, 5)
     a = neurons + rng.normal(0.04, 0.02, n)
     b = neurons + rng.normal(0.0, 0.02, n)
-    found = call(interval, a.copy(), b.copy())
-    if np.shape(found) != (2,):
-        return f"Return two numbers, low and high; yours has the shape {np.shape(found)}."
-    found = np.asarray(found, float)
+    answer = call(interval, a.copy(), b.copy())
+    if np.shape(answer) != (2,):
+        return f"Return two numbers, low and high; yours has the shape {np.shape(answer)}."
+    answer = np.asarray(answer, float)
 
     def near(mean: float, half: float) -> bool:
-        return bool(np.allclose(found, (mean - half, mean + half), rtol=1e-6))
+        return bool(np.allclose(answer, (mean - half, mean + half), rtol=1e-6))
 
     gain = a - b
     mean, deviation, t = gain.mean(), gain.std(ddof=1), stats.t.ppf(0.975, n - 1)
     half = t * deviation / np.sqrt(n)
     if near(mean, half):
         return ""
-    said = f"You say {found[0]:.3f} to {found[1]:.3f}."
-    if found[0] > found[1]:
+    said = f"You say {answer[0]:.3f} to {answer[1]:.3f}."
+    if answer[0] > answer[1]:
         return f"{said} The lower end comes first."
     apart = np.sqrt(a.var(ddof=1) + b.var(ddof=1))
     mistakes = [
@@ -143,6 +143,6 @@ def q4(interval: Callable) -> str:
         if near(centre, width):
             return f"{said} {hint}"
     draws = gain[rng.integers(n, size=(10_000, n))].mean(axis=1)
-    if np.abs(found - np.percentile(draws, [2.5, 97.5])).max() < half / 10:
+    if np.abs(answer - np.percentile(draws, [2.5, 97.5])).max() < half / 10:
         return f"{said} That is the percentile bootstrap, which is too narrow for {n} neurons."
     return f"{said} Expected the mean gain, plus and minus t · s / √n."

@@ -1,4 +1,4 @@
-"""Questions of notebook 02: folding colours, inflating a kernel, what averaging costs and gains."""
+"""Questions of notebook 02: fold colours, inflate a kernel, costs and gains of averaging."""
 
 from collections.abc import Callable
 
@@ -19,10 +19,10 @@ def q1(fold: Callable) -> str:
     for _ in range(5):
         weight, bias, slices = _random(draw, 3)
         mean, std = (0.2 + 0.5 * torch.rand(2, 3, generator=draw, dtype=weight.dtype)).unbind()
-        found = call(fold, weight.clone(), bias.clone(), mean.clone(), std.clone())
-        if not isinstance(found, tuple | list) or len(found) != 2:
+        answer = call(fold, weight.clone(), bias.clone(), mean.clone(), std.clone())
+        if not isinstance(answer, tuple | list) or len(answer) != 2:
             return "Return two things: the grey kernel and the bias."
-        grey, shifted = (torch.as_tensor(part) for part in found)
+        grey, shifted = (torch.as_tensor(part) for part in answer)
         if grey.shape != (TOKENS, 1, PATCH, PATCH):
             return (
                 f"One kernel per token, (E, 1, p, p) = {(TOKENS, 1, PATCH, PATCH)}, is expected; "
@@ -46,7 +46,7 @@ def q1(fold: Callable) -> str:
 
 
 def _fold_hint(weight, bias, mean, std, grey, shifted) -> str:
-    """The mistake behind a wrong grey kernel, else behind a wrong bias; empty if neither is."""
+    """A hint on a wrong grey kernel, or on a wrong bias; empty if both are right."""
     exact, exact_bias = fold_rgb(weight, bias, mean.flatten().tolist(), std.flatten().tolist())
     mistakes = [
         (weight, "The 2D model divides each channel by its σ: so must w'."),
@@ -92,8 +92,8 @@ def q2(inflate: Callable) -> str:
                 f"{(TOKENS, 1, depth, PATCH, PATCH)}, got {tuple(kernel.shape)}."
             )
         block = torch.rand(2, 1, depth, 3 * PATCH, 3 * PATCH, generator=draw, dtype=grey.dtype)
-        found = F.conv3d(block, kernel, stride=(depth, PATCH, PATCH))[:, :, 0]
-        if _same(found, F.conv2d(block[:, :, depth // 2], grey, stride=PATCH)):
+        answer = F.conv3d(block, kernel, stride=(depth, PATCH, PATCH))[:, :, 0]
+        if _same(answer, F.conv2d(block[:, :, depth // 2], grey, stride=PATCH)):
             continue
         shares = [_share(kernel[:, :, z], grey) for z in range(depth)]
         if None in shares:
@@ -122,10 +122,10 @@ def q2(inflate: Callable) -> str:
 
 @question("average gains where a neurite passes more than √D slices, else it loses.")
 def q3(gain: Callable) -> str:
-    """Depth D and the number n of slices that a tube is in give signal to noise, 2D being 1."""
+    """Depth D and a tube's number n of slices give signal to noise, relative to 2D."""
     for depth, inside in [(9, 4), (9, 9), (9, 1), (5, 2), (5, 5), (7, 3), (1, 1)]:
-        found, ratio = float(call(gain, depth, inside)), inside / depth
-        if np.isclose(found, inside / np.sqrt(depth), rtol=1e-3):
+        answer, ratio = float(call(gain, depth, inside)), inside / depth
+        if np.isclose(answer, inside / np.sqrt(depth), rtol=1e-3):
             continue
         root = np.sqrt(depth)
         mistakes = [
@@ -138,10 +138,10 @@ def q3(gain: Callable) -> str:
             (np.sqrt(ratio), "The signal grows with n itself, not with its root."),
         ]
         for wrong, hint in mistakes:
-            if np.isclose(found, wrong, rtol=1e-3):
-                return f"D = {depth}, n = {inside}: you say {found:.2f}. {hint}"
+            if np.isclose(answer, wrong, rtol=1e-3):
+                return f"D = {depth}, n = {inside}: you say {answer:.2f}. {hint}"
         return (
-            f"D = {depth}, n = {inside}: {found:.2f} is not right. How much is left of the "
+            f"D = {depth}, n = {inside}: {answer:.2f} is not right. How much is left of the "
             f"signal if {inside} of {depth} slices have it, and how much of the noise?"
         )
     return ""
@@ -150,19 +150,19 @@ def q3(gain: Callable) -> str:
 def _random(
     draw: torch.Generator, channels: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Kernels (E, channels, p, p), a bias (E,) and slices (2, 3, 4p, 4p), the channels equal."""
+    """Kernels (E, channels, p, p), a bias (E,) and slices (2, 3, 4p, 4p) with equal channels."""
     weight = torch.randn(TOKENS, channels, PATCH, PATCH, generator=draw, dtype=torch.float64)
     bias = torch.randn(TOKENS, generator=draw, dtype=torch.float64)
     slices = torch.rand(2, 1, 4 * PATCH, 4 * PATCH, generator=draw, dtype=torch.float64)
     return weight, bias, slices.expand(-1, 3, -1, -1)
 
 
-def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+def _same(answer: torch.Tensor, expected: torch.Tensor) -> bool:
     # Wide enough for an answer computed in single precision.
-    return torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+    return torch.allclose(answer, expected, rtol=1e-4, atol=1e-4)
 
 
 def _share(part: torch.Tensor, whole: torch.Tensor) -> float | None:
-    """The number that `whole` is multiplied with to give `part`; None if there is none."""
+    """The factor between `whole` and `part`; None if there is none."""
     factor = float((part * whole).sum() / whole.square().sum())
     return factor if _same(part, factor * whole) else None

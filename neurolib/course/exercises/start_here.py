@@ -1,4 +1,4 @@
-"""Questions of notebook 00: a block in a volume, and why not to count right answers."""
+"""Questions of notebook 00: the share of neurites in a volume, and why accuracy misleads."""
 
 from collections.abc import Callable
 
@@ -9,11 +9,11 @@ from neurolib.course.exercises import call, question
 
 @question("a tube of that radius around the tree is what a network of this course must find.")
 def q1(share: Callable) -> str:
-    """Length and radius of a tree's neurites and a shape (z, y, x) give the share of the volume."""
+    """Length and radius of neurites and a shape (z, y, x) give their share of the volume."""
     for length, radius, shape in [(298.0, 1.9, (48, 192, 192)), (780.0, 2.5, (40, 100, 150))]:
-        found = float(call(share, length, radius, shape))
+        answer = float(call(share, length, radius, shape))
         volume, exact = np.prod(shape), length * np.pi * radius**2 / np.prod(shape)
-        about = f"{length:g} voxels of neurite, radius {radius:g}, in {shape}: {found:.3g}. "
+        about = f"{length:g} voxels of neurite, radius {radius:g}, in {shape}: {answer:.3g}. "
         mistakes = [
             (length / volume, "That is a thread one voxel wide: a tube has a cross-section."),
             (length * radius**2 / volume, "The cross-section is a circle: π is missing."),
@@ -22,22 +22,22 @@ def q1(share: Callable) -> str:
             (100 * exact, "A share lies between 0 and 1."),
             (length * 2 * np.pi * radius / volume, "That is the surface of the tube."),
         ]
-        if np.isclose(found, exact, rtol=0.03):
+        if np.isclose(answer, exact, rtol=0.03):
             continue
-        hints = [hint for wrong, hint in mistakes if np.isclose(found, wrong, rtol=1e-3)]
+        hints = [hint for wrong, hint in mistakes if np.isclose(answer, wrong, rtol=1e-3)]
         return about + (hints or ["Think of the tree as one long straight tube."])[0]
     return ""
 
 
 @question("nearly everything is right, and nothing is found: count overlap instead, as Dice does.")
 def q2(accuracy: Callable) -> str:
-    """A mask gives the share of voxels that the answer "no neurite anywhere" gets right."""
+    """A mask gives the accuracy of the answer "no neurite anywhere"."""
     rng = np.random.default_rng(2)
     for share in (0.001, 0.02, 0.3):
         mask = rng.random((9, 20, 30)) < share
         mask[0, 0, 0] = True
-        found, exact = float(call(accuracy, mask.copy())), float((~mask).mean())
-        about = f"{mask.mean():.1%} foreground: {found:.4g}. "
+        answer, exact = float(call(accuracy, mask.copy())), float((~mask).mean())
+        about = f"{mask.mean():.1%} foreground: {answer:.4g}. "
         mistakes = [
             (mask.mean(), "That is the share that it gets wrong."),
             (100 * exact, "A share lies between 0 and 1."),
@@ -45,10 +45,10 @@ def q2(accuracy: Callable) -> str:
             (0, "That is its Dice; of all voxels it gets most right."),
             (1, "Not all of them: the voxels of the neurite are wrong."),
         ]
-        if np.isclose(found, exact, rtol=1e-9):
+        if np.isclose(answer, exact, rtol=1e-9):
             continue
         for wrong, hint in mistakes:
-            if np.isclose(found, wrong, rtol=1e-6):
+            if np.isclose(answer, wrong, rtol=1e-6):
                 return about + hint
         return f"{about}Count the voxels that are False in the mask."
     return ""

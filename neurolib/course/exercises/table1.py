@@ -1,4 +1,4 @@
-"""Questions of notebook 06: pairing neurons, and how many of them it takes."""
+"""Questions of notebook 06: pair neurons, and find out how many are needed."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from neurolib.course.exercises import call, question
 
 @question("each neuron is compared with itself, whatever else was measured.")
 def q1(gains: Callable) -> str:
-    """Two mappings of neuron to Dice give the gain on each neuron that both have, as a list."""
+    """Two mappings of neuron to Dice give the list of gains on neurons that both have."""
     draw = np.random.default_rng(6)
     for _ in range(20):
         names = [f"neuron {i}" for i in draw.permutation(8)]
@@ -18,46 +18,46 @@ def q1(gains: Callable) -> str:
         theirs = dict(zip(draw.permutation(names[2:]).tolist(), draw.random(6), strict=True))
         exact = [ours[name] - theirs[name] for name in ours if name in theirs]
         try:
-            found = call(gains, dict(ours), dict(theirs))
+            answer = call(gains, dict(ours), dict(theirs))
         except KeyError as error:
             return f"{error} was measured with one of the two networks only: leave it out."
-        if np.ndim(found) == 0:
+        if np.ndim(answer) == 0:
             return "One gain per neuron is expected, as a list; yours is a single number."
-        if hint := _gain_hint(sorted(found), sorted(exact), ours, theirs):
+        if hint := _gain_hint(sorted(answer), sorted(exact), ours, theirs):
             return hint
     return ""
 
 
-def _gain_hint(found: list, exact: list, ours: dict, theirs: dict) -> str:
-    if np.allclose(found, [-g for g in exact[::-1]]) if len(found) == len(exact) else False:
+def _gain_hint(answer: list, exact: list, ours: dict, theirs: dict) -> str:
+    if len(answer) == len(exact) and np.allclose(answer, [-g for g in exact[::-1]]):
         return "A gain is positive where the new network is better: the other sign."
     by_order = sorted(a - b for a, b in zip(ours.values(), theirs.values(), strict=True))
-    if len(found) == len(by_order) and np.allclose(found, by_order):
+    if len(answer) == len(by_order) and np.allclose(answer, by_order):
         return (
             "You pair by place in the list: the first neuron of one with another's first. Pair by "
             "name."
         )
-    if len(found) != len(exact):
+    if len(answer) != len(exact):
         return (
-            f"{len(exact)} neurons were measured with both networks; you give {len(found)} gains."
+            f"{len(exact)} neurons were measured with both networks; you give {len(answer)} gains."
         )
-    return "" if np.allclose(found, exact) else "These are not the differences on equal neurons."
+    return "" if np.allclose(answer, exact) else "These are not the differences on equal neurons."
 
 
 @question("the spread of the gains decides, and few neurons pay for their number twice.")
 def q2(needed: Callable) -> str:
-    """A mean gain and the deviation of the gains give the fewest neurons that can show it."""
+    """Mean and standard deviation of gains give the smallest number of neurons that can show it."""
     for gain, deviation in [(0.036, 0.019), (0.05, 0.1), (0.02, 0.05)]:
-        found = call(needed, gain, deviation)
-        about = f"Gain {gain}, deviation {deviation}: {found}. "
-        if found != int(found):
+        answer = call(needed, gain, deviation)
+        about = f"Gain {gain}, deviation {deviation}: {answer}. "
+        if answer != int(answer):
             return f"{about}A number of neurons is whole."
 
         def half(n: int, level: float = 0.975, sd: float = deviation) -> float:
             return float(stats.t.ppf(level, n - 1) * sd / np.sqrt(n))
 
         exact = next(n for n in range(2, 10_000) if half(n) < gain)
-        if found == exact:
+        if answer == exact:
             continue
         z = int(np.ceil((stats.norm.ppf(0.975) * deviation / gain) ** 2))
         mistakes = [
@@ -67,11 +67,11 @@ def q2(needed: Callable) -> str:
                 "95 % leave 2.5 % at each end.",
             ),
         ]
-        hints = [hint for wrong, hint in mistakes if found == wrong]
+        hints = [hint for wrong, hint in mistakes if answer == wrong]
         if hints:
             return about + hints[0]
-        if found < 2:
+        if answer < 2:
             return f"{about}One neuron has no interval."
-        end = "below" if half(int(found)) > gain else "above"
-        return f"{about}With so many, the lower end is {gain - half(int(found)):+.3f}, {end} 0."
+        end = "below" if half(int(answer)) > gain else "above"
+        return f"{about}With so many, the lower end is {gain - half(int(answer)):+.3f}, {end} 0."
     return ""

@@ -1,4 +1,4 @@
-"""Questions of notebook 05: bridges, a cut that has none, the order of an SWC file."""
+"""Questions of notebook 05: bridges, a cut without a bridge, the order of an SWC file."""
 
 from collections.abc import Callable, Sequence
 
@@ -36,14 +36,14 @@ def q1(justified: Callable) -> str:
     for _ in range(400):
         a, out_a, out_b = rng.uniform(0, 50, 3), *rng.normal(size=(2, 3)) * [[3.0], [9.0]]
         cases.append((a, out_a, a + rng.normal(size=3) * 7, out_b))
-    found = [call(justified, *(part.copy() for part in case)) for case in cases]
-    if not all(isinstance(answer, bool | np.bool_) for answer in found):
-        return f"Give True or False; you gave {found[0]!r}."
+    answers = [call(justified, *(part.copy() for part in case)) for case in cases]
+    if not all(isinstance(answer, bool | np.bool_) for answer in answers):
+        return f"Give True or False; you gave {answers[0]!r}."
     short, faces, faced = (
         np.array([test(*case) for case in cases]) for test in (_is_short, _faces, _is_faced)
     )
     exact = short & faces & faced
-    # Mistakes are told by the whole pattern of answers, not by one of them.
+    # The pattern of all answers reveals the mistake.
     back = np.array([_cosine(o, a - b) >= 0.5 for a, _, b, o in cases])
     same_way = np.array([_cosine(o, b - a) >= 0.5 for a, _, b, o in cases])
     away = np.array([_cosine(o, a - b) >= 0.5 for a, o, b, _ in cases])
@@ -63,12 +63,12 @@ def q1(justified: Callable) -> str:
         (short & (faces | faced), "Both ends must point at the other, not one of them."),
         (~exact, "That is the opposite."),
     ]
-    if np.array_equal(found, exact):
+    if np.array_equal(answers, exact):
         return ""
     for wrong, hint in mistakes:
-        if np.array_equal(found, wrong):
+        if np.array_equal(answers, wrong):
             return hint
-    k = int(np.argmax(np.array(found) != exact))
+    k = int(np.argmax(np.array(answers) != exact))
     a, p, b, q = cases[k]
     angles = [np.degrees(np.arccos(c)) for c in (_cosine(p, b - a), _cosine(q, a - b))]
     return (
@@ -79,7 +79,7 @@ def q1(justified: Callable) -> str:
 
 @question("at a turn both ends point past the gap, and no rule about single ends can tell.")
 def q2(place: Sequence[float]) -> str:
-    """Centre (x, y) of a ball of radius 4 whose removal leaves the turning neurite in two trees."""
+    """Centre (x, y) of a ball of radius 4 whose removal splits the turning neurite for good."""
     if np.shape(place) != (2,):
         return f"Give two numbers, x and y; you gave {place!r}."
     corners = np.array([[10, 10, 8], [60, 10, 8], [60, 60, 8]], float)
@@ -104,11 +104,11 @@ def q2(place: Sequence[float]) -> str:
 
 @question("any forest can be written as an SWC file now.")
 def q3(parents_first: Callable) -> str:
-    """Rows of parents (n,), -1 for a root, give the rows with every parent before its children."""
+    """Parents (n,), -1 for a root, give the rows with every parent before its children."""
     rng = np.random.default_rng(3)
     for n, roots in [(6, 1), (1, 1), (12, 3), (200, 4), (3000, 1)]:
         parent = np.concatenate([np.full(roots, -1), np.arange(n - roots)])
-        if n < 1000:  # the last one is a chain: too deep for a function that calls itself
+        if n < 1000:  # the last one is a chain, too deep for recursion
             parent[roots:] = [rng.integers(0, k) for k in range(roots, n)]
         shuffled = rng.permutation(n)
         mixed = np.empty(n, int)

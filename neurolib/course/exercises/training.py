@@ -1,4 +1,4 @@
-"""Questions of notebook 03: randomness that can go on, soft Dice, rates by layer and by step."""
+"""Questions of notebook 03: resumable randomness, soft Dice, rates by layer and by step."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ FLOOR = 0.01  # of the peak rate, at the end of the schedule
 
 @question("step k draws the same numbers, whatever was drawn before.")
 def q1(draw: Callable) -> str:
-    """A seed and a step give the random numbers of that step."""
+    """A seed and a step give the step's random numbers."""
     whole = [_numbers(draw, 0, step) for step in range(6)]
     if any(np.array_equal(whole[0], other) for other in whole[1:]):
         return "Every step draws the same: the step must be in the seed of its numbers, too."
@@ -35,25 +35,25 @@ def q1(draw: Callable) -> str:
 
 
 def _numbers(draw: Callable, seed: int, step: int) -> np.ndarray:
-    return np.array(call(draw, seed, step), float)  # a copy: the reader may hand out one array
+    return np.array(call(draw, seed, step), float)  # a copy, in case the reader reuses an array
 
 
 @question("it has a value for every batch, and a gradient that pulls.")
 def q2(soft_dice: Callable) -> str:
-    """Probabilities and masks (n, 1, h, w) give 1 - Dice over the batch, both sums plus one."""
+    """Probabilities and masks (n, 1, h, w) give 1 - Dice of the batch, with 1 added twice."""
     draw = torch.Generator().manual_seed(1)
     p = 0.05 + 0.9 * torch.rand(3, 1, 8, 8, generator=draw, dtype=torch.float64)
     y = (torch.rand(p.shape, generator=draw) < 0.2).to(p)
-    # One block of many is empty; a whole batch can be.
+    # One block of several is empty, then all are.
     for mask in (y, y * torch.tensor([1.0, 0.0, 1.0]).view(3, 1, 1, 1), torch.zeros_like(y)):
         leaf = p.clone().requires_grad_()
-        found = torch.as_tensor(call(soft_dice, leaf, mask.clone()))
-        if found.numel() != 1:
-            return f"One number for the whole batch is expected; yours is {tuple(found.shape)}."
+        answer = torch.as_tensor(call(soft_dice, leaf, mask.clone()))
+        if answer.numel() != 1:
+            return f"One number for the whole batch is expected; yours is {tuple(answer.shape)}."
         exact = _dice(p, mask, p * mask, 1.0, 1.0)
-        if not torch.isclose(found.detach().to(exact), exact, rtol=1e-5):
-            return _dice_hint(found.item(), p, mask)
-        if not found.requires_grad or torch.autograd.grad(found, leaf)[0].abs().sum() == 0:
+        if not torch.isclose(answer.detach().to(exact), exact, rtol=1e-5):
+            return _dice_hint(answer.item(), p, mask)
+        if not answer.requires_grad or torch.autograd.grad(answer, leaf)[0].abs().sum() == 0:
             return "The value is right, but it has no gradient: stay with torch, without float()."
     return ""
 
@@ -62,8 +62,8 @@ def _dice(p, mask, both, above: float, below: float) -> torch.Tensor:
     return 1 - (2 * both.sum() + above) / (p.sum() + mask.sum() + below)
 
 
-def _dice_hint(found: float, p: torch.Tensor, mask: torch.Tensor) -> str:
-    """The mistake behind a wrong soft Dice loss."""
+def _dice_hint(answer: float, p: torch.Tensor, mask: torch.Tensor) -> str:
+    """A hint on a wrong soft Dice loss."""
     both, hard = p * mask, (p >= 0.5).to(p)
     axes = (1, 2, 3)
     parts = (2 * both.sum(axes) + 1) / (p.sum(axes) + mask.sum(axes) + 1)
@@ -81,28 +81,28 @@ def _dice_hint(found: float, p: torch.Tensor, mask: torch.Tensor) -> str:
         (1 - _dice(p, mask, both, 1, 1), "That is the Dice; a loss is to fall: take it from 1."),
         (1 - _dice(p, mask, both, 0, 0), "That is the Dice; a loss is to fall: take it from 1."),
     ]
-    if math.isnan(found):
+    if math.isnan(answer):
         return "0 / 0: of a mask without foreground and p = 0 it is not a number. Add the ones."
     for wrong, hint in mistakes:
-        if _near(found, wrong.item(), 1e-5):
+        if _near(answer, wrong.item(), 1e-5):
             return hint
     share = float(mask.mean())
-    return f"With {share:.0%} foreground you give {found:.3f}; check each of the three sums."
+    return f"With {share:.0%} foreground you give {answer:.3f}; check each of the three sums."
 
 
 @question(
     "a network that learns nothing hides behind the one loss, and fills the volume for the other."
 )
 def q3(laziest: Callable) -> str:
-    """A share of foreground gives the constant p of least cross-entropy, and that of least Dice."""
+    """A share of foreground gives the constant p of least cross-entropy, and of least Dice loss."""
     for share in (0.01, 0.1, 0.5):
-        found = call(laziest, share)
-        if np.shape(found) != (2,):
+        answer = call(laziest, share)
+        if np.shape(answer) != (2,):
             return "Return two probabilities: for cross-entropy, and for soft Dice."
-        of_entropy, of_dice = (float(p) for p in found)
+        of_entropy, of_dice = (float(p) for p in answer)
         about = f"{share:.0%} foreground: "
         if not 0 <= min(of_entropy, of_dice) <= max(of_entropy, of_dice) <= 1:
-            return f"{about}a probability lies between 0 and 1; you give {tuple(found)}."
+            return f"{about}a probability lies between 0 and 1; you give {tuple(answer)}."
         if not _near(of_entropy, share, 0.02):
             costs = [
                 -share * math.log(max(p, 1e-12)) - (1 - share) * math.log(max(1 - p, 1e-12))
@@ -126,57 +126,43 @@ def q4(share: Callable) -> str:
     """Step (0 the first), steps and warm-up steps give the share of the peak rate."""
     for steps, warm in [(200, 10), (40, 2), (100, 25)]:
         for step in (1, 0, warm - 1, steps - 1, (warm + steps) // 2, warm):
-            found = float(call(share, step, steps, warm))
-            after = (step - warm) / (steps - warm)
-            curve = 0.5 * (1 + math.cos(math.pi * after))
-            about = f"Step {step} of {steps}, {warm} of them warm-up: {found:.3g}. "
-            if step < warm:
-                exact, mistakes = (
-                    (step + 1) / warm,
-                    [
-                        (
-                            step / warm,
-                            "The first step, number 0, would have no rate: take step + 1.",
-                        ),
-                        (step / (warm - 1), "Step 0 would have no rate: take (step + 1) / warm."),
-                        (1.0, "Warm up first: a straight line up to 1."),
-                        (
-                            (step + 1) / steps,
-                            "The peak is reached after the warm-up, not at the end.",
-                        ),
-                    ],
-                )
-            else:
-                whole = 0.5 * (1 + math.cos(math.pi * step / steps))
-                exact, mistakes = (
-                    FLOOR + (1 - FLOOR) * curve,
-                    [
-                        (curve, "It ends at 0: squeeze the cosine between 0.01 and 1."),
-                        (FLOOR + curve, "The peak is 1.01: squeeze the cosine between 0.01 and 1."),
-                        (
-                            max(FLOOR, curve),
-                            "Squeeze the cosine between 0.01 and 1, do not cut it.",
-                        ),
-                        (whole, "The cosine begins at the end of the warm-up, not at step 0."),
-                        (FLOOR + (1 - FLOOR) * whole, "The cosine begins where the warm-up ends."),
-                        (math.cos(math.pi * after), "cos goes from 1 to -1: take (1 + cos) / 2."),
-                        (
-                            FLOOR + (1 - FLOOR) * (1 - after),
-                            "That is a line: put a cosine in place.",
-                        ),
-                        (step / warm, "The warm-up goes on: from here on, half a cosine."),
-                        ((step + 1) / warm, "The warm-up goes on: from here on, half a cosine."),
-                    ],
-                )
-            if _near(found, exact):
+            answer = float(call(share, step, steps, warm))
+            exact, mistakes = _shares(step, steps, warm)
+            if _near(answer, exact):
                 continue
+            about = f"Step {step} of {steps}, {warm} of them warm-up: {answer:.3g}. "
             for wrong, hint in mistakes:
-                if _near(found, wrong):
+                if _near(answer, wrong):
                     return about + hint
             return f"{about}Expected is {exact:.3g}."
     return ""
 
 
-def _near(found: float, wanted: float, share: float = 1e-3) -> bool:
-    """Equal to a share of the larger: rates are small, an absolute tolerance would hide them."""
-    return math.isclose(found, wanted, rel_tol=share, abs_tol=1e-15)
+def _shares(step: int, steps: int, warm: int) -> tuple[float, list[tuple[float, str]]]:
+    """The right share of the peak rate, and wrong ones with hints."""
+    if step < warm:
+        return (step + 1) / warm, [
+            (step / warm, "The first step, number 0, would have no rate: take step + 1."),
+            (step / (warm - 1), "Step 0 would have no rate: take (step + 1) / warm."),
+            (1.0, "Warm up first: a straight line up to 1."),
+            ((step + 1) / steps, "The peak is reached after the warm-up, not at the end."),
+        ]
+    after = (step - warm) / (steps - warm)
+    curve = 0.5 * (1 + math.cos(math.pi * after))
+    whole = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return FLOOR + (1 - FLOOR) * curve, [
+        (curve, "It ends at 0: squeeze the cosine between 0.01 and 1."),
+        (FLOOR + curve, "The peak is 1.01: squeeze the cosine between 0.01 and 1."),
+        (max(FLOOR, curve), "Squeeze the cosine between 0.01 and 1, do not cut it."),
+        (whole, "The cosine begins at the end of the warm-up, not at step 0."),
+        (FLOOR + (1 - FLOOR) * whole, "The cosine begins where the warm-up ends."),
+        (math.cos(math.pi * after), "cos goes from 1 to -1: take (1 + cos) / 2."),
+        (FLOOR + (1 - FLOOR) * (1 - after), "That is a line: put a cosine in place."),
+        (step / warm, "The warm-up goes on: from here on, half a cosine."),
+        ((step + 1) / warm, "The warm-up goes on: from here on, half a cosine."),
+    ]
+
+
+def _near(answer: float, wanted: float, share: float = 1e-3) -> bool:
+    """Equal in relative terms, because rates are small."""
+    return math.isclose(answer, wanted, rel_tol=share, abs_tol=1e-15)
