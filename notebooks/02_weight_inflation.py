@@ -438,14 +438,15 @@ grid = maps["center"].shape[1:]
 touched = F.adaptive_max_pool2d(torch.from_numpy(target)[None].float(), grid)
 on_target = touched[0].numpy() > 0
 bright = F.adaptive_max_pool2d(real[:, depth // 2], grid)[0].numpy()
-apart = np.abs(bright[on_target][:, None] - bright[~on_target])
 
 # %%
+off_target = ~on_target if not on_target.all() else on_target  # a stack full of neurite
+apart = np.abs(bright[on_target][:, None] - bright[off_target])
 print(f"patches on the target: {on_target.mean():.0%} of all")
 print(f"mean difference in brightness: {apart.min(axis=1).mean():.3f}")
 for name, found in maps.items():
     look = found.mean(0) / found.mean()
-    twins = look[~on_target][apart.argmin(axis=1)].mean()
+    twins = look[off_target][apart.argmin(axis=1)].mean()
     print(f"{name}: on it {look[on_target].mean():.2f}, as bright {twins:.2f}")
 
 # %% [markdown]

@@ -3,12 +3,19 @@
 nbval checks that each stored notebook still gives its outputs (see `make test`).
 """
 
+import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
 
+from neurolib import evaluation
 from neurolib.course import runs
 from neurolib.errors import NeurolibError, SettingsError
 from neurolib.swc import read_swc
@@ -101,6 +108,28 @@ def test_an_interrupted_run_goes_on(run, folder, capfd):
 def test_unusable_parameters_are_refused(parameters, message, tmp_path):
     with pytest.raises(SettingsError, match=message):
         runs.run_course(profile="smoke", folder=tmp_path, parameters=parameters)
+
+
+def cell_of(notebook, words):
+    cells = json.loads(runs.notebook_path(notebook).read_text())["cells"]
+    return next(s for c in cells if words in (s := "".join(c["source"])))
+
+
+def test_cells_that_compare_bear_small_stacks_of_the_readers_own():
+    """A filter that finds nothing in one, and one in which the target touches every patch."""
+    mask = np.zeros((6, 9, 9), bool)
+    mask[2:4, 3:6, 3:6] = True
+    names = {"np": np, "ndimage": ndimage, "evaluation": evaluation}
+    names["sample"] = SimpleNamespace(pair=SimpleNamespace(name="a"), mask=mask)
+    for found in (np.zeros_like(mask), np.roll(mask, 1, 2)):
+        names["filtered"] = {"a": {"threshold": found}}
+        exec(cell_of("04_evaluation", "def hd95_by_hand"), names)
+    names = {"np": np, "torch": torch, "F": F, "depth": 5, "real": torch.rand(1, 5, 32, 32)}
+    for target in (np.ones((32, 32)), np.eye(32)):
+        names |= {"target": target, "maps": {"center": torch.rand(6, 2, 2).numpy()}}
+        for words in ("touched = F.", "twins ="):
+            exec(cell_of("02_weight_inflation", words), names)
+        assert np.isfinite(names["twins"])
 
 
 def test_unusable_profiles_are_refused(tmp_path):
