@@ -250,7 +250,7 @@ def decode(raw: bytes) -> str:
 
 
 def check_name(*paths: str | Path) -> None:
-    """Refuse names that are not UTF-8, which notebooks and checkpoints cannot hold."""
+    """Refuse names that are not UTF-8, because notebooks and checkpoints cannot hold them."""
     for path in map(str, paths):
         try:
             path.encode()
@@ -278,7 +278,7 @@ def content_key(*arrays: np.ndarray) -> str:
 
 def text_key(text: str) -> str:
     """Hash of a text, in hexadecimal."""
-    # Of a file name that is not UTF-8, too.
+    # File names need not be UTF-8.
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 

@@ -715,7 +715,7 @@ REACH = 8.0
 # trees of other neurons in their best frames. Of 32 trees at half their scale one reaches 0.86, the
 # others 0.79.
 FOLLOWS, AROUND = 0.85, 6.0
-# Voxels of tree that each change of a frame takes to mean something. Of 70 pieces of other neurons,
+# Voxels of tree that each change of a frame needs as evidence. Of 70 pieces of other neurons,
 # 15 to 130 voxels long, 24 found a frame without this bound, and 2 find one with it.
 EVIDENCE = 20.0
 
@@ -805,7 +805,7 @@ def fit(tree: Tree, volume: Volume) -> Fit:
         shift = _best_shift(contrast, frame[::4], np.zeros(3), 1.0)
         for move in (np.zeros(3), shift):
             changes = len(words) + np.count_nonzero(move)
-            # Somewhere a short tree fits, whatever it is, if enough may be changed.
+            # With enough changes, any short tree fits somewhere.
             if long < EVIDENCE * changes:
                 continue
             score = contrast(frame[::4] + move)

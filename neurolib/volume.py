@@ -28,7 +28,7 @@ CONVERT = {
     "h5py.File({0!r})['exported_data'][..., 0])",
 }
 
-# Files of microscopes, which Fiji opens.
+# Formats of microscopes that Fiji opens.
 PROPRIETARY = (".czi", ".lif", ".nd2", ".oib", ".oif", ".ims", ".lsm", ".mrc", ".nhdr", ".ome")
 
 SUFFIXES = (*formats.FORMATS, ".zarr")

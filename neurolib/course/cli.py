@@ -600,8 +600,8 @@ def calibrate(
 ) -> None:
     """Choose a network's threshold, smallest piece and filter weight on traced stacks.
 
-    What is right for one microscope is often wrong for another; one traced stack of yours is enough
-    to choose anew, without training. The checkpoint remembers the stacks: they are no test for it.
+    What suits one microscope often fails for another; one traced stack of yours is enough to choose
+    again, without training. The checkpoint remembers the stacks, because they cannot test it.
 
     Example: neurolib calibrate my_pairs --out mine.safetensors
     """

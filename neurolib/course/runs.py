@@ -237,7 +237,7 @@ class _Text(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict] = {}
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.Node:
-        """Refuse a key that comes twice, of which YAML's parser would keep the last."""
+        """Refuse a key that comes twice; YAML's parser would keep the last."""
         node = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key, _ in node.value:

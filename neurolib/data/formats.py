@@ -467,20 +467,20 @@ def _check_pages(
 
 
 def _set_of(tif: tifffile.TiffFile) -> dict[str, str]:
-    """The files of a set of OME files, and the mark (UUID) that each has."""
+    """The files of a set of OME files, with their UUIDs."""
     named = re.findall(r'<UUID [^>]*FileName="([^"]*)"[^>]*>([^<]*)<', tif.ome_metadata or "")
     return {html.unescape(file): mark.strip() for file, mark in named}
 
 
 def _check_member(name: str, tif: tifffile.TiffFile, page: tifffile.TiffPage) -> None:
-    """Refuse a page of a set's other file if that is not the file which the set names."""
+    """Refuse a page of another file if the set does not name this file."""
     file, first = page.parent.filehandle.name, tif.pages.first
     own = re.search(r'<OME\b[^>]* UUID="([^"]*)"', page.parent.ome_metadata or "")
     wanted = _set_of(tif).get(file)
-    found = page.parent.pages.first
-    if (own and wanted and own[1] != wanted) or found.shape != first.shape:
+    other = page.parent.pages.first
+    if (own and wanted and own[1] != wanted) or other.shape != first.shape:
         raise VolumeError(
-            f"{name}: {file}, in its set of files, is another's (shape {found.shape}); "
+            f"{name}: {file}, in its set of files, is another's (shape {other.shape}); "
             "expected the file that was saved with it: copy the set again"
         )
 
@@ -929,7 +929,7 @@ def read_zarr(path: Path, channel: int | None) -> Stack:
 
 
 def _inside(path: Path) -> str:
-    """The first image within a plate or another group of Zarr, as a remedy; else what remains."""
+    """A remedy: the first image within a plate or another group of Zarr, or another format."""
     files = (
         p for k in (1, 2, 3) for n in (".zattrs", "zarr.json") for p in path.glob("*/" * k + n)
     )

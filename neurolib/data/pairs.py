@@ -234,12 +234,12 @@ def _read_rows(path: Path) -> list[Mapping[str, str]]:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     try:
         header, *rows = [*csv.reader(text.split("\n"), strict=True), []]
-    except csv.Error as error:  # a quote that is never closed would swallow the rows below it
+    except csv.Error as error:  # an open quote would swallow the rows below it
         raise DataError(f"{path}: not a CSV ({error}); close its quotes") from None
     columns = [column.strip().casefold() for column in header]
     if not {"name", "neuron"} <= set(columns):
-        found = ",".join(header)[:60]
+        given = ",".join(header)[:60]
         raise DataError(
-            f"{path}: expected the columns name,neuron, found {found!r}; save it as CSV with commas"
+            f"{path}: expected the columns name,neuron, found {given!r}; save it as CSV with commas"
         )
     return [dict.fromkeys(columns, "") | dict(zip(columns, row, strict=False)) for row in rows]
