@@ -16,7 +16,7 @@ from neurolib.data.formats import check_spacing
 from neurolib.data.pairs import Pair, read_pair
 from neurolib.errors import DataError, NeurolibWarning, SettingsError, VolumeError
 from neurolib.swc import Tree, check_pair
-from neurolib.volume import normalise
+from neurolib.volume import empty_level, normalise, standing_out
 
 BLOCK = (5, 100, 100)
 STRIDE = (1, 100, 100)
@@ -64,6 +64,18 @@ def read_sample(pair: Pair, kind: str = "sironi", tau: float = 0.1) -> Sample:
     response, mask = make_target(tree, volume.data.shape, volume.spacing, kind, tau=tau)
     image, unknown = normalise(volume.data), volume.unknown
     return Sample(pair, image, volume.spacing, tree, response, mask, unknown)
+
+
+def ignore_untraced(sample: Sample) -> Sample:
+    """A sample whose tree may lack branches: what looks like neurite far from it is unknown.
+
+    The response becomes NaN, which no loss counts, where the image stands out as neurites do (see
+    `neurolib.volume.empty_level`) and the tree is further away than the response reaches. Bright
+    specks that are no neurites are then not learnt as background either.
+    """
+    bright = standing_out(sample.image) > empty_level(sample.image)
+    unknown = bright & (sample.response == 0)
+    return replace(sample, response=np.where(unknown, np.float32(np.nan), sample.response))
 
 
 def every_slice(sample: Sample, every: int) -> Sample:

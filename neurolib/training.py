@@ -257,8 +257,10 @@ def loss_terms(
 ) -> dict[str, torch.Tensor]:
     """The terms whose sum is the loss `name`, one of `LOSSES`; dice+focal is usual in the field.
 
-    `logits` are (n, slices, h, w), and so is `response`, the target before its threshold `tau`.
+    `logits` are (n, slices, h, w), and so is `response`, the target before its threshold `tau`;
+    where the response is NaN, the answer is taken to be right: as sure background.
     """
+    logits = logits.masked_fill(response.isnan(), -30.0)
     mask = (response >= tau).to(logits.dtype)
     skeleton = (response >= max(SKELETON, tau)).to(logits.dtype)  # inside the mask
     terms = {
@@ -278,7 +280,10 @@ def pulls(logits: torch.Tensor, response: torch.Tensor, tau: float) -> dict[str,
     """
     leaf = logits.detach().requires_grad_()
     terms = loss_terms("dice+focal+ce+skeleton+cldice", leaf, response, tau)
-    return {term: -torch.autograd.grad(value, leaf)[0] for term, value in terms.items()}
+    return {
+        term: -torch.autograd.grad(value, leaf, retain_graph=True)[0]
+        for term, value in terms.items()
+    }
 
 
 # ------------------------------------------------------------------------------------- loop

@@ -56,6 +56,7 @@ decoder_rate = 1e-3  # peak learning rate of decoder and stem
 layer_decay = 0.75  # rate of each encoder layer relative to the one above it; 1 for equal rates
 loss = "dice+focal"  # or "dice+ce", "dice+ce+skeleton", "dice+ce+cldice"
 negatives = 1.0  # blocks without foreground per salient block
+ignore_untraced = False  # for partly traced trees: bright voxels far from the tree do not count
 # What a small device needs
 accumulate = 1  # passes per step: many blocks per step on a small device
 checkpointing = False  # less memory, a third slower
@@ -111,6 +112,8 @@ target = runs.target_of(run)
 split = runs.split_of(run, data)
 train = [blocking.read_sample(pair, **target) for pair in split.train]
 validation = [blocking.read_sample(pair, **target) for pair in split.validation]
+if ignore_untraced:
+    train = [blocking.ignore_untraced(sample) for sample in train]
 print(f"{len(train)} training volumes, {len(validation)} for validation")
 
 # %% [markdown]

@@ -191,6 +191,33 @@ def test_pulls_are_minus_the_slopes_of_every_term(batch):
     assert not logits.requires_grad
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_unknown_voxels_count_in_no_term(batch, name):
+    logits, response = (torch.tensor(values) for values in batch)
+    unknown = torch.rand(response.shape, generator=torch.Generator().manual_seed(1)) < 0.3
+    partly = response.masked_fill(unknown, torch.nan)
+    logits.requires_grad_()
+    terms = loss_terms(name, logits, partly, 0.1)
+    assert not torch.autograd.grad(sum(terms.values()), logits)[0][unknown].any()
+    others = loss_terms(name, torch.where(unknown, -logits, logits), partly, 0.1)
+    assert terms == others
+    # Dice is that of the known voxels alone.
+    p, mask = logits.sigmoid()[~unknown], (response >= 0.1)[~unknown]
+    alone = 1 - (2 * (p * mask).sum() + 1) / (p.sum() + mask.sum() + 1)
+    assert terms["dice"].item() == pytest.approx(alone.item(), rel=1e-9)
+
+
+def test_unknown_voxels_stay_unknown_when_a_block_is_turned_and_zoomed(samples):
+    response = samples[0].response.copy()
+    response[:, :32] = np.nan
+    blocks, responses = torch.rand(1, 1, 9, 64, 80), torch.from_numpy(response)[None]
+    share = [
+        augment(blocks, responses, torch.Generator().manual_seed(seed))[1].isnan().float().mean()
+        for seed in range(12)
+    ]
+    assert all(0.35 < s < 0.65 for s in share), share
+
+
 def test_everything_is_what_cldice_or_skeleton_recall_alone_would_be_content_with(batch):
     """So neither may be used alone."""
     response = torch.tensor(batch[1])

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import yaml
 
-from neurolib.blocking import read_sample
+from neurolib.blocking import ignore_untraced, read_sample
 from neurolib.data.datasets import (
     RENDERED,
     Split,
@@ -471,6 +471,8 @@ def train_run(
         fabric.barrier()
         pairs, target = read_manifest(run.path("split.json")), target_of(run)
         samples = [read_sample(pair, **target) for pair in pairs.train]
+        if values["ignore_untraced"]:
+            samples = [ignore_untraced(sample) for sample in samples]
         held_out = [read_sample(pair, **target) for pair in pairs.validation]
         how = (values["initialisation"], values["weights_file"], values["seed"])
         net, _ = network.build(shape, *how)
