@@ -122,7 +122,8 @@ place = grid[int(np.argmax(foreground))]
 piece = blocking.read_block(sample.image, place, (17, size, size))
 
 # %% tags=["nbval-ignore-output"]
-probability = inference.predict_volume(network, piece, overlap=0.0, progress=False)
+options = {"overlap": 0.0, "filter_weight": facts["filter_weight"], "progress": False}
+probability = inference.predict_volume(network, piece, **options)
 tree = tracing.attempt(probability, threshold=facts["threshold"], min_size=50)
 print(f"{len(tree.xyz)} nodes")
 

@@ -112,9 +112,11 @@ target = runs.target_of(run)
 split = runs.split_of(run, data)
 train = [blocking.read_sample(pair, **target) for pair in split.train]
 validation = [blocking.read_sample(pair, **target) for pair in split.validation]
+print(f"{len(train)} training volumes, {len(validation)} for validation")
+
+# %%
 if ignore_untraced:
     train = [blocking.ignore_untraced(sample) for sample in train]
-print(f"{len(train)} training volumes, {len(validation)} for validation")
 
 # %% [markdown]
 # ### Brightness or contrast
