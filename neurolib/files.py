@@ -32,6 +32,7 @@ CUT_SHORT = re.compile(r"^\d+ requested and \d+ written$")
 CHECKPOINT = "checkpoint.safetensors"  # in the folder of a run
 # The network that comes with the course; data/neurite.md is its card.
 SHIPPED = Path(__file__).resolve().parents[1] / "data" / "neurite.safetensors"
+SHIPPED_NAME = "shipped"
 # The first words of a result's provenance, and the line with the hash of an SWC's nodes.
 WRITTEN = "written by neurolib"
 SEAL = re.compile(r"^# nodes: sha256 (\w+)$", re.MULTILINE)
@@ -222,7 +223,12 @@ def _hold(path: Path) -> int | None:
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """The checkpoint in `path` if that is the folder of a run, else `path` itself."""
+    """The checkpoint in `path` if that is the folder of a run, else `path` itself.
+
+    `SHIPPED_NAME` stands for the network that comes with the course.
+    """
+    if str(path) == SHIPPED_NAME:
+        return SHIPPED
     return Path(path) / CHECKPOINT if Path(path).is_dir() else Path(path)
 
 

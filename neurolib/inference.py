@@ -167,7 +167,7 @@ def calibrate(
             best = dict(zip(("threshold", "min_size", "calibrated"), chosen, strict=True))
             best["filter_weight"] = weight
     facts |= best
-    facts["seen"] = facts.get("seen", {}) | {content_key(s.image): s.pair.name for s in samples}
+    facts["chosen_on"] = {content_key(s.image): s.pair.name for s in samples}
     save_checkpoint(checkpoint, network, network.state_dict(), facts)
     return best
 

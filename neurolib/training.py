@@ -406,7 +406,9 @@ def train(
     with alone, _explain_memory(settings, shape.size):
         blocks = BlockSource(samples, shape.depth, shape.block, settings.negatives, settings.seed)
         checks = [validation_blocks(sample, shape, settings) for sample in validation]
+        # A network that continues from a checkpoint has seen what that one had.
         seen = {content_key(s.image): s.pair.name for s in (*samples, *validation)}
+        seen = network.origin.get("seen", {}) | seen
         about = {"tau": tau, "training": asdict(settings), "seen": seen}
         _prepare_encoder(network, settings)
         optimizer = torch.optim.AdamW(parameter_groups(network, settings), fused=True)
@@ -603,7 +605,7 @@ def save_checkpoint(
     """
     facts = facts | {"initialisation": network.origin["initialisation"]}
     if facts["training"]["frozen"] and facts["initialisation"] != RESTORED:
-        facts |= network.origin | {"encoder_sum": weight_sum(network.encoder)}
+        facts = network.origin | facts | {"encoder_sum": weight_sum(network.encoder)}
         weights = {k: v for k, v in weights.items() if not k.startswith("encoder.")}
     header = {"network": json.dumps(asdict(network.settings)), "facts": json.dumps(facts)}
     save_weights(path, weights, **header, sha256=_seal(weights, header))
@@ -685,7 +687,11 @@ def _fill(network: Segmenter, path: str | Path, facts: dict, weights: dict) -> N
         network.load_state_dict(weights)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()[:120]
-        raise WeightsError(f"{path}: weights of another network ({reason})") from None
+        raise WeightsError(
+            f"{path}: weights of another network ({reason}); if it is where training starts from, "
+            "give that network's settings, or start_from= to begin without it"
+        ) from None
+    network.origin["seen"] = facts.get("seen", {})
     if not frozen:
         network.origin["initialisation"] = RESTORED
 
@@ -696,8 +702,9 @@ def check_unseen(facts: dict, samples: Sequence[Sample], checkpoint: str | Path)
     Samples are recognised by their intensities, whatever their names are; `facts` are those of
     `load_checkpoint`.
     """
+    known = facts.get("seen", {}) | facts.get("chosen_on", {})
     for sample in samples:
-        name = facts.get("seen", {}).get(content_key(sample.image))
+        name = known.get(content_key(sample.image))
         if name:
             raise DataError(
                 f"{checkpoint}: was trained or validated on {name}, so a test on "

@@ -303,7 +303,7 @@ def test_calibration_chooses_the_weight_of_the_filter(tmp_path, monkeypatch):
     assert plain["filter_weight"] == 0
     assert fused["filter_weight"] > 0
     assert fused["calibrated"] > plain["calibrated"]
-    assert set(saved["seen"].values()) == {"cell0", "cell1"}
+    assert set(saved["chosen_on"].values()) == {"cell0", "cell1"}
     assert saved.items() >= fused.items()
 
 

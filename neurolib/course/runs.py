@@ -43,6 +43,7 @@ from neurolib.evaluation import name_unit
 from neurolib.files import (
     CHECKPOINT,
     SHIPPED,
+    SHIPPED_NAME,
     atomic_path,
     check_name,
     checkpoint_file,
@@ -345,7 +346,7 @@ def localise(values: dict, start: str | Path = NOTEBOOKS) -> dict:
     SettingsError
         If there is no such file.
     """
-    paths = {name: values[name] for name in PATHS if values.get(name)}
+    paths = {n: values[n] for n in PATHS if values.get(n) and values[n] != SHIPPED_NAME}
     for name, path in paths.items():
         if not os.path.exists(path):
             raise SettingsError(f"{name}={path}: no such file or folder in {Path.cwd()}")
