@@ -651,8 +651,25 @@ def load_checkpoint(path: str | Path) -> tuple[Segmenter, dict]:
 
 def restore(network: Segmenter, path: str | Path) -> None:
     """Load a checkpoint's weights into a network of the same settings."""
+    check_start(path, network.settings, network.origin["initialisation"])
     header, weights = _read(path)
     _fill(network, path, json.loads(header.get("facts", "{}")), weights)
+
+
+def check_start(path: str | Path, settings: NetworkSettings, initialisation: str) -> None:
+    """Refuse (WeightsError) a checkpoint from which a network of other settings cannot continue."""
+    header = _read(path)[0]
+    facts = json.loads(header.get("facts", "{}"))
+    theirs = json.loads(header.get("network", "{}")) | {"initialisation": initialisation}
+    if "encoder_sum" in facts:  # an encoder that the file does not hold, and both must have
+        theirs["initialisation"] = facts["initialisation"]
+    ours = asdict(settings) | {"initialisation": initialisation}
+    if other := [name for name in ours if theirs.get(name, ours[name]) != ours[name]]:
+        told = [", ".join(f"{name}={side[name]}" for name in other) for side in (theirs, ours)]
+        raise WeightsError(
+            f"start_from={path}: has {told[0]}, and this network {told[1]}; make them equal, or "
+            "give start_from= to begin without it"
+        )
 
 
 def _read(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
@@ -687,10 +704,7 @@ def _fill(network: Segmenter, path: str | Path, facts: dict, weights: dict) -> N
         network.load_state_dict(weights)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()[:120]
-        raise WeightsError(
-            f"{path}: weights of another network ({reason}); if it is where training starts from, "
-            "give that network's settings, or start_from= to begin without it"
-        ) from None
+        raise WeightsError(f"{path}: weights of another network ({reason})") from None
     network.origin["seen"] = facts.get("seen", {})
     if not frozen:
         network.origin["initialisation"] = RESTORED

@@ -597,6 +597,15 @@ def test_parameters_of_papermill_are_read_as_declared(tmp_path, name, value, exp
         assert (names[name], type(names[name])) == (expected, type(expected))
 
 
+@pytest.mark.parametrize("change", [{"depth": 3}, {"initialisation": "scratch"}])
+def test_a_start_that_does_not_fit_is_refused_before_the_work(data, tmp_path, change):
+    """By default, runs continue from the shipped network."""
+    said = f"start_from=.*shipped: has {next(iter(change))}=.*start_from= to begin without it"
+    with pytest.raises(WeightsError, match=said):
+        runs.run_course(str(data), "course", "x", tmp_path / "runs", change)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_run_in_which_nothing_is_found_goes_on_to_its_report(data, tmp_path, monkeypatch):
     """A network that finds nothing, and a foreign kernel that answers to python3."""
     spec = tmp_path / "jupyter" / "kernels" / "python3"

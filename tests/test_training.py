@@ -829,6 +829,19 @@ def test_a_checkpoint_is_not_tested_on_what_it_has_seen(tmp_path, samples, check
             training.check_unseen(facts, [tubes("t", 3), known], result.checkpoint)
 
 
+def test_a_network_has_seen_what_the_one_it_continues_from_had(tmp_path, samples, checks):
+    network, _ = build(NETWORK, "scratch", seed=0)
+    one = dataclasses.replace(FAST, steps=1, frozen=True)
+    first = train(network, samples[:1], checks, tmp_path / "first", one).checkpoint
+    network, _ = build(NETWORK, "scratch", seed=0)
+    restore(network, first)
+    second = train(network, samples[1:], checks, tmp_path / "second", one).checkpoint
+    facts = load_checkpoint(second)[1]
+    assert set(facts["seen"].values()) == {"a", "b", "v"}
+    with pytest.raises(DataError, match="trained or validated on a,"):
+        training.check_unseen(facts, samples[:1], second)
+
+
 def test_training_without_validation_is_refused_before_it_begins(tmp_path, samples):
     with pytest.raises(DataError, match="hold out at least one"):
         train(build(NETWORK, "scratch")[0], samples, [], tmp_path, FAST)
@@ -959,8 +972,10 @@ def test_a_decoder_is_not_joined_to_an_encoder_it_was_not_trained_behind(tmp_pat
 
 def test_checkpoint_that_is_cut_missing_or_of_another_network_is_refused(checkpoint, tmp_path):
     data = checkpoint.read_bytes()
-    with pytest.raises(WeightsError, match="another network") as error:
-        restore(Segmenter(NETWORK), checkpoint)
+    other = dataclasses.replace(NETWORK, depth=5)
+    said = r"start_from=.*: has depth=3.*, and this network depth=5"
+    with pytest.raises(WeightsError, match=said) as error:
+        restore(Segmenter(other), checkpoint)
     assert "\n" not in str(error.value)
     for content in (None, b"", data[:7], data[:200], data[:-1], b"not a checkpoint at all"):
         checkpoint.unlink(missing_ok=True)
