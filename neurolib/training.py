@@ -579,13 +579,14 @@ def validate(
         ]
         found = torch.cat(logits).sigmoid()
         mask = _wanted(responses, network.settings.predict) >= tau
-        # One number per block, then the sum over all blocks that it represents.
-        wanted = weight @ mask.flatten(1).sum(1).float()
+        # One number per block, then the sum over all blocks that it represents; not by `@`, which
+        # autocast would round to the eight bits of bfloat16.
+        wanted = (weight * mask.flatten(1).sum(1)).sum()
         row = []
         for threshold in THRESHOLDS:
             guess = found >= threshold
-            both = weight @ (guess & mask).flatten(1).sum(1).float()
-            total = weight @ guess.flatten(1).sum(1).float() + wanted
+            both = (weight * (guess & mask).flatten(1).sum(1)).sum()
+            total = (weight * guess.flatten(1).sum(1)).sum() + wanted
             row.append(2 * both.item() / max(1.0, total.item()))
         scores.append(row)
     mean = np.mean(scores, axis=0)

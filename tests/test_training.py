@@ -505,7 +505,8 @@ class Known(torch.nn.Module):
         return torch.logit(blocks[:, 0, 1:2]) + self.gain
 
 
-def test_validation_dice_is_the_mean_over_volumes_at_one_common_threshold():
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_validation_dice_is_the_mean_over_volumes_at_one_common_threshold(precision):
     rng = np.random.default_rng(0)
     checks = []
     for n in (3, 11):
@@ -515,7 +516,9 @@ def test_validation_dice_is_the_mean_over_volumes_at_one_common_threshold():
         checks.append(ValidationBlocks(blocks, response, torch.arange(1.0, n + 1)))
 
     # The weights passed count, not the module's.
-    dice, threshold = validate(Known(), {"gain": torch.tensor(0.5)}, checks, tau=0.4)
+    weights = {"gain": torch.tensor(0.5)}
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        dice, threshold = validate(Known(), weights, checks, tau=0.4)
     rows = []
     for check in checks:
         p = sigmoid(torch.logit(check.blocks[:, 0, 1]).numpy() + 0.5)
