@@ -39,7 +39,7 @@ encoder = (
 )
 weights_file = ""  # your own file of 2D weights; empty: cache, model hub, package index
 initialisation = "center"  # "center", "average", "gaussian", "random" or "scratch"
-start_from = ""  # a checkpoint to go on from, on other data, say; empty: the initialisation
+start_from = ""  # a checkpoint to continue from, or "shipped"; empty: the initialisation
 depth = 5  # slices of a block; 1 is the 2D network
 size = 224  # rows and columns that the encoder sees
 predict = "center"  # slices that a block predicts: "center" or "all"
@@ -514,7 +514,7 @@ if net.encoder is not None:
 # | way | what decides it |
 # |---|---|
 # | in front of you | `steps`: 200 as it stands |
-# | go on | stop the cell and run it again: with the same parameters and `run_dir` it goes on where it was. `start_from` names a finished checkpoint to begin from, with new data or settings |
+# | go on | stop the cell and run it again: with the same parameters and `run_dir` it goes on where it was. `start_from` names a finished checkpoint to continue from, with new data or other training settings; `shipped` is the one that comes with the course, and with which `make course` and `neurolib run` start |
 # | full size, on a GPU | a profile: `papermill -f ../profiles/gpu.yaml 03_training.ipynb out.ipynb` |
 #
 # On a device that is too small for a batch, `accumulate` adds up the gradients of several passes in one

@@ -70,9 +70,10 @@ print(f"{len(rows)} measurements on {len(neurons)} neurons: {', '.join(neurons)}
 # Before networks are compared with each other, they are compared with what needs no network: a threshold
 # on the image, a difference of Gaussians, a ridge filter (notebook 04). Their parameters come from the
 # same validation neuron as the network's threshold. `ours` is our own configuration: a frozen encoder,
-# with the photographs' weights, behind a decoder and a small U-Net that is trained for minutes;
-# `random encoder`, where the file has it, is the same without the photographs. The file is made by
-# `neurolib sweep profiles/ours-cpu.yaml`, fold by fold; the stored one has two of four folds, three neurons.
+# with the photographs' weights, before a decoder and a small U-Net. These continue from the shipped network,
+# which has seen rendered neurons only, and train on the real ones for minutes. Where the file has them,
+# `real neurons only` begins without the rendered neurons, and `random encoder` without the photographs, too.
+# `neurolib sweep profiles/ours-cpu.yaml` makes the file, fold by fold.
 
 # %%
 beside = sweeps.read_results(ours, "tree")
@@ -99,9 +100,9 @@ for name in by_method:
 
 # %% [markdown]
 # Read this table before any other. A difference whose interval holds zero has not been shown, and a
-# filter that is level with a network costs seconds instead of minutes. Part of the filters' strength is
-# that they drop small pieces, of a size that is chosen on the validation neuron; the network drops those
-# under 200 voxels. Look at the neurons one by one: where brightness alone tells the neuron from the rest,
+# filter that is level with a network costs seconds instead of minutes. Part of the strength of filters
+# and network alike is that they drop small pieces, of a size that is chosen on the validation neuron; and a
+# difference of Gaussians may count beside the network (notebook 04). Look at the neurons one by one: where brightness alone tells the neuron from the rest,
 # filters are hard to beat; where it does not, they fail, and the network does not.
 #
 # ## The experiment
