@@ -12,6 +12,7 @@ import pytest
 import tifffile
 import torch
 from scipy import ndimage
+from test_formats import ome_set
 
 import neurolib
 from neurolib import __version__
@@ -494,6 +495,18 @@ def test_an_output_that_is_an_input_is_refused(kind, option, suffix, checkpoint,
     for more in ([], ["--overwrite"]):
         assert call("segment", path, "--checkpoint", checkpoint, option, out, *more) == 2
         one_line(capsys, "is, or lies inside, the input")
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("option", ["--mask", "--probability"])
+def test_an_output_of_the_set_of_files_that_is_read_is_refused(
+    option, checkpoint, tmp_path, capsys
+):
+    ome_set(tmp_path, image())
+    before = content(tmp_path)
+    arguments = ["segment", tmp_path / "s0.ome.tif", "--checkpoint", checkpoint, "--overwrite"]
+    assert call(*arguments, option, tmp_path / "s3.ome.tif") == 2
+    one_line(capsys, "s3.ome.tif: is, or lies inside, the input")
     assert content(tmp_path) == before
 
 

@@ -258,6 +258,7 @@ def segment(
     """
     from tqdm import tqdm
 
+    from neurolib.data.formats import files_read
     from neurolib.devices import pick_device
     from neurolib.files import check_outputs, checkpoint_file
     from neurolib.inference import Tiling
@@ -279,7 +280,8 @@ def segment(
     checkpoint = checkpoint_file(checkpoint)
     places = _places(images, {"--out": out or swc, "--mask": mask, "--probability": probability})
     written = [path for wanted in places.values() for path in wanted if path]
-    check_outputs(written, [*places, checkpoint], overwrite)
+    inputs = dict.fromkeys(file for image in places for file in files_read(image))
+    check_outputs(written, [*inputs, checkpoint], overwrite)
     in_parts = all(wanted[2] and wanted[2].suffix.lower() == ".zarr" for wanted in places.values())
     if (workers or scheduler) and not in_parts:
         raise SettingsError("--workers and --scheduler write parts; give --probability NAME.zarr")

@@ -466,6 +466,15 @@ def _check_pages(
     check_size(name, shape, parts[0].dtype, available)
 
 
+def files_read(path: Path) -> list[Path]:
+    """The file of an image and, if it belongs to a set of OME files, all others of the set."""
+    try:
+        with tifffile.TiffFile(path) as tif:
+            return [path, *(path.parent / file for file in _set_of(tif))]
+    except Exception:  # another format, or damaged, of which reading will tell
+        return [path]
+
+
 def _set_of(tif: tifffile.TiffFile) -> dict[str, str]:
     """The files of a set of OME files, with their UUIDs."""
     named = re.findall(r'<UUID [^>]*FileName="([^"]*)"[^>]*>([^<]*)<', tif.ome_metadata or "")
