@@ -6,8 +6,10 @@ for the likely mistake), right. Functions are judged by their results for many i
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+import numpy as np
 
 
 class _NotAttempted(Exception):
@@ -17,10 +19,7 @@ class _NotAttempted(Exception):
 def question(praise: str) -> Callable:
     """Turn a judge into a question: it maps an answer to a hint, or "" if the answer is right.
 
-    Parameters
-    ----------
-    praise : str
-        Printed after "right".
+    `praise` is printed after "right".
     """
 
     def decorate(judge: Callable[[Any], str]) -> Callable[[Any], None]:
@@ -53,3 +52,11 @@ def call(function: Callable, *arguments: Any) -> Any:
     if not callable(function):
         raise TypeError(f"expected a function, got {type(function).__name__}")
     return attempt(function(*arguments))
+
+
+def recognise(answer: Any, mistakes: Iterable[tuple[Any, str]], rtol: float = 1e-3) -> str:
+    """The hint of the first mistake (its result, the hint) that gives the same answer, or ""."""
+    for wrong, hint in mistakes:
+        if np.shape(answer) == np.shape(wrong) and np.allclose(answer, wrong, rtol):
+            return hint
+    return ""

@@ -6,7 +6,7 @@ import numpy as np
 from scipy import stats
 
 from neurolib import blocking, evaluation
-from neurolib.course.exercises import call, question
+from neurolib.course.exercises import call, question, recognise
 from neurolib.data.datasets import load_dataset
 
 
@@ -75,33 +75,28 @@ def q3(mean_hd95: Callable) -> str:
     for values, diagonals in (map(np.array, case) for case in cases):
         with np.errstate(all="ignore"):
             answer = float(call(mean_hd95, values.copy(), diagonals.copy()))
-        missed = np.isinf(values)
-        kept = values[~missed]
-        if np.isclose(answer, np.where(missed, diagonals, values).mean()):
+        kept = values[np.isfinite(values)]
+        if np.isclose(answer, _mean(values, diagonals)):
             continue
         about = f"Of {values.tolist()} with diagonals {diagonals.tolist()} you say {answer:.2f}."
         if not np.isfinite(answer):
             return f"{about} Put something finite in the place of each infinity first."
-        if np.isclose(answer, kept.mean()):
-            return f"{about} The miss is left out: whoever fails on hard neurons looks better."
-        if np.isclose(answer, kept.sum() / len(values)):
-            return f"{about} The miss counts as 0: that is the best score there is."
-        if np.isclose(answer, diagonals.mean()):
-            return f"{about} Those are the diagonals alone; most values are finite, keep them."
-        mistakes = {
-            "Its own volume's diagonal takes the place of a miss": (
-                diagonals.max(),
-                diagonals.mean(),
-                diagonals.min(),
-                diagonals[0],
-            ),
-            "The largest value seen is no bound for a miss; the diagonal is": (kept.max(),),
-        }
-        for hint, penalties in mistakes.items():
-            if any(np.isclose(answer, np.where(missed, p, values).mean()) for p in penalties):
-                return f"{about} {hint}."
-        return f"{about} Replace each infinity by the diagonal of its volume, then take the mean."
+        others = (diagonals.max(), diagonals.mean(), diagonals.min(), diagonals[0])
+        mistakes = [
+            (kept.mean(), "The miss is left out: whoever fails on hard neurons looks better."),
+            (_mean(values, 0), "The miss counts as 0: that is the best score there is."),
+            (diagonals.mean(), "Those are the diagonals alone; most values are finite, keep them."),
+            *((_mean(values, o), "Its own volume's diagonal replaces a miss.") for o in others),
+            (_mean(values, kept.max()), "The largest value seen is no bound; the diagonal is."),
+        ]
+        remedy = "Replace each infinity by the diagonal of its volume, then take the mean."
+        return f"{about} {recognise(answer, mistakes, 1e-5) or remedy}"
     return ""
+
+
+def _mean(values: np.ndarray, penalty: np.ndarray | float) -> float:
+    """The mean, with infinite values replaced."""
+    return float(np.where(np.isinf(values), penalty, values).mean())
 
 
 @question("what two methods share on a neuron cancels, and four neurons are given their due.")
@@ -115,14 +110,10 @@ def q4(interval: Callable) -> str:
     if np.shape(answer) != (2,):
         return f"Return two numbers, low and high; yours has the shape {np.shape(answer)}."
     answer = np.asarray(answer, float)
-
-    def near(mean: float, half: float) -> bool:
-        return bool(np.allclose(answer, (mean - half, mean + half), rtol=1e-6))
-
     gain = a - b
     mean, deviation, t = gain.mean(), gain.std(ddof=1), stats.t.ppf(0.975, n - 1)
     half = t * deviation / np.sqrt(n)
-    if near(mean, half):
+    if np.allclose(answer, (mean - half, mean + half), rtol=1e-6):
         return ""
     said = f"You say {answer[0]:.3f} to {answer[1]:.3f}."
     if answer[0] > answer[1]:
@@ -139,9 +130,9 @@ def q4(interval: Callable) -> str:
         (mean, half * stats.t.ppf(0.975, n) / t, "n differences have n - 1 degrees of freedom."),
         (a.mean(), t * a.std(ddof=1) / np.sqrt(n), "That is the mean of one method, not the gain."),
     ]
-    for centre, width, hint in mistakes:
-        if near(centre, width):
-            return f"{said} {hint}"
+    intervals = (((centre - w, centre + w), hint) for centre, w, hint in mistakes)
+    if hint := recognise(answer, intervals, 1e-6):
+        return f"{said} {hint}"
     draws = gain[rng.integers(n, size=(10_000, n))].mean(axis=1)
     if np.abs(answer - np.percentile(draws, [2.5, 97.5])).max() < half / 10:
         return f"{said} That is the percentile bootstrap, which is too narrow for {n} neurons."

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from neurolib.course.exercises import call, question
+from neurolib.course.exercises import call, question, recognise
 from neurolib.inflation import fold_rgb
 
 TOKENS, PATCH = 6, 4  # of the random kernels, (TOKENS, channels, PATCH, PATCH)
@@ -55,10 +55,9 @@ def _fold_hint(weight, bias, mean, std, grey, shifted) -> str:
         (weight / std / 3, "Right σ; but the answers of the channels add up: do not average."),
     ]
     if not _same(grey, exact):
-        for terms, hint in mistakes:
-            if _same(grey, terms.sum(1, keepdim=True)):
-                return hint
-        return "w' is not right yet: divide the kernel of each channel by its σ, then sum them."
+        sums = ((terms.sum(1, keepdim=True), hint) for terms, hint in mistakes)
+        remedy = "w' is not right yet: divide the kernel of each channel by its σ, then sum them."
+        return recognise(grey, sums) or remedy
     shift = bias - exact_bias
     over_all = "In the bias, sum over channels and patch, do not average."
     mistakes = [
@@ -71,12 +70,11 @@ def _fold_hint(weight, bias, mean, std, grey, shifted) -> str:
         (bias - (mean * exact).sum((1, 2, 3)), "µ_c goes with w_c / σ_c, not with their sum w'."),
         (-shift, "What you take away is right, too; b itself is missing."),
     ]
-    if not _same(shifted, exact_bias):
-        for wrong, hint in mistakes:
-            if _same(shifted, wrong):
-                return f"w' is right. {hint}"
-        return "w' is right, b' is not yet: put g = 0 into (g - µ_c) / σ_c and see what w_c gives."
-    return ""
+    if _same(shifted, exact_bias):
+        return ""
+    if hint := recognise(shifted, mistakes):
+        return f"w' is right. {hint}"
+    return "w' is right, b' is not yet: put g = 0 into (g - µ_c) / σ_c and see what w_c gives."
 
 
 @question("any block gives the tokens of its middle slice.")
@@ -137,9 +135,8 @@ def q3(gain: Callable) -> str:
             (ratio / root, "Less noise makes the ratio larger: divide by 1/√D."),
             (np.sqrt(ratio), "The signal grows with n itself, not with its root."),
         ]
-        for wrong, hint in mistakes:
-            if np.isclose(answer, wrong, rtol=1e-3):
-                return f"D = {depth}, n = {inside}: you say {answer:.2f}. {hint}"
+        if hint := recognise(answer, mistakes):
+            return f"D = {depth}, n = {inside}: you say {answer:.2f}. {hint}"
         return (
             f"D = {depth}, n = {inside}: {answer:.2f} is not right. How much is left of the "
             f"signal if {inside} of {depth} slices have it, and how much of the noise?"

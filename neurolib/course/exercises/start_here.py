@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from neurolib.course.exercises import call, question
+from neurolib.course.exercises import call, question, recognise
 
 
 @question("a tube of that radius around the tree is what a network of this course must find.")
@@ -24,8 +24,8 @@ def q1(share: Callable) -> str:
         ]
         if np.isclose(answer, exact, rtol=0.03):
             continue
-        hints = [hint for wrong, hint in mistakes if np.isclose(answer, wrong, rtol=1e-3)]
-        return about + (hints or ["Think of the tree as one long straight tube."])[0]
+        hint = recognise(answer, mistakes)
+        return about + (hint or "Think of the tree as one long straight tube.")
     return ""
 
 
@@ -47,8 +47,6 @@ def q2(accuracy: Callable) -> str:
         ]
         if np.isclose(answer, exact, rtol=1e-9):
             continue
-        for wrong, hint in mistakes:
-            if np.isclose(answer, wrong, rtol=1e-6):
-                return about + hint
-        return f"{about}Count the voxels that are False in the mask."
+        hint = recognise(answer, mistakes, 1e-6)
+        return about + (hint or "Count the voxels that are False in the mask.")
     return ""

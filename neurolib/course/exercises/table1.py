@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy import stats
 
-from neurolib.course.exercises import call, question
+from neurolib.course.exercises import call, question, recognise
 
 
 @question("each neuron is compared with itself, whatever else was measured.")
@@ -59,17 +59,14 @@ def q2(needed: Callable) -> str:
         exact = next(n for n in range(2, 10_000) if half(n) < gain)
         if answer == exact:
             continue
-        z = int(np.ceil((stats.norm.ppf(0.975) * deviation / gain) ** 2))
+        normal = np.ceil((stats.norm.ppf(0.975) * deviation / gain) ** 2)
+        one_sided = next(n for n in range(2, 10_000) if half(n, 0.95) < gain)
         mistakes = [
-            (z, "That takes 1.96 for t, which is right for many neurons only."),
-            (
-                next(n for n in range(2, 10_000) if half(n, 0.95) < gain),
-                "95 % leave 2.5 % at each end.",
-            ),
+            (normal, "That takes 1.96 for t, which is right for many neurons only."),
+            (one_sided, "95 % leave 2.5 % at each end."),
         ]
-        hints = [hint for wrong, hint in mistakes if answer == wrong]
-        if hints:
-            return about + hints[0]
+        if hint := recognise(answer, mistakes, 0):
+            return about + hint
         if answer < 2:
             return f"{about}One neuron has no interval."
         end = "below" if half(int(answer)) > gain else "above"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from neurolib import tracing
-from neurolib.course.exercises import call, question
+from neurolib.course.exercises import call, question, recognise
 from neurolib.evaluation import distance_to_tree
 from neurolib.swc import Tree
 
@@ -14,18 +14,6 @@ LONGEST, ANGLE = 15.0, 60.0  # of a bridge, in voxels and degrees
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-
-
-def _is_short(a, out_a, b, out_b) -> bool:
-    return np.linalg.norm(b - a) <= LONGEST
-
-
-def _faces(a, out_a, b, out_b) -> bool:
-    return _cosine(out_a, b - a) >= np.cos(np.radians(ANGLE))
-
-
-def _is_faced(a, out_a, b, out_b) -> bool:
-    return _faces(b, out_b, a, out_a)
 
 
 @question("near, and each end points at the other: that is worth a guess.")
@@ -39,15 +27,15 @@ def q1(justified: Callable) -> str:
     answers = [call(justified, *(part.copy() for part in case)) for case in cases]
     if not all(isinstance(answer, bool | np.bool_) for answer in answers):
         return f"Give True or False; you gave {answers[0]!r}."
-    short, faces, faced = (
-        np.array([test(*case) for case in cases]) for test in (_is_short, _faces, _is_faced)
-    )
+    least = np.cos(np.radians(ANGLE))
+    short = np.array([np.linalg.norm(b - a) <= LONGEST for a, _, b, _ in cases])
+    faces = np.array([_cosine(o, b - a) >= least for a, o, b, _ in cases])
+    faced = np.array([_cosine(o, a - b) >= least for a, _, b, o in cases])
     exact = short & faces & faced
     # The pattern of all answers reveals the mistake.
-    back = np.array([_cosine(o, a - b) >= 0.5 for a, _, b, o in cases])
     same_way = np.array([_cosine(o, b - a) >= 0.5 for a, _, b, o in cases])
     away = np.array([_cosine(o, a - b) >= 0.5 for a, o, b, _ in cases])
-    either = (faces | away) & (back | same_way)
+    either = (faces | away) & (faced | same_way)
     plain = np.array([p @ (b - a) >= 0.5 and q @ (a - b) >= 0.5 for a, p, b, q in cases])
     wide = np.array([_cosine(p, b - a) >= 0 <= _cosine(q, a - b) for a, p, b, q in cases])
     mistakes = [
@@ -65,9 +53,8 @@ def q1(justified: Callable) -> str:
     ]
     if np.array_equal(answers, exact):
         return ""
-    for wrong, hint in mistakes:
-        if np.array_equal(answers, wrong):
-            return hint
+    if hint := recognise(answers, mistakes):
+        return hint
     k = int(np.argmax(np.array(answers) != exact))
     a, p, b, q = cases[k]
     angles = [np.degrees(np.arccos(c)) for c in (_cosine(p, b - a), _cosine(q, a - b))]

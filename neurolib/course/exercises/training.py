@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from neurolib.course.exercises import call, question
+from neurolib.course.exercises import call, question, recognise
 
 FLOOR = 0.01  # of the peak rate, at the end of the schedule
 
@@ -68,10 +68,7 @@ def _dice_hint(answer: float, p: torch.Tensor, mask: torch.Tensor) -> str:
     axes = (1, 2, 3)
     parts = (2 * both.sum(axes) + 1) / (p.sum(axes) + mask.sum(axes) + 1)
     mistakes = [
-        (
-            _dice(p, mask, both, 0, 0),
-            "Without the ones, a batch without foreground learns nothing.",
-        ),
+        (_dice(p, mask, both, 0, 0), "Without the ones, a batch of background learns nothing."),
         (_dice(p, mask, both, 1, 0), "Add 1 below the line, too: a perfect answer must give 0."),
         (_dice(p, mask, both, 0, 1), "Add 1 above the line, too: nothing found in nothing is 0."),
         (_dice(p, mask, both / 2, 1, 1), "Twice the overlap: a perfect answer must give 0."),
@@ -83,9 +80,8 @@ def _dice_hint(answer: float, p: torch.Tensor, mask: torch.Tensor) -> str:
     ]
     if math.isnan(answer):
         return "0 / 0: of a mask without foreground and p = 0 it is not a number. Add the ones."
-    for wrong, hint in mistakes:
-        if _near(answer, wrong.item(), 1e-5):
-            return hint
+    if hint := recognise(answer, mistakes, 1e-5):
+        return hint
     share = float(mask.mean())
     return f"With {share:.0%} foreground you give {answer:.3f}; check each of the three sums."
 
@@ -103,7 +99,7 @@ def q3(laziest: Callable) -> str:
         about = f"{share:.0%} foreground: "
         if not 0 <= min(of_entropy, of_dice) <= max(of_entropy, of_dice) <= 1:
             return f"{about}a probability lies between 0 and 1; you give {tuple(answer)}."
-        if not _near(of_entropy, share, 0.02):
+        if not np.isclose(of_entropy, share, rtol=0.02):
             costs = [
                 -share * math.log(max(p, 1e-12)) - (1 - share) * math.log(max(1 - p, 1e-12))
                 for p in (of_entropy, share)
@@ -128,13 +124,10 @@ def q4(share: Callable) -> str:
         for step in (1, 0, warm - 1, steps - 1, (warm + steps) // 2, warm):
             answer = float(call(share, step, steps, warm))
             exact, mistakes = _shares(step, steps, warm)
-            if _near(answer, exact):
+            if np.isclose(answer, exact, rtol=1e-3):
                 continue
             about = f"Step {step} of {steps}, {warm} of them warm-up: {answer:.3g}. "
-            for wrong, hint in mistakes:
-                if _near(answer, wrong):
-                    return about + hint
-            return f"{about}Expected is {exact:.3g}."
+            return about + (recognise(answer, mistakes) or f"Expected is {exact:.3g}.")
     return ""
 
 
@@ -161,8 +154,3 @@ def _shares(step: int, steps: int, warm: int) -> tuple[float, list[tuple[float, 
         (step / warm, "The warm-up goes on: from here on, half a cosine."),
         ((step + 1) / warm, "The warm-up goes on: from here on, half a cosine."),
     ]
-
-
-def _near(answer: float, wanted: float, share: float = 1e-3) -> bool:
-    """Equal in relative terms, because rates are small."""
-    return math.isclose(answer, wanted, rel_tol=share, abs_tol=1e-15)
