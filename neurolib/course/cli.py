@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from neurolib import __version__
-from neurolib.errors import NeurolibError, NeurolibWarning, SettingsError, VolumeError
+from neurolib.errors import NeurolibError, NeurolibWarning, SettingsError
 from neurolib.files import SHIPPED
 
 if TYPE_CHECKING:
@@ -186,8 +186,7 @@ def inspect(
     """
     from neurolib.data.inspection import inspect_files
 
-    for text in inspect_files(files, channel, _three("spacing", spacing)):
-        print(text, flush=True)
+    _say(inspect_files(files, channel, _three("spacing", spacing)))
 
 
 @app.command()
@@ -256,8 +255,6 @@ def segment(
 
     Example: neurolib segment cell.tif --out cell.swc
     """
-    from tqdm import tqdm
-
     from neurolib.data.formats import files_read
     from neurolib.devices import pick_device
     from neurolib.files import check_outputs, checkpoint_file
@@ -278,39 +275,48 @@ def segment(
     )  # fmt: skip
     pick_device(device)
     checkpoint = checkpoint_file(checkpoint)
-    places = _places(images, {"--out": out or swc, "--mask": mask, "--probability": probability})
-    written = [path for wanted in places.values() for path in wanted if path]
-    inputs = dict.fromkeys(file for image in places for file in files_read(image))
+    outputs = _outputs(images, {"--out": out or swc, "--mask": mask, "--probability": probability})
+    written = [path for paths in outputs.values() for path in paths if path]
+    inputs = dict.fromkeys(file for image in outputs for file in files_read(image))
     check_outputs(written, [*inputs, checkpoint], overwrite)
-    in_parts = all(wanted[2] and wanted[2].suffix.lower() == ".zarr" for wanted in places.values())
-    if (workers or scheduler) and not in_parts:
+    if (workers or scheduler) and not all(_is_zarr(paths[2]) for paths in outputs.values()):
         raise SettingsError("--workers and --scheduler write parts; give --probability NAME.zarr")
     loaded = load_checkpoint(checkpoint)
-    steps = _three("spacing", spacing)
     options = {"skip_empty": not all_tiles, "filter_weight": loaded[1].get("filter_weight", 0.0)}
     tiling = Tiling(overlap, device=device, flips=flips, **options)
+    reading = {"channel": channel, "spacing": _three("spacing", spacing)}
     sharing = {"workers": workers, "scheduler": scheduler}
     job = functools.partial(
-        _segment_one, checkpoint, loaded, threshold, min_size, units, steps, tiling, channel,
-        sharing,
-    )  # fmt: skip
-    if len(places) == 1:
-        job(*next(iter(places.items())))
-        return
+        _segment_one, checkpoint, loaded, threshold, min_size, units, tiling, reading, sharing
+    )
+    if len(outputs) == 1:
+        job(*next(iter(outputs.items())))
+    else:
+        _for_each("images segmented", outputs, job)
+
+
+def _for_each(done: str, outputs: dict, job: Callable, kind: str = "") -> None:
+    """Call `job` with each input and its outputs; failures are listed at the end (status 1)."""
+    from tqdm import tqdm
+
     failed = {}
-    for image, wanted in tqdm(places.items(), "images"):
+    for item, paths in tqdm(outputs.items()):
         try:
-            job(image, wanted)
+            job(item, paths)
         except NeurolibError as error:
-            failed[image] = error
-    for image, error in failed.items():
-        print(f"neurolib: {image}: {error}", file=sys.stderr)
-    print(f"{len(places) - len(failed)} of {len(places)} images segmented")
+            failed[item] = error
+    for item, error in failed.items():
+        print(f"neurolib: {kind}{item}: {error}", file=sys.stderr)
+    print(f"{len(outputs) - len(failed)} of {len(outputs)} {done}")
     if failed:
         raise typer.Exit(1)
 
 
-def _places(
+def _is_zarr(path: Path | None) -> bool:
+    return path is not None and path.suffix.lower() == ".zarr"
+
+
+def _outputs(
     images: list[Path], options: dict[str, Path | None]
 ) -> dict[Path, tuple[Path | None, ...]]:
     """The outputs of each image, in the order of `options`; unusable ones are refused."""
@@ -318,22 +324,22 @@ def _places(
 
     inputs, several = _expand(images)
     several = several or len(inputs) > 1
-    places: dict[Path, tuple[Path | None, ...]] = {}
+    outputs = {}
     for image in inputs:
         suffix = next((s for s in SUFFIXES if image.name.lower().endswith(s)), image.suffix)
-        name, wanted = image.name.removesuffix(image.name[-len(suffix) :] or " "), []
+        name, paths = image.name.removesuffix(image.name[-len(suffix) :] or " "), []
         for option, path in options.items():
-            ends = (".swc",) if option == "--out" else (".tif", ".zarr")
-            in_folder = path is not None and (several or (not path.suffix and path.is_dir()))
-            if in_folder and path.suffix.lower() in ends:
-                raise SettingsError(
-                    f"{option} {path}: expected a folder, since there are {len(inputs)} images"
-                )
-            own = path / f"{name}{ends[0]}" if in_folder else path
-            _check_output(own, *ends)
-            wanted.append(own)
-        places[image] = tuple(wanted)
-    return places
+            suffixes = (".swc",) if option == "--out" else (".tif", ".zarr")
+            if path is not None and (several or (not path.suffix and path.is_dir())):
+                if path.suffix.lower() in suffixes:
+                    raise SettingsError(
+                        f"{option} {path}: expected a folder, since there are {len(inputs)} images"
+                    )
+                path = path / f"{name}{suffixes[0]}"
+            _check_output(path, *suffixes)
+            paths.append(path)
+        outputs[image] = tuple(paths)
+    return outputs
 
 
 def _expand(paths: list[Path]) -> tuple[list[Path], bool]:
@@ -347,23 +353,24 @@ def _expand(paths: list[Path]) -> tuple[list[Path], bool]:
     several = len(paths) > 1
     for path in paths:
         if path.is_dir() and path.suffix.lower() not in SUFFIXES:
-            inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
-            pattern = path
+            listed = [p for p in path.iterdir() if not p.name.startswith(".")]
         elif not path.exists() and glob.has_magic(str(path)):
-            inside, pattern = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))], path
+            listed = map(Path, glob.glob(str(path), recursive=True))
         else:
             images.append(path)
             continue
         several = True
-        some = [p for p in inside if p.name.lower().endswith(SUFFIXES)]
-        some, results = [p for p in some if not is_result(p)], [p for p in some if is_result(p)]
-        if results:
-            print(f"{pattern}: {len(results)} results of earlier calls left out")
-        if not some:
-            raise SettingsError(f"{pattern}: no image; expected files in {', '.join(SUFFIXES)}")
-        images += some
-    unique = {path.resolve(): path for path in reversed(images)}
-    return [path for path in images if unique[path.resolve()] is path], several
+        usable = sorted(p for p in listed if p.name.lower().endswith(SUFFIXES))
+        new = [p for p in usable if not is_result(p)]
+        if len(new) < len(usable):
+            print(f"{path}: {len(usable) - len(new)} results of earlier calls left out")
+        if not new:
+            raise SettingsError(f"{path}: no image; expected files in {', '.join(SUFFIXES)}")
+        images += new
+    unique: dict[Path, Path] = {}
+    for path in images:
+        unique.setdefault(path.resolve(), path)
+    return list(unique.values()), several
 
 
 def _segment_one(
@@ -372,13 +379,13 @@ def _segment_one(
     threshold: float | None,
     min_size: int | None,
     units: str,
-    spacing: tuple[float, float, float] | None,
     tiling: "Tiling",
-    channel: int | None,
+    reading: dict,
     sharing: dict,
     image: Path,
-    wanted: tuple[Path | None, ...],
+    outputs: tuple[Path | None, ...],
 ) -> None:
+    """Segment an image and write its `outputs`: SWC, mask and probability, if not None."""
     import numpy as np
 
     from neurolib.course.large import predict_large, stored_boxes, thresholded
@@ -389,27 +396,24 @@ def _segment_one(
     from neurolib.volume import read_volume, remarks, write_volume
 
     network, facts = loaded
-    out, mask, probability = wanted
+    out, mask, probability = outputs
     if units != "voxels":
-        _known(read_volume(image, channel, check=False, spacing=spacing), units, image.name)
+        _known(read_volume(image, check=False, **reading), units, image.name)
     cut = facts["threshold"] if threshold is None else threshold
-    in_parts = probability is not None and probability.suffix.lower() == ".zarr"
-    if in_parts and (any(sharing.values()) or image.suffix.lower() == ".zarr"):
-        predict_large(image, checkpoint, probability, tiling, channel, **sharing, spacing=spacing)
+    if _is_zarr(probability) and (any(sharing.values()) or _is_zarr(image)):
+        predict_large(image, checkpoint, probability, tiling, **reading, **sharing)
         volume = read_volume(probability, check=False)
     else:
-        volume = predict_image(image, network, tiling, channel=channel, spacing=spacing)
+        volume = predict_image(image, network, tiling, **reading)
+    in_memory, known = isinstance(volume.data, np.ndarray), not volume.unknown
     _say(remarks(volume, image.name))
     # Names, not paths, so that a result does not depend on its folder.
     made = {"image": image.name, "checkpoint": f"{checkpoint.name}, sha256 {sha256(checkpoint)}"}
-    made |= {"spacing (z, y, x)": volume.spacing, "channel": channel}
-    made |= {
-        name: value for name, value in asdict(tiling).items() if name not in ("batch", "every")
-    }
+    made |= {"spacing (z, y, x)": volume.spacing, "channel": reading["channel"]}
+    made |= {k: value for k, value in asdict(tiling).items() if k not in ("batch", "every")}
     if probability:
-        if not in_parts or isinstance(volume.data, np.ndarray):
+        if in_memory:
             about = provenance("probability", **made)
-            known = not volume.unknown
             write_volume(probability, volume.data, volume.spacing, known=known, about=about)
         print(f"{probability}: written")
     made |= {"threshold": cut}
@@ -418,11 +422,11 @@ def _segment_one(
         size = smallest_piece(facts, volume.data, cut, image.name)
     if mask:
         binary, kept = thresholded(volume.data, cut), ""
-        if isinstance(volume.data, np.ndarray):
+        if in_memory:
             binary, kept = drop_small(binary[:], size), f" in pieces of at least {size}"
-        elif mask.suffix.lower() != ".zarr":
+        elif not _is_zarr(mask):
             binary = binary[:]
-        about, known = provenance("mask", **made, min_size=size if kept else 1), not volume.unknown
+        about = provenance("mask", **made, min_size=size if kept else 1)
         write_volume(mask, binary, volume.spacing, known=known, about=about)
         print(f"{mask}: voxels of at least {cut:g}{kept}")
     if out:
@@ -525,36 +529,27 @@ def trace(
     check_outputs([out] if out else [], [volume], overwrite)
     if label is not None and threshold is not None:
         raise SettingsError("--label and --threshold: give one; labels have no threshold")
-    steps, point = _three("spacing", spacing), _three("seed", seed)
-    stack = read_volume(volume, channel=channel, check=False, spacing=steps)
-    known = _known(stack, units, volume.name)
+    point = _three("seed", seed)
+    stack = read_volume(volume, channel, check=False, spacing=_three("spacing", spacing))
+    _known(stack, units, volume.name)
     _say(remarks(stack, volume.name))
 
     options = {"min_size": min_size, "bridge": bridge}
     about = {"threshold": threshold, "channel": channel, "seed (x, y, z)": point, **options}
-    one = functools.partial(
-        _trace_one, volume, stack, threshold, point and point[::-1], options, about, units, known
+    job = functools.partial(
+        _trace_one, volume, stack, threshold, point and point[::-1], options, about, units
     )
     if out:
-        one(out, label)
+        job(label, out)
         return
     if stack.data.dtype.kind not in "iu":
         raise SettingsError(f"{volume.name}: {stack.data.dtype}, expected labels, whole numbers")
     labels = {int(k) for box in pieces(stack.data) for k in np.unique(stack.data[box])} - {0}
-    name = volume.name.removesuffix(volume.suffix)
-    places = {k: out_dir / f"{name}_{k}.swc" for k in sorted(labels)}
-    check_outputs(list(places.values()), [volume], overwrite)
-    failed = 0
-    for k, path in places.items():
-        try:
-            _check_output(path, ".swc")
-            one(path, k)
-        except VolumeError as error:
-            failed += 1
-            print(f"neurolib: label {k}: {error}", file=sys.stderr)
-    print(f"{len(places) - failed} of {len(places)} labels traced")
-    if failed:
-        raise typer.Exit(1)
+    outputs = {k: out_dir / f"{volume.stem}_{k}.swc" for k in sorted(labels)}
+    check_outputs(list(outputs.values()), [volume], overwrite)
+    for path in outputs.values():
+        _check_output(path, ".swc")
+    _for_each("labels traced", outputs, job, "label ")
 
 
 def _trace_one(
@@ -565,9 +560,8 @@ def _trace_one(
     options: dict,
     about: dict,
     units: str,
-    known: tuple[float, float, float] | None,
-    out: Path,
     label: int | None,
+    out: Path,
 ) -> None:
     from neurolib.course.adapters import as_probability
     from neurolib.course.large import segmentation, stored_boxes
@@ -589,7 +583,7 @@ def _trace_one(
     tree = trace(foreground, stack.spacing, seed, cut, regions=regions, **options)
     print(f"{volume.name}: {meaning}")
     made = {"image": f"{volume}, {meaning}", "spacing (z, y, x)": stack.spacing, "label": label}
-    _write_tree(out, tree, provenance("trace", **made, **about), units, known)
+    _write_tree(out, tree, provenance("trace", **made, **about), units, stack.known_spacing)
 
 
 @app.command()
