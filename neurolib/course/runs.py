@@ -27,17 +27,17 @@ import yaml
 
 from neurolib.blocking import ignore_untraced, read_sample
 from neurolib.data.datasets import (
-    RENDERED,
     Split,
     data_key,
     data_label,
+    folder_in,
     load_dataset,
     name_from,
     read_manifest,
     split_by_neuron,
     write_manifest,
 )
-from neurolib.data.pairs import GENERATED, NAMED, Pair, read_pair
+from neurolib.data.pairs import GENERATED, Pair, read_pair
 from neurolib.errors import DataError, NeurolibError, SettingsError, WeightsError
 from neurolib.evaluation import name_unit
 from neurolib.files import (
@@ -83,7 +83,6 @@ EVALUATION = ("04_evaluation", "05_swc_tracing")
 SHOWING = {"plotting", "widgets", "runs", "parameters", "exercises", "errors"}
 # Seconds after which a hanging kernel is killed: at its start; per cell (GPUs train for hours).
 START_TIMEOUT, CELL_TIMEOUT = 120, 24 * 3600
-MEMORY_LIMIT_MB = 1500
 # Parameters that name files, relative to the user's current folder.
 PATHS = ("weights_file", "start_from", "gold", "stacks", "real", "results", "baselines")
 # Parameters that name neurons.
@@ -131,13 +130,7 @@ class Run:
 
 
 def split_of(run: Run, data: str) -> Split:
-    """The split that notebook 01 left in a run, or its default split of `data`.
-
-    Raises
-    ------
-    DataError
-        If the run has a split of other data.
-    """
+    """The split that notebook 01 left in a run, or its default split of `data`."""
     path = run.path("split.json")
     pairs = load_dataset(data)
     if not path.exists():
@@ -161,12 +154,8 @@ def target_of(run: Run) -> dict:
 def checkpoint_of(run: Run) -> Path:
     """The checkpoint that notebook 03 left in a run, or before that the shipped network.
 
-    ``data/neurite.md`` describes the shipped network.
-
-    Raises
-    ------
-    WeightsError
-        If the run was trained but its checkpoint is gone.
+    ``data/neurite.md`` describes the shipped network. It is no substitute for a checkpoint that
+    is gone (WeightsError).
     """
     path = run.path(CHECKPOINT)
     if path.exists():
@@ -179,12 +168,8 @@ def checkpoint_of(run: Run) -> Path:
 def open_run(folder: str | Path, notebook: str = "", names: dict | None = None) -> Run:
     """Open a run folder; create it if necessary.
 
-    Parameters
-    ----------
-    folder : path
-    notebook, names : str and dict, optional
-        A notebook and its ``globals()``, in which the parameters that papermill set are converted
-        to their declared types, or refused (SettingsError).
+    `names` are the ``globals()`` of a `notebook`, in which the parameters that papermill set are
+    converted to their declared types, or refused (SettingsError).
     """
     for name, default in (notebook_parameters(notebook_path(notebook)) if notebook else {}).items():
         # papermill reads the name 003 as a number; only `split_by_neuron` can undo that.
@@ -208,17 +193,9 @@ def open_run(folder: str | Path, notebook: str = "", names: dict | None = None) 
 
 
 def read_profile(name: str | Path) -> dict:
-    """Read a profile: a flat YAML file of notebook parameters.
+    """Read a profile, a flat YAML file of notebook parameters.
 
-    Parameters
-    ----------
-    name : str or path
-        A file, or the name of one in ``profiles/`` without suffix.
-
-    Raises
-    ------
-    SettingsError
-        If there is no such profile or it is not a flat mapping.
+    `name` is a file, or the name of one in ``profiles/`` without suffix.
     """
     path = Path(name)
     if path.suffix.lower() not in (".yaml", ".yml"):
@@ -254,10 +231,10 @@ def read_yaml(path: Path) -> object:
         return _Text(decode(path.read_bytes())).get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        why = f" ({error.problem})" if getattr(error, "problem", None) else ""
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = f" ({error.problem})" if getattr(error, "problem", None) else ""
         raise SettingsError(
-            f"{path}:{where} not valid YAML{why}; expected lines 'key: value'"
+            f"{path}:{line} not valid YAML{problem}; expected lines 'key: value'"
         ) from None
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error}); expected a YAML file") from None
@@ -281,16 +258,8 @@ def notebook_parameters(path: Path) -> dict:
 def choose_parameters(values: dict, defaults: dict[str, dict]) -> dict[str, dict]:
     """Give each notebook the parameters that it declares, converted to the declared types.
 
-    Parameters
-    ----------
-    values : dict
-        From a profile and the command line; text is converted to the type of the default.
-    defaults : mapping of notebook name to its parameters and their default values
-
-    Raises
-    ------
-    SettingsError
-        If no notebook declares a parameter, or its value has the wrong type or is out of range.
+    `values` come from a profile and the command line; text is converted to the type of the
+    default. `defaults` maps each notebook to its parameters and their default values.
     """
     values = dict(values)
     known = {name: value for part in defaults.values() for name, value in part.items()}
@@ -310,10 +279,7 @@ def choose_parameters(values: dict, defaults: dict[str, dict]) -> dict[str, dict
 def check_settings(values: dict) -> "tuple[NetworkSettings, TrainingSettings]":
     """Refuse now what a stage would refuse hours later (SettingsError); return the settings.
 
-    Parameters
-    ----------
-    values : dict
-        All parameters of the notebooks.
+    `values` holds all parameters of the notebooks.
     """
     from neurolib import blocking, devices, inflation, network, training
 
@@ -342,13 +308,7 @@ def check_settings(values: dict) -> "tuple[NetworkSettings, TrainingSettings]":
 
 
 def localise(values: dict, start: str | Path = NOTEBOOKS) -> dict:
-    """Rewrite paths among the parameters relative to the folder `start`.
-
-    Raises
-    ------
-    SettingsError
-        If there is no such file.
-    """
+    """Rewrite paths among the parameters relative to the folder `start`."""
     paths = {n: values[n] for n in PATHS if values.get(n) and values[n] != SHIPPED_NAME}
     for name, path in paths.items():
         if not os.path.exists(path):
@@ -394,11 +354,6 @@ def run_course(
     Returns
     -------
     Run
-
-    Raises
-    ------
-    SettingsError
-        Also if another process is using the folder.
     """
     given = _merge_parameters(profile, parameters)
     checkpoint = given.get("checkpoint", "")
@@ -478,15 +433,15 @@ def train_run(
         if values["ignore_untraced"]:
             samples = [ignore_untraced(sample) for sample in samples]
         held_out = [read_sample(pair, **target) for pair in pairs.validation]
-        how = (values["initialisation"], values["weights_file"], values["seed"])
-        net, _ = network.build(shape, *how)
+        source = (values["initialisation"], values["weights_file"], values["seed"])
+        net, _ = network.build(shape, *source)
         if values["start_from"]:
             training.restore(net, values["start_from"])
-        how = (settings, target["tau"], fabric)
-        result = training.train(net, samples, held_out, run.folder, *how)
+        options = (settings, target["tau"], fabric)
+        result = training.train(net, samples, held_out, run.folder, *options)
         if first:
-            where = {"device": values["device"]}
-            inference.calibrate(result.checkpoint, held_out, values["fused"], **where)
+            device = values["device"]
+            inference.calibrate(result.checkpoint, held_out, values["fused"], device=device)
     return run
 
 
@@ -553,11 +508,8 @@ def _record_source(run: Run, data: str, key: str, given: dict) -> None:
 
 def _absolute(data: str) -> str:
     """A data set's name, with its folder (if any) as an absolute path."""
-    if data in NAMED:
-        return data
-    rendered = RENDERED.fullmatch(data)
-    folder = rendered["folder"] if rendered else data
-    return data[: len(data) - len(folder)] + os.path.realpath(folder)
+    folder = folder_in(data)
+    return data.removesuffix(folder) + os.path.realpath(folder) if folder else data
 
 
 def notebook_path(name: str) -> Path:
@@ -576,23 +528,17 @@ def notebook_path(name: str) -> Path:
 def check_data(data: str, choices: Iterable[dict], ignore_frames: bool = False) -> None:
     """Refuse unusable data now, not inside a notebook.
 
-    Parameters
-    ----------
-    data : str
-        A data set.
-    choices : iterable of dict
-        Parameters of notebook 01, one dict for each way to split the data.
-    ignore_frames : bool
-        Accept trees that do not lie on the neurites of their images.
+    `choices` are parameters of notebook 01, one dict for each way to split the data.
+    `ignore_frames` accepts trees that do not lie on the neurites of their images.
     """
     if data in GENERATED:
         return
     choices = list(choices)
     printed: set[str] = set()
-    ways = {(v["channel"], v["spacing"]) for v in choices} or {(-1, "")}
+    options = {(v["channel"], v["spacing"]) for v in choices} or {(-1, "")}
     for values in choices:
         _split(load_dataset(data), values)
-    for pair in (pair for way in sorted(ways) for pair in load_dataset(data, *way)):
+    for pair in (pair for option in sorted(options) for pair in load_dataset(data, *option)):
         check_name(data, pair.image.resolve(), pair.swc.resolve())
         volume, tree = read_pair(pair)
         for remark in set(remarks(volume, "")) - printed:  # once, not for every image
@@ -695,7 +641,9 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
     started = time.monotonic()
     # Progress bars of several workers would overwrite each other.
     alone = multiprocessing.parent_process() is None
-    with atomic_path(target) as temporary, peak_memory() as peak, passive_threads():
+    # Idle OpenMP threads sleep; on a shared CPU, spinning ones slow a ViT step six times.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with atomic_path(target) as temporary, peak_memory() as peak:
         try:
             papermill.execute_notebook(
                 source,
@@ -714,7 +662,9 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
         except PapermillExecutionError as error:
             failed = run.path(f"{notebook}.failed.ipynb")
             shutil.copy(temporary, failed)
-            raise _in_one_line(notebook, error, failed) from None
+            ours = {cls.__name__: cls for cls in NeurolibError.__subclasses__()}
+            cell = f"{notebook}, cell {error.exec_count}: {error.evalue}"
+            raise ours.get(error.ename, NotebookError)(f"{cell} (all of it: {failed})") from None
         except (DeadKernelError, CellTimeoutError) as error:
             # When memory runs out, the system kills the kernel.
             reason = (str(error).splitlines() or ["the kernel died"])[0]
@@ -755,27 +705,8 @@ def strip_live_outputs(outputs: "Iterable[NotebookNode]") -> "Iterable[NotebookN
         yield output
 
 
-def _in_one_line(notebook: str, error, failed: Path) -> NeurolibError:
-    """Reduce a papermill error to its cause in one line; a `NeurolibError` keeps its class."""
-    ours = {cls.__name__: cls for cls in NeurolibError.__subclasses__()}
-    cls = ours.get(error.ename, NotebookError)
-    return cls(f"{notebook}, cell {error.exec_count}: {error.evalue} (all of it: {failed})")
-
-
 class NotebookError(NeurolibError):
     """A notebook failed for a reason other than bad input."""
-
-
-@contextlib.contextmanager
-def passive_threads() -> Iterator[None]:
-    """Let idle OpenMP threads sleep; on a shared CPU, spinning ones slow a ViT step six times."""
-    before = os.environ.get("OMP_WAIT_POLICY")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OMP_WAIT_POLICY"]
 
 
 @contextlib.contextmanager
@@ -807,30 +738,18 @@ def peak_memory() -> Iterator[list[int]]:
 
 def table(rows: list[dict]) -> str:
     """Rows as a Markdown table, aligned for reading as text; numbers have three decimals."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-
-    def cell(value) -> str:
-        return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-    cells = [columns, *([cell(row.get(column, "")) for column in columns] for row in rows)]
-    widths = [max(3, *(len(line[k]) for line in cells)) for k in range(len(columns))]
-    numbers = [
-        any(isinstance(row.get(column), (int, float)) for row in rows)
-        and all(isinstance(row.get(column), (int, float, type(None))) for row in rows)
-        for column in columns
-    ]
-    padded = [
-        [
-            text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(line, widths, numbers, strict=True)
-        ]
-        for line in cells
-    ]
-    rule = [
-        "-" * (width - 1) + (":" if right else "-")
-        for width, right in zip(widths, numbers, strict=True)
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [padded[0], rule, *padded[1:]])
+    columns = []
+    for name in dict.fromkeys(key for row in rows for key in row):
+        values = [row.get(name, "") for row in rows]
+        texts = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in values]
+        width = max(3, len(name), *map(len, texts))
+        given = [v for row, v in zip(rows, values, strict=True) if row.get(name) is not None]
+        if given and all(isinstance(v, int | float) for v in given):
+            pad, rule = str.rjust, "-" * (width - 1) + ":"
+        else:
+            pad, rule = str.ljust, "-" * width
+        columns.append([pad(name, width), rule, *(pad(text, width) for text in texts)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))
 
 
 def summary(run: Run) -> str:

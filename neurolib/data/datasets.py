@@ -88,23 +88,28 @@ def _pairs_of(name: str | Path) -> list[Pair]:
     return folder_pairs(name)
 
 
+def folder_in(name: str) -> str:
+    """The folder at the end of a data set's name, "" if there is none."""
+    if name in NAMED:
+        return ""
+    rendered = RENDERED.fullmatch(name)
+    return rendered["folder"] if rendered else name
+
+
 def name_from(name: str, start: str | Path) -> str:
     """Rewrite the folder in a data set's name, if there is one, relative to the folder `start`."""
-    if name in NAMED:
+    folder = folder_in(name)
+    if not folder or not Path(folder).is_dir():
         return name
-    rendered = RENDERED.fullmatch(name)
-    folder = rendered["folder"] if rendered else name
-    if not Path(folder).is_dir():
-        return name
-    return name[: len(name) - len(folder)] + os.path.relpath(folder, start)
+    return name.removesuffix(folder) + os.path.relpath(folder, start)
 
 
 def data_label(data: str) -> str:
     """A data set's name as part of a file name: ``rendered:a/b`` is ``rendered-b``."""
-    rendered = RENDERED.fullmatch(data)
-    if not rendered:
-        return data if data in NAMED else Path(data).resolve().name
-    return data[: len(data) - len(rendered["folder"]) - 1] + f"-{Path(rendered['folder']).name}"
+    folder = folder_in(data)
+    if folder == data:
+        return Path(data).resolve().name
+    return data.replace(f":{folder}", f"-{Path(folder).name}") if folder else data
 
 
 def data_key(data: str) -> str:
