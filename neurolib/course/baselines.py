@@ -37,20 +37,16 @@ class Baseline:
 
 
 def respond(name: str, image: np.ndarray, settings: Sequence[float] = ()) -> np.ndarray:
-    """Response of a filter, higher where a bright thread is more likely.
+    """Response (z, y, x) of a filter, higher where a bright thread is more likely.
 
     Parameters
     ----------
     name : {"threshold", "difference of Gaussians", "ridge filter"}
         The image itself; a narrow Gaussian minus a wide one; scikit-image's filter of Sato.
-    image : (z, y, x) array
+    image : (z, y, x) float32 array
         Normalised to [0, 1].
     settings : sequence of float
         Standard deviations of the two Gaussians, or scales of the ridges, in voxels.
-
-    Returns
-    -------
-    (z, y, x) float32 array
     """
     if name == "threshold":
         return image
@@ -65,23 +61,9 @@ def respond(name: str, image: np.ndarray, settings: Sequence[float] = ()) -> np.
 
 
 def choose(name: str, images: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> Baseline:
-    """Choose settings, threshold and smallest piece of a filter on validation volumes.
+    """Choose settings, threshold and smallest piece of a filter (`FILTERS`) on validation volumes.
 
-    Parameters
-    ----------
-    name : str
-        One of `FILTERS`.
-    images, masks : sequences of (z, y, x) arrays
-        Normalised images and their targets.
-
-    Returns
-    -------
-    Baseline
-
-    Raises
-    ------
-    DataError
-        If there is no validation volume.
+    These are normalised images (z, y, x) and the masks of their targets.
     """
     if not len(masks):
         raise DataError("no validation volume; hold out at least one neuron for validation")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from neurolib.course import cluster
 from neurolib.course.adapters import FULL_SCALE, as_probability
 from neurolib.data.formats import LazyStack, boxes
-from neurolib.errors import NeurolibError, SettingsError
+from neurolib.errors import SettingsError
 from neurolib.files import (
     atomic_path,
     claim,
@@ -139,11 +139,11 @@ def stored_boxes(data: np.ndarray) -> Iterator[Box]:
     They are the `neurolib.volume.pieces` of any volume. For a `LazyStack`, or a `Mapped` one, each
     is cut down to the stored chunks, if missing chunks stand for zero.
     """
-    found = _stored(data)
-    if found is None:
+    cells = _stored(data)
+    if cells is None:
         yield from pieces(data)
         return
-    stored, step = found
+    stored, step = cells
     for box in pieces(data):
         first = [side.start // n for side, n in zip(box, step, strict=True)]
         last = [-(-side.stop // n) for side, n in zip(box, step, strict=True)]
@@ -184,10 +184,10 @@ def _stored(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]] | None:
 def _blank_of(job: "_Job") -> Callable[[Box], bool]:
     """Whether everything that the tiles of a box see is known, without reading it, to be zero."""
     image, settings = _image(job), _network(job.checkpoint, job.digest).settings
-    found = _stored(image)
-    if found is None:
+    grid = _stored(image)
+    if grid is None:
         return lambda box: False
-    stored, step = found
+    stored, step = grid
 
     def blank(box: Box) -> bool:
         around, _ = box_of_tiles(settings, image.shape, box, job.tiling.overlap)
@@ -242,8 +242,8 @@ def predict_large(
         Ends in ``.zarr``: float32, in chunks, with the spacing of the image.
     tiling : Tiling
         All slices are predicted.
-    channel : int, optional
-        Of a multi-channel image.
+    channel, spacing
+        As in `neurolib.volume.read_volume`.
     workers : int
         Processes of this machine that share the regions and the cores; 0: only this process.
     scheduler : str
@@ -273,15 +273,15 @@ def predict_large(
             if out.exists() and wanted.items() <= _manifest(out).items():
                 return out
             _begin(part, out.stem, read_volume(image, channel, spacing=spacing), wanted)
-        found = _manifest(part)
-        differs = [key for key in wanted if found.get(key) != wanted[key]]
+        begun = _manifest(part)
+        differs = [key for key in wanted if begun.get(key) != wanted[key]]
         if differs:
             raise SettingsError(
                 f"{part.name}: begun with another {' and '.join(differs)}; go on with the same, or "
                 f"remove {part} to begin anew"
             )
         threads = max(1, (os.cpu_count() or 1) // workers) if workers and not scheduler else 0
-        levels = found["low"], found["high"], found["empty"]
+        levels = begun["low"], begun["high"], begun["empty"]
         job = _Job(image, channel, source, checkpoint, digest, part, *levels, tiling, threads)
         todo = [box for box in _regions(part) if _missing(job, box)]
         for _ in tqdm(_predict_regions(job, todo, workers, scheduler), "regions", len(todo)):
@@ -301,9 +301,9 @@ def _predict_regions(job: _Job, todo: list[Box], workers: int, scheduler: str) -
         yield from (_predict_region(job, box) for box in todo)
         return
     with cluster.connect(workers, scheduler) as client:
-        for _, found in cluster.share(client, functools.partial(_predict_region, job), todo):
-            if isinstance(found, NeurolibError):
-                raise found
+        for _, error in cluster.share(client, functools.partial(_predict_region, job), todo):
+            if error is not None:
+                raise error
             yield
 
 
@@ -327,15 +327,8 @@ def _begin(part: Path, name: str, volume: Volume, wanted: dict) -> None:
     level = empty_level(normalised(volume.data, low, high))
     with atomic_path(part) as temporary:
         about = provenance("probability", checkpoint=wanted["checkpoint"], **wanted["options"])
-        options = {"known": not volume.unknown, "about": about}
-        create_zarr(
-            temporary,
-            name,
-            tuple(volume.data.shape),
-            np.dtype(np.float32),
-            volume.spacing,
-            **options,
-        )
+        array = (tuple(volume.data.shape), np.dtype(np.float32), volume.spacing)
+        create_zarr(temporary, name, *array, known=not volume.unknown, about=about)
         facts = wanted | {"low": low, "high": high, "empty": level}
         write_text(temporary / MANIFEST, json.dumps(facts, indent=1))
 
@@ -385,13 +378,13 @@ def _predict_region(job: _Job, box: Box) -> None:
         for axis in range(3)
     )
     network = _network(job.checkpoint, job.digest)
-    found = predict_box(network, _image(job), around, job.tiling, job.empty)
+    probability = predict_box(network, _image(job), around, job.tiling, job.empty)
     array, origin = _array(job.part), [s.start for s in around]
     for chunk in missing:
         here = (slice(s.start - o, s.stop - o) for s, o in zip(chunk, origin, strict=True))
         # Zarr writes a chunk under another name and then renames it.
         with explain_full_disk(job.part):
-            array[chunk] = found[tuple(here)]
+            array[chunk] = probability[tuple(here)]
 
 
 def _image(job: _Job) -> Mapped:

@@ -491,18 +491,16 @@ def grey(plane: np.ndarray) -> np.ndarray:
     return np.repeat(np.clip(plane, 0, 1)[..., None].astype(float), 3, axis=2)
 
 
-def scale_bar(axes: Axes, pixels: int, spacing: float = 1.0, unit: str = "voxels") -> None:
-    """A labelled bar of a round length, about a fifth of the image."""
-    wanted = pixels * spacing / 5
-    power = 10.0 ** np.floor(np.log10(wanted))
-    length = max(step * power for step in (1, 2, 5) if step * power <= wanted)
+def scale_bar(axes: Axes, pixels: int) -> None:
+    """A labelled bar of a round length in voxels, about a fifth of the image."""
+    power = 10.0 ** np.floor(np.log10(pixels / 5))
+    length = max(step * power for step in (1, 2, 5) if step * power <= pixels / 5)
     start, across = axes.get_xlim()[0] + 0.04 * pixels, axes.get_xaxis_transform()
-    ends = [start, start + length / spacing]
     # White with a dark rim is visible on tissue and on white.
     rim = [patheffects.withStroke(linewidth=2, foreground="0.3")]
     look = {"color": "white", "transform": across, "path_effects": rim}
-    axes.plot(ends, [0.04, 0.04], lw=3, solid_capstyle="butt", **look)
-    axes.text(start, 0.06, f"{length:g} {unit}", fontsize=7, va="bottom", **look)
+    axes.plot([start, start + length], [0.04, 0.04], lw=3, solid_capstyle="butt", **look)
+    axes.text(start, 0.06, f"{length:g} voxels", fontsize=7, va="bottom", **look)
 
 
 def inflated(kernel: np.ndarray, response: Sequence[float], limit: float) -> Figure:

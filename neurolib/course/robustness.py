@@ -82,18 +82,8 @@ def degrade(
     threshold    a Gaussian of σ = 1.5, cut at other values than 0.5    threshold, 0 to 1
     ===========  =====================================================  ==================
 
-    Parameters
-    ----------
-    mask : (z, y, x) bool
-        A faultless one: the target of `tree`.
-    tree, kind, amount
-    seed : int
-        With the same seed, a larger amount adds to the damage of a smaller one.
-
-    Returns
-    -------
-    probability : (z, y, x), bool or float32
-    threshold : float
+    `mask` (z, y, x) is faultless, the target of `tree`. With the same seed, a larger amount adds
+    to the damage of a smaller one.
     """
     if kind not in DAMAGE:
         raise SettingsError(f"damage {kind!r}: expected one of {', '.join(DAMAGE)}")
@@ -135,18 +125,10 @@ def robustness(
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
     damage: Mapping[str, Sequence[float]] | None = None,
 ) -> list[dict]:
-    """Trace a mask under growing damage of every kind, with several tracers.
+    """Trace a mask (z, y, x) under growing damage of every kind, with several tracers.
 
-    Parameters
-    ----------
-    mask : (z, y, x) bool
-    tree : Tree
-        The reference, in voxels of `mask`.
-    tracers : mapping of name to function
-        Called like `neurolib.tracing.trace`.
-    spacing : (dz, dy, dx)
-    damage : mapping of kind to amounts, optional
-        Those of `DAMAGE` by default.
+    The reference `tree` is in voxels of the mask. `tracers` maps names to functions that are called
+    like `neurolib.tracing.trace`, `damage` kinds to amounts (by default those of `DAMAGE`).
 
     Returns
     -------

@@ -7,6 +7,7 @@ output shows a still picture, drawn at the first values of the controls.
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -20,21 +21,9 @@ REST = 0.05
 def live(draw: Callable[[list], Figure], alt: str, every: int = 10) -> Callable[[dict], None]:
     """Display a picture that grows, and return the function that adds a row to it.
 
-    A stored notebook does not keep the picture: show the figure once more at the end.
-
-    Parameters
-    ----------
-    draw : callable
-        Takes all rows so far and returns a figure.
-    alt : str
-        For front ends without widgets.
-    every : int
-        Rows between two drawings.
-
-    Returns
-    -------
-    callable
-        Takes one row; pass it to `neurolib.training.train` as `on_step`.
+    Pass that function to `neurolib.training.train` as `on_step`. `draw` makes a figure of all rows
+    so far; it is called every few rows. `alt` is for front ends without widgets. A stored notebook
+    does not keep the picture: show the figure once more at the end.
     """
     import ipywidgets
     from IPython.display import display
@@ -47,14 +36,13 @@ def live(draw: Callable[[list], Figure], alt: str, every: int = 10) -> Callable[
         if len(rows) % every == 0:
             picture.value = png(draw(rows))
 
-    display(
-        {
-            WIDGET: {"version_major": 2, "version_minor": 0, "model_id": picture.model_id},
-            "text/plain": alt,
-        },
-        raw=True,
-    )
+    display({**_view(picture), "text/plain": alt}, raw=True)
     return add
+
+
+def _view(widget: Any) -> dict[str, dict]:
+    """A widget as part of an output."""
+    return {WIDGET: {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}}
 
 
 def explore(
@@ -62,14 +50,9 @@ def explore(
 ) -> None:
     """Display a figure that is redrawn whenever one of its controls changes.
 
-    Parameters
-    ----------
-    draw : callable
-        Takes the value of each control by its name and returns a figure.
-    name, alt, folder
-        As in `neurolib.course.plotting.show`, for the still picture.
-    **controls : ipywidgets
-        Anything with a ``value``: sliders, drop-down lists.
+    `draw` takes the value of each control by its name and returns a figure. Controls are widgets
+    with a ``value``: sliders, drop-down lists. The other parameters, for the still picture, are
+    those of `neurolib.course.plotting.show`.
     """
     import ipywidgets
     from IPython.display import display
@@ -105,11 +88,5 @@ def explore(
         control.observe(changed, "value")
     box = ipywidgets.VBox([*controls.values(), problem, live])
     # A front end takes the richest format that it knows.
-    display(
-        {
-            WIDGET: {"version_major": 2, "version_minor": 0, "model_id": box.model_id},
-            "text/html": markup(still, name, alt),
-            "text/plain": alt,
-        },
-        raw=True,
-    )
+    page = {"text/html": markup(still, name, alt), "text/plain": alt}
+    display(_view(box) | page, raw=True)
