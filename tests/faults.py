@@ -298,21 +298,10 @@ def segment(folder: Path, checkpoint: Path) -> None:
     folder.mkdir(exist_ok=True)
     if not (folder / "in.tif").exists():
         volume.write_volume(folder / "in.tif", stack(shape=(6, 40, 56)))
-    assert (
-        command(
-            *(
-                "segment",
-                folder / "in.tif",
-                "--checkpoint",
-                checkpoint,
-                "--out",
-                folder / "out.swc",
-            ),
-            *("--mask", folder / "mask.tif", "--probability", folder / "probability.tif"),
-            *("--threshold", "0.0001", "--device", "cpu"),
-        )
-        == 0
-    )
+    arguments = ["--checkpoint", checkpoint, "--threshold", "0.0001", "--device", "cpu"]
+    arguments += ["--out", folder / "out.swc", "--mask", folder / "mask.tif"]
+    arguments += ["--probability", folder / "probability.tif"]
+    assert command("segment", folder / "in.tif", *arguments) == 0
 
 
 def segment_regions(folder: Path, checkpoint: Path, image: Path) -> None:

@@ -180,31 +180,7 @@ def test_a_server_that_asks_to_wait_gets_its_time(server, release, cache, monkey
     assert [wait for wait in waits if wait] == [1.0, 0.5]
 
 
-@pytest.mark.parametrize("way", ["drops_once", "busy", "unannounced"])
-def test_servers_without_ranges_lengths_or_time_are_borne_with(server, release, way):
-    folder = fetch_janelia(server.url(way), hash_of(release))
-    assert len(list(folder.iterdir())) == 90
-
-
-@pytest.mark.parametrize(
-    ("way", "part"),
-    [
-        ("truncated", "stopped at"),
-        ("trickle", "bytes per second"),
-        ("silent", "timed out"),
-        ("down", "503"),
-        ("missing", "answered 404"),
-        ("huge", "bytes, expected"),
-        ("elsewhere", "the server sent"),
-        ("loop", "redirect"),
-    ],
-)
-def test_servers_that_never_deliver_come_to_an_end(server, release, cache, way, part):
-    message = refused(server.url(way), hash_of(release))
-    assert part in message
-    assert server.url(way) in message
-    assert leftovers(cache) == []
-    assert len(server.requests) <= (31 if way == "loop" else 10)
+# What other bad servers do to a transfer is tested in test_fly_larva.py.
 
 
 def test_server_that_never_stops_is_stopped(server, release, cache, monkeypatch):

@@ -595,7 +595,7 @@ def test_results_say_what_they_were_made_with(checkpoint, tmp_path):
     [
         ("threshold", "50"), ("threshold", "-1"), ("threshold", "nan"), ("threshold", "0"),
         ("min-size", "-1"), ("overlap", "1"), ("overlap", "nan"),
-        ("skip-empty", "101"), ("skip-empty", "-inf"), ("channel", "-1"), ("workers", "-2"),
+        ("channel", "-1"), ("workers", "-2"),
         ("device", "abacus"), ("min-size", "2.5"), ("overlap", "half"),
     ],
 )  # fmt: skip

@@ -61,18 +61,7 @@ def test_stubs_are_not_attempted_and_solutions_are_right(source, capsys):
 
 
 def test_the_notebooks_with_exercises_have_at_least_two():
-    counts = {source.stem: len(list(stubs(source))) for source in SOURCES}
-    for notebook in (
-        "00_start_here",
-        "01_data_blocking",
-        "02_weight_inflation",
-        "03_training",
-        "04_evaluation",
-        "05_swc_tracing",
-        "06_table1",
-    ):
-        assert counts[notebook] >= 2
-    assert 1 not in counts.values()
+    assert min(len(list(stubs(source))) for source in SOURCES) >= 2
 
 
 def hint(question, answer, capsys):

@@ -307,18 +307,18 @@ def test_files_without_permission(tmp_path, checkpoint, count):
 
 
 def test_files_that_vanish_between_two_looks(tmp_path, checkpoint, count, monkeypatch):
-    begin, opened = formats._begin, training.safe_open
+    opened = training.safe_open
 
-    def begun(path):
-        answer = begin(path)
+    def seen(path, *mode):
+        file = open(path, *mode)  # noqa: SIM115
         Path(path).unlink()
-        return answer
+        return file
 
     def gone(path, **options):
         Path(path).unlink()
         return opened(path, **options)
 
-    monkeypatch.setattr(formats, "_begin", begun)
+    monkeypatch.setattr(formats, "open", seen, raising=False)
     monkeypatch.setattr(training, "safe_open", gone)
     for name, data, read in readers(checkpoint):
         if read in (volume.read_volume, training.load_checkpoint) and name != "a.zarr":

@@ -27,7 +27,7 @@ from neurolib.blocking import make_target
 from neurolib.course import baselines, cli, runs, sweeps
 from neurolib.data import datasets, fly_larva
 from neurolib.data.fly_larva import FINAL, load_fly_larva, repair_trace
-from neurolib.errors import DataError, NeurolibError, SettingsError
+from neurolib.errors import DataError, NeurolibError
 from neurolib.swc import components, length, read_swc
 from neurolib.volume import read_volume
 
@@ -116,8 +116,8 @@ def behave(monkeypatch, server, way):
     monkeypatch.setenv(fly_larva.VARIABLE, f"http://127.0.0.1:{server.server_port}/{way}/")
 
 
-def refused(*args, error=DataError):
-    with pytest.raises(error) as caught:
+def refused(*args):
+    with pytest.raises(DataError) as caught:
         load_fly_larva(*args)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -192,6 +192,7 @@ def test_servers_that_stall_and_lie_leave_nothing_and_do_no_harm(
     behave(monkeypatch, server, way)
     message = refused()
     assert part in message
+    assert len(server.requests) <= (31 if way == "loop" else 10)
     assert f"/{way}/Journal%20Results/alpha/" in message
     assert finished(tmp_path) == []
     behave(monkeypatch, server, "good")
@@ -244,12 +245,6 @@ def test_of_a_partial_cache_only_the_rest_is_fetched(server, tmp_path, lost):
     (tmp_path / "cache" / "fly-larva" / lost).unlink()
     check_pairs(load_fly_larva())
     assert len(server.requests) - asked == (4 if lost == "alpha.tif" else 5)
-
-
-def test_a_cache_that_cannot_be_written_is_a_settings_error(server, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("not a folder")
-    monkeypatch.setenv("NEUROLIB_CACHE", str(tmp_path / "file"))
-    assert "cannot write here" in refused(error=SettingsError)
 
 
 def test_doctor_says_whether_the_pairs_are_there(server, tmp_path, monkeypatch):
@@ -517,12 +512,6 @@ def test_the_manifest_comes_with_the_package(published):
     assert all(len(h) == 64 for h in hashes)
     project = Path(cli.__file__).parents[2] / "pyproject.toml"
     assert '"neurolib.data" = ["*.json"]' in project.read_text()
-
-
-def test_importing_a_data_set_loads_no_torch():
-    code = "import sys; from neurolib.data import bigneuron, datasets, fly_larva; "
-    code += "sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
 
 
 def test_profiles_name_data_that_anybody_can_get_and_never_a_final_neuron():

@@ -21,6 +21,7 @@ from packaging.version import Version
 from safetensors import safe_open
 
 import neurolib
+from neurolib.course.runs import COURSE
 from neurolib.files import SHIPPED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -366,16 +367,7 @@ def test_the_tables_of_the_readme_are_current(monkeypatch, tmp_path):
 
 
 def test_the_course_has_its_notebooks():
-    names = [path.stem for path in build.sources()]
-    assert names == [
-        "00_start_here",
-        "01_data_blocking",
-        "02_weight_inflation",
-        "03_training",
-        "04_evaluation",
-        "05_swc_tracing",
-        "06_table1",
-    ]
+    assert [path.stem for path in build.sources()] == [*COURSE, "06_table1"]
 
 
 TEXT = """# %% [markdown]

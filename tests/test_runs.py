@@ -74,22 +74,6 @@ def test_a_grid_is_read(tmp_path):
     assert grid["networks"] == {"one": {"depth": "1"}}  # the notebook says what it is
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("just text", "expected the keys"),
-        ("a: {", "not valid YAML"),
-    ],
-)
-def test_bad_grids_are_refused(text, message, tmp_path):
-    path = tmp_path / "grid.yaml"
-    path.write_text(text)
-    with pytest.raises(SettingsError, match=message):
-        sweeps.read_grid(path)
-    with pytest.raises(SettingsError, match="no such grid"):
-        sweeps.read_grid(tmp_path / "none.yaml")
-
-
 def test_a_grid_with_an_unknown_parameter_fails_before_anything_runs(tmp_path):
     path = tmp_path / "grid.yaml"
     path.write_text(GRID.replace("depth", "dept"))
@@ -250,10 +234,13 @@ def test_networks_whose_folders_would_be_the_same_are_refused(tmp_path):
         (("results: x.csv", "results:"), "results is ''"),
         (("results: x.csv", "results: x.txt"), "expected a .csv"),
         (("networks:", "common_networks:"), "expected the keys"),
+        (("networks:", "a: {"), "not valid YAML"),
     ],
 )
 def test_unusable_grids_say_why(change, message, tmp_path):
     path = tmp_path / "grid.yaml"
+    with pytest.raises(SettingsError, match="no such grid"):
+        sweeps.read_grid(path)
     path.write_text(SMALL.format(results="x.csv", data="x", bad="").replace(*change))
     with pytest.raises(SettingsError, match=message):
         sweeps.read_grid(path)

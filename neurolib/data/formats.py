@@ -8,6 +8,7 @@ chooses the reader and checks the result.
 import functools
 import gzip
 import html
+import itertools
 import logging
 import os
 import re
@@ -213,11 +214,9 @@ def boxes(
     lower: Sequence[int], upper: Sequence[int], step: Sequence[int]
 ) -> Iterator[tuple[slice, slice, slice]]:
     """Cut the range between two corners (z, y, x) into boxes of `step`, ordered by z, y, x."""
-    for z in range(lower[0], upper[0], step[0]):
-        for y in range(lower[1], upper[1], step[1]):
-            for x in range(lower[2], upper[2], step[2]):
-                ends = (min(i + n, end) for i, n, end in zip((z, y, x), step, upper, strict=True))
-                yield tuple(map(slice, (z, y, x), ends))
+    for corner in itertools.product(*map(range, lower, upper, step)):
+        ends = (min(i + n, end) for i, n, end in zip(corner, step, upper, strict=True))
+        yield tuple(map(slice, corner, ends))
 
 
 def _first_line(error: Exception) -> str:
@@ -226,7 +225,12 @@ def _first_line(error: Exception) -> str:
 
 def read_file(path: Path, channel: int | None) -> Stack:
     """Read a file by its suffix; see `FORMATS`."""
-    begin, size = _begin(path)
+    if path.is_dir():
+        raise VolumeError(f"{path.name}: is a folder, expected a file; give one image stack")
+    with open(path, "rb") as file:
+        begin = file.read(1 << 16)
+    if not begin:
+        raise VolumeError(f"{path.name}: the file is empty (0 bytes); copy or download it again")
     signs, read = FORMATS[path.suffix.lower()]
     if not begin.startswith(signs):
         raise VolumeError(
@@ -235,21 +239,10 @@ def read_file(path: Path, channel: int | None) -> Stack:
         )
     if read is read_tiff:
         return read_tiff(path, channel)
-    return _load(path, size, read(path, begin), channel)
+    return _load(path, read(path, begin), channel)
 
 
-def _begin(path: Path) -> tuple[bytes, int]:
-    """First bytes and size of a file; an error if it is empty or a folder."""
-    if path.is_dir():
-        raise VolumeError(f"{path.name}: is a folder, expected a file; give one image stack")
-    with open(path, "rb") as file:
-        begin = file.read(1 << 16)
-    if not begin:
-        raise VolumeError(f"{path.name}: the file is empty (0 bytes); copy or download it again")
-    return begin, path.stat().st_size
-
-
-def _load(path: Path, size: int, header: Header, channel: int | None) -> Stack:
+def _load(path: Path, header: Header, channel: int | None) -> Stack:
     """Check a header, then map or unpack the voxels."""
     name, shape, axis = path.name, header.shape, header.axis
     check_type(name, header.dtype)
@@ -260,7 +253,7 @@ def _load(path: Path, size: int, header: Header, channel: int | None) -> Stack:
     if header.unpack:
         data = header.unpack()
     else:
-        check_size(name, shape, header.dtype, size - header.offset)
+        check_size(name, shape, header.dtype, path.stat().st_size - header.offset)
         data = np.memmap(path, header.dtype, "r", header.offset, shape, header.order)
     return Stack(data if axis is None else np.moveaxis(data, axis, 0)[index], header.spacing)
 
@@ -293,11 +286,12 @@ def _check_directories(name: str, tif: tifffile.TiffFile) -> None:
     """
     form, file, at = tif.tiff, tif.filehandle, tif.pages.first.offset
     seen: set[int] = set()
+    remedy = "the file is truncated or damaged"
     while at:
+        page = len(seen)
         if at in seen or not 8 <= at < file.size:
             raise VolumeError(
-                f"{name}: page {len(seen)} is not within the file of {file.size} bytes; "
-                "the file is truncated or damaged"
+                f"{name}: page {page} is not within the file of {file.size} bytes; {remedy}"
             )
         seen.add(at)
         file.seek(at)
@@ -306,15 +300,13 @@ def _check_directories(name: str, tif: tifffile.TiffFile) -> None:
             tags = file.read(min(count * form.tagsize, file.size))
             (at,) = struct.unpack(form.offsetformat, file.read(form.offsetsize))
         except struct.error:
-            raise VolumeError(
-                f"{name}: ends within a page directory; the file is truncated or damaged"
-            ) from None
+            raise VolumeError(f"{name}: ends within a page directory; {remedy}") from None
         # Tag, type, number of values, then the values or their place.
         for tag, kind, values, _ in struct.iter_unpack(form.tagformat1 + form.tagformat2[1:], tags):
             if values * struct.calcsize(tifffile.TIFF.DATA_FORMATS.get(kind, "B")) > file.size:
                 raise VolumeError(
-                    f"{name}: tag {tag} of page {len(seen) - 1} claims {values} values in a "
-                    f"file of {file.size} bytes; the file is truncated or damaged"
+                    f"{name}: tag {tag} of page {page} claims {values} values in a file of "
+                    f"{file.size} bytes; {remedy}"
                 )
 
 
@@ -327,12 +319,12 @@ def _read_series(path: Path, tif: tifffile.TiffFile, channel: int | None) -> Sta
             f"{name}: only a part of the OME set that {described[1]} describes; "
             f"{'read that file, or ' * readable}save the set as one file, as with Fiji"
         )
-    parts, notes = _choose_images(name, tif)
-    first = parts[0]
+    chosen, notes = _choose_images(name, tif)
+    first = chosen[0]
     # Slices that were written separately are one series each.
-    several = len(parts) > 1
+    several = len(chosen) > 1
     axes, shape = (
-        ("ZYX", (len(parts), *first.shape)) if several else _axes(name, first.axes, first.shape)
+        ("ZYX", (len(chosen), *first.shape)) if several else _axes(name, first.axes, first.shape)
     )
     check_type(name, first.dtype)
     _check_imagej(name, tif, prod(shape) // prod(shape[axes.index(axis)] for axis in "YX"))
@@ -343,8 +335,8 @@ def _read_series(path: Path, tif: tifffile.TiffFile, channel: int | None) -> Sta
         dtype = first.dtype.newbyteorder(tif.byteorder)
         data = np.memmap(path, dtype, "r", first.dataoffset, shape)
     else:
-        _check_pages(path, tif, parts, shape)
-        loaded = [s.asarray() for s in parts]
+        _check_pages(path, tif, chosen, shape)
+        loaded = [series.asarray() for series in chosen]
         data = (np.stack(loaded) if several else loaded[0]).reshape(shape)
     data = data.transpose([axes.index(axis) for axis in "CZYX" if axis in axes])
     data = data[index] if "C" in axes else data
@@ -437,12 +429,12 @@ def _check_imagej(name: str, tif: tifffile.TiffFile, slices: int) -> None:
 def _check_pages(
     path: Path,
     tif: tifffile.TiffFile,
-    parts: Sequence[tifffile.TiffPageSeries],
+    chosen: Sequence[tifffile.TiffPageSeries],
     shape: Sequence[int],
 ) -> None:
     """Refuse pages whose data are missing, leave their file, or are too few for `shape`."""
     available, name = 0, path.name
-    for number, page in enumerate(page for part in parts for page in part.pages):
+    for number, page in enumerate(page for series in chosen for page in series.pages):
         if page is None and tif.is_ome:
             lost = [file for file in _set_of(tif) if not _is_tiff(path.parent / file)]
             raise VolumeError(
@@ -463,7 +455,7 @@ def _check_pages(
             )
         compression = int(page.keyframe.compression)
         available += sum(counts) * EXPANSION.get(compression, EXPANSION_OTHER)
-    check_size(name, shape, parts[0].dtype, available)
+    check_size(name, shape, chosen[0].dtype, available)
 
 
 def files_read(path: Path) -> list[Path]:
@@ -478,7 +470,7 @@ def files_read(path: Path) -> list[Path]:
 def _set_of(tif: tifffile.TiffFile) -> dict[str, str]:
     """The files of a set of OME files, with their UUIDs."""
     named = re.findall(r'<UUID [^>]*FileName="([^"]*)"[^>]*>([^<]*)<', tif.ome_metadata or "")
-    return {html.unescape(file): mark.strip() for file, mark in named}
+    return {html.unescape(file): uuid.strip() for file, uuid in named}
 
 
 def _check_member(name: str, tif: tifffile.TiffFile, page: tifffile.TiffPage) -> None:
@@ -665,10 +657,10 @@ def _pbd_unpack(name: str, packed: bytes, dtype: np.dtype, shape: tuple[int, ...
         place = np.arange(len(run)) - np.repeat(np.cumsum(count) - count, count)
         begin, code = at[k : k + _PBD_RUNS][run] + 1, code[run]
         step = difference[code]
-        where = begin + np.where(literal[code], place * kind, 0)
-        value = data[where].astype(np.int64)
+        first = begin + np.where(literal[code], place * kind, 0)
+        value = data[first].astype(np.int64)
         if kind == 2:
-            low, high = (where + 1, where) if dtype.str[0] == ">" else (where, where + 1)
+            low, high = (first + 1, first) if dtype.str[0] == ">" else (first, first + 1)
             value = data[low] | data[high].astype(np.int64) << 8
         # Differences fill a byte from the lowest bits (1-byte voxels) or the highest (2-byte).
         # Numbers above half of the range are negative.
@@ -925,8 +917,8 @@ def read_zarr(path: Path, channel: int | None) -> Stack:
             what = "time points" if axis == "t" else f"images along {axis!r}"
             raise VolumeError(f"{name}: a series of {n} {what}, expected one 3D stack")
     check_shape(name, shape[-3:])
-    whole = min(*chunks, *(getattr(array, "shards", None) or chunks)) > 0
-    if not whole or prod(chunks) * dtype.itemsize > CHUNK_BYTES:
+    smallest = min(*chunks, *(getattr(array, "shards", None) or chunks))
+    if smallest < 1 or prod(chunks) * dtype.itemsize > CHUNK_BYTES:
         raise VolumeError(
             f"{name}: chunks of {chunks} voxels, expected 1 byte to 2 GiB each; it is damaged, or "
             "write it again in other chunks"
@@ -968,9 +960,11 @@ def _open_multiscale(path: Path) -> tuple[Any, list[str], Spacing, int]:
     axes = [axis["name"].lower() for axis in described]
     level = image["datasets"][0]
     # The scale of the image multiplies that of the level; up to 0.3 there is none.
-    steps = [where.get("coordinateTransformations") or [] for where in (level, image)]
     own, common = (
-        next((s["scale"] for s in some if s.get("type") == "scale"), None) for some in steps
+        next(
+            (t["scale"] for t in part.get("coordinateTransformations") or () if "scale" in t), None
+        )
+        for part in (level, image)
     )
     spacing = Spacing()
     if own and axes[-3:] == ["z", "y", "x"]:
