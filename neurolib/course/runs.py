@@ -171,7 +171,7 @@ def open_run(folder: str | Path, notebook: str = "", names: dict | None = None) 
     `names` are the ``globals()`` of a `notebook`, in which the parameters that papermill set are
     converted to their declared types, or refused (SettingsError).
     """
-    for name, default in (notebook_parameters(notebook_path(notebook)) if notebook else {}).items():
+    for name, default in (notebook_parameters(notebook) if notebook else {}).items():
         # papermill reads the name 003 as a number; only `split_by_neuron` can undo that.
         if isinstance(default, str) and type(names[name]) is int:
             names[name] = names[name] if name in NEURONS else str(names[name])
@@ -240,19 +240,43 @@ def read_yaml(path: Path) -> object:
         raise SettingsError(f"{path}: cannot be read ({error}); expected a YAML file") from None
 
 
-def notebook_parameters(path: Path) -> dict:
-    """Names and default values (literals) in the one cell tagged ``parameters``."""
+def notebook_parameters(name: str) -> dict:
+    """Names and default values in the one cell tagged ``parameters`` of a notebook."""
     # Without nbformat, whose import takes a second.
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    cells = json.loads(notebook_path(name).read_text(encoding="utf-8"))["cells"]
     cells = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
     if len(cells) != 1:
-        raise SettingsError(f"{path.name}: {len(cells)} cells tagged 'parameters', expected one")
-    defaults = {}
-    for statement in ast.parse("".join(cells[0]["source"])).body:
-        if not isinstance(statement, ast.Assign) or not isinstance(statement.targets[0], ast.Name):
-            raise SettingsError(f"{path.name}: its parameters cell holds more than assignments")
-        defaults[statement.targets[0].id] = ast.literal_eval(statement.value)
-    return defaults
+        raise SettingsError(f"{name}: {len(cells)} cells tagged 'parameters', expected one")
+    return read_assignments("".join(cells[0]["source"]))
+
+
+def read_assignments(code: str) -> dict:
+    """Names and values of the lines ``name = literal`` of Python code that holds nothing else."""
+    try:
+        statements = ast.parse(code).body
+    except SyntaxError as error:
+        raise SettingsError(f"not Python ({error.msg})") from None
+    values = {}
+    for statement in statements:
+        try:
+            (target,), value = statement.targets, statement.value
+            values[target.id] = ast.literal_eval(value)
+        except (AttributeError, ValueError):
+            line = ast.unparse(statement).splitlines()[0]
+            raise SettingsError(f"{line!r} is no 'name = literal'") from None
+    return values
+
+
+def defaults_of(notebooks: Iterable[str]) -> dict[str, dict]:
+    """The parameters and default values of notebooks, and of notebook 01, which splits the data."""
+    return {name: notebook_parameters(name) for name in dict.fromkeys((DATA_NOTEBOOK, *notebooks))}
+
+
+def merge(*settings: dict[str, dict]) -> dict:
+    """The parameters of all notebooks in one; later settings go before earlier ones."""
+    return {
+        k: v for by_notebook in settings for own in by_notebook.values() for k, v in own.items()
+    }
 
 
 def choose_parameters(values: dict, defaults: dict[str, dict]) -> dict[str, dict]:
@@ -262,7 +286,7 @@ def choose_parameters(values: dict, defaults: dict[str, dict]) -> dict[str, dict
     default. `defaults` maps each notebook to its parameters and their default values.
     """
     values = dict(values)
-    known = {name: value for part in defaults.values() for name, value in part.items()}
+    known = merge(defaults)
     for name, value in values.items():
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -271,8 +295,8 @@ def choose_parameters(values: dict, defaults: dict[str, dict]) -> dict[str, dict
         values[name] = read_as(known[name], value, f"parameter {name!r}")
         check_range(name, values[name])
     return {
-        notebook: {name: values[name] for name in part if name in values}
-        for notebook, part in defaults.items()
+        notebook: {name: values[name] for name in own if name in values}
+        for notebook, own in defaults.items()
     }
 
 
@@ -359,7 +383,7 @@ def run_course(
     checkpoint = given.get("checkpoint", "")
     checkpoint = str(checkpoint_file(checkpoint)) if checkpoint else ""
     notebooks = EVALUATION if checkpoint else notebooks
-    defaults = {n: notebook_parameters(notebook_path(n)) for n in (DATA_NOTEBOOK, *notebooks)}
+    defaults = defaults_of(notebooks)
     path = Path(folder) / (name or f"{data_label(data)}-{Path(profile).stem}")
     # Notebooks run in their own folder.
     values = localise({key: given[key] for key in given if key != "checkpoint"}) | {
@@ -367,7 +391,7 @@ def run_course(
         "data": name_from(data, NOTEBOOKS),
     }
     chosen = choose_parameters(values, defaults)
-    merged = {k: v for both in (defaults, chosen) for own in both.values() for k, v in own.items()}
+    merged = merge(defaults, chosen)
     if "encoder" in merged:
         check_settings(merged)
     if checkpoint:
@@ -410,7 +434,7 @@ def train_run(
     """
     from neurolib import inference, network, training
 
-    defaults = {n: notebook_parameters(notebook_path(n)) for n in COURSE}
+    defaults = defaults_of(COURSE)
     given = _merge_parameters(profile, parameters)
     chosen = choose_parameters(localise(given, "."), defaults)
     split = defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK]
@@ -475,10 +499,9 @@ def check_run(folder: Path, data: str, given: dict | None = None) -> None:
     old = made.get("parameters", {})
     if given is None or "checkpoint" in {**old, **given} or not (folder / CHECKPOINT).is_file():
         return
-    parts = [notebook_parameters(notebook_path(name)) for name in (DATA_NOTEBOOK, "03_training")]
+    defaults = merge(defaults_of(("03_training",)))
     before, now = (
-        {k: read_as(v, values.get(k, v), k) for part in parts for k, v in part.items()}
-        for values in (old, given)
+        {k: read_as(v, values.get(k, v), k) for k, v in defaults.items()} for values in (old, given)
     )
     changed = [f"{k}={before[k]!r}" for k in now if now[k] != before[k]]
     changed += ["other files"] if made and made["key"] != text_key(data_key(data)) else []

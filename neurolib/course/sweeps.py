@@ -33,9 +33,9 @@ from neurolib.course.runs import (
     check_run,
     check_settings,
     choose_parameters,
+    defaults_of,
     localise,
-    notebook_parameters,
-    notebook_path,
+    merge,
     read_yaml,
     run_course,
 )
@@ -203,12 +203,9 @@ def run_sweep(
         results = results.with_stem(f"{results.stem}-{data_label(data)}")
         stem += f"-{data_label(data)}"
     data, folder = data or grid["data"], Path(folder).absolute()
-    defaults = {
-        n: notebook_parameters(notebook_path(n)) for n in (DATA_NOTEBOOK, *MEASURES[measure])
-    }
-    for some in (grid["common"], *grid["networks"].values()):
-        for own in choose_parameters(some, defaults).values():
-            some.update(own)
+    defaults = defaults_of(chain)
+    for given in (grid["common"], *grid["networks"].values()):
+        given |= merge(choose_parameters(given, defaults))
     whole = list(_cells(grid, stem, seeds))
     cells = _part(path, grid, whole, rows, folds)
     _check(path, measure, whole, defaults, results)
@@ -242,7 +239,7 @@ def _check(
     path: str | Path, measure: str, cells: list[Cell], defaults: dict, results: Path
 ) -> None:
     """Refuse now what would fail hours later (SettingsError)."""
-    known = {name: value for own in defaults.values() for name, value in own.items()}
+    known = merge(defaults)
     for cell in {cell.network: cell for cell in cells}.values():
         localise(cell.parameters)
         if "encoder" in known:
@@ -257,13 +254,10 @@ def _check(
                 f"{results}: not a file of results on measure {measure}, and is not "
                 "replaced; name another one, or move it away"
             ) from None
-    names = set()
-    for cell in cells:
-        if cell.name in names:
-            raise SettingsError(
-                f"{path}: two runs would share the folder {cell.name}; rename a network"
-            )
-        names.add(cell.name)
+    names = [cell.name for cell in cells]
+    for name in names:
+        if names.count(name) > 1:
+            raise SettingsError(f"{path}: two runs would share the folder {name}; rename a network")
 
 
 def _cells(grid: dict, stem: str, seeds: Sequence[int]) -> Iterator[Cell]:
@@ -293,9 +287,9 @@ def _part(
     return [c for c in cells if c.network in (rows or known) and (not folds or c.fold in folds)]
 
 
-def _run_cell(data: str, folder: str, chain: Sequence[str], where: str, cell: Cell) -> Run:
-    """Run one cell in the folder `where`, because data may be relative to it."""
-    with contextlib.chdir(where):
+def _run_cell(data: str, folder: str, chain: Sequence[str], start: str, cell: Cell) -> Run:
+    """Run one cell in the folder `start`, because data may be relative to it."""
+    with contextlib.chdir(start):
         profile = PROFILES / "empty.yaml"
         values = cell.parameters
         return run_course(data, profile, cell.name, folder, values, tuple(chain), True, True)
