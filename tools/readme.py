@@ -52,13 +52,7 @@ def check(sources: Sequence[Path]) -> list[str]:
 
 
 def fill(text: str, name: str, part: str) -> str:
-    """Put `part` between the marks ``<!-- name -->`` and ``<!-- /name -->``.
-
-    Raises
-    ------
-    SystemExit
-        If the text has no such marks.
-    """
+    """Put `part` between the marks ``<!-- name -->`` and ``<!-- /name -->``."""
     begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
     before, mark, rest = text.partition(begin)
     _, closing, after = rest.partition(end)
@@ -93,9 +87,7 @@ def ours() -> str:
     rows = sweeps.read_results(OURS, "tree")
     neurons = {row["neuron"] for row in rows}
     lines = [
-        {k: v if k in ("method", "Hd95, voxels") else round(v, 3) for k, v in line.items()}
-        | {"Hd95, voxels": round(line["Hd95, voxels"])}
-        for line in sweeps.means(rows, HEADS)
+        line | {"Hd95, voxels": round(line["Hd95, voxels"])} for line in sweeps.means(rows, HEADS)
     ]
     return table(lines) + f"\n\nMeans over n = {len(neurons)} neurons, one seed."
 
@@ -105,21 +97,19 @@ def results() -> str:
     rows = sweeps.read_results(RESULTS)
     dice, hd95 = (sweeps.by_neuron_and_seed(rows, column) for column in ("dice", "hd95"))
 
-    def spread(values: np.ndarray, digits: int, sign: str = "") -> str:
+    def spread(values: np.ndarray, form: str) -> str:
         interval = t_interval(values)
-        numbers = (interval.mean, interval.low, interval.high)
-        mean, low, high = (f"{x:{sign}.{digits}f}" for x in numbers)
-        return f"{mean} ({low} to {high})"
+        return f"{interval.mean:{form}} ({interval.low:{form}} to {interval.high:{form}})"
 
     p = {row["network"]: row.get("p") for row in compare_networks(dice, BASELINE)}
     lines = []
     for name, scores in dice.items():
-        line = {"network": name, "Dice (95 % t interval)": spread(by_neuron(scores), 3)}
-        line["Hd95, voxels"] = spread(by_neuron(hd95[name]), 0)
+        line = {"network": name, "Dice (95 % t interval)": spread(by_neuron(scores), ".3f")}
+        line["Hd95, voxels"] = spread(by_neuron(hd95[name]), ".0f")
         line[f"gain in Dice over {BASELINE}"], line["p"] = "", ""
         if name != BASELINE:
             gain = differences(scores, dice[BASELINE])
-            line[f"gain in Dice over {BASELINE}"] = spread(gain, 3, "+")
+            line[f"gain in Dice over {BASELINE}"] = spread(gain, "+.3f")
             line["p"] = f"{p[name]:.3f}"
         lines.append(line)
     neurons, seeds = {row["neuron"] for row in rows}, {row["seed"] for row in rows}

@@ -346,6 +346,7 @@ def _expand(paths: list[Path]) -> tuple[list[Path], bool]:
     """Images named, in a folder, or matching a pattern; whether there may be several."""
     import glob
 
+    from neurolib.data.pairs import files_of
     from neurolib.files import is_result
     from neurolib.volume import SUFFIXES
 
@@ -353,7 +354,7 @@ def _expand(paths: list[Path]) -> tuple[list[Path], bool]:
     several = len(paths) > 1
     for path in paths:
         if path.is_dir() and path.suffix.lower() not in SUFFIXES:
-            listed = [p for p in path.iterdir() if not p.name.startswith(".")]
+            listed = files_of(path, SUFFIXES)
         elif not path.exists() and glob.has_magic(str(path)):
             listed = map(Path, glob.glob(str(path), recursive=True))
         else:

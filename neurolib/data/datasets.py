@@ -290,26 +290,13 @@ def synthetic_pairs() -> list[Pair]:
 def rendered_pairs(folder: str | Path, style: str = "flylight") -> list[Pair]:
     """Render the trees of a folder as a microscope would show them, or find them in the cache.
 
-    Trees are real, stacks are not: the pairs' `style` is "rendered from gold". Each stack is the
-    tree's bounding box with a margin (`synthesis.ROOM` voxels beyond the tubes). The SWC beside it
-    is the given one moved into that box; its first lines give the shift. Staining and noise depend
-    on the file name alone, so that a neuron looks the same in any folder.
+    The folder holds SWC files in voxels of equal sides, and optionally ``neurons.csv`` as for
+    `folder_pairs`; the style is one of `neurolib.data.synthesis.STYLES`. Trees are real, stacks are
+    not: the pairs' `style` is "rendered from gold". Each stack is the tree's bounding box with a
+    margin (`synthesis.ROOM` voxels beyond the tubes). The SWC beside it is the given one moved into
+    that box; its first lines give the shift. Staining and noise depend on the file name alone, so
+    that a neuron looks the same in any folder. If a tree is unusable, nothing is rendered.
 
-    Parameters
-    ----------
-    folder : path
-        With SWC files in voxels of equal sides, and optionally ``neurons.csv`` as for
-        `folder_pairs`. Radii are those of `read_swc`: one that is not positive becomes 1 voxel.
-    style : str
-        One of `neurolib.data.synthesis.STYLES`.
-
-    Returns
-    -------
-    list of Pair
-        Sorted by name. If a tree is unusable (`SwcError`), nothing is rendered.
-
-    Notes
-    -----
     Each pair is cached under the style, the hash of the generator's source, and the hash of its
     SWC's name and content. So an interrupted call resumes, and only a changed tree is rendered
     again.
@@ -375,15 +362,8 @@ def _render_pair(path: Path, place: Path, style: str) -> None:
 def measure(data: list[Pair] | str | Path) -> list[dict[str, float]]:
     """Statistics of trees and stacks for `neurolib.data.synthesis.calibration`.
 
-    Parameters
-    ----------
-    data : list of Pair, or path
-        Pairs, or a folder. A folder without pairs gives the statistics of its trees alone.
-
-    Returns
-    -------
-    list of dict
-        `synthesis.statistics` and, with images, `synthesis.image_statistics` of each neuron.
+    A row per neuron: `synthesis.statistics` and, with images, `synthesis.image_statistics`. A
+    folder without pairs gives the statistics of its trees alone.
     """
     if not isinstance(data, list):
         trees = trees_by_name(Path(data))

@@ -47,16 +47,8 @@ def download(url: str, path: Path, sha256: str, limit: int, variable: str) -> No
     """Download a file to `path`, with the right hash or not at all.
 
     An interrupted transfer leaves ``.part`` beside it, and the next call resumes there. A file
-    that is already at `path` is only checked.
-
-    Parameters
-    ----------
-    sha256 : str
-        Hash that the file must have; empty if unknown.
-    limit : int
-        Largest number of bytes that it may have.
-    variable : str
-        Environment variable with which the user can set another address.
+    that is already at `path` is only checked. The hash is empty if unknown, `limit` is the largest
+    number of bytes, and `variable` an environment variable that sets another address.
     """
     if not path.exists():
         _transfer_all(url, path, limit, variable)

@@ -173,17 +173,9 @@ def _make_pair(entry: dict, folder: Path, address: str, bar: tqdm) -> None:
 def repair_trace(trace: bytes, height: int, z_shift: float = 0.0) -> tuple[Tree, int]:
     """Turn a raw trace into a forest in the frame of the image.
 
-    The tracer counted rows from the bottom, saved each branch separately with its branch point
-    repeated, and left cycles and gaps.
-
-    Parameters
-    ----------
-    trace : bytes
-        SWC; nodes whose parent is missing become roots.
-    height : int
-        Rows of the image.
-    z_shift : float
-        Added to z, in slices.
+    The tracer counted rows from the bottom (the image has `height` rows), saved each branch
+    separately with its branch point repeated, and left cycles and gaps. Nodes whose parent is
+    missing become roots; `z_shift` slices are added to z.
 
     Returns
     -------

@@ -8,7 +8,7 @@ import numpy as np
 
 from neurolib import swc
 from neurolib.data.formats import LazyStack
-from neurolib.data.pairs import TREES, alone, same_name, stem
+from neurolib.data.pairs import TREES, alone, files_of, same_name, stem
 from neurolib.errors import NeurolibError
 from neurolib.volume import (
     LEVELS,
@@ -32,17 +32,10 @@ def inspect_files(
     channel: int | None = None,
     spacing: Sequence[float] | None = None,
 ) -> Iterator[str]:
-    """Facts about each file, then about each image with its tree, as blocks of text.
+    """Facts about images and SWC files, or folders of them, and about each image with its tree.
 
-    Parameters
-    ----------
-    paths : sequence of path
-        Images, SWC files, and folders of them. An image and a tree of equal names
-        (`pairs.pair_files`) belong together, and so do the only image and the only tree.
-    channel : int, optional
-        Of multi-channel images.
-    spacing : (dz, dy, dx), optional
-        In µm; overrides that of the images.
+    An image and a tree of equal names (`pairs.pair_files`) belong together, and so do the only
+    image and the only tree. `channel` and `spacing` are those of `neurolib.volume.read_volume`.
 
     Yields
     ------
@@ -83,14 +76,11 @@ def inspect_files(
 def _expand(path: Path) -> list[Path]:
     if not path.is_dir() or is_image(path):
         return [path]
-    # Some systems leave "._cell.tif" beside "cell.tif".
-    files = [p for p in sorted(path.iterdir()) if not p.name.startswith(".")]
-    usable = [p for p in files if p.suffix.lower() in (*SUFFIXES, *TREES)]
-    if not usable:
-        raise NeurolibError(
-            f"{path}: a folder without images ({', '.join(SUFFIXES)}) and SWC files; name another"
-        )
-    return usable
+    if files := files_of(path, (*SUFFIXES, *TREES)):
+        return files
+    raise NeurolibError(
+        f"{path}: a folder without images ({', '.join(SUFFIXES)}) and SWC files; name another"
+    )
 
 
 def _pairs(images: list[Path], trees: dict[Path, swc.Tree]) -> list[tuple[Path, Path]]:

@@ -179,7 +179,10 @@ def find_name(asked: str, names: Iterable[str]) -> str | None:
 
 
 def files_of(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Files of a folder that end in one of `suffixes`, sorted."""
+    """Files of a folder that end in one of `suffixes`, sorted.
+
+    Hidden ones are left out: some systems leave "._cell.tif" beside "cell.tif".
+    """
     if not folder.is_dir():
         raise DataError(
             f"{folder}: no such folder; expected {', '.join(NAMED)}, rendered:FOLDER or a folder "
