@@ -161,10 +161,10 @@ class Commands(Written):
     """A section per command of ``neurolib``: its help and its options."""
 
     def text(self) -> str:
-        parts = []
+        sections = []
         for name, entry in sorted(typer.main.get_command(command).commands.items()):
             text = re.sub(r"Example: (.*)", r"```\n\1\n```", entry.help)
-            parts += [f"### `neurolib {name}`", text]
+            sections += [f"### `neurolib {name}`", text]
             rows = [
                 {
                     "option": ", ".join(f"`{text}`" for text in parameter.opts),
@@ -174,8 +174,8 @@ class Commands(Written):
                 for parameter in entry.params
                 if parameter.name != "help"
             ]
-            parts += [table(rows)] if rows else []
-        return "\n\n".join(parts)
+            sections += [table(rows)] if rows else []
+        return "\n\n".join(sections)
 
 
 class Results(SphinxDirective):
@@ -235,7 +235,7 @@ class Benchmarks(Written):
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         targets = [r for r in rows if r["target"] != ""]
         missed = [r for r in targets if r["verdict"] == "missed"]
-        parts = [
+        sections = [
             # Without a heading it would come after the sections.
             "## Machine and targets",
             f"Measured on {record['date']} in {record['minutes']} minutes: {about['cpu']}, "
@@ -246,12 +246,12 @@ class Benchmarks(Written):
             "\n".join(f"- {': '.join(filter(None, (r['task'], r['peer'])))}" for r in missed),
         ]
         for name, title in record["about"].items():
-            some = [r for r in rows if r["benchmark"] == name]
+            own = [r for r in rows if r["benchmark"] == name]
             # Omit columns that are empty for this task.
-            used = [c for c in some[0] if c != "benchmark" and any(r[c] != "" for r in some)]
-            parts += [f"## {name.capitalize()}", title]
-            parts += [table([{c: r[c] for c in used} for r in some])]
-        return "\n\n".join(parts)
+            used = [c for c in own[0] if c != "benchmark" and any(r[c] != "" for r in own)]
+            sections += [f"## {name.capitalize()}", title]
+            sections += [table([{c: r[c] for c in used} for r in own])]
+        return "\n\n".join(sections)
 
 
 def best(rows: list[dict]) -> list[dict]:

@@ -43,11 +43,11 @@ def write(sources: Sequence[Path]) -> None:
 def check(sources: Sequence[Path]) -> list[str]:
     """Tables of the README that differ from what `write` would write."""
     text = README.read_text(encoding="utf-8")
-    parts = {"notebooks": notebooks(sources), "ours": ours(), "results": results()}
+    tables = {"notebooks": notebooks(sources), "ours": ours(), "results": results()}
     return [
         f"README.md, its table of {name} is out of date; run make notebooks"
-        for name, part in parts.items()
-        if fill(text, name, part) != text
+        for name, content in tables.items()
+        if fill(text, name, content) != text
     ]
 
 

@@ -84,6 +84,6 @@ def _labelled(data: np.ndarray, label: int | None, name: str) -> tuple[np.ndarra
         words = "a mask" if count == 1 else f"{count} labels, all but 0 taken as foreground"
         return data != 0, words
     if label not in labels:
-        some = ", ".join(map(str, labels[:8])) + (" ..." if len(labels) > 8 else "")
-        raise VolumeError(f"{name}: no voxel has the label {label}; found {some}")
+        listed = ", ".join(map(str, labels[:8])) + (" ..." if len(labels) > 8 else "")
+        raise VolumeError(f"{name}: no voxel has the label {label}; found {listed}")
     return data == label, f"label {label} of {', '.join(map(str, labels[:8]))}"

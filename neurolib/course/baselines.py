@@ -70,8 +70,8 @@ def choose(name: str, images: Sequence[np.ndarray], masks: Sequence[np.ndarray])
     best = None
     for settings in FILTERS[name]:
         responses = [respond(name, image, settings) for image in images]
-        some = np.concatenate([response.ravel()[::17] for response in responses])
-        candidates = np.unique(np.quantile(some, 1 - np.geomspace(1e-4, 0.5, 256)))
+        sample = np.concatenate([response.ravel()[::17] for response in responses])
+        candidates = np.unique(np.quantile(sample, 1 - np.geomspace(1e-4, 0.5, 256)))
         cut = choose_cut(responses, masks, candidates)
         if best is None or cut[-1] > best.dice:
             best = Baseline(name, settings, *cut)

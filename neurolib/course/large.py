@@ -107,15 +107,15 @@ def segmentation(
     """
     labels = data.dtype.kind in "biu" and threshold is None
     values = _distinct(data) if labels else np.zeros(1, data.dtype)
-    found, meaning = as_probability(values[None, None], label, threshold, name)
-    if found.dtype == data.dtype:
+    result, meaning = as_probability(values[None, None], label, threshold, name)
+    if result.dtype == data.dtype:
         return data, meaning
     if not labels:
         top = np.float32(FULL_SCALE[data.dtype.name])
-        return Mapped(data, lambda part: part / top, found.dtype), meaning
+        return Mapped(data, lambda part: part / top, result.dtype), meaning
     if label is None:
-        return Mapped(data, lambda part: part != 0, found.dtype), meaning
-    return Mapped(data, lambda part: part == label, found.dtype), meaning
+        return Mapped(data, lambda part: part != 0, result.dtype), meaning
+    return Mapped(data, lambda part: part == label, result.dtype), meaning
 
 
 def _distinct(data: np.ndarray) -> np.ndarray:

@@ -220,8 +220,8 @@ class _Text(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key, _ in node.value:
             if keys.count(key.value) > 1:
-                what = f"the key {key.value!r} comes twice"
-                raise yaml.composer.ComposerError(problem=what, problem_mark=key.start_mark)
+                problem = f"the key {key.value!r} comes twice"
+                raise yaml.composer.ComposerError(problem=problem, problem_mark=key.start_mark)
         return node
 
 
@@ -610,9 +610,9 @@ def _key(notebook: str, parameters: dict, before: str) -> str:
 
     content = nbformat.read(notebook_path(notebook), as_version=4)
     code = [cell.source for cell in content.cells if cell.cell_type == "code"]
-    parts = [before, json.dumps(parameters, sort_keys=True), *code]
-    parts += map(sha256, modules_of("\n".join(code)))
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    facts = [before, json.dumps(parameters, sort_keys=True), *code]
+    facts += map(sha256, modules_of("\n".join(code)))
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()
 
 
 def modules_of(code: str) -> list[Path]:
@@ -778,26 +778,28 @@ def table(rows: list[dict]) -> str:
 def summary(run: Run) -> str:
     """Results of a run as Markdown: a line per test neuron, then a line per notebook."""
     metrics = run.metrics()
-    parts = []
+    sections = []
     made = metrics.get("made_from", {})
     if made:
         given = [f"{key} {value}" for key, value in made["parameters"].items()]
-        parts.append(f"Data: {made['data']}. Parameters: {', '.join(given) or 'all by default'}.")
+        sections.append(
+            f"Data: {made['data']}. Parameters: {', '.join(given) or 'all by default'}."
+        )
     neurons = metrics.get("neurons", {})
     if neurons:
-        parts.append(
+        sections.append(
             table([name_unit({"neuron": name, **values}) for name, values in neurons.items()])
         )
     about = metrics.get("about", {})
     if about:
-        parts.append("\n".join(f"- {key}: {value}" for key, value in about.items()))
+        sections.append("\n".join(f"- {key}: {value}" for key, value in about.items()))
     notebooks = [
         {"notebook": name, "seconds": record["seconds"], "peak MB": record["peak_mb"]}
         for name, record in metrics.get("notebooks", {}).items()
     ]
     if notebooks:
-        parts.append(table(notebooks))
-    return "\n\n".join(parts)
+        sections.append(table(notebooks))
+    return "\n\n".join(sections)
 
 
 def write_report(run: Run, notebooks: tuple[str, ...] = COURSE) -> Path:

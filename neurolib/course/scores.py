@@ -93,7 +93,7 @@ def evaluate(
     trees = [_as_tree(one, spacing) for one in pair.values()]
     scores |= _compare_trees(*trees, tolerance, spacing)
     if not shapes:
-        shared = [_shared_length(*some, tolerance, scale) for some in (trees, trees[::-1])]
+        shared = [_shared_length(*forests, tolerance, scale) for forests in (trees, trees[::-1])]
         pieces = [int((tree.parent < 0).sum()) for tree in trees]
         points = np.concatenate([tree.xyz for tree in trees]) * scale[::-1]
         scores["diagonal"] = float(np.linalg.norm(np.ptp(points, axis=0))) if len(points) else 0.0
@@ -147,7 +147,7 @@ def _shared_length(
     tree, other, fine = finest_voxels(tuple(scale), tree, other)
     (points, lengths, row), (others, _, other_row) = short_pieces(tree), short_pieces(other)
     label, other_label = components(tree), components(other)
-    shape = tuple(int((some.parent < 0).sum()) for some in (tree, other))
+    shape = tuple(int((forest.parent < 0).sum()) for forest in (tree, other))
     if not len(points) or not len(others):
         return sparse.csr_array(shape)
     # Points along the other tree lie up to half a voxel apart.
@@ -254,16 +254,16 @@ def _pairs(one: Path, two: Path) -> tuple[dict[str, tuple[Path, Path]], list[str
             "two of equal name; expected names such as cell1.tif and cell1.swc"
         )
     used = {path for pair in pairs.values() for path in pair}
-    for some, other in zip(files, ("reference", "prediction"), strict=True):
-        unused = [p for p in some if p not in used]
+    for listed, other in zip(files, ("reference", "prediction"), strict=True):
+        unused = [p for p in listed if p not in used]
         notes += _left_out(unused, f"that have no {other} of their name")
     return pairs, notes
 
 
 def _left_out(files: list[Path], why: str) -> list[str]:
     """A line on files that are left out, if there are any."""
-    some = ", ".join(path.name for path in files[:10]) + " ..." * (len(files) > 10)
-    return [f"{files[0].parent}: {len(files)} files left out {why}: {some}"] if files else []
+    names = ", ".join(path.name for path in files[:10]) + " ..." * (len(files) > 10)
+    return [f"{files[0].parent}: {len(files)} files left out {why}: {names}"] if files else []
 
 
 def _pair_spacing(pair: tuple[Path, Path]) -> tuple[tuple[float, float, float], bool]:
@@ -309,21 +309,21 @@ def _mean(rows: list[dict]) -> tuple[str, dict]:
     missed = sum(np.isinf(row["esa"]) for row in rows)
     mean = {}
     for key in SCORES:
-        some = [row for row in rows if not np.isnan(row[key])]
-        if some:
-            diagonals = np.array([row["diagonal"] for row in some])
-            mean[key] = aggregate([row[key] for row in some], diagonals).mean
+        measured = [row for row in rows if not np.isnan(row[key])]
+        if measured:
+            diagonals = np.array([row["diagonal"] for row in measured])
+            mean[key] = aggregate([row[key] for row in measured], diagonals).mean
     note = f" ({missed} empty, with the diagonal for each distance)" if missed else ""
     return f"mean of {len(rows)}{note}", mean
 
 
 def _line(name: str, row: dict, unit: str) -> str:
-    parts = [
+    values = [
         f"{label} {row[key]:.4g}" + f" {unit}" * (key in LENGTHS)
         for key, label in SCORES.items()
         if key in row and not np.isnan(row[key])
     ]
-    return f"{name}: {', '.join(parts)}"
+    return f"{name}: {', '.join(values)}"
 
 
 def _write(path: Path, rows: list[dict], unit: str) -> None:

@@ -198,20 +198,20 @@ def _asked(
         # YAML reads 007 as a number.
         numbers = [name for name in known if name.isdecimal() and int(name) == asked]
         asked = numbers if len(numbers) == 1 else str(asked)
-    words = [[name] for name in asked] if not isinstance(asked, str) else [asked.split(",")]
+    lists = [[name] for name in asked] if not isinstance(asked, str) else [asked.split(",")]
     chosen = []
-    for parts in words:
-        while any(part.strip() for part in parts):
-            # Names may contain commas: try the longest run of parts first.
-            ends = range(len(parts), 0, -1)
-            hits = ((end, find_name(",".join(parts[:end]), known)) for end in ends)
+    for rest in lists:
+        while any(word.strip() for word in rest):
+            # Names may contain commas: try the longest run of words first.
+            ends = range(len(rest), 0, -1)
+            hits = ((end, find_name(",".join(rest[:end]), known)) for end in ends)
             end, name = next((hit for hit in hits if hit[1] is not None), (1, None))
-            if name is None and parts[0].strip():
+            if name is None and rest[0].strip():
                 raise DataError(
-                    f"{key}: no neuron {parts[0].strip()!r}; there are {', '.join(neurons)}"
+                    f"{key}: no neuron {rest[0].strip()!r}; there are {', '.join(neurons)}"
                 )
             chosen += [name] if name is not None else []
-            parts = parts[end:]
+            rest = rest[end:]
     return chosen
 
 

@@ -117,8 +117,8 @@ def _checked_sample(volume: Volume, name: str) -> tuple[np.ndarray, str]:
     count = min(prod(grid.tolist()), max(1, WHOLE_ZARR // prod(chunk.tolist())))
     places = np.linspace(0, prod(grid.tolist()) - 1, count).astype(np.int64)
     corners = np.stack(np.unravel_index(places, grid), axis=1) * chunk
-    parts = [data[tuple(map(slice, corner, corner + chunk))] for corner in corners]
-    values = np.concatenate(parts)
+    chunks = [data[tuple(map(slice, corner, corner + chunk))] for corner in corners]
+    values = np.concatenate(chunks)
     check_values(Volume(values), name)
     return values, f"; {count} of {prod(grid.tolist())} chunks"
 

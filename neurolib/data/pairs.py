@@ -89,10 +89,10 @@ def folder_pairs(folder: str | Path, style: str = "real") -> list[Pair]:
         )
     left = {file.name: why for file, why in alone(images, trees, pairs.values()).items()}
     if left:
-        some = ", ".join(f"{name} ({why})" for name, why in list(left.items())[:10])
+        listed = ", ".join(f"{name} ({why})" for name, why in list(left.items())[:10])
         more = f" and {len(left) - 10} more" if len(left) > 10 else ""
         warnings.warn(
-            f"{folder}: {len(pairs)} pairs; left out: {some}{more}", NeurolibWarning, stacklevel=2
+            f"{folder}: {len(pairs)} pairs; left out: {listed}{more}", NeurolibWarning, stacklevel=2
         )
     neurons = neurons_of(folder, pairs, left)
     return [Pair(n, neurons[n], *files, style) for n, files in sorted(pairs.items())]

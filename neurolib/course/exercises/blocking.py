@@ -137,10 +137,10 @@ def _leaks() -> dict[str, float]:
         "alternate slices": z % 2 == 0,
         "halves in z": z < np.median(z),
     }
-    parts = {name: (images[k], masks[k], images[~k], masks[~k]) for name, k in known.items()}
-    parts["another neuron"] = (others, other_masks, images, masks)
+    splits = {name: (images[k], masks[k], images[~k], masks[~k]) for name, k in known.items()}
+    splits["another neuron"] = (others, other_masks, images, masks)
     scores = {}
-    for name, (seen, answers, asked, truth) in parts.items():
+    for name, (seen, answers, asked, truth) in splits.items():
         guess = answers[cdist(asked, seen, "sqeuclidean").argmin(axis=1)]
         scores[name] = float(2 * (guess & truth).sum() / (guess.sum() + truth.sum()))
     return scores

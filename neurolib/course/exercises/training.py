@@ -66,7 +66,7 @@ def _dice_hint(answer: float, p: torch.Tensor, mask: torch.Tensor) -> str:
     """A hint on a wrong soft Dice loss."""
     both, hard = p * mask, (p >= 0.5).to(p)
     axes = (1, 2, 3)
-    parts = (2 * both.sum(axes) + 1) / (p.sum(axes) + mask.sum(axes) + 1)
+    per_block = (2 * both.sum(axes) + 1) / (p.sum(axes) + mask.sum(axes) + 1)
     mistakes = [
         (_dice(p, mask, both, 0, 0), "Without the ones, a batch of background learns nothing."),
         (_dice(p, mask, both, 1, 0), "Add 1 below the line, too: a perfect answer must give 0."),
@@ -74,7 +74,7 @@ def _dice_hint(answer: float, p: torch.Tensor, mask: torch.Tensor) -> str:
         (_dice(p, mask, both / 2, 1, 1), "Twice the overlap: a perfect answer must give 0."),
         (_dice(hard, mask, hard * mask, 1, 1), "A threshold has no slope: take p as it is."),
         (_dice(p**2, mask, both, 1, 1), "Here the sums are of p itself, not of its square."),
-        (1 - parts.mean(), "Sum over the whole batch: an empty block has no Dice of its own."),
+        (1 - per_block.mean(), "Sum over the whole batch: an empty block has no Dice of its own."),
         (1 - _dice(p, mask, both, 1, 1), "That is the Dice; a loss is to fall: take it from 1."),
         (1 - _dice(p, mask, both, 0, 0), "That is the Dice; a loss is to fall: take it from 1."),
     ]
