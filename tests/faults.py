@@ -1,12 +1,10 @@
-"""Work that `test_faults.py` can kill, in separate processes, and bad servers.
+"""Work that `test_faults.py` can kill, in separate processes.
 
 The processes are forked from a server that has imported slow modules before starting any thread,
 so that each costs some hundredths of a second.
 """
 
-import contextlib
 import csv
-import hashlib
 import io
 import json
 import locale
@@ -17,11 +15,9 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import nbformat
@@ -602,83 +598,6 @@ def claims(folder: Path) -> dict[str, tuple[str, int]]:
             took *= 1 if sys.platform == "darwin" else 1024
             outcomes[f"{read.__name__} {path.name}"] = (said, took)
     return outcomes
-
-
-# ----------------------------------------------------------------------------------- servers
-
-
-class Server(ThreadingHTTPServer):
-    """Serves some bytes, well or badly, as the first part of the address says."""
-
-    daemon_threads = True
-
-    def __init__(self, data: bytes):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.data, self.gone = data, threading.Event()
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    def url(self, way: str) -> str:
-        return f"http://127.0.0.1:{self.server_port}/{way}"
-
-    def handle_error(self, *_) -> None:
-        """Ignore killed clients."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-    def do_HEAD(self):
-        self.answer(False)
-
-    def do_GET(self):
-        self.answer(True)
-
-    def answer(self, body: bool) -> None:
-        way, data = self.path.split("/")[1], self.server.data
-        self.close_connection = True
-        if way == "closes":
-            return
-        if way == "mute":
-            self.server.gone.wait(20)
-            return
-        if way == "circle":
-            self.send_response(302)
-            self.send_header("Location", self.path)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        start = int(self.headers.get("Range", "bytes=0-")[6:].rstrip("-") or 0)
-        told = len(data) - start + {"more": 1000, "less": -1000}.get(way, 0)
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        self.send_header("Content-Length", str(told))
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.end_headers()
-        if not body:
-            return
-        data = data[start:]
-        if way == "other":
-            data = bytes(len(data))
-        if way == "truncates":
-            data = data[: len(data) // 2]
-        with contextlib.suppress(OSError):
-            if way in ("stalls", "trickles"):
-                self.wfile.write(data[: len(data) // 2])
-                for byte in data[len(data) // 2 :]:
-                    if self.server.gone.wait(0.05 if way == "trickles" else 20):
-                        return
-                    self.wfile.write(bytes([byte]))
-                return
-            if way == "slow":
-                # In pieces, so that there is time for a kill.
-                for first in range(0, len(data), 1 << 14):
-                    self.wfile.write(data[first : first + (1 << 14)])
-                    time.sleep(0.005)
-                return
-            self.wfile.write(data)
 
 
 def limit_files(size: int) -> None:

@@ -1,5 +1,6 @@
 """A local server that misbehaves in many ways."""
 
+import hashlib
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -16,6 +17,7 @@ def serve(data):
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
+    server.gone.set()
     server.shutdown()
     server.server_close()
     thread.join()
@@ -36,10 +38,13 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, data):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.data, self.requests = data, []
+        self.data, self.requests, self.gone = data, [], threading.Event()
 
-    def url(self, way):
-        return f"http://127.0.0.1:{self.server_port}/{way}/gold166.zip"
+    def url(self, way, path="/gold166.zip"):
+        return f"http://127.0.0.1:{self.server_port}/{way}{path}"
+
+    def handle_error(self, *_):
+        """Ignore killed clients."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -48,17 +53,27 @@ class Handler(BaseHTTPRequestHandler):
 
     def head(self, status, length=None, **headers):
         self.send_response(status)
+        self.send_header("ETag", f'"{self.digest}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
         if length is not None:
             self.send_header("Content-Length", str(length))
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
 
+    def send(self, data):
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def do_HEAD(self):
+        self.do_GET()
+
     def do_GET(self):
         _, way, path = unquote(self.path).split("/", 2)
         data = self.server.data
         data = data.get(path) if isinstance(data, dict) else data
         way = way if data is not None else "missing"
+        self.digest = hashlib.sha256(data or b"").hexdigest()
         asked = self.headers.get("Range")
         self.server.requests.append((way, asked))
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
@@ -76,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.head(200, len(data))
         if start < len(data):
-            self.wfile.write(data[start:][:send])
+            self.send(data[start:][:send])
 
     def good(self, data, start):
         self.ranged(data, start)
@@ -89,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
         """Knows no ranges; the first connection breaks."""
         first = sum(way == "drops_once" for way, _ in self.server.requests) == 1
         self.head(200, len(data))
-        self.wfile.write(data[: len(data) // 2 if first else None])
+        self.send(data[: len(data) // 2 if first else None])
 
     def truncated(self, data, start):
         """Announces the whole and never sends more than half."""
@@ -98,47 +113,68 @@ class Handler(BaseHTTPRequestHandler):
     def short(self, data, _):
         """Announces and sends only half."""
         self.head(200, len(data) // 2)
-        self.wfile.write(data[: len(data) // 2])
+        self.send(data[: len(data) // 2])
 
     def endless(self, *_):
         """Announces no length and never stops."""
         self.head(200)
         while True:
-            self.wfile.write(bytes(1 << 20))
+            self.send(bytes(1 << 20))
 
     def unannounced(self, data, _):
         self.head(200)
-        self.wfile.write(data)
+        self.send(data)
 
     def huge(self, *_):
         self.head(200, 10**15)
-        self.wfile.write(b"PK")
+        self.send(b"PK")
 
     def altered(self, data, _):
         self.head(200, len(data))
-        self.wfile.write(data[:100] + bytes([data[100] ^ 255]) + data[101:])
+        self.send(data[:100] + bytes([data[100] ^ 255]) + data[101:])
 
     def elsewhere(self, data, start):
         """Answers a request for the rest with another part."""
         if start:
             self.head(206, 10, Content_Range=f"bytes 0-9/{len(data)}")
-            self.wfile.write(data[:10])
+            self.send(data[:10])
         else:
             self.ranged(data, 0, len(data) // 2)
 
     def trickle(self, data, start):
         self.head(200, len(data))
         for i in range(200):
-            self.wfile.write(data[i : i + 1])
-            time.sleep(0.02)
+            self.send(data[i : i + 1])
+            if self.command == "HEAD" or self.server.gone.wait(0.02):
+                return
 
     def silent(self, *_):
-        time.sleep(2)
+        self.server.gone.wait(2)
+
+    def closes(self, *_):
+        """Answers nothing."""
+
+    def stalls(self, data, start):
+        """Sends half, and then nothing more."""
+        self.ranged(data, start, len(data) // 2)
+        self.server.gone.wait(20)
+
+    def slow(self, data, start):
+        """Sends pieces, so that there is time for a kill."""
+        self.ranged(data, start, 0)
+        for first in range(start, len(data), 1 << 14):
+            self.send(data[first : first + (1 << 14)])
+            time.sleep(0.005)
+
+    def more(self, data, _):
+        """Announces more than it has."""
+        self.head(200, len(data) + 1000)
+        self.send(data)
 
     def page(self, *_):
         text = b"<html>Please log in</html>"
         self.head(200, len(text))
-        self.wfile.write(text)
+        self.send(text)
 
     def missing(self, *_):
         self.head(404, 0)
