@@ -128,13 +128,18 @@ def rise(k, w):
 SHARED = np.random.default_rng(0)
 
 
-def angle(a, b):
-    """Its cosine."""
-    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+def near(rule, longest=15):
+    """An answer on bridges: short gaps from a to b that a rule on both steps accepts."""
+    return lambda a, p, b, q: np.linalg.norm(b - a) <= longest and rule(p, q, b - a)
 
 
-def near(a, b):
-    return np.linalg.norm(b - a) <= 15
+def faces(step, gap):
+    """Within 60 degrees."""
+    return step @ gap >= 0.5 * np.linalg.norm(step) * np.linalg.norm(gap)
+
+
+def along(step, gap):
+    return faces(step, gap) or faces(step, -gap)
 
 
 def by_depth(parent):
@@ -227,44 +232,16 @@ WRONG = [
     (tracing.q2, (10, 10), "leaves one piece"),
     (tracing.q2, (35, 10), "mended it"),
     (tracing.q2, (60, 35), "mended it"),
-    (tracing.q1, lambda a, p, b, q: near(a, b), "Near is not enough"),
-    (
-        tracing.q1,
-        lambda a, p, b, q: min(angle(p, b - a), angle(q, a - b)) >= 0.5,
-        "100 voxels apart",
-    ),
-    (tracing.q1, lambda a, p, b, q: near(a, b) and angle(p, b - a) >= 0.5, "The second end"),
-    (tracing.q1, lambda a, p, b, q: near(a, b) and angle(q, a - b) >= 0.5, "The first end"),
-    (
-        tracing.q1,
-        lambda a, p, b, q: near(a, b) and min(angle(p, b - a), angle(q, b - a)) >= 0.5,
-        "is a - b, not b - a",
-    ),
-    (
-        tracing.q1,
-        lambda a, p, b, q: near(a, b) and min(angle(p, a - b), angle(q, b - a)) >= 0.5,
-        "away from each other",
-    ),
-    (
-        tracing.q1,
-        lambda a, p, b, q: near(a, b) and min(abs(angle(p, b - a)), abs(angle(q, b - a))) >= 0.5,
-        "no absolute value",
-    ),
-    (
-        tracing.q1,
-        lambda a, p, b, q: near(a, b) and min(p @ (b - a), q @ (a - b)) >= 0.5,
-        "steps of length 1",
-    ),
-    (
-        tracing.q1,
-        lambda a, p, b, q: near(a, b) and min(p @ (b - a), q @ (a - b)) >= 0,
-        "half of all directions",
-    ),
-    (
-        tracing.q1,
-        lambda a, p, b, q: near(a, b) and max(angle(p, b - a), angle(q, a - b)) >= 0.5,
-        "Both ends must",
-    ),
+    (tracing.q1, near(lambda p, q, gap: True), "Near is not enough"),
+    (tracing.q1, near(lambda p, q, gap: faces(p, gap) and faces(q, -gap), np.inf), "100 voxels"),
+    (tracing.q1, near(lambda p, q, gap: faces(p, gap)), "The second end"),
+    (tracing.q1, near(lambda p, q, gap: faces(q, -gap)), "The first end"),
+    (tracing.q1, near(lambda p, q, gap: faces(p, gap) and faces(q, gap)), "is a - b, not b - a"),
+    (tracing.q1, near(lambda p, q, gap: faces(p, -gap) and faces(q, gap)), "from each other"),
+    (tracing.q1, near(lambda p, q, gap: along(p, gap) and along(q, gap)), "no absolute value"),
+    (tracing.q1, near(lambda p, q, gap: min(p @ gap, -q @ gap) >= 0.5), "steps of length 1"),
+    (tracing.q1, near(lambda p, q, gap: min(p @ gap, -q @ gap) >= 0), "half of all directions"),
+    (tracing.q1, near(lambda p, q, gap: faces(p, gap) or faces(q, -gap)), "Both ends must"),
     (tracing.q1, lambda a, p, b, q: bool(a[0] < b[0]), "degrees off the way"),
     (tracing.q1, lambda a, p, b, q: np.linalg.norm(b - a), "True or False"),
     (tracing.q3, lambda parent: np.arange(len(parent)), "before its parent"),
