@@ -77,6 +77,16 @@ NUMBERS = ("dice", "hd95", "diagonal", "cldice", *TREE, "seconds", "step", "trai
 # Parameters that a grid must give elsewhere.
 RESERVED = {"seed": "seeds", "held_out": "folds", "data": "data", "run_dir": "--folder"}
 KEYS = {"data", "networks", "seeds", "folds", "common", "results"}
+# Whether a value is usable, and what is expected.
+USABLE: dict[str, tuple[Callable, str]] = {
+    "measure": (lambda v: isinstance(v, str) and v in MEASURES, f"one of {', '.join(MEASURES)}"),
+    "common": (lambda v: isinstance(v, dict), "parameters: values"),
+    "networks": (lambda v: isinstance(v, dict) and v, "rows, as 'a: {depth: 1}'"),
+    "seeds": (lambda v: isinstance(v, list) and v, "a list, as [0, 1]"),
+    "folds": (lambda v: isinstance(v, list) and v, "a list, as ['cell1', 'cell2']"),
+    "data": (lambda v: isinstance(v, str) and v, "a name"),
+    "results": (lambda v: isinstance(v, str) and v.endswith(".csv"), "a .csv"),
+}
 # Command of a process that does one run.
 WORKER = [sys.executable, "-c", "from neurolib.course.sweeps import _work; _work()"]
 
@@ -122,33 +132,18 @@ def read_grid(path: str | Path) -> dict:
         given = ", ".join(sorted(grid)) if isinstance(grid, dict) else type(grid).__name__
         raise SettingsError(f"{path}: expected the keys {', '.join(sorted(KEYS))}; got {given}")
     grid.setdefault("measure", "test")
-    if grid["measure"] not in MEASURES:
-        raise SettingsError(
-            f"{path}: measure {grid['measure']!r}, expected one of {', '.join(MEASURES)}"
-        )
-    if not isinstance(grid["common"], dict):
-        raise SettingsError(f"{path}: common is {grid['common']!r}, expected parameters: values")
-    networks = grid["networks"]
-    if not (isinstance(networks, dict) and networks):
-        raise SettingsError(
-            f"{path}: networks is {networks!r}, expected rows, as 'a: {{depth: 1}}'"
-        )
-    for name, changes in networks.items():
+    for key, (is_usable, expected) in USABLE.items():
+        if not is_usable(grid[key]):
+            raise SettingsError(f"{path}: {key} is {grid[key]!r}, expected {expected}")
+    for name, changes in grid["networks"].items():
         if not isinstance(changes, dict):
             raise SettingsError(
                 f"{path}: network {name!r}: {changes!r}, expected parameters, as 'a: {{depth: 1}}'"
             )
         for key in RESERVED.keys() & (grid["common"].keys() | changes.keys()):
             raise SettingsError(f"{path}: network {name!r} has {key!r}; give it by {RESERVED[key]}")
-    for key, example in (("seeds", [0, 1]), ("folds", ["cell1", "cell2"])):
-        if not isinstance(grid[key], list) or not grid[key]:
-            raise SettingsError(f"{path}: {key} is {grid[key]!r}, expected a list, as {example}")
-        grid[key] = [read_as(example[0], item, f"{path}: {key}") for item in grid[key]]
-    for key in ("data", "results"):
-        if not isinstance(grid[key], str) or not grid[key]:
-            raise SettingsError(f"{path}: {key} is {grid[key]!r}, expected a name")
-    if not grid["results"].endswith(".csv"):
-        raise SettingsError(f"{path}: results is {grid['results']!r}, expected a .csv")
+    for key, example in (("seeds", 0), ("folds", "cell1")):
+        grid[key] = [read_as(example, item, f"{path}: {key}") for item in grid[key]]
     return grid
 
 
