@@ -2,27 +2,25 @@
 
 import hashlib
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import faults
 import numpy as np
 import psutil
 import pytest
 import tifffile
-import torch
+from faults import command as call
 from scipy import ndimage
 from test_formats import ome_set
 
 import neurolib
 from neurolib import __version__
 from neurolib.blocking import read_sample
-from neurolib.course import cli
 from neurolib.data.datasets import load_dataset
 from neurolib.errors import DataError, NeurolibWarning, SettingsError
 from neurolib.evaluation import dice, drop_small
 from neurolib.inference import predict_volume
-from neurolib.network import NetworkSettings, Segmenter
 from neurolib.swc import length as swc_length
 from neurolib.swc import read_swc
 from neurolib.training import check_unseen, load_checkpoint, save_checkpoint
@@ -30,18 +28,6 @@ from neurolib.volume import read_volume, write_volume
 
 SWC = "1 3 10 10 4 1 -1\n2 3 20 12 4 1 1\n3 3 30 14 5 1 2\n"
 SHAPE = (8, 32, 48)
-
-
-def call(*arguments: object) -> int:
-    """Exit status of ``neurolib ARGUMENTS``, in this process."""
-    before = sys.argv
-    sys.argv = ["neurolib", *map(str, arguments)]
-    try:
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return caught.value.code or 0
-    finally:
-        sys.argv = before
 
 
 def image(seed: int = 0) -> np.ndarray:
@@ -61,13 +47,7 @@ def pairs(tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A checkpoint of a small network without training: enough to get past reading it."""
-    path = tmp_path_factory.mktemp("checkpoint") / "checkpoint.safetensors"
-    torch.manual_seed(0)
-    network = Segmenter(NetworkSettings(encoder="vit_tiny_patch16_224", size=112))
-    facts = {"threshold": 0.5, "tau": 0.1, "dice": 0.0, "step": 1}
-    save_checkpoint(path, network, network.state_dict(), facts | {"training": {"frozen": False}})
-    return path
+    return faults.checkpoint(tmp_path_factory.mktemp("checkpoint") / "checkpoint.safetensors")
 
 
 def with_value(value: float) -> np.ndarray:

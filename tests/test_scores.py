@@ -6,13 +6,14 @@ import re
 
 import numpy as np
 import pytest
+from faults import command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 from typer.testing import CliRunner
 
 from neurolib.blocking import make_target
-from neurolib.course.cli import app, main
+from neurolib.course.cli import app
 from neurolib.course.scores import MISSES, SCORES, evaluate, evaluate_files
 from neurolib.data.synthesis import grow
 from neurolib.errors import NeurolibError, SettingsError
@@ -254,11 +255,7 @@ def test_wrong_input_is_one_line(
     write_swc("far.swc", Tree(TREE.xyz + 1000, TREE.radius, TREE.type, TREE.parent))
     write_volume("other.tif", MASK, (1.5, 0.6, 0.6))
     (tmp_path / "broken.swc").write_text("1 2 3\n")
-    arguments = ["neurolib", "evaluate", prediction, reference, "--out", "scores.csv", *options]
-    monkeypatch.setattr("sys.argv", arguments)
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 2
+    assert command("evaluate", prediction, reference, "--out", "scores.csv", *options) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert re.search(words, error), error

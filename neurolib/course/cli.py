@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from neurolib import __version__
 from neurolib.errors import NeurolibError, NeurolibWarning, SettingsError
@@ -38,39 +39,34 @@ app = typer.Typer(
 
 # Options that several commands have.
 ProfileOption = Annotated[
-    str, typer.Option(help="A file of parameters, or the name of one in profiles/.")
+    str, Option(help="A file of parameters, or the name of one in profiles/.")
 ]
-NameOption = Annotated[str, typer.Option(help="Name of the run; default: data-profile.")]
-RunsOption = Annotated[Path, typer.Option(help="Folder in which runs lie.")]
+NameOption = Annotated[str, Option(help="Name of the run; default: data-profile.")]
+RunsOption = Annotated[Path, Option(help="Folder in which runs lie.")]
 ParametersOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-p", help="One parameter, key=value; may be repeated."),
+    list[str] | None, Option("--set", "-p", help="One parameter, key=value; may be repeated.")
 ]
 IgnoreFramesOption = Annotated[
-    bool,
-    typer.Option("--ignore-frames", help="Go on with trees that lie beside their neurites."),
+    bool, Option("--ignore-frames", help="Go on with trees that lie beside their neurites.")
 ]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+DeviceOption = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 ...")]
 OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace files that neurolib did not write.")
+    bool, Option("--overwrite", help="Replace files that neurolib did not write.")
 ]
 RetrainOption = Annotated[
-    bool,
-    typer.Option("--overwrite", help="Replace a network of other settings or data in this run."),
+    bool, Option("--overwrite", help="Replace a network of other settings or data in this run.")
 ]
 SpacingOption = Annotated[
-    str, typer.Option(help="Z,Y,X in µm: edge lengths of a voxel; default: those of the file.")
+    str, Option(help="Z,Y,X in µm: edge lengths of a voxel; default: those of the file.")
 ]
 CheckpointOption = Annotated[
     Path,
-    typer.Option(
+    Option(
         help="A checkpoint, or the folder of a run; default: the shipped network.",
         show_default=False,
     ),
 ]
-UnitsOption = Annotated[
-    str, typer.Option(help="Of the SWC: voxels, or um, which other programs expect.")
-]
+UnitsOption = Annotated[str, Option(help="Of the SWC: voxels, or um, which other programs expect.")]
 
 
 def _version(asked: bool) -> None:
@@ -82,8 +78,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+        bool, Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     pass
@@ -93,7 +88,7 @@ def _options(
 def run(
     data: Annotated[
         str,
-        typer.Option(
+        Option(
             help="synthetic, fly-larva, bigneuron-janelia, rendered:FOLDER of SWC files, or a "
             "folder of image/SWC pairs."
         ),
@@ -120,7 +115,7 @@ def run(
 
 @app.command()
 def train(
-    data: Annotated[str, typer.Option(help="As in `neurolib run`.")] = "synthetic",
+    data: Annotated[str, Option(help="As in `neurolib run`.")] = "synthetic",
     profile: ProfileOption = "course",
     name: NameOption = "",
     folder: RunsOption = Path("runs"),
@@ -141,21 +136,21 @@ def train(
 
 @app.command()
 def sweep(
-    grid: Annotated[Path, typer.Argument(help="A grid, as profiles/table1-cpu.yaml.")],
-    data: Annotated[str, typer.Option(help="A folder of pairs instead of the grid's data.")] = "",
+    grid: Annotated[Path, Argument(help="A grid, as profiles/table1-cpu.yaml.")],
+    data: Annotated[str, Option(help="A folder of pairs instead of the grid's data.")] = "",
     folder: RunsOption = Path("runs"),
-    workers: Annotated[int, typer.Option(help="Runs at the same time, sharing the cores.")] = 1,
+    workers: Annotated[int, Option(help="Runs at the same time, sharing the cores.")] = 1,
     seed: Annotated[
-        list[int] | None, typer.Option(help="Instead of the grid's seeds; may be repeated.")
+        list[int] | None, Option(help="Instead of the grid's seeds; may be repeated.")
     ] = None,
     scheduler: Annotated[
-        str, typer.Option(help="Address of a Dask cluster that does the runs instead.")
+        str, Option(help="Address of a Dask cluster that does the runs instead.")
     ] = "",
     rows: Annotated[
-        list[str] | None, typer.Option(help="Run this network only; may be repeated.")
+        list[str] | None, Option(help="Run this network only; may be repeated.")
     ] = None,
     folds: Annotated[
-        list[int] | None, typer.Option(help="Run this fold only, from 0; may be repeated.")
+        list[int] | None, Option(help="Run this fold only, from 0; may be repeated.")
     ] = None,
     ignore_frames: IgnoreFramesOption = False,
 ) -> None:
@@ -175,9 +170,9 @@ def sweep(
 @app.command()
 def inspect(
     files: Annotated[
-        list[Path], typer.Argument(help="Images and SWC files, or folders of them.", metavar="FILE")
+        list[Path], Argument(help="Images and SWC files, or folders of them.", metavar="FILE")
     ],
-    channel: Annotated[int | None, typer.Option(help="Channel of multi-channel images.")] = None,
+    channel: Annotated[int | None, Option(help="Channel of multi-channel images.")] = None,
     spacing: SpacingOption = "",
 ) -> None:
     """Show what images and SWC files contain, and whether an image and its tree fit together.
@@ -193,7 +188,7 @@ def inspect(
 def segment(
     images: Annotated[
         list[Path],
-        typer.Argument(
+        Argument(
             help="Stacks (.tif, .npy, .v3draw, .v3dpbd, .nrrd, .zarr), folders of them, or "
             "patterns as 'day1/*.tif'.",
             metavar="IMAGE",
@@ -202,49 +197,42 @@ def segment(
     checkpoint: CheckpointOption = SHIPPED,
     out: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="The SWC to write; for several images a folder, in which each gets its own. A "
             ".zarr is a --probability."
         ),
     ] = None,
-    swc: Annotated[
-        Path | None, typer.Option(help="The SWC to write, where --out is a .zarr.")
-    ] = None,
+    swc: Annotated[Path | None, Option(help="The SWC to write, where --out is a .zarr.")] = None,
     mask: Annotated[
-        Path | None, typer.Option(help="Also write the mask: .tif, or .zarr (OME-Zarr), or folder.")
+        Path | None, Option(help="Also write the mask: .tif, or .zarr (OME-Zarr), or folder.")
     ] = None,
     probability: Annotated[
-        Path | None,
-        typer.Option(help="Also write the probability (float32): .tif or .zarr, or folder."),
+        Path | None, Option(help="Also write the probability (float32): .tif or .zarr, or folder.")
     ] = None,
     threshold: Annotated[
         float | None,
-        typer.Option(
-            help="On the probability, 0 to 1; default: the one chosen on validation neurons."
-        ),
+        Option(help="On the probability, 0 to 1; default: the one chosen on validation neurons."),
     ] = None,
     min_size: Annotated[
         int | None,
-        typer.Option(
+        Option(
             help="Smaller pieces are dropped, in voxels; default: as chosen on validation neurons."
         ),
     ] = None,
-    channel: Annotated[int | None, typer.Option(help="Channel of a multi-channel image.")] = None,
+    channel: Annotated[int | None, Option(help="Channel of a multi-channel image.")] = None,
     spacing: SpacingOption = "",
-    overlap: Annotated[float, typer.Option(help="Overlap of tiles in y and x, 0 to 0.9.")] = 0.25,
+    overlap: Annotated[float, Option(help="Overlap of tiles in y and x, 0 to 0.9.")] = 0.25,
     device: DeviceOption = "auto",
     flips: Annotated[
-        bool, typer.Option("--flips", help="Average over mirrored copies: four times the time.")
+        bool, Option("--flips", help="Average over mirrored copies: four times the time.")
     ] = False,
     all_tiles: Annotated[
-        bool, typer.Option("--all-tiles", help="Run even tiles in which nothing stands out.")
+        bool, Option("--all-tiles", help="Run even tiles in which nothing stands out.")
     ] = False,
     workers: Annotated[
-        int, typer.Option(help="Processes that share a --probability NAME.zarr (needs Dask).")
+        int, Option(help="Processes that share a --probability NAME.zarr (needs Dask).")
     ] = 0,
-    scheduler: Annotated[
-        str, typer.Option(help="Address of a Dask cluster, instead of --workers.")
-    ] = "",
+    scheduler: Annotated[str, Option(help="Address of a Dask cluster, instead of --workers.")] = "",
     units: UnitsOption = "voxels",
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -468,42 +456,38 @@ def _write_tree(
 @app.command()
 def trace(
     volume: Annotated[
-        Path,
-        typer.Argument(help="A segmentation: .tif, .npy, .v3draw, .v3dpbd, .nrrd, .zarr."),
+        Path, Argument(help="A segmentation: .tif, .npy, .v3draw, .v3dpbd, .nrrd, .zarr.")
     ],
-    out: Annotated[Path | None, typer.Option(help="The SWC to write.")] = None,
+    out: Annotated[Path | None, Option(help="The SWC to write.")] = None,
     out_dir: Annotated[
-        Path | None,
-        typer.Option(help="Instead, a folder: a tree for every label, NAME_LABEL.swc in it."),
+        Path | None, Option(help="Instead, a folder: a tree for every label, NAME_LABEL.swc in it.")
     ] = None,
     label: Annotated[
-        int | None, typer.Option(help="The only label that is foreground; default: all but 0.")
+        int | None, Option(help="The only label that is foreground; default: all but 0.")
     ] = None,
     threshold: Annotated[
         float | None,
-        typer.Option(
+        Option(
             help="On probabilities, 0 to 1; default 0.5. Whole numbers are labels without it, and "
             "with it probabilities: uint8 up to 255, uint16 up to 65535."
         ),
     ] = None,
     spacing: Annotated[
         str,
-        typer.Option(
+        Option(
             help="Z,Y,X in µm: edge lengths of a voxel, slices first (--seed is X,Y,Z); default: "
             "those of the file."
         ),
     ] = "",
     seed: Annotated[
         str,
-        typer.Option(
-            help="X,Y,Z in voxels (--spacing is Z,Y,X): the root of the piece nearest to it."
-        ),
+        Option(help="X,Y,Z in voxels (--spacing is Z,Y,X): the root of the piece nearest to it."),
     ] = "",
-    min_size: Annotated[int, typer.Option(help="Smaller pieces are dropped, in voxels.")] = 20,
+    min_size: Annotated[int, Option(help="Smaller pieces are dropped, in voxels.")] = 20,
     bridge: Annotated[
-        float, typer.Option(help="Longest gap to close, in voxels of the finest axis; 0: none.")
+        float, Option(help="Longest gap to close, in voxels of the finest axis; 0: none.")
     ] = 15.0,
-    channel: Annotated[int | None, typer.Option(help="Channel of a multi-channel image.")] = None,
+    channel: Annotated[int | None, Option(help="Channel of a multi-channel image.")] = None,
     units: UnitsOption = "voxels",
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -589,8 +573,8 @@ def _trace_one(
 
 @app.command()
 def calibrate(
-    data: Annotated[str, typer.Argument(help="A folder of image/SWC pairs, or a data set.")],
-    out: Annotated[Path, typer.Option(help="The checkpoint to write, .safetensors.")],
+    data: Annotated[str, Argument(help="A folder of image/SWC pairs, or a data set.")],
+    out: Annotated[Path, Option(help="The checkpoint to write, .safetensors.")],
     checkpoint: CheckpointOption = SHIPPED,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
@@ -628,24 +612,24 @@ def calibrate(
 @app.command()
 def evaluate(
     prediction: Annotated[
-        Path, typer.Argument(help="A mask, labels, a probability or an SWC, or a folder of them.")
+        Path, Argument(help="A mask, labels, a probability or an SWC, or a folder of them.")
     ],
     reference: Annotated[
-        Path, typer.Argument(help="What it is measured against; a folder is matched by name.")
+        Path, Argument(help="What it is measured against; a folder is matched by name.")
     ],
-    out: Annotated[Path | None, typer.Option(help="The table to write, .csv.")] = None,
+    out: Annotated[Path | None, Option(help="The table to write, .csv.")] = None,
     spacing: Annotated[
-        str, typer.Option(help="Z,Y,X: edge lengths of a voxel in µm; default: those of the files.")
+        str, Option(help="Z,Y,X: edge lengths of a voxel in µm; default: those of the files.")
     ] = "",
     tolerance: Annotated[
         float | None,
-        typer.Option(
+        Option(
             help="Distance up to which two surfaces or trees agree, in the unit of the table; "
             "default: 2 voxels of the finest axis."
         ),
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="On predicted probabilities, 0 to 1; default 0.5.")
+        float | None, Option(help="On predicted probabilities, 0 to 1; default 0.5.")
     ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -676,7 +660,7 @@ def evaluate(
 def fetch(
     what: Annotated[
         str,
-        typer.Argument(
+        Argument(
             help="weights, synthetic, fly-larva, fly-larva-final, bigneuron-janelia, "
             "rendered:FOLDER, or a timm model's name."
         ),

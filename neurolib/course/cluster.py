@@ -37,7 +37,7 @@ def share(
     """
     import distributed
 
-    # pure=False does equal items as often as they are listed.
+    # pure=False runs equal items as often as they are listed.
     jobs = {client.submit(function, item, pure=False): item for item in items}
     for job in distributed.as_completed(jobs):
         error = job.exception()

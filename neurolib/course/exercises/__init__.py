@@ -31,7 +31,7 @@ def question(praise: str) -> Callable:
                 print(f"○ {judge.__name__}: not attempted; put your answer in place of the dots")
                 return
             except Exception as error:
-                # An error in a reader's function is no crash.
+                # An error in the reader's function must not end the cell.
                 hint = f"your answer raises {type(error).__name__}: {error}"
             print(f"✗ {judge.__name__}: not yet. {hint}" if hint else f"● right: {praise}")
 
