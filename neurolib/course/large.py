@@ -41,15 +41,7 @@ from neurolib.inference import Box, Tiling, box_of_tiles, predict_box
 from neurolib.network import Segmenter
 from neurolib.parameters import check_range
 from neurolib.training import load_checkpoint
-from neurolib.volume import (
-    Volume,
-    create_zarr,
-    empty_level,
-    limits,
-    pieces,
-    read_volume,
-    rescale,
-)
+from neurolib.volume import Volume, create_zarr, empty_level, limits, pieces, read_volume, rescale
 
 # Slices, rows, columns. Tiles that cross the border of a region run for both sides: with tiles of
 # 100 that overlap by a quarter, a fifth more than for the whole volume at once. A region takes at

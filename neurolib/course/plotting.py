@@ -85,9 +85,7 @@ JUDGED = {"correct": SKY, "false": ORANGE, "missed": PURPLE}
 
 
 def judged(
-    image: np.ndarray,
-    groups: Mapping[str, Mapping[str, Tree]],
-    spacing: Spacing = (1.0, 1.0, 1.0),
+    image: np.ndarray, groups: Mapping[str, Mapping[str, Tree]], spacing: Spacing = (1.0, 1.0, 1.0)
 ) -> Figure:
     """Trees over three projections of their image: correct, false and missed parts.
 
@@ -179,10 +177,7 @@ def tree_3d(trees: Mapping[str, Tree], spacing: Spacing = (1.0, 1.0, 1.0)) -> Fi
 
 
 def overlay(
-    image: np.ndarray,
-    mask: np.ndarray,
-    target: np.ndarray,
-    spacing: Spacing = (1.0, 1.0, 1.0),
+    image: np.ndarray, mask: np.ndarray, target: np.ndarray, spacing: Spacing = (1.0, 1.0, 1.0)
 ) -> Figure:
     """Prediction and target in three projections.
 

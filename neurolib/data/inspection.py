@@ -28,9 +28,7 @@ WHOLE, WHOLE_ZARR = 1 << 27, 1 << 25
 
 
 def inspect_files(
-    paths: Sequence[str | Path],
-    channel: int | None = None,
-    spacing: Sequence[float] | None = None,
+    paths: Sequence[str | Path], channel: int | None = None, spacing: Sequence[float] | None = None
 ) -> Iterator[str]:
     """Facts about images and SWC files, or folders of them, and about each image with its tree.
 
