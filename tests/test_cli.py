@@ -74,7 +74,7 @@ BAD_TREES = {
     "columns": "1 3 10 10\n",
     "cycle": "1 3 10 10 4 1 2\n2 3 20 12 4 1 1\n",
     "no root": "1 3 10 10 4 1 2\n2 3 20 12 4 1 3\n3 3 30 14 5 1 1\n",
-    "empty": "# nothing\n",
+    "no nodes": "# nothing\n",
     "outside the image": "1 3 900 900 400 1 -1\n2 3 910 900 400 1 1\n",
 }
 
@@ -87,22 +87,15 @@ def one_line(capsys, *words: str) -> None:
         assert word in error
 
 
-@pytest.mark.parametrize("kind", BAD_IMAGES)
-def test_run_refuses_bad_images(kind, pairs, tmp_path, capsys):
-    (pairs / "cell1.tif").unlink()
-    BAD_IMAGES[kind](pairs / "cell1.tif")
+@pytest.mark.parametrize("kind", [*BAD_IMAGES, *BAD_TREES])
+def test_run_refuses_bad_images_and_trees(kind, pairs, tmp_path, capsys):
+    if kind in BAD_IMAGES:
+        BAD_IMAGES[kind](pairs / "cell1.tif")
+    else:
+        (pairs / "cell1.swc").write_text(BAD_TREES[kind])
     arguments = ["--data", pairs, "--folder", tmp_path / "runs", "--ignore-frames"]
     assert call("run", *arguments) == 2
-    one_line(capsys, "cell1.tif")
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("kind", BAD_TREES)
-def test_run_refuses_bad_trees(kind, pairs, tmp_path, capsys):
-    (pairs / "cell1.swc").write_text(BAD_TREES[kind])
-    arguments = ["--data", pairs, "--folder", tmp_path / "runs", "--ignore-frames"]
-    assert call("run", *arguments) == 2
-    one_line(capsys, "cell1")
+    one_line(capsys, "cell1.tif" if kind in BAD_IMAGES else "cell1")
     assert not (tmp_path / "runs").exists()
 
 

@@ -125,8 +125,7 @@ def _compare_trees(tree: Tree, reference: Tree, tolerance: float, spacing: tuple
     if len(tree.parent) and len(reference.parent):
         distance = tree_distance(tree, reference, tolerance, spacing)
         overlap = tree_scores(tree, reference, tolerance, spacing)
-        scores |= {"esa": distance.esa, "dsa": distance.dsa, "pds": distance.pds}
-        return scores | {"precision": overlap.precision, "recall": overlap.recall}
+        return scores | vars(distance) | vars(overlap)
     agree = len(tree.parent) == len(reference.parent)
     scores |= dict.fromkeys(("esa", "dsa"), 0.0 if agree else float("inf"))
     return scores | {"pds": float(not agree), "precision": float(agree), "recall": float(agree)}
