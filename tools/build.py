@@ -323,9 +323,9 @@ def check_parameters(notebook: NotebookNode) -> list[str]:
         return [f"{len(tagged)} cells tagged {PARAMETERS}, expected one"]
     number, cell = tagged[0]
     try:
-        read_assignments(cell.source)
+        read_assignments(cell.source, f"cell {number}")
     except SettingsError as error:
-        return [f"cell {number}: {error}"]
+        return [str(error)]
     return []
 
 

@@ -288,7 +288,7 @@ def _for_each(done: str, outputs: dict, job: Callable, kind: str = "") -> None:
     from tqdm import tqdm
 
     failed = {}
-    for item, paths in tqdm(outputs.items()):
+    for item, paths in tqdm(outputs.items(), done):
         try:
             job(item, paths)
         except NeurolibError as error:

@@ -247,15 +247,18 @@ def notebook_parameters(name: str) -> dict:
     cells = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
     if len(cells) != 1:
         raise SettingsError(f"{name}: {len(cells)} cells tagged 'parameters', expected one")
-    return read_assignments("".join(cells[0]["source"]))
+    return read_assignments("".join(cells[0]["source"]), name)
 
 
-def read_assignments(code: str) -> dict:
-    """Names and values of the lines ``name = literal`` of Python code that holds nothing else."""
+def read_assignments(code: str, shown: str) -> dict:
+    """Names and values of the lines ``name = literal`` of Python code that holds nothing else.
+
+    `shown` says in errors where the code is from.
+    """
     try:
         statements = ast.parse(code).body
     except SyntaxError as error:
-        raise SettingsError(f"not Python ({error.msg})") from None
+        raise SettingsError(f"{shown}: not Python ({error.msg})") from None
     values = {}
     for statement in statements:
         try:
@@ -263,7 +266,7 @@ def read_assignments(code: str) -> dict:
             values[target.id] = ast.literal_eval(value)
         except (AttributeError, ValueError):
             line = ast.unparse(statement).splitlines()[0]
-            raise SettingsError(f"{line!r} is no 'name = literal'") from None
+            raise SettingsError(f"{shown}: {line!r} is no 'name = literal'") from None
     return values
 
 
@@ -274,9 +277,7 @@ def defaults_of(notebooks: Iterable[str]) -> dict[str, dict]:
 
 def merge(*settings: dict[str, dict]) -> dict:
     """The parameters of all notebooks in one; later settings go before earlier ones."""
-    return {
-        k: v for by_notebook in settings for own in by_notebook.values() for k, v in own.items()
-    }
+    return {k: v for part in settings for own in part.values() for k, v in own.items()}
 
 
 def choose_parameters(values: dict, defaults: dict[str, dict]) -> dict[str, dict]:
