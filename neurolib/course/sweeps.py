@@ -120,8 +120,9 @@ def read_grid(path: str | Path) -> dict:
     """Read a sweep's grid.
 
     Keys: ``networks`` maps the name of each row to its parameters, ``folds`` lists test neurons
-    held out together (comma-separated), ``seeds`` lists numbers, ``common`` holds parameters of
-    all runs, ``data`` and ``results`` name the data set and the file to write; ``measure`` is
+    held out together (comma-separated, or a mapping of ``held_out`` and ``validate_on``),
+    ``seeds`` lists numbers, ``common`` holds parameters of all runs, ``data`` and ``results`` name
+    the data set and the file to write; ``measure`` is
     ``test`` (the default), ``tree`` or ``validation``.
     """
     path = Path(path)
@@ -142,8 +143,15 @@ def read_grid(path: str | Path) -> dict:
             )
         for key in RESERVED.keys() & (grid["common"].keys() | changes.keys()):
             raise SettingsError(f"{path}: network {name!r} has {key!r}; give it by {RESERVED[key]}")
-    for key, example in (("seeds", 0), ("folds", "cell1")):
-        grid[key] = [read_as(example, item, f"{path}: {key}") for item in grid[key]]
+    grid["seeds"] = [read_as(0, seed, f"{path}: seeds") for seed in grid["seeds"]]
+    folds = [fold if isinstance(fold, dict) else {"held_out": fold} for fold in grid["folds"]]
+    for fold in folds:
+        if "held_out" not in fold or fold.keys() - {"held_out", "validate_on"}:
+            raise SettingsError(f"{path}: fold {fold}: expected held_out and, if any, validate_on")
+    grid["folds"] = [
+        {key: read_as("cell1", names, f"{path}: folds") for key, names in fold.items()}
+        for fold in folds
+    ]
     return grid
 
 
@@ -256,12 +264,12 @@ def _check(
 
 
 def _cells(grid: dict, stem: str, seeds: Sequence[int]) -> Iterator[Cell]:
-    for fold, held_out in enumerate(grid["folds"]):
+    for fold, neurons in enumerate(grid["folds"]):
         for seed in dict.fromkeys(seeds or grid["seeds"]):
             for network, changes in grid["networks"].items():
                 label = re.sub(r"[^\w.+-]+", "-", network)
                 name = f"{stem}/{label}-s{seed}-f{fold}"
-                own = {"seed": seed, "held_out": held_out}
+                own = neurons | {"seed": seed}
                 yield Cell(network, seed, fold, name, grid["common"] | changes | own)
 
 
