@@ -322,13 +322,13 @@ def check_settings(values: dict) -> "tuple[NetworkSettings, TrainingSettings]":
     ):
         if values[name] not in choices:
             raise SettingsError(f"{name}={values[name]!r}: expected one of {', '.join(choices)}")
-    if start := values["start_from"]:
-        start = start if start == SHIPPED_NAME else NOTEBOOKS / start
-        training.check_start(start, shape, values["initialisation"])
     if values.get("every", 1) > 1 and shape.predict == "all":
         raise SettingsError(
             f"every={values['every']}: expected 1 for a network that predicts all slices"
         )
+    if start := values["start_from"]:
+        start = start if start == SHIPPED_NAME else NOTEBOOKS / start
+        training.check_start(start, shape, values["initialisation"])
     return shape, training_settings
 
 
