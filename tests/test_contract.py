@@ -65,7 +65,8 @@ def test_probability_is_what_it_was():
     net, _ = network.build(settings, "scratch", "", 0)
     image = synthesis.render(TREE, SHAPE, seed=3).data
     image = (image / image.max()).astype(np.float32)
-    probability = predict_volume(net, image, every=8, progress=False, device="cpu")
+    options = {"skip_empty": False, "progress": False, "device": "cpu"}
+    probability = predict_volume(net, image, every=8, **options)
     assert probability.shape == (3, 64, 72)
     assert [float(probability.mean()), float(probability[1, 20, 30])] == pytest.approx(
         [0.0205, 0.0218], rel=0.05

@@ -74,6 +74,15 @@ def test_a_grid_is_read(tmp_path):
     assert grid["networks"] == {"one": {"depth": "1"}}  # the notebook says what it is
 
 
+def test_a_fold_may_name_its_own_validation_neurons(tmp_path):
+    path = tmp_path / "grid.yaml"
+    change = "folds: [cell0]", "folds: [cell0, {held_out: cell2, validate_on: cell0}]"
+    path.write_text(SMALL.format(results="x.csv", data="x", bad="").replace(*change))
+    cells = list(sweeps._cells(sweeps.read_grid(path), "grid", ()))
+    named = {(c.fold, c.parameters["held_out"], c.parameters["validate_on"]) for c in cells}
+    assert named == {(0, "cell0", "cell1"), (1, "cell2", "cell0")}
+
+
 def test_a_grid_with_an_unknown_parameter_fails_before_anything_runs(tmp_path):
     path = tmp_path / "grid.yaml"
     path.write_text(GRID.replace("depth", "dept"))
@@ -229,6 +238,8 @@ def test_networks_whose_folders_would_be_the_same_are_refused(tmp_path):
         (("seeds: [0]", "seeds: []"), r"seeds is \[\], expected a list"),
         (("seeds: [0]", "seeds: [yes]"), "seeds: expected int as in 0, got 'yes'"),
         (("folds: [cell0]", "folds: [[cell0]]"), "folds: expected str"),
+        (("folds: [cell0]", "folds: [{held_out: a, steps: 3}]"), "expected held_out and, if any"),
+        (("folds: [cell0]", "folds: [{validate_on: a}]"), "expected held_out and, if any"),
         (("{encoder_rate: 1.0e-5}", "3"), "network 'slow': '3'"),
         (("  steps: 2", "  held_out: a"), "has 'held_out'; give it by folds"),
         (("results: x.csv", "results:"), "results is ''"),
