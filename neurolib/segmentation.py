@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from neurolib.data.formats import check_spacing
 from neurolib.errors import NeurolibWarning, SettingsError
 from neurolib.evaluation import label_pieces
 from neurolib.files import SHIPPED, checkpoint_file
@@ -18,7 +19,7 @@ from neurolib.parameters import check_range
 from neurolib.swc import Tree
 from neurolib.tracing import trace
 from neurolib.training import load_checkpoint
-from neurolib.volume import Volume, inverted, normalise, read_volume
+from neurolib.volume import INVERT, Volume, inverted, normalise, read_volume
 
 
 def segment(
@@ -95,11 +96,11 @@ def predict_image(
     if isinstance(image, np.ndarray):
         image = Volume(image)
     volume = image if isinstance(image, Volume) else read_volume(image, **reading)
+    check_spacing(volume.spacing, name)
     _check_fits(name, volume.data.shape)
     scaled = normalise(volume.data)
     if inverted(scaled):
-        told = "dark structures on a bright ground; neurites must be bright: invert it"
-        warnings.warn(f"{name}: {told}", NeurolibWarning, stacklevel=3)
+        warnings.warn(f"{name}: {INVERT}", NeurolibWarning, stacklevel=3)
     found = predict_volume(network, scaled, progress=progress, **asdict(tiling))
     return replace(volume, data=found)
 

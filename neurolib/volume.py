@@ -320,7 +320,11 @@ def _percentiles(values: np.ndarray, counts: np.ndarray, levels: Sequence[float]
 
 
 POLARITY = 1 << 21  # voxels that `inverted` looks at
-
+# What users read about an inverted stack.
+INVERT = (
+    "dark structures on a bright ground; neurites must be bright: invert it, in ImageJ by Edit > "
+    "Invert, in NumPy by image.max() - image"
+)
 
 # Bins of the histogram of `standing_out`, which lies in [-1, 1].
 BINS = 1 << 16

@@ -240,6 +240,8 @@ def test_a_small_stack_keeps_pieces_that_a_large_one_loses(checkpoint, tmp_path)
     assert tifffile.imread(mask).all()
     dark, small = (str(warning.message) for warning in told)
     assert dark.startswith("scan.tif: dark structures on a bright ground")
+    assert "Edit > Invert" in dark
+    assert "image.max() - image" in dark
     assert small == "scan.tif: no piece has 1000000 voxels; those of at least 200 are kept"
     with pytest.warns(NeurolibWarning, match="dark"):
         assert call(*arguments, "--min-size", 10**6) == 0
@@ -350,6 +352,7 @@ def test_trace_of_one_slice_and_of_one_voxel(tmp_path, capsys):
         (BAR, ["--seed", "nan,3,3"], "--seed nan,3,3"),
         (BAR, ["--seed", "3,3"], "three numbers"),
         (BAR, ["--spacing", "0,1,1"], "three positive numbers"),
+        (BAR, ["--spacing", "1e-300,1,1"], "cell.tif: spacing is (1e-300, 1.0, 1.0)"),
         (BAR, ["--spacing", "wide"], "three positive numbers"),
         (BAR, ["--min-size", "500"], "lower the threshold or min_size"),
         (BAR, ["--bridge", "-1"], "--bridge -1.0: expected at least 0"),

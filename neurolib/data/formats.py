@@ -32,6 +32,9 @@ from neurolib.files import decode
 # Our errors include what tifffile would log.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
+# A voxel's edges: least and largest length, from atoms to planets in any unit, and largest ratio.
+LENGTHS, LONGEST = (1e-12, 1e12), 1000
+
 
 @dataclass(frozen=True)
 class Spacing:
@@ -202,10 +205,17 @@ def choose_channel(name: str, channels: int, channel: int | None) -> int:
 def check_spacing(spacing: Sequence[float], name: str = "") -> np.ndarray:
     """A spacing as (3,) float64; `name` is that of the file, for the error."""
     values = np.asarray(spacing, dtype=float)
-    if values.shape != (3,) or not np.all(np.isfinite(values) & (values > 0)):
+    low, high = LENGTHS
+    if (
+        values.shape != (3,)
+        or not np.all((values >= low) & (values <= high))
+        or values.max() > LONGEST * values.min()
+    ):
         raise VolumeError(
-            f"{name}: " * bool(name)
-            + f"spacing is {tuple(spacing)}, expected three positive numbers (dz, dy, dx)"
+            f"{name}: "
+            * bool(name)
+            + f"spacing is {tuple(spacing)}, expected three positive numbers (dz, dy, dx), the "
+            f"largest at most {LONGEST} times the smallest; give the lengths of a voxel's edges"
         )
     return values
 

@@ -11,6 +11,7 @@ from neurolib.data.formats import LazyStack
 from neurolib.data.pairs import TREES, alone, files_of, same_name, stem
 from neurolib.errors import NeurolibError
 from neurolib.volume import (
+    INVERT,
     LEVELS,
     POLARITY,
     SUFFIXES,
@@ -145,7 +146,7 @@ def volume_facts(volume: Volume, name: str) -> dict[str, str]:
     if volume.notes:
         facts["read"] = "; ".join(volume.notes)
     if inverted(normalise(values[:: max(1, values.size // POLARITY)])):
-        facts["warning"] = "dark structures on a bright ground; neurites must be bright: invert it"
+        facts["warning"] = INVERT
     return facts
 
 
