@@ -17,7 +17,7 @@ from scipy.spatial import KDTree
 
 from neurolib.data.formats import check_spacing
 from neurolib.errors import SettingsError, SwcError, VolumeError
-from neurolib.swc import Tree, edges
+from neurolib.swc import Tree, edges, repeated
 
 if TYPE_CHECKING:
     from neurolib.blocking import Sample
@@ -385,8 +385,7 @@ def _cut_edges(tree: Tree, count_of: Callable[[np.ndarray], np.ndarray]) -> tupl
     start, step = tree.xyz[child], tree.xyz[parent] - tree.xyz[child]
     length = np.linalg.norm(step, axis=1)
     count = count_of(length)
-    edge = np.repeat(np.arange(len(child)), count)
-    number = np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count)
+    edge, number = repeated(count)
     return start[edge], step[edge], number, count[edge], length[edge], child[edge]
 
 

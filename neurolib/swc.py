@@ -572,12 +572,17 @@ def densify(
     return np.concatenate([xyz[roots], between]), np.concatenate([radius[roots], thickness])
 
 
+def repeated(count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Items repeated `count` (n,) times: the item of each repetition, and its number from 0."""
+    item = np.repeat(np.arange(len(count)), count)
+    return item, np.arange(len(item)) - np.repeat(np.cumsum(count) - count, count)
+
+
 def _cuts(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Cut lines into equal pieces of at most one step: which line, and where along it (0 to 1)."""
     pieces = np.maximum(np.ceil(steps), 1).astype(np.int64)
-    which = np.repeat(np.arange(len(pieces)), pieces)
-    count = np.arange(len(which)) - np.repeat(np.cumsum(pieces) - pieces, pieces) + 1
-    return which, count / pieces[which]
+    line, number = repeated(pieces)
+    return line, (number + 1) / pieces[line]
 
 
 def resample(tree: Tree, step: float) -> Tree:

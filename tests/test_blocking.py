@@ -177,7 +177,9 @@ def test_a_large_soma_is_a_ball_without_much_memory():
 
 
 @pytest.mark.parametrize("spacing", [(1, 1, 1), (3.7, 1, 1), (2, 1, 5), (0.4, 1, 1)])
-def test_no_voxel_within_reach_of_an_edge_is_missed(spacing):
+def test_no_voxel_within_reach_of_an_edge_is_missed(spacing, monkeypatch):
+    monkeypatch.setattr(blocking, "STEEPNESS", 0.1)
+    monkeypatch.setattr(blocking, "REACH", 4.0)
     scale, rng = np.array(spacing), np.random.default_rng(0)
     shape = (21, 25, 25)
     voxels = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1) * scale
@@ -193,7 +195,7 @@ def test_no_voxel_within_reach_of_an_edge_is_missed(spacing):
         distance = np.min(
             [np.linalg.norm(a - np.clip(a, -extent, extent), axis=-1) for a in apart], axis=0
         )
-        response, _ = make_target(tree_of(ends[:, ::-1], [-1, 0]), shape, spacing, a=0.1, d_max=4.0)
+        response, _ = make_target(tree_of(ends[:, ::-1], [-1, 0]), shape, spacing)
         expected = np.where(distance < 4, np.expm1(0.1 * (1 - distance / 4)) / np.expm1(0.1), 0)
         # The places are up to 0.3 pixels apart; those between are at most so much nearer.
         assert np.all(response - expected > -1e-6)
@@ -450,7 +452,7 @@ def test_choice_is_salient_blocks_and_a_share_of_others():
     assert not np.array_equal(chosen, choose_blocks(mask, grid, 0.25, seed=2))
     assert np.array_equal(choose_blocks(mask, grid, 0), wanted)
     assert len(choose_blocks(mask, grid, 1000)) == len(grid)
-    assert len(choose_blocks(np.zeros_like(mask), grid)) == 0
+    assert len(choose_blocks(np.zeros_like(mask), grid, 1)) == 0
 
 
 # Window
@@ -478,7 +480,7 @@ BAD = [
     (VolumeError, "1000 times", lambda: make_target(TREE, (9, 9, 9), (1e-6, 1, 1))),
     (VolumeError, "spacing", lambda: make_target(TREE, (9, 9, 9), (1e-300,) * 3)),
     (SettingsError, "tau", lambda: make_target(TREE, (9, 9, 9), tau=0)),
-    (SettingsError, "d_max", lambda: tube_radius(0.1, d_max=-1)),
+    (SettingsError, "tau", lambda: tube_radius(1.5)),
     (DataError, "node 0", lambda: make_target(tree_of([[4, 4, np.nan]], [-1]), (9, 9, 9))),
     (
         DataError,
@@ -529,7 +531,7 @@ def test_real_neurons(name):
     assert volume[mask].mean() > 3 * volume[response == 0].mean()
 
     grid = block_grid(volume.shape)
-    chosen = choose_blocks(mask, grid)
+    chosen = choose_blocks(mask, grid, 0.25)
     share = np.array([read_block(mask, p)[2].mean() for p in grid[chosen]])
     positives = np.count_nonzero(share >= 0.001)
     assert positives == salient(mask, grid).sum()
