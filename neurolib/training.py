@@ -40,12 +40,13 @@ from neurolib.network import NetworkSettings, Segmenter, build, make
 from neurolib.parameters import check_range
 from neurolib.weights import save_weights
 
-# Response of a voxel at most one voxel off the centreline: the dilated skeleton of the target.
+# Voxels with at least this response are the target's dilated skeleton: they lie at most one voxel
+# off the centreline.
 SKELETON = float(response_at(np.ones(())))
 STRIDE = 50  # between training blocks in y and x; in z every slice is the centre of a block
 
 LOSSES = ("dice+focal", "dice+ce", "dice+ce+skeleton", "dice+ce+cldice")
-# Modules that a training's result depends on.
+# Modules on which the result of a training depends.
 CODE = ("training", "network", "inflation", "blocking")
 # The initialisation that a network reports if its encoder came from a checkpoint.
 RESTORED = "checkpoint"
@@ -59,21 +60,21 @@ class TrainingSettings:
 
     steps: int = 200
     batch: int = 4  # blocks per pass
-    accumulate: int = 1  # passes per step: its gradient is the mean of theirs
+    accumulate: int = 1  # passes per step, whose gradients are averaged
     encoder_rate: float = 1e-4
     decoder_rate: float = 1e-3
     layer_decay: float = 0.75  # rate of each encoder layer relative to the one above it
     weight_decay: float = 0.05  # on matrices only
     warmup: float = 0.05  # share of the steps
     clip: float = 1.0  # norm of the gradient
-    average: float = 0.98  # decay of the running average of the weights that is kept (EMA)
+    average: float = 0.98  # decay of the running average of the weights (EMA), which is saved
     loss: str = "dice+focal"
     frozen: bool = True  # train the decoder (and stem) only
     negatives: float = 1.0  # blocks without foreground per salient block
     augment: bool = True
     checkpointing: bool = False  # recompute the encoder's activations: a third slower, less memory
     validate_every: int = 25  # steps
-    patience: int = 0  # stop after so many validations without improvement; 0: never
+    patience: int = 0  # validations without improvement before training stops; 0: no limit
     validation_blocks: int = 32  # per validation volume, half of them salient
     save_every: int = 25  # steps between resume files
     seed: int = 0
@@ -92,14 +93,15 @@ class TrainingSettings:
 class BlockSource:
     """Training blocks (depth, size, size) of samples, drawn by step number.
 
-    There are `negatives` blocks without foreground per salient block, or as many as there are.
+    For each salient block there are `negatives` blocks without foreground, or fewer if the
+    volumes do not have as many.
     """
 
     def __init__(
         self,
         samples: Sequence[Sample],
-        depth: int = 5,
-        size: int = 100,
+        depth: int,
+        size: int,
         negatives: float = TrainingSettings.negatives,
         seed: int = 0,
     ):
@@ -110,7 +112,7 @@ class BlockSource:
             chosen = choose_blocks(sample.mask, grid, negatives, seed, block=self.shape)
             places.append(np.insert(grid[chosen], 0, number, axis=1))
         self.places = np.concatenate(places)
-        self._epoch, self._order = -1, np.empty(0, int)  # the newest epoch, and its order
+        self._epoch, self._order = -1, np.empty(0, int)  # the latest epoch, and its order
         if not len(self.places):
             names = ", ".join(s.pair.name for s in samples) or "none"
             raise DataError(
@@ -193,7 +195,7 @@ def zoom(
     both = torch.stack([block, torch.from_numpy(distance_of(response.numpy()))])
     grid = F.affine_grid(theta, list(both.shape), align_corners=False)
     block, distance = F.grid_sample(both, grid, padding_mode="reflection", align_corners=False)
-    # A response of 0 lies at a distance of 5 or more: what shrinking would make of it is not known.
+    # A response of 0 means a distance of 5 or more, so where shrinking would move it is unknown.
     known = distance < distance_of(0.0) - 1e-3
     zoomed = torch.from_numpy(response_at((distance * factor).numpy())).clamp_min(0)
     return block, zoomed * known
@@ -205,7 +207,7 @@ def zoom(
 def soft_dice(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """1 - Dice of the probabilities over the whole batch (Milletari et al. 2016, not squared).
 
-    Over the batch and not per block: a block without foreground has no Dice of its own.
+    Not per block, because the Dice of a block without foreground is undefined.
     """
     p = logits.sigmoid()
     return 1 - (2 * (p * mask).sum() + 1) / (p.sum() + mask.sum() + 1)
@@ -225,7 +227,7 @@ def skeleton_recall(logits: torch.Tensor, skeleton: torch.Tensor) -> torch.Tenso
 def soft_skeleton(p: torch.Tensor) -> torch.Tensor:
     """Skeleton of images (n, slices, h, w) by repeated soft opening (Shit et al. 2021, Alg. 1).
 
-    Each slice is an image of its own, with values in [0, 1].
+    Values are in [0, 1]; each slice is treated as a separate image.
     """
 
     def erode(image: torch.Tensor) -> torch.Tensor:
@@ -257,8 +259,8 @@ def loss_terms(
 ) -> dict[str, torch.Tensor]:
     """The terms whose sum is the loss `name`, one of `LOSSES`; dice+focal is usual in the field.
 
-    `logits` are (n, slices, h, w), and so is `response`, the target before its threshold `tau`;
-    where the response is NaN, the answer is taken to be right: as sure background.
+    `logits` are (n, slices, h, w), and so is `response`, the target before its threshold `tau`.
+    Where the response is NaN, the target is unknown: these voxels count as correct background.
     """
     logits = logits.masked_fill(response.isnan(), -30.0)
     mask = (response >= tau).to(logits.dtype)
@@ -274,9 +276,9 @@ def loss_terms(
 
 
 def pulls(logits: torch.Tensor, response: torch.Tensor, tau: float) -> dict[str, torch.Tensor]:
-    """What each term of the losses asks of each voxel: minus its gradient by the logits.
+    """How each term of the losses pulls on each logit: minus its gradient.
 
-    Parameters are those of `loss_terms`. Positive: the logit should rise.
+    Parameters are those of `loss_terms`. Where a value is positive, the logit should rise.
     """
     leaf = logits.detach().requires_grad_()
     terms = loss_terms("dice+focal+ce+skeleton+cldice", leaf, response, tau)
@@ -294,30 +296,33 @@ def start(device: str = "auto", precision: str = "auto") -> Fabric:
 
     `device` and `precision` are those of `neurolib.devices`: ``auto`` takes the best there is.
     """
-    where = pick_device(device)
-    # torchrun sets both; without it, one process trains.
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    nodes = int(os.environ.get("WORLD_SIZE", here)) // here
-    # A GPU named by its number is used as such; on a CPU there is no choice.
-    devices = [where.index] if where.type == "cuda" and where.index is not None else here
-    numbers = pick_precision(precision, where.type)
-    fabric = Fabric(accelerator=where.type, devices=devices, num_nodes=nodes, precision=numbers)
+    chosen = pick_device(device)
+    # torchrun sets both variables; without it, one process trains.
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    nodes = int(os.environ.get("WORLD_SIZE", processes)) // processes
+    numbered = chosen.type == "cuda" and chosen.index is not None  # as in cuda:1
+    fabric = Fabric(
+        accelerator=chosen.type,
+        devices=[chosen.index] if numbered else processes,
+        num_nodes=nodes,
+        precision=pick_precision(precision, chosen.type),
+    )
     fabric.launch()
     return fabric
 
 
 def device_name(fabric: Fabric) -> str:
     """The name of the GPU on which a training runs, or ``CPU``."""
-    on_card = fabric.device.type == "cuda"
-    return torch.cuda.get_device_name(fabric.device) if on_card else fabric.device.type.upper()
+    on_gpu = fabric.device.type == "cuda"
+    return torch.cuda.get_device_name(fabric.device) if on_gpu else fabric.device.type.upper()
 
 
 def layer_rates(network: Segmenter, settings: TrainingSettings) -> list[float]:
     """Peak rate of each layer of the encoder, from the pixels up; none without an encoder.
 
-    Layer 0 is the patch embedding with the position embedding, layer i + 1 is transformer block
-    i, and the last one is the norm behind them, at the encoder's full rate: each layer has
-    `layer_decay` times the rate of the one above it (Clark et al. 2020; Bao et al. 2022).
+    Layer 0 is the patch embedding with the position embedding, and layer i + 1 is transformer
+    block i. The last layer, the norm after them, has the encoder's full rate; each other layer
+    has `layer_decay` times the rate of the one above it (Clark et al. 2020; Bao et al. 2022).
     """
     if network.encoder is None:
         return []
@@ -328,8 +333,8 @@ def layer_rates(network: Segmenter, settings: TrainingSettings) -> list[float]:
 def parameter_groups(network: Segmenter, settings: TrainingSettings) -> list[dict]:
     """AdamW groups: the encoder has the rates of `layer_rates`; only matrices decay.
 
-    Position embedding, class and register tokens are tables of vectors, not matrices: they do
-    not decay.
+    The position embedding and the class and register tokens are tables of vectors, not matrices,
+    so they do not decay.
     """
     rates = layer_rates(network, settings)
     tables = ("encoder.pos_embed", "encoder.cls_token", "encoder.reg_token")
@@ -351,7 +356,7 @@ def parameter_groups(network: Segmenter, settings: TrainingSettings) -> list[dic
 
 
 def schedule(step: int, settings: TrainingSettings) -> float:
-    """Share of the peak rate at a step, the first being 0: linear warm-up, half a cosine to 1 %."""
+    """Share of the peak rate at a step (from 0): linear warm-up, then half a cosine to 1 %."""
     warm = max(1, round(settings.warmup * settings.steps))
     if step < warm:
         return (step + 1) / warm
@@ -401,7 +406,7 @@ def train(
         raise DataError("no validation volume; hold out at least one neuron for validation")
     shape, checkpoint = network.settings, Path(folder) / CHECKPOINT
     fabric = fabric or start(precision=settings.precision)
-    writes = fabric.is_global_zero  # rank 0 alone
+    writes = fabric.is_global_zero  # only rank 0 writes
     alone = claim(checkpoint.with_name(".training.lock")) if writes else contextlib.nullcontext()
     with alone, _explain_memory(settings, shape.size):
         blocks = BlockSource(samples, shape.depth, shape.block, settings.negatives, settings.seed)
@@ -431,7 +436,7 @@ def train(
             options = {"max_norm": settings.clip, "error_if_nonfinite": False}
             norm = fabric.clip_gradients(module, optimizer, **options).item()
             loss = sum(terms.values())
-            # A finite loss can have a gradient that is not, and one such step ruins all weights.
+            # The gradient of a finite loss can be infinite, and one such step ruins all weights.
             if not math.isfinite(loss + norm):
                 raise SettingsError(
                     f"the loss is {loss:g}, its gradient {norm:g} in step {step + 1}; lower the "
@@ -439,7 +444,7 @@ def train(
                     f"{checkpoint}: {best['step'] or 'none'}"
                 )
             optimizer.step()
-            # A short run must forget its first steps, so the decay grows from 1/10 to its end.
+            # A short run must forget its first steps, so the decay grows from 1/10 to its setting.
             decay = min(settings.average, (1 + step) / (10 + step))
             for key, value in network.state_dict().items():
                 average[key].lerp_(value.detach().to(average[key].dtype), 1 - decay)
@@ -478,14 +483,14 @@ def _gradient(
         block, response = fabric.to_device((block, response))
         # Processes exchange their gradients once a step, not once a pass.
         with fabric.no_backward_sync(module, enabled=number + 1 < settings.accumulate):
-            terms = loss_terms(settings.loss, module(block), _wanted(response, predict), tau)
+            terms = loss_terms(settings.loss, module(block), _predicted(response, predict), tau)
             fabric.backward(sum(terms.values()) / settings.accumulate)
         for key, value in terms.items():
             means[key] = means.get(key, 0.0) + value.item() / settings.accumulate
     return means
 
 
-def _wanted(response: torch.Tensor, predict: str) -> torch.Tensor:
+def _predicted(response: torch.Tensor, predict: str) -> torch.Tensor:
     """The slices of the response (n, D, h, w) that a network predicts."""
     middle = response.shape[1] // 2
     return response if predict == "all" else response[:, middle : middle + 1]
@@ -518,8 +523,8 @@ def _prepare_encoder(network: Segmenter, settings: TrainingSettings) -> None:
             )
         return
     for name, parameter in network.encoder.named_parameters():
-        # Nothing reads the last norm, which comes after the last tap: with several processes,
-        # all would wait for its gradient.
+        # The last norm comes after the last tap, so nothing reads it, and several processes would
+        # wait for its gradient.
         parameter.requires_grad_(not (settings.frozen or name.startswith("norm.")))
     network.encoder.set_grad_checkpointing(settings.checkpointing)
 
@@ -528,7 +533,7 @@ def _prepare_encoder(network: Segmenter, settings: TrainingSettings) -> None:
 
 
 class ValidationBlocks(NamedTuple):
-    """Blocks of one volume, and for how many of its blocks each of them stands (n,)."""
+    """Some blocks of one volume; weight (n,): how many of its blocks each of them represents."""
 
     blocks: torch.Tensor  # (n, 1, D, h, w)
     responses: torch.Tensor  # (n, D, h, w)
@@ -540,8 +545,8 @@ def validation_blocks(
 ) -> ValidationBlocks:
     """Blocks from which the Dice of a whole volume can be estimated without predicting it.
 
-    Half of them are salient, half are not, each evenly chosen along the grid that tiles the
-    volume. Most blocks of a volume are empty, and false positives in them count in the Dice; so
+    Half of them are salient and half are not, both chosen evenly along the grid that tiles the
+    volume. Most blocks of a volume are empty, and false positives in them count in the Dice, so
     each chosen block is weighted by the number of blocks of its kind that it represents.
     """
     block = (shape.depth, shape.block, shape.block)
@@ -564,10 +569,10 @@ def validate(
     checks: Sequence[ValidationBlocks],
     tau: float,
 ) -> tuple[float, float]:
-    """Mean of the volumes' estimated Dice, and the one of `THRESHOLDS` where it is highest.
+    """The volumes' mean estimated Dice at its best threshold, and that one of `THRESHOLDS`.
 
-    The network runs with `weights`, a state dict (the running average), and keeps its own; `tau`
-    is the threshold of the target.
+    The network runs with the state dict `weights` (the running average) and keeps its own weights;
+    `tau` is the threshold of the target.
     """
     device = next(network.parameters()).device
     scores = []
@@ -577,14 +582,14 @@ def validate(
             torch.func.functional_call(network, weights, (pair.to(device),)).float().cpu()
             for pair in blocks.split(2)
         ]
-        found = torch.cat(logits).sigmoid()
-        mask = _wanted(responses, network.settings.predict) >= tau
-        # One number per block, then the sum over all blocks that it represents; not by `@`, which
-        # autocast would round to the eight bits of bfloat16.
+        probability = torch.cat(logits).sigmoid()
+        mask = _predicted(responses, network.settings.predict) >= tau
+        # Sum over each block, then over all blocks that it represents; not by `@`, which autocast
+        # would round to the eight bits of bfloat16.
         wanted = (weight * mask.flatten(1).sum(1)).sum()
         row = []
         for threshold in THRESHOLDS:
-            guess = found >= threshold
+            guess = probability >= threshold
             both = (weight * (guess & mask).flatten(1).sum(1)).sum()
             total = (weight * guess.flatten(1).sum(1)).sum() + wanted
             row.append(2 * both.item() / max(1.0, total.item()))
@@ -601,8 +606,8 @@ def save_checkpoint(
 ) -> None:
     """Write weights and everything needed to rebuild the network as safetensors, atomically.
 
-    A frozen encoder is left out: it can be recreated from the pre-trained weights, and the file is
-    much smaller. An encoder that came from a checkpoint cannot be recreated, and is stored.
+    A frozen encoder is left out, because it can be recreated from the pre-trained weights and the
+    file is then much smaller. An encoder that came from a checkpoint cannot be, and is stored.
     """
     facts = facts | {"initialisation": network.origin["initialisation"]}
     if facts["training"]["frozen"] and facts["initialisation"] != RESTORED:
@@ -613,7 +618,7 @@ def save_checkpoint(
 
 
 def _seal(weights: dict[str, torch.Tensor], header: dict[str, str]) -> str:
-    """SHA-256 over everything in a checkpoint, since a disk may corrupt a byte of it."""
+    """SHA-256 of everything in a checkpoint, because a disk may corrupt a byte of it."""
     digest = hashlib.sha256((header.get("network", "") + header.get("facts", "")).encode())
     for name in sorted(weights):
         digest.update(name.encode())
@@ -637,15 +642,15 @@ def load_checkpoint(path: str | Path) -> tuple[Segmenter, dict]:
         settings = NetworkSettings(**json.loads(header["network"]))
         facts = json.loads(header["facts"])
         frozen = facts["training"]["frozen"] and "encoder_sum" in facts
-        # What `build` takes to recreate a frozen encoder.
+        # The arguments with which `build` recreates a frozen encoder.
         keys = ("initialisation", "weights_file", "network_seed") if frozen else ()
-        how = [facts[key] for key in keys]
+        origin = [facts[key] for key in keys]
     except (KeyError, TypeError, ValueError):
         raise WeightsError(
             f"{path}: no checkpoint of this package; expected one that notebook 03 or "
             "`neurolib run` wrote"
         ) from None
-    network = build(settings, *how)[0] if how else make(settings)
+    network = build(settings, *origin)[0] if origin else make(settings)
     _fill(network, path, facts, weights)
     return network.eval(), facts
 
@@ -692,7 +697,7 @@ def _read(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
 
 
 def _fill(network: Segmenter, path: str | Path, facts: dict, weights: dict) -> None:
-    """Load what `_read` found into a network, whose encoder stays if the file has none."""
+    """Load a checkpoint's weights into a network, which keeps its encoder if the file has none."""
     frozen = "encoder_sum" in facts
     if frozen and weight_sum(network.encoder) != facts["encoder_sum"]:
         raise WeightsError(
@@ -734,10 +739,10 @@ def check_unseen(facts: dict, samples: Sequence[Sample], checkpoint: str | Path)
 def _identity(
     network: Segmenter, about: dict, samples: Sequence[Sample], validation: Sequence[Sample]
 ) -> str:
-    """What must be equal to resume a run: settings, data, code, first weights.
+    """What must be equal to resume a run: settings, data, code, and initial weights.
 
-    A network that has already been in this training no longer has its first weights; its object
-    remembers them.
+    A network that has already been in this training no longer has its initial weights, so the
+    object remembers their sum.
     """
     targets = [[content_key(s.response) for s in part] for part in (samples, validation)]
     code = [sha256(Path(__file__).with_name(f"{name}.py")) for name in CODE]
@@ -750,7 +755,7 @@ def _identity(
 def _save_state(
     path: Path, identity: str, network, optimizer, average: dict, history: list[dict], best: dict
 ) -> None:
-    """Write all that the loop carries into one file: weights, their average, both moments."""
+    """Write everything that the loop carries to one file: weights, their average, both moments."""
     tensors = {f"network.{k}": v for k, v in network.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in average.items()}
     for number, entry in optimizer.state_dict()["state"].items():
