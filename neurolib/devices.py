@@ -1,4 +1,4 @@
-"""Which device computes, and with which numbers."""
+"""Choosing the device that computes, and the precision of its numbers."""
 
 import contextlib
 import functools
@@ -19,19 +19,19 @@ def _say_once(words: str) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; ``auto``: a GPU if there is one, else the CPU."""
+    """The device of this name; ``auto`` is a GPU if there is one, else the CPU."""
     if name == "auto":
         name = "cpu"
         if torch.cuda.is_available():
             try:
                 return pick_device("cuda")
-            except SettingsError as error:  # a GPU that this PyTorch is too new, or too old, for
+            except SettingsError as error:  # this PyTorch does not support this GPU
                 _say_once(f"{error}; 'auto' takes the CPU")
         elif torch.backends.mps.is_available():
             _say_once("Apple GPU found, not tested: 'auto' takes the CPU; device 'mps' tries it")
     try:
         device = torch.device(name)
-        (torch.ones(1, device=device) + 1).item()  # computes, which a GPU may be too old for
+        (torch.ones(1, device=device) + 1).item()  # fails on a GPU that PyTorch does not support
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0][:100]
         raise SettingsError(f"device={name!r}: not usable here ({reason}); try 'cpu'") from None
@@ -39,21 +39,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: str) -> str:
-    """The precision of that name on a type of device; ``auto`` is the fastest one that is safe.
+    """The precision of this name on a type of device; ``auto`` is the fastest one that is safe.
 
-    Parameters
-    ----------
-    name : {"auto", "32-true", "bf16-mixed"}
-        ``auto``: bfloat16 for matrix products where the hardware has it (GPUs from Ampere on,
-        processors with AVX-512 BF16 or AMX: 1.8 to 2.6 times faster in training), else float32
-        (with AVX2 alone, bfloat16 is 7 times slower).
-    device : str
-        ``cpu``, ``cuda`` or another type of `torch.device`.
-
-    Raises
-    ------
-    SettingsError
-        If there is no such precision.
+    ``auto`` is bfloat16 for matrix products where the hardware has it (GPUs from Ampere on,
+    processors with AVX-512 BF16 or AMX: 1.8 to 2.6 times faster in training), else float32 (with
+    AVX2 alone, bfloat16 is 7 times slower). `device` is ``cpu``, ``cuda`` or another type of
+    `torch.device`.
     """
     if name not in PRECISIONS:
         raise SettingsError(f"precision={name!r}: expected one of {', '.join(PRECISIONS)}")
@@ -68,7 +59,7 @@ def pick_precision(name: str, device: str) -> str:
 
 
 def autocast(precision: str, device: str) -> contextlib.AbstractContextManager:
-    """A context in which networks compute with a precision (`pick_precision`) on a device."""
+    """A context in which networks compute on a device with a precision of `pick_precision`."""
     if pick_precision(precision, device) == "32-true":
         return contextlib.nullcontext()
     return torch.autocast(device, torch.bfloat16)

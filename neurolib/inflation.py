@@ -1,8 +1,8 @@
-"""Weight inflation: a patch embedding learnt on 2D colour images, made ready for 3D grey blocks.
+"""Weight inflation: a patch embedding learnt on 2D colour images becomes one for 3D grey blocks.
 
 The functions follow notebook 02: fold the colours, inflate along z, and do both to a whole state
-dict, whose position embedding timm resizes. ``average`` and ``center`` are those of Zhang et al.
-2022 (TransSeg), as used by Cheng et al.; folding exactly, ``gaussian`` and ``random`` are ours.
+dict, whose position embedding timm resizes. ``average`` and ``center`` come from Zhang et al. 2022
+(TransSeg), as used by Cheng et al.; exact folding, ``gaussian`` and ``random`` are ours.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ STRATEGIES = ("average", "center", "gaussian", "random")
 PATCH_WEIGHT, PATCH_BIAS = "patch_embed.proj.weight", "patch_embed.proj.bias"
 POSITION = "pos_embed"
 
-# A pre-trained encoder that fills less than this share of the model's keys is another model.
+# Weights that fill a smaller share of the model's keys belong to another model.
 REQUIRED_MATCH = 0.95
 
 
@@ -32,19 +32,19 @@ def fold_rgb(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fold a colour patch embedding and its input normalisation into one for grey images.
 
-    A grey slice g in [0, 1] shown to the 2D model is repeated in three channels and normalised,
-    (g - µ_c) / σ_c. The patch embedding is linear, so
+    To show the 2D model a grey slice g in [0, 1], one repeats it in three channels and normalises
+    these, (g - µ_c) / σ_c. The patch embedding is linear, so
 
         w' = Σ_c w_c / σ_c,     b' = b - Σ_c µ_c / σ_c Σ_uv w_c(u, v)
 
-    gives the same tokens from g itself.
+    give the same tokens from g itself.
 
     Parameters
     ----------
     weight : torch.Tensor, (E, 3, p, p)
     bias : torch.Tensor, (E,)
     mean, std : sequence of 3 floats
-        Normalisation that the encoder was trained with.
+        Normalisation with which the encoder was trained.
     fold : {"exact", "sum"}
         ``sum`` adds the channels and ignores µ and σ, as TransSeg's code does.
 
@@ -61,7 +61,7 @@ def fold_rgb(
         return weight.sum(1, keepdim=True), bias.clone()
     if fold != "exact":
         raise SettingsError(f"fold={fold!r}: expected 'exact' or 'sum'")
-    # In float64: the bias is a difference of sums over 3·p² products.
+    # In float64, because the bias is a difference of sums over 3·p² products.
     w = weight.double()
     mean, std = (w.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
     folded = (w / std).sum(1, keepdim=True)
@@ -70,11 +70,11 @@ def fold_rgb(
 
 
 def slice_weights(depth: int, strategy: str) -> torch.Tensor:
-    """Weights of the slices of one block, (depth,), that `inflate` multiplies the kernel with.
+    """Weights (depth,) by which `inflate` multiplies the kernel for each slice of a block.
 
-    ``average``: 1/D each. ``center``: 1 for slice D // 2, else 0 (an even depth has no centre:
-    the slice after the middle is taken). ``gaussian``: a normal curve around the centre with
-    σ = D/4, normalised to sum 1, between the two in what it blurs.
+    ``average``: 1/D each. ``center``: 1 for slice D // 2, else 0 (for an even depth, this is the
+    slice after the middle). ``gaussian``: a normal curve around the centre with σ = D/4 and sum 1,
+    which blurs less than ``average`` and more than ``center``.
     """
     z = torch.arange(depth, dtype=torch.float64)
     if strategy == "average":
@@ -98,18 +98,18 @@ def inflate(
     depth : int
         Number of slices D that become one plane of tokens.
     strategy : {"average", "center", "gaussian", "random"}
-        How the 2D kernel is spread over the slices (see `slice_weights`). ``random`` keeps the
-        2D kernel out: a truncated normal of timm's scale (σ = 0.02), the control that separates
-        the patch embedding from the encoder behind it.
+        How the 2D kernel is spread over the slices (see `slice_weights`). ``random`` does not use
+        the 2D kernel but a truncated normal of timm's scale (σ = 0.02). It is the control that
+        separates the patch embedding's contribution from that of the encoder behind it.
     generator : torch.Generator, optional
-        Source of randomness for ``random``.
+        Random numbers for ``random``.
 
     Returns
     -------
     torch.Tensor, (E, C, D, p, p)
-        For ``average`` and ``gaussian`` the sum over D is `weight`: a block of equal slices
-        gives the tokens of the 2D model. For ``center`` any block gives the tokens of the 2D
-        model on its centre slice.
+        With ``average`` and ``gaussian`` the sum over D is `weight`, so a block of equal slices
+        gives the tokens of the 2D model. With ``center`` any block gives the tokens of the 2D
+        model for its centre slice.
     """
     if weight.ndim != 4:
         raise SettingsError(f"inflate: expected a weight (E, C, p, p), got {tuple(weight.shape)}")
@@ -125,7 +125,7 @@ def inflate(
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `inflate_encoder` found: keys that matched, were missing, unexpected or misshapen."""
+    """Keys that `inflate_encoder` matched, and those that were missing, unexpected or misshapen."""
 
     matched: tuple[str, ...]
     missing: tuple[str, ...]
@@ -158,15 +158,15 @@ def inflate_encoder(
     """Put 2D weights into `encoder`, a timm ViT whose input channels are the D slices.
 
     A Conv3d over (1, D, H, W) whose kernel spans all D slices is a Conv2d over (D, H, W): both
-    multiply and add the same numbers. The encoder can therefore stay timm's own, with
-    ``in_chans=D``, and the inflated kernel (E, 1, D, p, p) enters it as (E, D, p, p).
+    multiply and add the same numbers. So the encoder can be an unchanged timm model with
+    ``in_chans=D``, which takes the inflated kernel (E, 1, D, p, p) as (E, D, p, p).
 
     Parameters
     ----------
     encoder : timm VisionTransformer
         Changed in place, or left as it is if the weights do not fit.
     weights : mapping of str to torch.Tensor
-        2D state dict in timm's key layout (`neurolib.weights.load_pretrained`), or in that of
+        2D state dict with timm's keys (`neurolib.weights.load_pretrained`), or with those of
         DINOv2's own files with registers.
     strategy, generator
         See `inflate`.
@@ -177,15 +177,15 @@ def inflate_encoder(
     weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
     if PATCH_WEIGHT not in weights:
         raise WeightsError(f"the weights have no {PATCH_WEIGHT}; expected a timm ViT's state dict")
-    # Without the kernel, which timm would resize to another patch size without a word.
+    # The kernel is held back, because timm would silently resize it to another patch size.
     kernel = weights.pop(PATCH_WEIGHT)
     if "register_tokens" in weights:
-        weights.setdefault("mask_token", None)  # by which timm knows DINOv2's own files
-    # Positions that are no square grid cannot be resized; the report below names them.
+        weights.setdefault("mask_token", None)  # timm recognises DINOv2's own files by it
+    # Positions that are not a square grid cannot be resized; the report below names them.
     with contextlib.suppress(RuntimeError):
         # timm renames DINOv2's registers and resizes the position embedding.
         weights = timm.models.vision_transformer.checkpoint_filter_fn(dict(weights), encoder)
-    # CLIP's patch embedding has no bias of its own; folding gives it one.
+    # CLIP's patch embedding has no bias; folding gives it one.
     bias = weights.get(PATCH_BIAS, kernel.new_zeros(len(kernel)))
     grey, weights[PATCH_BIAS] = fold_rgb(kernel, bias, mean, std)
     depth = target[PATCH_WEIGHT].shape[1]
@@ -197,7 +197,7 @@ def inflate_encoder(
         unexpected=tuple(k for k in weights if k not in target),
         misshapen=tuple(k for k in weights if k in target and k not in fits),
     )
-    # Two keys of 174, but without either the encoder does not see the image it was trained on.
+    # These are few keys of 174, but without them the encoder does not see what it was trained on.
     embeddings = {PATCH_WEIGHT, PATCH_BIAS, POSITION} & target.keys() <= fits.keys()
     if report.share < REQUIRED_MATCH or not embeddings:
         raise WeightsError(
@@ -211,7 +211,7 @@ def inflate_encoder(
 def tube_response(
     kernels: Mapping[str, torch.Tensor], size: int, radius: float = 4.0
 ) -> dict[str, list[float]]:
-    """How much the tokens change when a bright tube lies in one slice of an empty block.
+    """How strongly the tokens respond to a bright tube in one slice of an empty block.
 
     Parameters
     ----------
@@ -219,7 +219,8 @@ def tube_response(
     size : int
         Rows and columns of the block, in pixels of the encoder.
     radius : float
-        Of the horizontal tube, in the same pixels; 4 is a neurite of 2 voxels at scale 2.24.
+        Radius of the horizontal tube in the same pixels; 4 is a neurite of 2 voxels, enlarged 2.24
+        times.
 
     Returns
     -------

@@ -27,17 +27,17 @@ from neurolib.inflation import LoadReport, inflate_encoder
 from neurolib.parameters import check_range
 from neurolib.weights import load_pretrained
 
-# The name, in place of an encoder's, of the peer, and its layout.
+# The U-Net for comparison: the name that takes the place of an encoder's, and the layout.
 UNET = "monai_unet"
 CHANNELS = (32, 64, 128, 256)
-# Blocks have few slices, which are never pooled; rows and columns three times.
+# Rows and columns are pooled three times, the few slices of a block never.
 STRIDES = ((1, 2, 2),) * 3
-# Neurites fill about one voxel in a hundred: networks start there, not at one half.
+# Neurites fill about one voxel in a hundred, so networks start near that share and not at one half.
 EMPTY_LOGIT = -4.0
 
-# Pre-trained encoders that the course is made for; any other plain ViT of timm's may do as well.
-# OpenAI's CLIP was trained with QuickGELU: timm has the same weights under a name without it, which
-# computes something else.
+# Pre-trained encoders that the course was made for; any other plain ViT in timm may work as well.
+# OpenAI's CLIP was trained with QuickGELU. timm also offers its weights under a name without
+# QuickGELU, but that network computes something else.
 ENCODERS = (
     "vit_small_patch16_224.dino",
     "vit_small_patch8_224.dino",
@@ -59,7 +59,7 @@ ENCODERS = (
 
 @dataclass(frozen=True)
 class NetworkSettings:
-    """Everything that decides the shape of the network, saved with each checkpoint."""
+    """Settings that determine the shape of the network; each checkpoint holds them."""
 
     encoder: str = "vit_small_patch14_dinov2.lvd142m"
     depth: int = 5  # slices of a block
@@ -81,7 +81,7 @@ class NetworkSettings:
             raise SettingsError(f"width={self.width}: expected a multiple of 32 channels")
         if self.encoder == UNET:
             if self.stem or self.contrast:
-                raise SettingsError("stem, contrast: expected False for the peer's U-Net")
+                raise SettingsError("stem, contrast: expected False for the U-Net")
             return
         if not timm.is_model(self.encoder.split(".")[0]):
             raise SettingsError(f"encoder={self.encoder!r}: timm has no such model")
@@ -117,7 +117,7 @@ class Segmenter(nn.Module):
     def __init__(self, settings: NetworkSettings):
         super().__init__()
         self.settings = settings
-        # How `build` made the network; a checkpoint of a frozen encoder makes it again.
+        # How `build` made the network, so that a checkpoint can recreate a frozen encoder.
         self.origin = {"initialisation": "scratch", "weights_file": "", "network_seed": 0}
         self.training_begun = "", ""  # written by `neurolib.training`
         options = {"num_classes": 0, "img_size": settings.size, "dynamic_img_size": True}
@@ -125,9 +125,9 @@ class Segmenter(nn.Module):
         try:
             self.encoder = timm.create_model(name, in_chans=settings.depth, **options)
             projection = self.encoder.patch_embed.proj
-            # A hybrid's first layer is a CNN's, and its patch embedding reads that CNN's channels.
+            # A hybrid begins with a CNN, and its patch embedding reads the channels of that CNN.
             plain = projection.in_channels == settings.depth and hasattr(self.encoder, "blocks")
-        except (TypeError, AttributeError):  # it has no such arguments, or no patch embedding
+        except (TypeError, AttributeError):  # no such arguments, or no patch embedding
             plain = False
         if not plain:
             raise SettingsError(
@@ -135,13 +135,13 @@ class Segmenter(nn.Module):
                 "embedding is one convolution over the image; choose a vit_..."
             )
         if projection.bias is None:
-            # CLIP's: the bias receives what folding the input normalisation leaves.
+            # As in CLIP. Folding the input normalisation into the weights needs a bias.
             projection.bias = nn.Parameter(torch.zeros(projection.out_channels))
         layers = len(self.encoder.blocks)
-        # Four evenly spaced depths, the last one included (2, 5, 8, 11 of a ViT-S or ViT-B).
+        # Four evenly spaced depths, including the last (2, 5, 8, 11 of a ViT-S or ViT-B).
         self.taps = [layers * (i + 1) // 4 - 1 for i in range(4)]
         self.patch = self.encoder.patch_embed.patch_size[0]
-        # Blocks are padded and not scaled in the small CPU setting (100 to 112).
+        # In the small CPU setting (100 to 112), blocks are padded instead of scaled.
         self.pads = 1 <= settings.size / settings.block < 1.2
         outputs = 1 if settings.predict == "center" else settings.depth
         self.decoder = PyramidDecoder(self.encoder.embed_dim, settings.width)
@@ -158,7 +158,7 @@ class Segmenter(nn.Module):
         height, width = slices.shape[-2:]
         shown = local_contrast(slices) if self.settings.contrast else slices
         features = self.decoder(self._tokens(shown))
-        # The encoder saw an enlarged block, or a padded one: its padding is cut off again, since
+        # The encoder saw an enlarged block, or a padded one. The padding is cut off again, because
         # scaling it away would shift every voxel.
         area = [side + pad for side, pad in zip((height, width), self.padding(slices), strict=True)]
         features = resize_to(features, area)[..., :height, :width]
@@ -172,7 +172,7 @@ class Segmenter(nn.Module):
         return self._tokens(local_contrast(slices) if self.settings.contrast else slices)
 
     def _tokens(self, shown: torch.Tensor) -> list[torch.Tensor]:
-        """`encode`, of slices as the encoder is shown them."""
+        """`encode` for slices that the encoder sees as they are."""
         return self.encoder.forward_intermediates(
             self.resize(shown), indices=self.taps, intermediates_only=True, output_fmt="NCHW"
         )
@@ -194,9 +194,9 @@ class Segmenter(nn.Module):
 class PyramidDecoder(nn.Module):
     """Tokens of four layers (B, channels, h, w) to features (B, width/2, 8h, 8w).
 
-    UPerNet (Xiao et al. 2018) on a plain ViT: the layers are brought to scales 4, 2, 1 and 1/2
-    of the token grid, the coarsest is pooled at four sizes, a top-down path adds the coarse to
-    the fine, and all are fused at the finest. GroupNorm, since batches are small.
+    UPerNet (Xiao et al. 2018) on a plain ViT: the layers are resized to 4, 2, 1 and 1/2 times the
+    token grid, the coarsest is pooled at four sizes, a top-down path adds coarse maps to finer
+    ones, and all are fused at the finest scale. Norms are GroupNorm because batches are small.
     """
 
     def __init__(self, channels: int, width: int):
@@ -212,7 +212,7 @@ class PyramidDecoder(nn.Module):
     def forward(self, tokens: Sequence[torch.Tensor]) -> torch.Tensor:
         maps = []
         for layer, lateral, scale in zip(tokens, self.laterals, self.scales, strict=True):
-            # In this order of memory a training step takes a tenth less time on a CPU.
+            # This memory layout makes a training step a tenth faster on a CPU.
             level = lateral(layer.contiguous(memory_format=torch.channels_last))
             maps.append(resize_to(level, [side * scale for side in level.shape[-2:]]))
         coarse, area = maps[-1], maps[0].shape[-2:]
@@ -230,8 +230,8 @@ class PyramidDecoder(nn.Module):
 class Stem(nn.Module):
     """A small U-Net (Ronneberger et al. 2015) in the plane, (B, D, h, w) to (B, width, h, w).
 
-    Slices are channels; rows and columns are halved three times. It places at full resolution
-    what the tokens recognise.
+    Slices are channels; rows and columns are halved three times. The stem locates at full
+    resolution what the tokens recognise.
     """
 
     def __init__(self, inputs: int, width: int):
@@ -257,11 +257,11 @@ class Stem(nn.Module):
 
 
 def local_contrast(slices: torch.Tensor) -> torch.Tensor:
-    """Brightness relative to its surroundings, whatever the exposure and the background.
+    """Brightness relative to the surroundings, independent of exposure and background.
 
     Slices (B, D, h, w) become (B, D, h, w) in [0, 1]: x minus its mean over about 12 pixels,
-    divided by the deviation over about 25 pixels plus the median of these deviations; -1.5 to 8
-    become 0 to 1. Means and deviations are those of all slices together.
+    divided by the standard deviation over about 25 pixels plus the median of these deviations;
+    -1.5 to 8 become 0 to 1. Means and deviations are taken over all slices together.
     """
     slices = slices.float()
     above = slices - _surroundings(slices, 12)
@@ -279,7 +279,7 @@ def _surroundings(slices: torch.Tensor, pixels: int) -> torch.Tensor:
 
 
 def make(settings: NetworkSettings) -> nn.Module:
-    """The network of these settings, with random weights: a `Segmenter`, or the peer's U-Net."""
+    """The network of these settings with random weights: a `Segmenter`, or the U-Net."""
     return UNet(settings) if settings.encoder == UNET else Segmenter(settings)
 
 
@@ -292,13 +292,13 @@ def build(
     ----------
     settings : NetworkSettings
     initialisation : {"scratch", "average", "center", "gaussian", "random"}
-        ``scratch``: timm's own random initialisation, asked for by this name only, and the only
-        one of the peer's U-Net. The others load pre-trained 2D weights and inflate them.
+        ``scratch``: timm's own random initialisation, which is the only one for the U-Net. The
+        others load pre-trained 2D weights and inflate them.
     weights_file : str
-        A file of the user's with 2D weights; empty: the sources of `load_pretrained`.
+        Your own file of 2D weights; if empty, the sources of `load_pretrained`.
     seed : int
-        Seeds decoder, scratch encoder and ``random`` inflation. The decoder of one seed is the
-        same under every initialisation.
+        Seeds the decoder, a scratch encoder and ``random`` inflation. With one seed, the decoder
+        is the same under every initialisation.
 
     Returns
     -------
@@ -311,8 +311,8 @@ def build(
     origin = {"initialisation": initialisation, "weights_file": str(weights_file)}
     network.origin = origin | {"network_seed": seed}
     if initialisation == "scratch":
-        # Some architectures scale what a block adds, by 1e-5 at first: over a short training such
-        # blocks remain without effect, and scratch would be no transformer at all.
+        # Some architectures scale what a block adds, initially by 1e-5. In a short training such
+        # blocks would have no effect.
         for name, scale in network.encoder.named_parameters() if network.encoder else ():
             if "gamma" in name:
                 nn.init.ones_(scale)
@@ -329,7 +329,7 @@ def build(
 
 
 def normalisation(encoder: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of the images an encoder was trained on."""
+    """Mean and standard deviation, per channel, of the images that an encoder was trained on."""
     config = timm.get_pretrained_cfg(encoder)
     return tuple(config.mean), tuple(config.std)
 
@@ -338,37 +338,34 @@ def normalisation(encoder: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def token_colours(networks: Mapping[str, Segmenter], slices: torch.Tensor) -> dict[str, np.ndarray]:
     """The last tokens of a block as images: three principal components as red, green, blue.
 
-    Slices (1, D, h, w) become an array (rows, columns, 3) per network, a pixel per token. The
-    components are common to all networks, each network's tokens being centred and of one spread;
-    each component is stretched to [0, 1].
+    Slices (1, D, h, w) become one array (rows, columns, 3) per network, with a pixel per token. The
+    networks share the components; for this, the tokens of each are centred and scaled to the same
+    spread. Each component is stretched to [0, 1].
     """
     tokens = {name: network.encode(slices)[-1][0] for name, network in networks.items()}
-    flat = torch.stack([found.flatten(1).T.double() for found in tokens.values()])
+    flat = torch.stack([grid.flatten(1).T.double() for grid in tokens.values()])
     flat = flat - flat.mean(1, keepdim=True)
     flat = flat / flat.std(dim=(1, 2), keepdim=True)
     _, _, directions = torch.linalg.svd(flat.flatten(0, 1), full_matrices=False)
-    # The sign of a direction is arbitrary: fix it, so that a picture can be made again.
+    # The sign of a direction is arbitrary; a fixed one makes pictures reproducible.
     signs = directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
-    parts = flat @ (directions * signs)[:3].T
-    low, high = parts.amin((0, 1)), parts.amax((0, 1))
+    colours = flat @ (directions * signs)[:3].T
+    low, high = colours.amin((0, 1)), colours.amax((0, 1))
+    colours = ((colours - low) / (high - low)).numpy()
     return {
-        name: ((part - low) / (high - low)).reshape(*tokens[name].shape[1:], 3).numpy()
-        for name, part in zip(tokens, parts, strict=True)
+        name: colour.reshape(*tokens[name].shape[1:], 3)
+        for name, colour in zip(tokens, colours, strict=True)
     }
 
 
 @torch.inference_mode()
 def attention(network: Segmenter, slices: torch.Tensor) -> torch.Tensor:
-    """Attention of the encoder's last block: softmax(q kᵀ / √d), as timm computes it.
+    """Attention (B, heads, N, N) of the encoder's last block: softmax(q kᵀ / √d), from timm.
 
-    timm's fused kernel never holds this matrix. The last block of `network`, in evaluation mode, is
-    switched to timm's other path, which does, for one pass; rotary embeddings and norms of q and k
-    are thus part of it. Slices are (B, D, h, w).
-
-    Returns
-    -------
-    torch.Tensor, (B, heads, N, N)
-        Rows (who looks) add up to one; N counts class and register tokens, which come first.
+    Each row, the weights of one looking token, adds up to one; N counts class and register tokens,
+    which come first. timm's fused kernel never holds this matrix, so the last block of `network`,
+    in evaluation mode, takes timm's other path for one pass. Rotary embeddings and the norms of q
+    and k are thus included. Slices are (B, D, h, w).
     """
     layer = getattr(network.encoder.blocks[-1], "attn", None)
     if not hasattr(layer, "fused_attn") or not hasattr(layer, "attn_drop"):
@@ -376,23 +373,23 @@ def attention(network: Segmenter, slices: torch.Tensor) -> torch.Tensor:
             f"encoder={network.settings.encoder!r}: its last block hides its attention; expected "
             "timm's Attention or EvaAttention"
         )
-    found = []
-    hook = layer.attn_drop.register_forward_hook(lambda _, inputs, __: found.append(inputs[0]))
+    seen = []
+    hook = layer.attn_drop.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
     fused, layer.fused_attn = layer.fused_attn, False
     try:
         network.encode(slices)
     finally:
         layer.fused_attn = fused
         hook.remove()
-    return found[0]
+    return seen[0]
 
 
 def class_attention(network: Segmenter, slices: torch.Tensor) -> np.ndarray:
     """Where the class token looks in the encoder's last block, one map per head.
 
-    Slices (1, D, h, w) become an array (heads, rows, columns): attention to each patch; what is
-    missing to one goes to class and register tokens. Of an encoder without class token: the mean
-    over all tokens that look.
+    Slices (1, D, h, w) become an array (heads, rows, columns): the attention to each patch. The
+    rest, up to one, goes to class and register tokens. Without a class token, it is the mean over
+    all tokens.
     """
     weights = attention(network, slices)[0]
     looks = weights.mean(1) if network.encoder.cls_token is None else weights[:, 0]
@@ -403,29 +400,29 @@ def class_attention(network: Segmenter, slices: torch.Tensor) -> np.ndarray:
 def cost(settings: NetworkSettings) -> dict[str, tuple[int, int]]:
     """Parameters and floating-point operations (FLOPs) of one forward pass of one block.
 
-    Counted by torch's `FlopCounterMode` on the meta device: nothing is computed, and no fused
-    kernel hides its products from the counter, as attention's on a CPU does. A multiplication and
-    an addition are two operations. Matrix products and convolutions are counted; norms,
-    activations and resizing, which are small beside them, are not. Of the parts by name,
-    ``patch embedding`` is contained in ``encoder``, and that in ``network``.
+    torch's `FlopCounterMode` counts on the meta device: nothing is computed, and no fused kernel
+    hides products from the counter, as that of attention does on a CPU. A multiplication and an
+    addition are two operations. Matrix products and convolutions are counted; norms, activations
+    and resizing are not, because they are small in comparison. ``network`` contains ``encoder``,
+    which contains ``patch embedding``.
     """
     with torch.device("meta"):
         network = Segmenter(settings).eval()
         slices = torch.zeros(1, settings.depth, settings.block, settings.block)
     embedding = network.encoder.patch_embed
-    parts = {
+    modules = {
         "patch embedding": (embedding, _flops(embedding, network.resize(slices))),
         "encoder": (network.encoder, _flops(network.encode, slices)),
         "network": (network, _flops(network, slices[:, None])),
     }
     return {
-        name: (sum(p.numel() for p in part.parameters()), flops)
-        for name, (part, flops) in parts.items()
+        name: (sum(p.numel() for p in module.parameters()), flops)
+        for name, (module, flops) in modules.items()
     }
 
 
 def costs(settings: NetworkSettings) -> list[dict[str, int | float | str]]:
-    """`cost` of networks that differ in their depth alone (1 to 9), as rows of a table.
+    """`cost` of networks that differ only in their depth (1 to 9), as rows of a table.
 
     Millions of parameters, and 10⁹ FLOPs per block (GFLOPs), compared with those of the first.
     """
@@ -442,8 +439,8 @@ def costs(settings: NetworkSettings) -> list[dict[str, int | float | str]]:
 def describe_encoders() -> list[dict[str, int | str]]:
     """What the installed timm knows about `ENCODERS`, as rows of a table.
 
-    Patch, width, layers, parameters in millions, side of the square images that timm gives the
-    encoder by default, licence of the weights as timm records it, and a link to the weights.
+    The columns are patch, width, layers, parameters in millions, side of timm's default images,
+    licence of the weights as timm records it, and a link to the weights.
     """
     rows = []
     for name in filter(lambda name: timm.is_model(name.split(".")[0]), ENCODERS):
@@ -472,13 +469,13 @@ def _flops(call: Callable, *inputs: torch.Tensor) -> int:
 
 
 class UNet(nn.Module):
-    """The peer: MONAI's residual U-Net (Kerfoot et al. 2019) on the same blocks of slices.
+    """For comparison: MONAI's residual U-Net (Kerfoot et al. 2019) on the same blocks of slices.
 
-    Of the settings, depth, block and predict matter; input and output are those of a `Segmenter`.
+    Only depth, block and predict of the settings matter; a `Segmenter` has the same input and
+    output.
     """
 
-    # There is no pre-trained part with a rate of its own.
-    encoder = None
+    encoder = None  # nothing is pre-trained
 
     def __init__(self, settings: NetworkSettings):
         super().__init__()
@@ -498,7 +495,7 @@ class UNet(nn.Module):
     def forward(self, blocks: torch.Tensor) -> torch.Tensor:
         depth, height, width = blocks.shape[-3:]
         rows, columns = (-side % 2 ** len(STRIDES) for side in (height, width))
-        # Slices as channels: only rows and columns are reflected.
+        # Slices are channels here, so that only rows and columns are reflected.
         flat = F.pad(blocks[:, 0], (0, columns, 0, rows), mode="reflect")
         logits = self.body(flat[:, None])[:, 0, :, :height, :width]
         return logits if self.settings.predict == "all" else logits[:, depth // 2][:, None]
