@@ -1,15 +1,15 @@
-"""Synthetic neurons with an exact answer: a grown tree, and the stack a microscope makes of it.
+"""Synthetic neurons with an exact answer: a grown tree, and how a microscope would show it.
 
-Growth follows the idea of Cuntz et al., PLoS Comput. Biol. 6 (2010) e1000877: points scattered
-through the arbor's territory are connected, one after another, to where the tree can reach them
-with little cable and a short way to the root. Rendering takes any tree: stained tubes, the
-microscope's blur, unrelated structures, photon and read-out noise.
+Growth follows the idea of Cuntz et al., PLoS Comput. Biol. 6 (2010) e1000877: points are scattered
+through the arbor's territory and connected one by one to where the tree can reach them with little
+cable and a short way to the root. Rendering takes any tree and adds what a microscope adds: stained
+tubes, blur, unrelated structures, photon and read-out noise.
 
 Growth is calibrated on the gold-standard SWCs of 32 Janelia FlyLight neurons (BigNeuron gold166,
 voxel 0.38 µm), style ``confocal`` on six confocal stacks of Drosophila larval neurons
 (TuFF_toolkit), style ``flylight`` on 30 maximum projections of the same Janelia neurons and the
 masked stack of rivuletpy. "Measured" below refers to these. `GOLD_RANGES` and `REAL_RANGES` hold
-the smallest and the largest value found, by the names that `statistics` and `image_statistics`
+the smallest and largest measured values, under the names that `statistics` and `image_statistics`
 use.
 """
 
@@ -60,23 +60,23 @@ REAL_RANGES = {
 # --------------------------------------------------------------------------------------------
 # Growth
 
-MARGIN = 6  # voxels kept free at every face: a soma and its blur fit, as in the gold extracts
-SMALLEST = (24, 64, 64)  # below this, the margin leaves no room for an arbor
+MARGIN = 6  # voxels kept free at every face, room for a soma and its blur as in the gold extracts
+SMALLEST = (24, 64, 64)  # in smaller volumes, the margin leaves no room for an arbor
 STEP = 2.0  # voxels between nodes; the gold trees are resampled at 3, the walk needs finer steps
-# Cable per voxel of an arbor's territory, drawn log-uniformly; with it the mean length of a
-# twig is set too (about half of density^-1/2).
+# Cable per voxel of an arbor's territory, drawn log-uniformly. It also determines the mean length
+# of a twig (about half of density^-1/2).
 DENSITY = (2e-3, 6e-3)
 CABLE = (300.0, 7200.0)  # measured: the range of total lengths, n = 32
-# Largest semi-axes of an arbor; measured: half the side of a tree's box is 27 to 170, median 74,
-# and most trees have more than one arbor.
+# Largest semi-axes of an arbor. Measured: half the side of a tree's bounding box is 27 to 170,
+# median 74, and most trees have more than one arbor.
 LOBE = (30.0, 110.0)
-BEND = 0.125  # deviation of the trunk half way to an arbor, as a share of the way; chosen by eye
+BEND = 0.125  # deviation of the trunk halfway to an arbor, as a share of the way; chosen by eye
 TWIG = 6.0  # voxels; measured: the 5th percentile of a tree's end segments, median of 32
-MISSES = 100  # targets in a row that cannot be reached before a territory counts as full
+MISSES = 100  # unreachable targets in a row after which a territory counts as full
 BALANCE = 0.3  # weight of the way to the root against new cable; Cuntz et al. use 0.2 to 0.7
-CLEARANCE = 5.0  # voxels between neurites of one cell, which avoid each other
-# A step's direction: that much of the last direction, of the way to the target, and of chance.
-# The mixture sets the tortuosity of segments.
+CLEARANCE = 5.0  # voxels between the neurites of a cell, which avoid each other
+# Weights of the last direction, the way to the target and chance in the direction of a step. They
+# determine the tortuosity of segments.
 MOMENTUM, PULL, WANDER = 0.5, 0.35, 0.18
 SOMA_RADIUS = (3.0, 5.0)  # measured: 10th to 90th percentile of the largest radius of a tree
 THIN, TAPER = 0.75, 0.16  # radius = max(1, THIN * tips below ** TAPER): median 1, trunk to 2
@@ -86,9 +86,9 @@ SWELLINGS, SWELLING_RADIUS = 0.06, 2.0  # varicosities; measured: 95th percentil
 def grow(seed: int, shape: Sequence[int] = (48, 192, 192)) -> Tree:
     """Grow a fly-like neuron: soma, bare primary neurite, one to three arbors.
 
-    Segment lengths, tortuosity and radii (in voxels) are those of real trees whatever the shape;
-    the number of branches grows with the volume. The same seed and shape give the same tree, bit
-    for bit.
+    Segment lengths, tortuosity and radii (in voxels) are those of real trees, whatever the shape;
+    the number of branches grows with the volume. The same seed and shape give exactly the same
+    tree.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ def grow(seed: int, shape: Sequence[int] = (48, 192, 192)) -> Tree:
     density = np.exp(rng.uniform(*np.log(DENSITY)))
     cable = float(np.clip(volumes.sum() * density, *CABLE))
 
-    # Each walk becomes a run of rows that hangs on the row it starts from: parents come first.
+    # Each walk becomes a run of rows behind the row at which it starts, so parents come first.
     xyz, parent = soma[None], np.array([-1])
     way, children = np.zeros(1), np.zeros(1, dtype=int)
 
@@ -153,8 +153,8 @@ def grow(seed: int, shape: Sequence[int] = (48, 192, 192)) -> Tree:
 
 def _territories(rng, middle: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, list]:
     """Place of the soma, and centre and axes of one to three ellipsoids, x, y, z."""
-    # The soma lies at the rim of the field, as in the fly's brain, whose cell bodies form a
-    # rind around the neuropil; the arbors lie across the middle.
+    # The soma lies at the rim of the field and the arbors across the middle, as in the fly's brain,
+    # where the cell bodies surround the neuropil.
     angle = rng.uniform(0, 2 * np.pi)
     rim = np.array([np.cos(angle), np.sin(angle), rng.uniform(-0.6, 0.6)])
     lobes = []
@@ -168,16 +168,16 @@ def _territories(rng, middle: np.ndarray, half: np.ndarray) -> tuple[np.ndarray,
         axes[:2] = [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]] @ axes[:2]
         room = np.maximum(half - np.linalg.norm(axes, axis=1), 0)
         place = rng.uniform(-1, 1, 3) * room
-        # Away from the soma, so that the primary neurite has a way to go.
+        # Away from the soma, so that the primary neurite has some length.
         place[:2] -= 0.3 * room[:2] * rim[:2]
         lobes.append((middle + np.clip(place, -room, room), axes))
     return middle + half * rim * 0.9, lobes
 
 
 def _free(xyz, parent, children, lobes) -> np.ndarray:
-    """Nodes (n,) from which a branch may start: tips, and what is two steps off any branch point.
+    """Nodes (n,) at which a branch may start: tips, and nodes two steps or more from branch points.
 
-    Only cable within a territory branches: the primary neurite of a fly neuron is bare.
+    They lie in a territory, because the primary neurite of a fly neuron is bare.
     """
     depth = [np.linalg.norm((xyz - c) @ np.linalg.inv(a).T, axis=1) for c, a in lobes]
     key = children != 1
@@ -187,7 +187,7 @@ def _free(xyz, parent, children, lobes) -> np.ndarray:
 
 
 def _walk(rng, start, target, heading, others, low, high) -> np.ndarray:
-    """Nodes (m, 3) from `start` (left out) towards `target`, ending before any of `others`."""
+    """Nodes (m, 3) from `start` (excluded) towards `target`, stopping before any of `others`."""
     path = [start]
     for _ in range(int(2 * np.linalg.norm(target - start) / STEP)):
         ahead = target - path[-1]
@@ -205,7 +205,7 @@ def _walk(rng, start, target, heading, others, low, high) -> np.ndarray:
 
 
 def _radii(rng, parent) -> np.ndarray:
-    """Radius of each node (n,): tapering with the number of tips it feeds, with varicosities."""
+    """Radius of each node (n,), with varicosities: it tapers with the number of tips beyond."""
     feeds = np.zeros(len(parent))
     feeds[np.bincount(parent[1:], minlength=len(parent)) == 0] = 1
     for row in range(len(parent) - 1, 0, -1):
@@ -223,13 +223,13 @@ def _radii(rng, parent) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Style:
-    """What a stack looks like. Ranges are drawn once per stack; grey levels of 0 to 255.
+    """What a stack looks like, in grey levels of 0 to 255. Ranges are drawn once per stack.
 
     neurite: median level on the centreline; background: level far from the neurite; psf: standard
-    deviations (z, y, x) of the blur in voxels; unevenness: standard deviation of the stain's
-    logarithm along neurites; photons: per grey level, the fewer the noisier;
-    halo: voxels around the neurite outside of which the stack is exactly zero, or None;
-    slimmer: voxels by which `render_extract` draws tubes thinner than a gold tree's radii.
+    deviations (z, y, x) of the blur in voxels; unevenness: standard deviation of the logarithm of
+    the stain along neurites; photons: number per grey level, fewer mean more noise; halo: distance
+    from the neurite in voxels beyond which the stack is exactly zero, or None; slimmer: voxels by
+    which `render_extract` draws tubes thinner than the radii of a gold tree.
     """
 
     neurite: tuple[float, float]
@@ -242,47 +242,48 @@ class Style:
 
 
 STYLES = {
-    # Measured: median on the centreline 81 to 183, elsewhere 6 to 52. Specks have standard
-    # deviations of 0.9 to 1.3 voxels in the plane and 2 to 4 along z; the blur is at the wide
-    # end, because larval neurites are thicker than the gold radii (half the height at 2.5 voxels
-    # across). Neighbouring background voxels differ by a standard deviation of 2.6 to 4.9.
+    # Measured: the median is 81 to 183 on the centreline and 6 to 52 elsewhere. Specks have
+    # standard deviations of 0.9 to 1.3 voxels in the plane and 2 to 4 along z. The blur is at the
+    # upper end of this, because larval neurites are thicker than the gold radii (half the height
+    # at 2.5 voxels across). The standard deviation between neighbouring background voxels is 2.6
+    # to 4.9.
     "confocal": Style((85, 180), (12, 60), (3.8, 1.4, 1.4), 0.45, 3.0),
-    # Measured, in the projections: median on thin neurites 122 to 198, 1 to 17 elsewhere inside
-    # the mask. The extracts are cut from blocks, hence the stepped outline of the mask. Gold
-    # radii are never under 1 voxel, the light is: it falls to half its height 0.7 voxels beside
-    # thin gold neurites (median of 30; 0.55 to 0.87). In renderings of the same trees that is
-    # 1.22 with the radii as they are and 0.95 with half a voxel less, which leaves somata their
-    # size and brings the levels 1 to 3 voxels beside nearer, too.
+    # Measured in the projections: the median is 122 to 198 on thin neurites and 1 to 17 elsewhere
+    # inside the mask. The extracts are cut from blocks, so the outline of the mask has steps. Gold
+    # radii are at least 1 voxel, but the light is thinner: it falls to half its height 0.7 voxels
+    # beside thin gold neurites (median of 30; 0.55 to 0.87). In renderings of the same trees this
+    # distance is 1.22 with the radii as they are and 0.95 with half a voxel less. That keeps the
+    # size of somata and also improves the levels 1 to 3 voxels beside the neurite.
     "flylight": Style((100, 180), (0.3, 2), (1.5, 0.7, 0.7), 0.9, 2.5, halo=10.0, slimmer=0.5),
 }
-# Median on the centreline / median elsewhere. Measured: 2.6 to 4.0, one stack of six 30.
+# Median on the centreline / median elsewhere. Measured: 2.6 to 4.0 in five stacks, 30 in one.
 CONTRAST = (2.5, 5.0)
-# Staining along the path: lengths in voxels over which the two halves of its variance are
-# forgotten. Measured: half of the correlation is lost within 5 voxels, the rest within 50.
+# Staining along the path: the lengths in voxels over which the two halves of its variance decay.
+# Measured: half of the correlation is lost within 5 voxels, the rest within 50.
 STAINING = (5.0, 40.0)
-# The label is denser in the membrane (mCD8::GFP), so thick parts are less bright for their
-# volume: stain / radius ** MEMBRANE. With 1/4, the soma is the brightest part in flylight, as
-# measured, and trunks do not saturate.
+# The label sits in the membrane (mCD8::GFP), so thick parts are less bright per volume: stain /
+# radius ** MEMBRANE. With 1/4, the soma is the brightest part in flylight, as measured, and trunks
+# do not saturate.
 MEMBRANE = 0.25
-# Gaps: stretches of about that length in which the stain falls to a fifth, 4 % of the path.
+# Gaps: stretches of about this length in which the stain falls to a fifth, on 4 % of the path.
 GAP_LENGTH, GAP_LEVEL, GAP_THRESHOLD = 12.0, 0.2, 1.75
 # Specks per voxel, and the mean of their exponentially distributed brightness (in units of the
 # neurite's contrast). Measured: 65 to 417 per million voxels above 0.2, 14 to 84 above 0.4, and
 # 0.7 to 8 above 0.8.
 SPECKS, SPECK_LEVEL = 400e-6, 0.28
-# A third of the specks come in clouds: voxels per cloud, and its standard deviation in voxels.
+# A third of the specks form clouds: voxels of the stack per cloud, and the deviation of a cloud.
 CLOUD_EVERY, CLOUD_SIZE = 2e6, 30.0
-# Standard deviation over the background of unresolved tissue and of slow variations. Measured:
-# 0.16 to 0.26 (with the noise) and 0.22 to 0.35; in the stack of darkest background 0.8 each.
+# Standard deviations of unresolved tissue and of slow variations, relative to the background.
+# Measured: 0.16 to 0.26 (with the noise) and 0.22 to 0.35; 0.8 each in the darkest stack.
 TEXTURE, HAZE = 0.17, 0.3
-# A line's tail is as high as 0.1 of its peak. Measured: 0.05 to 0.1, 8 voxels off the neurite.
+# The tail of a line is 0.1 of its peak. Measured: 0.05 to 0.1, 8 voxels off the neurite.
 TAIL, TAIL_PSF = 1.0, (8.0, 5.0, 5.0)  # out-of-focus light: share of the light, its blur in voxels
 READ_NOISE = 1.0  # grey levels
 # Fragments of other neurites, seen in three of the six stacks: mean number per million voxels,
 # length in voxels, and level (in units of the neurite's contrast).
 FRAGMENTS, FRAGMENT_LENGTH, FRAGMENT_LEVEL = 1.0, (15.0, 60.0), (0.2, 0.8)
-SLIMMEST = 0.25  # voxels; with the soft edge of half a voxel, the least that hits one voxel
-COARSE = 4  # voxels of the stack per voxel of the grid of blurred things, which keeps them cheap
+SLIMMEST = 0.25  # voxels; with the soft edge of half a voxel, the thinnest tube that hits a voxel
+COARSE = 4  # voxels of the stack per voxel of the grid of blurred light, which saves time
 
 
 def render(
@@ -302,20 +303,20 @@ def render(
     shape : (int, int, int)
         Shape (z, y, x) of the stack.
     style : {"confocal", "flylight"}
-        A plain stack, or one masked to the neurite's surroundings as the Janelia extracts are.
+        A plain stack, or one masked to the neurite's surroundings like the Janelia extracts.
     seed : int
-        Draws the staining, the surroundings and the noise.
+        For the staining, the surroundings and the noise.
     spacing : (float, float, float)
-        Voxel size (dz, dy, dx). Tubes are round and the blur is that of `STYLES` in physical
-        space, taking the plane's voxel size, sqrt(dy dx), as the unit.
+        Voxel size (dz, dy, dx). In physical space, tubes are round and the blur is that of
+        `STYLES`, with the plane's voxel size, sqrt(dy dx), as the unit.
     slimmer : float
-        Voxels by which tubes are drawn thinner than the radii say, but never under `SLIMMEST`.
+        Voxels by which tubes are drawn thinner than their radii, down to `SLIMMEST`.
 
     Returns
     -------
     Volume
-        uint8, with the given spacing. The centreline is not shifted: voxel centres lie at
-        integer coordinates.
+        uint8, with the given spacing. Voxel centres lie at integer coordinates, so the centreline
+        is not shifted.
     """
     rng = _generator(seed, "render")
     shape = _checked_shape(shape, (1, 1, 1))
@@ -343,11 +344,11 @@ def render(
     gain = contrast / np.median(light[tuple(nodes.T)])
     light *= gain
 
-    # Light of the neurite that the pinhole lets through from other planes, and the surroundings.
+    # The neurite's light from other planes that passes the pinhole, and the surroundings.
     tail = gaussian_filter(wide, np.array(TAIL_PSF) / scale / COARSE)
     wide_field = gain * TAIL * tail + _surroundings(rng, tail.shape, contrast, background)
 
-    # Specks and texture are points, blurred as everything else. 1 / peak is the blur's height.
+    # Specks and texture are points, blurred like everything else. 1 / peak is the blur's height.
     grain = rng.standard_normal(shape, dtype=np.float32)
     peak = (2 * np.pi) ** 1.5 * np.prod(psf)
     grain *= TEXTURE * background * np.sqrt(8 * np.pi**1.5 * np.prod(psf))
@@ -365,7 +366,7 @@ def render(
 
 
 def _expose(rng, light, wide_field, photons: float, keep) -> np.ndarray:
-    """The camera's counts (z, y, x) uint8 of light and, on the coarse grid, wide-field light."""
+    """The camera's image (z, y, x) uint8 of light and, on the coarse grid, wide-field light."""
     z, y, x = (_hat(size) for size in light.shape)
     data = np.zeros(light.shape, dtype=np.uint8)
     for k in range(len(light)):
@@ -379,11 +380,11 @@ def _expose(rng, light, wide_field, photons: float, keep) -> np.ndarray:
     return data
 
 
-# Voxels between the tubes and every face of an extract: flylight's halo, 10, and the cells of 4
-# in which its outline is stepped; for confocal, where the out-of-focus light has faded.
+# Voxels between the tubes and every face of an extract: room for flylight's halo of 10 and for its
+# outline in steps of 4, and for the out-of-focus light of confocal to fade.
 ROOM = 16
-# Of an extract. The largest of the 32 gold trees needs 24 million, a whole Janelia field 134;
-# rendering takes some 20 bytes for each.
+# Largest extract. The largest of the 32 gold trees needs 24 million voxels, a whole Janelia field
+# 134 million; rendering takes about 20 bytes per voxel.
 MAX_VOXELS = 2**28
 
 
@@ -395,8 +396,8 @@ def extract_box(tree: Tree) -> tuple[np.ndarray, tuple[int, int, int]]:
     lower : ndarray, (3,) int
         x, y, z of the box's first voxel in the frame of `tree`.
     shape : (int, int, int)
-        (z, y, x), in voxels, at most `MAX_VOXELS` of them. The tubes (nodes with their radii) keep
-        `ROOM` voxels to each face.
+        (z, y, x), at most `MAX_VOXELS` voxels. There are `ROOM` voxels between the tubes (nodes
+        with their radii) and each face.
     """
     _check_tree(tree)
     if not len(tree.parent):
@@ -421,15 +422,15 @@ def render_extract(tree: Tree, style: str = "flylight", seed: int = 0) -> tuple[
     tree : Tree
         In voxels, wherever it lies.
     style, seed
-        As in `render`; `Style.slimmer` says what the style makes of the radii.
+        As in `render`; tubes are thinner by `Style.slimmer`.
 
     Returns
     -------
     volume : Volume
         uint8, spacing 1, with the shape of `extract_box`.
     tree : Tree
-        The tree in the frame of the stack: moved by whole voxels, so that the light lies on the
-        grid as it would in the field.
+        The tree in the frame of the stack. It is moved by whole voxels, so that it lies on the
+        grid as it did in the field.
     """
     lower, shape = extract_box(tree)
     tree = replace(tree, xyz=tree.xyz - lower)
@@ -437,14 +438,14 @@ def render_extract(tree: Tree, style: str = "flylight", seed: int = 0) -> tuple[
 
 
 def _slim(radius: np.ndarray, by: float) -> np.ndarray:
-    # Radii that are under SLIMMEST already stay as they are.
+    # Radii that are already below SLIMMEST do not change.
     return np.maximum(radius - by, np.minimum(radius, SLIMMEST))
 
 
 def _staining(rng, tree: Tree, unevenness: float) -> np.ndarray:
     """Stain of each node (n,), smooth along the path, around 1."""
-    # Strategy: an Ornstein-Uhlenbeck process per length scale, run from the roots outwards; the
-    # last one is only compared with a threshold, and makes the gaps.
+    # Strategy: an Ornstein-Uhlenbeck process for each length scale runs from the roots outwards.
+    # The last one makes the gaps, where it exceeds a threshold.
     lengths = np.array([*STAINING, GAP_LENGTH])
     child = tree.parent >= 0
     edges = np.where(child, np.linalg.norm(tree.xyz - tree.xyz[tree.parent], axis=1), np.inf)
@@ -461,9 +462,9 @@ def _staining(rng, tree: Tree, unevenness: float) -> np.ndarray:
 
 def _tubes(tree: Tree, stain: np.ndarray, shape, scale) -> np.ndarray:
     """Stain (z, y, x) float32 of the union of balls along the tree, edges softened by a voxel."""
-    # Strategy: of all balls, the one with the smallest power d² - r² decides: a voxel is inside
-    # the union if and only if that power is negative. Written as a distance in four dimensions,
-    # d² + (R² - r²), R the largest radius, it is found by an ordinary KD-tree.
+    # Strategy: a voxel is inside the union if and only if the smallest power d² - r² of all balls
+    # is negative. An ordinary KD-tree finds it as a distance in four dimensions, d² + (R² - r²),
+    # where R is the largest radius.
     points, radius = densify(tree, 0.25, scale)
     _, stained = densify(replace(tree, radius=stain), 0.25, scale)
     largest = radius.max()
@@ -476,23 +477,24 @@ def _tubes(tree: Tree, stain: np.ndarray, shape, scale) -> np.ndarray:
         some = (radius >= low) & (radius < low + 1)
         _mark(near, points[some], low + 1.5, scale)
     voxels = np.argwhere(near)
-    found, which = index.query(np.column_stack([voxels[:, ::-1] * scale[::-1], 0 * voxels[:, 0]]))
-    distance = np.sqrt(np.maximum(found**2 - lift[which] ** 2, 0))
-    radius = radius[which]
-    volume[tuple(voxels.T)] = np.clip(radius - distance + 0.5, 0, 1) * stained[which]
+    lifted = np.column_stack([voxels[:, ::-1] * scale[::-1], 0 * voxels[:, 0]])
+    distance, ball = index.query(lifted)
+    distance = np.sqrt(np.maximum(distance**2 - lift[ball] ** 2, 0))
+    radius = radius[ball]
+    volume[tuple(voxels.T)] = np.clip(radius - distance + 0.5, 0, 1) * stained[ball]
     volume[tuple(voxels.T)] /= np.maximum(radius, 1) ** MEMBRANE
     return volume
 
 
 def _mark(near: np.ndarray, points: np.ndarray, reach: float, scale: np.ndarray) -> None:
-    """Set `near` (z, y, x) to True for, at least, all voxels within `reach` of a point."""
+    """Set `near` (z, y, x) to True for all voxels within `reach` of a point, and a few more."""
     centres = np.unique(np.rint(points[:, ::-1] / scale).astype(int), axis=0)
     # Centres are rounded by at most half a voxel's diagonal.
     reach = reach + np.linalg.norm(scale) / 2
     span = [np.arange(-int(reach / s) - 1, int(reach / s) + 2) for s in scale]
     ball = np.stack(np.meshgrid(*span, indexing="ij"), axis=-1).reshape(-1, 3)
     ball = ball[np.linalg.norm(ball * scale, axis=1) <= reach]
-    # A million voxels at a time: temporaries stay small beside any volume.
+    # A million voxels at a time, so that temporary arrays stay small.
     for part in np.array_split(centres, len(centres) * len(ball) // 1_000_000 + 1):
         voxels = (part[:, None] + ball).reshape(-1, 3)
         voxels = voxels[((voxels >= 0) & (voxels < near.shape)).all(axis=1)]
@@ -515,13 +517,13 @@ def _shrink(volume: np.ndarray) -> np.ndarray:
 
 
 def _surroundings(rng, shape, contrast: float, background: float) -> np.ndarray:
-    """What is not this neuron and blurred, on the coarse grid: haze and other cell bodies."""
+    """Blurred light from outside this neuron, on the coarse grid: haze and other cell bodies."""
     haze = gaussian_filter(rng.standard_normal(shape, dtype=np.float32), (4, 8, 8), mode="wrap")
     haze -= haze.mean()
     haze *= HAZE / max(float(haze.std()), 1e-6)
     light = background * np.exp(haze - HAZE**2 / 2)
     grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
-    # Measured: unrelated cell bodies in three of the six stacks, 15 to 35 voxels in radius, at
+    # Measured: three of the six stacks show unrelated cell bodies of 15 to 35 voxels in radius and
     # 0.2 to 0.5 of the neurite's contrast.
     for _ in range(rng.poisson(1.0)):
         centre, radius = rng.uniform(0, shape), rng.uniform(12, 25) / COARSE
@@ -543,7 +545,7 @@ def _specks(rng, shape) -> np.ndarray:
 
 
 def _fragments(rng, shape, scale, unevenness: float, slimmer: float) -> np.ndarray:
-    """Stain (z, y, x) of pieces of other neurites."""
+    """Stain (z, y, x) of fragments of other neurites."""
     size = np.array(shape[::-1], dtype=float)
     xyz, parent, stain = [np.zeros((0, 3))], [np.zeros(0, dtype=int)], [np.zeros(0)]
     for _ in range(rng.poisson(FRAGMENTS * np.prod(shape) * 1e-6)):
@@ -553,7 +555,7 @@ def _fragments(rng, shape, scale, unevenness: float, slimmer: float) -> np.ndarr
         parent.append(np.arange(len(path)) - 1 + (np.arange(len(path)) > 0) * sum(map(len, xyz)))
         xyz.append(path)
         stain.append(np.full(len(path), rng.uniform(*FRAGMENT_LEVEL)))
-    xyz, parent, stain = (np.concatenate(parts) for parts in (xyz, parent, stain))
+    xyz, parent, stain = map(np.concatenate, (xyz, parent, stain))
     if not len(xyz):
         return np.zeros(shape, dtype=np.float32)
     tree = Tree(xyz, _slim(np.ones(len(xyz)), slimmer), np.full(len(xyz), 3), parent)
@@ -624,8 +626,8 @@ def image_statistics(volume: Volume, tree: Tree) -> dict[str, float]:
         foreground, zeros, saturated: shares of the stack's voxels in the tube, exactly 0, and
         255; contrast: mean in the tube / mean elsewhere; axis_5, axis_50, axis_95: percentiles
         within half a voxel of the centreline; near_50, near_95: from 2 to 6 voxels; far_50,
-        far_95, far_99: elsewhere; dice: the best that any one threshold reaches against the
-        tube, and threshold, where.
+        far_95, far_99: elsewhere; dice: the best that any single threshold reaches against the
+        tube; threshold: that one.
     """
     data = np.asarray(volume.data)
     if data.dtype != np.uint8:
@@ -663,38 +665,39 @@ def image_statistics(volume: Volume, tree: Tree) -> dict[str, float]:
 
 
 def calibration(
-    found: Sequence[Mapping[str, float]], real: Sequence[Mapping[str, float]] = ()
+    generated: Sequence[Mapping[str, float]], real: Sequence[Mapping[str, float]] = ()
 ) -> list[dict[str, str]]:
     """Compare generated neurons with real ones, statistic by statistic.
 
-    It is a comparison of ranges, not a test: with few neurons, inside is easily reached and does
-    not mean alike. The embedded data set is known to be easier than the six real stacks: a
-    threshold finds more of it (`dice`), its dimmest stretches are brighter (`axis_5`), and, the
-    volume being small, more of it is neurite (`foreground`).
+    This compares ranges and is not a test: with few neurons, being inside is easy and does not
+    mean being alike. The embedded data set is known to be easier than the six real stacks: a
+    threshold finds more of it (`dice`), its dimmest stretches are brighter (`axis_5`), and a larger
+    share of its small volume is neurite (`foreground`).
 
     Parameters
     ----------
-    found, real : sequence of mapping
-        What `neurolib.data.datasets.measure` gives for each generated and each real neuron.
+    generated, real : sequence of mapping
+        The results of `neurolib.data.datasets.measure` for each generated and each real neuron.
         Statistics that no real neuron has are compared with `GOLD_RANGES` (trees) and
-        `REAL_RANGES` (confocal stacks: give ``flylight`` real stacks of its own kind).
+        `REAL_RANGES` (confocal stacks; for ``flylight``, give real stacks of its kind).
 
     Returns
     -------
     list of dict
-        One row per statistic, for `neurolib.course.runs.table`: its name; the ranges found in
-        ``generated`` and in ``real`` neurons; where the real range is ``from``, the values
-        recorded here or n neurons measured now; how many generated neurons lie ``inside`` it,
-        and whether the others lie ``below``, ``above``, or both, in ``outside``.
+        One row per statistic, for `neurolib.course.runs.table`: its name; the ranges in
+        ``generated`` and ``real`` neurons; where the real range comes ``from`` (values recorded
+        here, or n neurons measured now); how many generated neurons lie ``inside`` it; and in
+        ``outside`` whether the others lie ``below``, ``above`` or both.
     """
-    if not found:
+    if not generated:
         raise SettingsError("no generated neuron to compare, expected at least one")
     recorded = GOLD_RANGES | REAL_RANGES
     rows = []
-    for name in dict.fromkeys(name for row in found for name in row):
-        # The recorded ranges have three digits: more must not decide what is outside.
+    for name in dict.fromkeys(name for row in generated for name in row):
+        # The recorded ranges have three digits, so further digits must not decide.
         values, measured = (
-            [float(f"{row[name]:.3g}") for row in some if name in row] for some in (found, real)
+            [float(f"{row[name]:.3g}") for row in neurons if name in row]
+            for neurons in (generated, real)
         )
         if not measured and name not in recorded:
             raise SettingsError(
