@@ -30,6 +30,7 @@ RANGES = {
     "save_every": "[1, inf)",
     "seed": "[0, 4294967295]",  # what NumPy and PyTorch both take
     "size": "[1, inf)",
+    "step": "(0, inf)",
     "steps": "[1, inf)",
     "tau": "(0, 1]",
     "test_neurons": "[0, inf)",
@@ -46,16 +47,10 @@ TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "of
 
 
 def check_range(name: str, value: object, shown: str = "") -> None:
-    """Refuse a number outside the interval of its name; without an interval it must be finite.
+    """Refuse a number outside the interval that `RANGES` gives its name, else an infinite one.
 
-    Parameters
-    ----------
-    name : str
-        As in `RANGES`.
-    value : object
-        Only numbers are checked.
-    shown : str
-        What the error shows before the value; ``name=`` by default.
+    Values that are not numbers pass. The error shows `shown`, by default ``name=``, before the
+    value.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
@@ -79,11 +74,6 @@ def read_as(default: object, value: object, shown: str) -> object:
     """Convert a value, or its text, to the type of a parameter's default.
 
     ``007`` stays text where the default is text; ``1e-4`` is a number, unlike in YAML.
-
-    Raises
-    ------
-    SettingsError
-        If the value is of another type.
     """
     kind = type(default)
     if isinstance(value, str) and kind is not str:

@@ -23,7 +23,6 @@ Pacific Graphics 2000. Constants without a source are ours.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 import psutil
@@ -32,7 +31,8 @@ from scipy.sparse import csgraph
 from scipy.spatial import KDTree
 
 from neurolib.data.formats import check_spacing
-from neurolib.errors import NothingFoundError, SettingsError, VolumeError
+from neurolib.errors import NothingFoundError, VolumeError
+from neurolib.parameters import check_range
 from neurolib.swc import SOMA, Tree, components, length, resample, take, tips
 from neurolib.swc import edges as tree_edges
 from neurolib.volume import pieces
@@ -83,6 +83,12 @@ class Foreground:
         """Voxel centres (n, 3), z, y, x, in units of the finest axis."""
         return self.voxels * self.scale
 
+    def graph(self, number: int) -> tuple[slice, sparse.csr_array]:
+        """The voxels of a component and their graph, without a copy if there is only one."""
+        rows = slice(*np.searchsorted(self.component, [number, number + 1]).tolist())
+        whole = rows.stop - rows.start == len(self.component)
+        return rows, self.neighbours if whole else self.neighbours[rows, rows]
+
 
 @dataclass(frozen=True)
 class Bridge:
@@ -130,25 +136,21 @@ def trace(
         is 1 for the soma, else 0. There is at most one soma: the thickest candidate (`find_soma`)
         whose tree is not a mere fragment, or with a seed only one that contains the seed.
 
-    Raises
-    ------
-    NothingFoundError
-        If nothing reaches the threshold.
-    VolumeError, SettingsError
-        If the volume, the seed or an option is unusable.
+        If nothing reaches the threshold, there is a `NothingFoundError`.
     """
-    if step <= 0 or bridge < 0:
-        raise SettingsError(f"step must be positive and bridge at least 0, got {step} and {bridge}")
+    check_range("step", step)
+    check_range("bridge", bridge)
     voxels = _collect(probability, spacing, threshold, min_size, regions)
     first = None if seed is None else voxels.nearest(seed)
     trees, shells = [], []
     for number in sorted(range(voxels.components), key=lambda number: number != first):
-        part = voxels.component(number)
-        shells.append(background_shell(part).astype(np.int32))
-        radius = measure_radius(part, shell=shells[-1])
-        cost = path_cost(part, radius)
-        paths = find_paths(part, radius, cost, seed if number == first else None)
-        trees.append(paths_to_tree(prune_paths(paths, part, radius), part, radius))
+        component = voxels.component(number)
+        shells.append(background_shell(component).astype(np.int32))
+        radius = measure_radius(component, shell=shells[-1])
+        cost = path_cost(component, radius)
+        paths = find_paths(component, radius, cost, seed if number == first else None)
+        paths = prune_paths(paths, component, radius)
+        trees.append(paths_to_tree(paths, component, radius))
     trees = _one_soma(trees, voxels.scale, seed is not None)
     tree, shell = _side_by_side(trees), np.concatenate(shells)
     if bridge > 0:
@@ -178,20 +180,20 @@ def find_foreground(
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
     threshold: float = 0.5,
     min_size: int = 20,
-    regions: Iterable[Box] | None = None,
 ) -> Foreground:
     """Voxels above the threshold in components of at least `min_size`, with their graph.
 
-    Parameters and errors are those of `trace`.
+    Parameters are those of `trace`.
     """
-    voxels = _collect(probability, spacing, threshold, min_size, regions)
-    parts = [voxels.component(number) for number in range(voxels.components)]
-    return replace(
-        parts[0],
-        voxels=np.concatenate([part.voxels for part in parts]),
-        probability=np.concatenate([part.probability for part in parts]),
-        component=np.repeat(np.arange(len(parts)), [len(part.voxels) for part in parts]),
-        neighbours=sparse.block_diag([part.neighbours for part in parts], format="csr"),
+    collected = _collect(probability, spacing, threshold, min_size)
+    components = [collected.component(number) for number in range(collected.components)]
+    return Foreground(
+        voxels=_voxels(collected.number, collected.shape),
+        probability=collected.probability.astype(float),
+        component=np.repeat(np.arange(len(components)), np.diff(collected.start)),
+        neighbours=sparse.block_diag([part.neighbours for part in components], format="csr"),
+        shape=collected.shape,
+        scale=collected.scale,
     )
 
 
@@ -228,12 +230,8 @@ class _Collected:
 
     def nearest(self, seed: tuple[float, float, float]) -> int:
         """Number of the component nearest to a point (z, y, x) in the volume."""
-        point = _check_seed(seed, self.shape) * self.scale
-        away = []
-        for first, last in pairwise(self.start):
-            points = _voxels(self.number[first:last], self.shape) * self.scale
-            away.append(((points - point) ** 2).sum(axis=1).min())
-        return int(np.argmin(away))
+        row = _nearest(_voxels(self.number, self.shape), seed, self.shape, self.scale)
+        return int(np.searchsorted(self.start, row, side="right")) - 1
 
 
 def _collect(
@@ -241,18 +239,15 @@ def _collect(
     spacing: tuple[float, float, float],
     threshold: float,
     min_size: int,
-    regions: Iterable[Box] | None,
+    regions: Iterable[Box] | None = None,
 ) -> _Collected:
     """Read the foreground of a volume box by box; see `find_foreground`."""
     # Strategy: find the components of each box. Drop one at once if it is too small and touches no
     # other box, so that specks never pile up. At the end, join components across the faces of
     # boxes.
     probability, scale = _check_volume(probability), _scale(spacing)
-    if not 0 < threshold <= 1 or min_size < 0:
-        raise SettingsError(
-            f"threshold must lie in (0, 1] and min_size be at least 0, got {threshold} and "
-            f"{min_size}"
-        )
+    check_range("threshold", threshold)
+    check_range("min_size", min_size)
     min_size = max(1, min_size)  # 0 keeps all pieces, too
     shape = tuple(probability.shape)
     total, held, labels = 0, 0, 0
@@ -267,7 +262,7 @@ def _collect(
         total += len(inside)
         _check_memory(held, len(inside), threshold)
         number = _number(inside + [side.start or 0 for side in box], shape)
-        label = _label(number, shape)
+        label = _connect(number, np.arange(len(number)), shape)
         rim = ((inside == 0) | (inside == np.array(part.shape) - 1)).any(axis=1)
         kept = np.bincount(label) >= min_size
         kept[label[rim]] = True
@@ -279,7 +274,8 @@ def _collect(
         map(np.concatenate, zip(*parts, strict=True)) if parts else [[]] * 4
     )
     if len(parts) > 1:
-        label = _joined(number[rim], label[rim], labels, shape)[label]
+        order = np.argsort(number[rim])
+        label = _connect(number[rim][order], label[rim][order], shape, labels)[label]
     size = np.bincount(label) if held else np.zeros(0, dtype=int)
     large = size >= min_size
     if not large.any():
@@ -308,23 +304,12 @@ def _check_memory(held: int, graph: int, threshold: float) -> None:
         )
 
 
-def _joined(number: np.ndarray, label: np.ndarray, labels: int, shape: tuple) -> np.ndarray:
-    """New labels (labels,) after joining neighbouring voxels of several boxes."""
-    order = np.argsort(number)
-    number, label = number[order], label[order]
+def _connect(number: np.ndarray, label: np.ndarray, shape: tuple, labels: int = 0) -> np.ndarray:
+    """New labels after joining those of neighbouring voxels; voxels by ascending number."""
+    labels = labels or len(label)
     edges = [(label[row], label[other]) for row, other in _backward(number, shape)]
-    graph = sparse.csr_array(
-        (np.ones(sum(len(row) for row, _ in edges)), np.concatenate(edges, axis=1)),
-        shape=(labels, labels),
-    )
-    return csgraph.connected_components(graph, directed=False)[1]
-
-
-def _label(number: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """The connected component of each voxel; voxels by ascending number."""
-    n = len(number)
-    edges = np.concatenate(list(_backward(number, shape)), axis=1)
-    graph = sparse.csr_array((np.ones(edges.shape[1], np.int8), edges), shape=(n, n))
+    edges = np.concatenate(edges, axis=1)
+    graph = sparse.csr_array((np.ones(edges.shape[1], bool), edges), shape=(labels, labels))
     return csgraph.connected_components(graph, directed=False)[1]
 
 
@@ -382,18 +367,14 @@ def measure_radius(
     """Distance r from foreground voxels, or from any points, to the edge of the foreground.
 
     The edge lies half a voxel before the nearest background voxel. Outside the volume is
-    background, except along an axis of a single slice.
+    background, except along an axis of a single slice. Distances are in voxels of the finest axis,
+    at least 0, and at least 0.5 in the foreground.
 
     Parameters
     ----------
     foreground : result of `find_foreground`
     points : (m, 3), z, y, x in units of the finest axis; all foreground voxels by default
     shell : result of `background_shell`, if known
-
-    Returns
-    -------
-    ndarray
-        (n,) or (m,), in voxels of the finest axis, at least 0 (0.5 in the foreground).
     """
     box = np.prod(np.ptp(foreground.voxels, axis=0) + 1)
     if points is None and len(foreground.voxels) > DENSE * box:
@@ -455,19 +436,9 @@ def _open_axes(shape: tuple[int, int, int]) -> list[int]:
 
 
 def path_cost(foreground: Foreground, radius: np.ndarray) -> np.ndarray:
-    """Cost per unit length of passing each voxel: exp(10 (1 - r / r_max)²) exp(2 (1 - p)).
+    """Cost (n,) per unit length of passing each voxel: exp(10 (1 - r / r_max)²) exp(2 (1 - p)).
 
-    r_max is the largest radius of the voxel's component.
-
-    Parameters
-    ----------
-    foreground : result of `find_foreground`
-    radius : (n,) of the foreground voxels
-
-    Returns
-    -------
-    ndarray
-        (n,), at least 1.
+    r_max is the largest `radius` in the voxel's component.
     """
     largest = np.zeros(foreground.component[-1] + 1)
     np.maximum.at(largest, foreground.component, radius)
@@ -498,39 +469,25 @@ def find_paths(
         Voxel numbers along each path. The first path of a component starts at its root, every
         other one at a voxel of an earlier path. No other voxel is on two paths.
     """
-    seed_voxel = None if seed is None else nearest_voxel(foreground, seed)
-    bounds = np.searchsorted(foreground.component, np.arange(foreground.component[-1] + 2))
-    points, paths = foreground.points, []
-    ranges = list(pairwise(bounds))
-    if seed_voxel is not None:
-        ranges.insert(0, ranges.pop(foreground.component[seed_voxel]))
-    for first, last in ranges:
-        part = slice(first, last)
-        lengths = _block(foreground.neighbours, part)
-        in_part = seed_voxel is not None and first <= seed_voxel < last
-        root = find_root(lengths, radius[part], seed_voxel - first if in_part else None)
+    points, component, paths = foreground.points, foreground.component, []
+    order, seed_voxel = np.arange(component[-1] + 1), None
+    if seed is not None:
+        seed_voxel = _nearest(foreground.voxels, seed, foreground.shape, foreground.scale)
+        order = sorted(order, key=lambda number: number != component[seed_voxel])
+    for number in order:
+        part, lengths = foreground.graph(number)
+        seeded = seed_voxel is not None and component[seed_voxel] == number
+        root = find_root(lengths, radius[part], seed_voxel - part.start if seeded else None)
         own = _component_paths(lengths, points[part], radius[part], cost[part], root)
-        paths += [first + path for path in own]
+        paths += [part.start + path for path in own]
     return paths
 
 
-def _block(neighbours: sparse.csr_array, part: slice) -> sparse.csr_array:
-    """The graph of a component, without a copy if there is only one."""
-    whole = part.stop - part.start == neighbours.shape[0]
-    return neighbours if whole else neighbours[part, part]
-
-
 def find_root(lengths: sparse.csr_array, radius: np.ndarray, seed: int | None = None) -> int:
-    """Number of the root voxel of one component.
+    """Number of the root voxel of one component, from its distances (n, n) and radii (n,).
 
-    This is the seed if given, or the centre of the soma around it; else the soma (`find_soma`);
-    else an end of the longest path.
-
-    Parameters
-    ----------
-    lengths : sparse (n, n), distances of neighbours
-    radius : (n,)
-    seed : number of a voxel, or None
+    This is the voxel `seed` if given, or the centre of the soma around it; else the soma
+    (`find_soma`); else an end of the longest path.
     """
     soma = find_soma(lengths, radius)
     if seed is not None and soma is not None:
@@ -550,12 +507,7 @@ def find_soma(lengths: sparse.csr_array, radius: np.ndarray) -> int | None:
     """Number of the thickest voxel if it is 2.5 times thicker than the neurites, else None.
 
     The thickness of the neurites is the median over voxels no thinner than their neighbours; other
-    voxels lie at the rim of a neurite.
-
-    Parameters
-    ----------
-    lengths : sparse (n, n), distances of neighbours
-    radius : (n,)
+    voxels lie at the rim of a neurite. `lengths` and `radius` are those of `find_root`.
     """
     thickest_neighbour = np.zeros(len(radius))
     joined = np.flatnonzero(np.diff(lengths.indptr))
@@ -648,17 +600,12 @@ def _explained(
     return around[(source >= 0) & (distance <= limit[np.maximum(source, 0)])]
 
 
-def nearest_voxel(foreground: Foreground, seed: tuple[float, float, float]) -> int:
-    """Number of the foreground voxel nearest to a point (z, y, x) in the volume."""
-    point = _check_seed(seed, foreground.shape) * foreground.scale
-    return int(np.argmin(((foreground.points - point) ** 2).sum(axis=1)))
-
-
-def _check_seed(seed: tuple[float, float, float], shape: tuple[int, int, int]) -> np.ndarray:
-    point, size = np.asarray(seed, dtype=float), np.array(shape)
-    if point.shape != (3,) or not np.all((point >= -0.5) & (point <= size - 0.5)):
-        raise VolumeError(f"seed {seed} lies outside of the volume; expected z, y, x in {size}")
-    return point
+def _nearest(voxels: np.ndarray, seed: tuple, shape: tuple, scale: np.ndarray) -> int:
+    """Row of the voxel (n, 3) nearest to a point (z, y, x) in the volume."""
+    point = np.asarray(seed, dtype=float)
+    if point.shape != (3,) or not np.all((point >= -0.5) & (point <= np.array(shape) - 0.5)):
+        raise VolumeError(f"seed {seed} lies outside of the volume; expected z, y, x in {shape}")
+    return int(np.argmin(((voxels * scale - point * scale) ** 2).sum(axis=1)))
 
 
 # --- 5. Pruning --------------------------------------------------------------------------------
@@ -699,12 +646,10 @@ def paths_to_tree(paths: list[np.ndarray], foreground: Foreground, radius: np.nd
     voxels = np.array(voxels)
     parent = np.array(parents)
     types = np.full(len(voxels), UNDEFINED)
-    bounds = np.searchsorted(foreground.component, np.arange(foreground.component[-1] + 2))
     for root in np.flatnonzero(parent < 0):
-        first, last = bounds[foreground.component[voxels[root]] + np.arange(2)]
-        part = slice(first, last)
-        soma = find_soma(_block(foreground.neighbours, part), radius[part])
-        if soma is not None and voxels[root] == first + soma:
+        part, lengths = foreground.graph(foreground.component[voxels[root]])
+        soma = find_soma(lengths, radius[part])
+        if soma is not None and voxels[root] == part.start + soma:
             types[root] = SOMA
     xyz = foreground.voxels[voxels][:, ::-1].astype(float)
     return Tree(xyz, radius[voxels] + HALF_VOXEL, types, parent)
@@ -735,11 +680,15 @@ def _one_soma(trees: list[Tree], scale: np.ndarray, seeded: bool) -> list[Tree]:
 
 def _rooted_at_an_end(tree: Tree, scale: np.ndarray) -> Tree:
     edges = np.stack(tree_edges(tree))
-    points = tree.xyz[:, ::-1] * scale
-    lengths = np.linalg.norm(points[edges[0]] - points[edges[1]], axis=1)
-    graph = sparse.csr_array((lengths, tuple(edges)), shape=(len(points), len(points)))
+    graph = _edge_graph(tree.xyz[:, ::-1] * scale, edges)
     end = np.argmax(csgraph.dijkstra(graph, directed=False, indices=0))
     return rooted(tree, edges, [int(end)])
+
+
+def _edge_graph(points: np.ndarray, edges: np.ndarray) -> sparse.csr_array:
+    """Sparse (n, n) matrix of the lengths of the edges (2, m) between points (n, 3)."""
+    lengths = np.linalg.norm(points[edges[0]] - points[edges[1]], axis=1)
+    return sparse.csr_array((lengths, tuple(edges)), shape=(len(points), len(points)))
 
 
 def _side_by_side(trees: Sequence[Tree]) -> Tree:
@@ -847,8 +796,7 @@ def _values(probability: np.ndarray, voxels: np.ndarray) -> np.ndarray:
 def _joined_roots(tree: Tree, points: np.ndarray, edges: np.ndarray, keep_first: bool) -> list[int]:
     """Rows of the new roots, one per group of joined trees, in the order of the old ones."""
     old = np.flatnonzero(tree.parent < 0)
-    lengths = np.linalg.norm(points[edges[0]] - points[edges[1]], axis=1)
-    graph = sparse.csr_array((lengths, tuple(edges)), shape=(len(points), len(points)))
+    graph = _edge_graph(points, edges)
     _, group = csgraph.connected_components(graph, directed=False)
     _, first, members = np.unique(group[old], return_index=True, return_counts=True)
     # An old root may lie in the middle of a joined tree; the farthest node from it is an end.
