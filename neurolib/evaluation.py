@@ -72,24 +72,15 @@ def hd95(
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
     method: str = "monai",
 ) -> float:
-    """95th percentile of the distances between the surfaces of two masks.
+    """95th percentile of the distances between the surfaces of two masks (z, y, x).
 
     A surface is the set of foreground voxels with a background voxel among their six neighbours;
-    what lies outside the volume is background. Both reference implementations take it so.
+    what lies outside the volume is background. Both reference implementations take it so. With
+    "monai", `method` is the larger of the two directed 95th percentiles, with "medpy" the 95th
+    percentile of both directions pooled (larger only by interpolation).
 
-    Parameters
-    ----------
-    a, b : boolean arrays (z, y, x) of one shape
-    spacing : (dz, dy, dx); the result is in its unit
-    method : "monai" or "medpy"
-        The larger of the two directed 95th percentiles, or the 95th percentile of the distances of
-        both directions pooled (larger only by interpolation).
-
-    Returns
-    -------
-    float
-        0 if both masks are empty, inf if one is; `statistics.aggregate` takes means over
-        such values.
+    The result is in the unit of `spacing` (dz, dy, dx); 0 if both masks are empty, inf if one is.
+    `statistics.aggregate` takes means over such values.
     """
     a, b = _check_masks(a, b)
     spacing = check_spacing(spacing)
@@ -116,24 +107,16 @@ def surface_dice(
     tolerance: float | None = None,
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> float:
-    """Share of the surfaces of two masks that lies within a tolerance of the other surface.
+    """Share of the surfaces of two masks (z, y, x) that lies within a tolerance of the other.
 
     Nikolov et al., "Deep learning to achieve clinically applicable segmentation of head and neck
     anatomy for radiotherapy", 2018 (arXiv:1809.04430), with surfaces as in its published code: an
     element per corner at which eight voxels meet that are not all alike, weighted by the area of
     the triangles that marching cubes puts there. A tracing a voxel beside the ridge of a thin
-    neurite loses half of its Dice and nothing of this.
+    neurite loses half of its Dice but nothing here.
 
-    Parameters
-    ----------
-    a, b : boolean arrays (z, y, x) of one shape
-    tolerance : largest distance, in the unit of `spacing`; default: 2 voxels of the finest axis
-    spacing : (dz, dy, dx)
-
-    Returns
-    -------
-    float
-        0 to 1; 1 if both masks are empty, 0 if one is.
+    `tolerance` is in the unit of `spacing` (dz, dy, dx), by default 2 voxels of the finest axis.
+    The result is 1 if both masks are empty, 0 if one is.
     """
     a, b = _check_masks(a, b)
     spacing = check_spacing(spacing)
@@ -177,14 +160,10 @@ def _corner_areas(spacing: tuple[float, float, float]) -> np.ndarray:
 
 
 def surface_shares(mask: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Share of the surface of a mask within each distance of that of another, in voxels.
+    """Ascending distances (n,) in voxels, from 0, and the share of a mask's surface within each.
 
-    Where the share passes 0.95 lies the directed 95th percentile, one of the two of `hd95`.
-
-    Returns
-    -------
-    (distances, shares)
-        (n,) each, ascending: the distances that occur, after a 0, and the share up to each.
+    The distances are those from the mask's surface to that of `truth`. Where the share passes 0.95
+    lies the directed 95th percentile, one of the two of `hd95`.
     """
     mask, truth = _check_masks(mask, truth)
     if not mask.any() or not truth.any():
@@ -470,12 +449,7 @@ def tree_scores(
     recall the share of the reference's length within `threshold` of `tree`. The length of a tree
     without edges counts by its nodes.
 
-    Parameters
-    ----------
-    tree, reference : trees in voxel coordinates
-    threshold : distance, in the unit of `spacing`, up to which two trees agree; default: 2 voxels
-        of the finest axis
-    spacing : (dz, dy, dx)
+    `threshold` is in the unit of `spacing` (dz, dy, dx), by default 2 voxels of the finest axis.
     """
     _check_trees(tree, reference)
     tree, reference, voxel = finest_voxels(spacing, tree, reference)
@@ -493,12 +467,9 @@ def _share_within(tree: Tree, other: Tree, threshold: float) -> float:
 
 
 def short_pieces(tree: Tree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Edges cut into equal pieces of at most half a voxel.
+    """Edges cut into equal pieces of at most half a voxel: middles (m, 3) x, y, z, lengths, rows.
 
-    Returns
-    -------
-    (middles, lengths, rows)
-        (m, 3) x, y, z, (m,), and the row (m,) of the node at whose edge to its parent each lies.
+    The row (m,) is that of the node at whose edge to its parent a piece lies.
     """
     start, step, number, count, length, child = _cut_edges(
         tree, lambda x: np.maximum(np.ceil(2 * x), 1).astype(int)
@@ -540,19 +511,10 @@ def choose_cut(
 ) -> tuple[float, int, float]:
     """Choose one threshold and one smallest piece for all volumes, by their mean Dice.
 
-    Parameters
-    ----------
-    responses, masks : sequences of (z, y, x) arrays
-    candidates : sequence of float
-        Thresholds, ascending. Pieces are counted at up to `TRIED` of them, spread over those
-        whose Dice with all pieces is at least 0.8 of the best.
-
-    Returns
-    -------
-    threshold : float
-    min_size : int
-        One of `SIZES`: pieces of fewer voxels are dropped.
-    dice : float
+    `responses` and `masks` are (z, y, x); `candidates` are thresholds, ascending. Pieces are
+    counted at up to `TRIED` of them, spread over those whose Dice with all pieces is at least 0.8
+    of the best. Returns the threshold, the smallest size of a piece in voxels that is kept (one of
+    `SIZES`), and their Dice.
     """
     candidates = np.asarray(candidates)
     curves = []

@@ -264,8 +264,7 @@ def _stream(
     counts by a Gaussian in z, y and x around its middle.
     """
     settings, (first, depth) = network.settings, span
-    where = pick_device(tiling.device)
-    network = network.to(where).eval()
+    network = network.to(pick_device(tiling.device)).eval()
     shape, _ = _tiles(settings, tiling.overlap)
     slices = settings.depth if settings.predict == "all" else 1
     middle = slice(settings.depth // 2 - slices // 2, settings.depth // 2 + slices // 2 + 1)
@@ -323,23 +322,24 @@ def _add(sums: np.ndarray, votes: Sequence[np.ndarray], corners: np.ndarray) -> 
 @torch.inference_mode()
 def _run(network: Segmenter, tiles: np.ndarray, window: np.ndarray, tiling: Tiling) -> np.ndarray:
     """The votes (n, slices, y, x) of tiles (n, z, y, x): the probability times the window."""
-    where = pick_device(tiling.device)
-    blocks = torch.from_numpy(tiles[:, None]).float().to(where)
-    with autocast("auto", where.type):
+    device = pick_device(tiling.device)
+    blocks = torch.from_numpy(tiles[:, None]).float().to(device)
+    with autocast("auto", device.type):
         chance = network(blocks).float().sigmoid()
         if tiling.flips:
             for axes in FLIPS:
                 chance = chance + network(blocks.flip(axes)).float().sigmoid().flip(axes)
             chance = chance / (1 + len(FLIPS))
-    return (chance * torch.from_numpy(window).to(where)).cpu().numpy()
+    return (chance * torch.from_numpy(window).to(device)).cpu().numpy()
 
 
 def fuse(chance: np.ndarray, heights: np.ndarray, weight: float) -> np.ndarray:
-    """A probability to which a filter adds its opinion: logit p + weight · (height - 1).
+    """A probability that a filter corrects: logit p + weight · (height - 1).
 
-    `heights` are those of `standing_out` in units of `empty_level`: at 1 the filter is neutral, at
-    2 it is as sure as it ever is. It knows how bright neurites are in this volume, which a network
-    that sees one block does not; a threshold chosen on one volume thus fits others better.
+    `heights` are those of `standing_out` in units of `empty_level`: at 1 the filter changes
+    nothing, and from 2 on its correction is the largest. It knows how bright neurites are in this
+    volume, which a network that sees one block does not, so a threshold chosen on one volume fits
+    others better.
     """
     if not weight:
         return chance

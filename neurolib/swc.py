@@ -19,6 +19,7 @@ from scipy.sparse.csgraph import connected_components, depth_first_order
 from neurolib.data.formats import check_spacing
 from neurolib.errors import DataError, NeurolibError, SettingsError, SwcError
 from neurolib.files import decode, text_key, write_text
+from neurolib.parameters import check_range
 from neurolib.volume import Volume
 
 COLUMNS = "id type x y z radius parent"
@@ -82,16 +83,11 @@ def read_swc(path: str | Path, spacing: Sequence[float] | None = None) -> Tree:
     Tree
         With every parent before its children.
 
-    Raises
-    ------
-    SwcError
-        With the line number, if a line has fewer than seven columns or something other than
-        finite numbers, ids repeat with different content, or parents form a cycle; also if the
-        file is missing or has no nodes.
-
     Notes
     -----
-    The columns are those of Cannon et al., J. Neurosci. Methods 84 (1998).
+    A `SwcError` names the line if it has fewer than seven columns or something other than finite
+    numbers, if its id repeats with different content, or if its node is its own ancestor. The
+    columns are those of Cannon et al., J. Neurosci. Methods 84 (1998).
     """
     path = Path(path)
     try:
@@ -141,15 +137,15 @@ def _parse_lines(lines: list[str], name: str, repairs: list[str]) -> np.ndarray:
             lines[number - 1] = ""
             continue
         if len(words) >= 7 and any("," in word.strip(",") for word in words):
-            what = "commas inside numbers, expected decimal points; replace them"
+            problem = "commas inside numbers, expected decimal points; replace them"
         elif len(tokens) < 7:
-            what = f"{len(tokens)} columns, expected 7 ({COLUMNS})"
+            problem = f"{len(tokens)} columns, expected 7 ({COLUMNS})"
         elif odd is not None:
-            what = f"{odd[:20]!r}, expected a number ({COLUMNS})"
+            problem = f"{odd[:20]!r}, expected a number ({COLUMNS})"
         else:
             rows.append([float(token) for token in tokens[:7]])
             continue
-        raise SwcError(f"{name}: line {number}: found {what}")
+        raise SwcError(f"{name}: line {number}: found {problem}")
     if not rows:
         raise SwcError(f"{name}: no nodes found, expected lines of 7 columns ({COLUMNS})")
     return np.array(rows)
@@ -435,6 +431,8 @@ def write_swc(
     The header gives the unit, the voxel size if known, and the place of the first voxel, in the
     words of SNT, so that `read_swc` converts a file in µm back to voxels.
 
+    Nothing is written of a tree without nodes, with a cycle, or with values that are not finite.
+
     Parameters
     ----------
     path : str or Path
@@ -448,16 +446,6 @@ def write_swc(
         and dx. Most programs expect µm.
     spacing : sequence of float, optional
         (dz, dy, dx) in µm; needed for ``um``.
-
-    Returns
-    -------
-    Path
-        `path`.
-
-    Raises
-    ------
-    SwcError
-        If the tree has no nodes, a cycle, or values that are not finite; nothing is written.
     """
     path = Path(path)
     if units not in ("voxels", "um") or (units == "um" and spacing is None):
@@ -543,23 +531,12 @@ def densify(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sample all edges so that no two neighbouring samples are more than `step` apart.
 
-    Parameters
-    ----------
-    tree : Tree
-    step : float
-        Largest distance between neighbours, in voxels, or in µm if `spacing` is given in µm.
-    spacing : sequence of float
-        (dz, dy, dx); samples are multiplied by it.
-
-    Returns
-    -------
-    points : ndarray, (m, 3) float64
-        x, y, z of every node and of the samples between.
-    radius : ndarray, (m,) float64
-        Linear between nodes. Radii are measured in the plane: they are multiplied by the
-        geometric mean of dy and dx.
+    Returns x, y, z (m, 3) of every node and of the samples between, and their radii (m,), linear
+    between nodes. Points are multiplied by `spacing` (dz, dy, dx); the radii, which are measured
+    in the plane, by the geometric mean of dy and dx. `step` is in voxels, or in the unit of
+    `spacing`.
     """
-    _check_step(step)
+    check_range("step", step)
     scale = np.asarray(spacing, dtype=np.float64)
     xyz, radius = tree.xyz * scale[::-1], tree.radius * np.sqrt(scale[1] * scale[2])
     child, above = edges(tree)
@@ -592,7 +569,7 @@ def resample(tree: Tree, step: float) -> Tree:
     replace the nodes; radii are interpolated, and the type is that of the next original node
     away from the root.
     """
-    _check_step(step)
+    check_range("step", step)
     topological_order(tree)
     tree = take(tree, _depth_first(np.asarray(tree.parent)))
     n, root = len(tree.parent), tree.parent < 0
@@ -636,11 +613,6 @@ def resample(tree: Tree, step: float) -> Tree:
         np.concatenate([np.full(len(roots), -1), parent]),
         tree.repairs,
     )
-
-
-def _check_step(step: float) -> None:
-    if not (np.isfinite(step) and step > 0):
-        raise SwcError(f"step is {step}, expected a positive distance in voxels")
 
 
 # Frames ---------------------------------------------------------------------------------------

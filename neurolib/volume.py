@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import tifffile
+from scipy.ndimage import gaussian_filter, uniform_filter1d
 
 from neurolib.data import formats
 from neurolib.data.formats import LazyStack, check_memory, check_spacing, check_type
@@ -101,15 +102,10 @@ def read_volume(
         `neurolib.data.formats.LazyStack`, which reads only what is indexed. Where the spacing
         has no known unit, `Volume.unknown` says so; its ratio is still the anisotropy.
 
-    Warns
+    Notes
     -----
-    NeurolibWarning
-        If the voxels are more than 20 times longer along one axis than along another.
-
-    Raises
-    ------
-    VolumeError
-        For a damaged chunk of OME-Zarr, when that chunk is read: here with `check`, or later.
+    A `NeurolibWarning` reports voxels more than 20 times longer along one axis than along another.
+    A damaged chunk of OME-Zarr is a `VolumeError` when it is read: here with `check`, or later.
     """
     path = Path(path)
     name = path.name
@@ -215,23 +211,12 @@ LEVELS = (0.5, 99.8)  # percentiles that become 0 and 1
 
 
 def normalise(data: np.ndarray) -> np.ndarray:
-    """Scale intensities to [0, 1], clipped at the 0.5 and 99.8 percentiles.
+    """Scale intensities (z, y, x) to [0, 1] float32, clipped at the 0.5 and 99.8 percentiles.
 
     If more than half of the voxels are exactly zero, as in masked volumes, the percentiles are
-    those of the other voxels. The ceiling keeps saturated spots from dimming the neurites.
+    those of the other voxels. The ceiling keeps saturated spots from dimming the neurites. The
+    data, finite integers or floats, need not be in memory; if they are constant, all becomes zero.
 
-    Parameters
-    ----------
-    data : ndarray, (z, y, x)
-        Finite integers or floats; they need not be in memory.
-
-    Returns
-    -------
-    ndarray, (z, y, x) float32
-        All zero if `data` is constant.
-
-    Notes
-    -----
     Percentiles (linear between ranks) are exact for 8- and 16-bit integers, by histogram, and
     for other types up to 2^24 voxels. Larger volumes are sampled with a fixed seed; the levels
     then have a standard error of at most 0.002 percentage points.
@@ -339,8 +324,6 @@ def standing_out(slices: np.ndarray) -> np.ndarray:
     Each of the slices (z, y, x) is averaged with its neighbours, then smoothed in the plane by
     σ = 1.5 voxels, less the same smoothed by 6: neurites remain, haze and broad background go.
     """
-    from scipy.ndimage import gaussian_filter, uniform_filter1d
-
     mean = uniform_filter1d(np.asarray(slices, np.float32), 3, axis=0, mode="nearest")
     return gaussian_filter(mean, (0, 1.5, 1.5)) - gaussian_filter(mean, (0, 6, 6))
 
@@ -365,21 +348,13 @@ def empty_level(image: np.ndarray) -> float:
 
 
 def inverted(data: np.ndarray) -> bool:
-    """Whether the structures of an image are dark on a bright background.
+    """Whether the structures of an image (`normalise`) are dark on a bright background.
 
-    Parameters
-    ----------
-    data : (z, y, x) float array
-        Normalised (`normalise`). Only evenly spaced slices of large ones are used.
-
-    Notes
-    -----
     The difference of Gaussians of 1.5 and 6 pixels in each slice leaves structures about as thick
     as a neurite. Its skewness is 3.3 to 6.3 in ten confocal stacks, -5.6 to -2.8 in their
-    negatives, and within .03 of 0 in noise. The bound of -0.3 lies between.
+    negatives, and within .03 of 0 in noise. The bound of -0.3 lies between. Of large images, only
+    evenly spaced slices are used.
     """
-    from scipy.ndimage import gaussian_filter
-
     some = data[:: max(1, -(-data.size // POLARITY))]
     fine, coarse = (gaussian_filter(some, (0, sigma, sigma)) for sigma in (1.5, 6))
     detail = (fine - coarse).astype(np.float64)

@@ -693,7 +693,7 @@ def test_resample_survives_coincident_and_lone_nodes():
 def test_steps_must_be_positive(step):
     tree = forest(0, 5)
     for function in (resample, densify):
-        with pytest.raises(SwcError, match="step"):
+        with pytest.raises(SettingsError, match="step"):
             function(tree, step)
 
 
