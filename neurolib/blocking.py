@@ -422,20 +422,20 @@ def _near(
         for ball in _balls(centre[pieces], radius, slack, extent, scale, shape):
             place = (ball * scale).T
             step = max(1, PAIRS // max(1, len(ball)))
-            for some in (pieces[i : i + step] for i in range(0, len(pieces), step)):
-                piece = offset[some], direction[some], half[some]
-                tilt = None if slope is None else slope[some]
+            for batch in (pieces[i : i + step] for i in range(0, len(pieces), step)):
+                piece = offset[batch], direction[batch], half[batch]
+                tilt = None if slope is None else slope[batch]
                 if longer.any():
-                    square, nearest = _to_extents(place, longer / 2, *piece, tilt, reach[some])
+                    square, nearest = _to_extents(place, longer / 2, *piece, tilt, reach[batch])
                 else:
                     square, nearest = _to_centres(place, *piece, tilt)
-                hit = np.flatnonzero(square <= reach[some, None] ** 2 + ROUNDING)
+                hit = np.flatnonzero(square <= reach[batch, None] ** 2 + ROUNDING)
                 row, column = np.divmod(hit, len(ball))
-                voxel = [centre[some, axis][row] + ball[column, axis] for axis in range(3)]
+                voxel = [centre[batch, axis][row] + ball[column, axis] for axis in range(3)]
                 inside = np.logical_and.reduce(
                     [(v >= 0) & (v < n) for v, n in zip(voxel, shape, strict=True)]
                 )
-                hit, piece = hit[inside], some[row[inside]]
+                hit, piece = hit[inside], batch[row[inside]]
                 flat = np.ravel_multi_index([v[inside] for v in voxel], shape)
                 along = (nearest.reshape(-1)[hit] / half[piece] + 1) / 2
                 yield flat, piece, along, np.sqrt(square.reshape(-1)[hit])

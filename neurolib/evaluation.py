@@ -523,8 +523,8 @@ def choose_cut(
         reached = np.searchsorted(candidates, response.ravel(), "right")
         counts = np.bincount(reached, minlength=len(candidates) + 1)
         hits = np.bincount(reached[mask.ravel()], minlength=len(candidates) + 1)
-        found, both = counts[::-1].cumsum()[-2::-1], hits[::-1].cumsum()[-2::-1]
-        curves.append(2 * both / np.maximum(found + np.count_nonzero(mask), 1))
+        marked, both = counts[::-1].cumsum()[-2::-1], hits[::-1].cumsum()[-2::-1]
+        curves.append(2 * both / np.maximum(marked + np.count_nonzero(mask), 1))
     curve = np.mean(curves, axis=0)
     near = np.flatnonzero(curve >= 0.8 * curve.max())
     spread = near[np.linspace(0, len(near) - 1, min(TRIED, len(near))).round().astype(int)]

@@ -155,13 +155,14 @@ def calibrate(
     """
     network, facts = load_checkpoint(checkpoint)
     tiling, masks = Tiling(**tiling), [sample.mask for sample in samples]
-    parts = []
+    predictions = []
     for sample in samples:
         stream = _whole(network, sample.image, tiling)
-        parts.append([np.concatenate(part) for part in list(zip(*stream, strict=True))[1:]])
+        _, *both = zip(*stream, strict=True)
+        predictions.append([np.concatenate(slices) for slices in both])
     best = {"calibrated": -1.0}
     for weight in FILTER_WEIGHTS if fused else (0.0,):
-        chances = [fuse(*part, weight) for part in parts]
+        chances = [fuse(*both, weight) for both in predictions]
         chosen = choose_cut(chances, masks, np.arange(1, 100) / 100)
         if chosen[2] > best["calibrated"]:
             best = dict(zip(("threshold", "min_size", "calibrated"), chosen, strict=True))
@@ -222,20 +223,16 @@ def box_of_tiles(
 ) -> tuple[Box, np.ndarray]:
     """What the tiles that vote in a box see of a volume, and the places (n, 3) of the tiles."""
     tile, stride = _tiles(settings, overlap)
-    reach = settings.depth // 2
-    voting = reach if settings.predict == "all" else 0
-    # How far a tile votes, and how far it sees, before and after its place.
-    votes = ((voting, voting + 1), (0, tile[1]), (0, tile[2]))
-    sees = ((reach, reach + 1), (0, tile[1]), (0, tile[2]))
+    sees = settings.depth // 2
+    votes = sees if settings.predict == "all" else 0  # slices on either side of the centre
     axes, around = [], []
     for axis, part in enumerate(box):
-        starts = block_starts(shape[axis], 1 if axis == 0 else tile[axis], stride[axis])
-        before, after = votes[axis]
-        starts = starts[(starts - before < part.stop) & (starts + after > part.start)]
-        before, after = sees[axis]
-        low, high = max(0, int(starts[0]) - before), min(shape[axis], int(starts[-1]) + after)
+        size, vote, see = (tile[axis], 0, 0) if axis else (1, votes, sees)
+        starts = block_starts(shape[axis], size, stride[axis])
+        starts = starts[(starts - vote < part.stop) & (starts + size + vote > part.start)]
+        low, high = int(starts[0]) - see, int(starts[-1]) + size + see
         axes.append(starts)
-        around.append(slice(low, high))
+        around.append(slice(max(0, low), min(shape[axis], high)))
     return tuple(around), np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
 
 

@@ -213,19 +213,10 @@ def tube_response(
 ) -> dict[str, list[float]]:
     """How strongly the tokens respond to a bright tube in one slice of an empty block.
 
-    Parameters
-    ----------
-    kernels : mapping of name to (E, 1, D, p, p) kernel
-    size : int
-        Rows and columns of the block, in pixels of the encoder.
-    radius : float
-        Radius of the horizontal tube in the same pixels; 4 is a neurite of 2 voxels, enlarged 2.24
-        times.
-
-    Returns
-    -------
-    dict of name to D norms
-        One per slice in which the tube lies, relative to the largest of all kernels.
+    `size` (rows and columns of the block) and `radius` (of the horizontal tube) are in pixels of
+    the encoder; a radius of 4 is a neurite of 2 voxels, enlarged 2.24 times. Each of the kernels
+    (E, 1, D, p, p) gives D norms, one per slice in which the tube lies, relative to the largest of
+    all kernels.
     """
     rows = torch.arange(size) - size / 2
     tube = torch.exp(-0.5 * (rows / radius) ** 2)[None, None, :, None].expand(1, 1, size, size)

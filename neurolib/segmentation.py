@@ -66,11 +66,11 @@ def segment(
     tiles = Tiling(**tiling)
     network, facts = load_checkpoint(checkpoint_file(checkpoint))
     tiles = replace(tiles, filter_weight=facts.get("filter_weight", 0.0))
-    found = predict_image(image, network, tiles, progress)
+    volume = predict_image(image, network, tiles, progress)
     cut = facts["threshold"] if threshold is None else threshold
     if min_size is None:
-        min_size = smallest_piece(facts, found.data, cut, _name(image))
-    return trace(found.data, found.spacing, seed, cut, min_size, bridge)
+        min_size = smallest_piece(facts, volume.data, cut, _name(image))
+    return trace(volume.data, volume.spacing, seed, cut, min_size, bridge)
 
 
 def predict_image(
@@ -80,17 +80,10 @@ def predict_image(
     progress: bool = True,
     **reading: object,
 ) -> Volume:
-    """The probability of neurite in an image, with the image's spacing.
+    """The probability of neurite in an image, a path, `Volume` or array, with the image's spacing.
 
-    Parameters
-    ----------
-    image : path, Volume, or (z, y, x) array
-    network : Segmenter
-    tiling : Tiling
-    progress : bool
-        Show a progress bar over tiles.
-    **reading
-        Of `neurolib.volume.read_volume`, as ``channel``.
+    `progress` shows a progress bar over tiles; `reading` are options of
+    `neurolib.volume.read_volume`, such as ``channel``.
     """
     name = _name(image)
     if isinstance(image, np.ndarray):
@@ -101,8 +94,8 @@ def predict_image(
     scaled = normalise(volume.data)
     if inverted(scaled):
         warnings.warn(f"{name}: {INVERT}", NeurolibWarning, stacklevel=3)
-    found = predict_volume(network, scaled, progress=progress, **asdict(tiling))
-    return replace(volume, data=found)
+    probability = predict_volume(network, scaled, progress=progress, **asdict(tiling))
+    return replace(volume, data=probability)
 
 
 def smallest_piece(facts: dict, probability: np.ndarray, cut: float, name: str) -> int:

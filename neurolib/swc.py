@@ -541,10 +541,10 @@ def densify(
     xyz, radius = tree.xyz * scale[::-1], tree.radius * np.sqrt(scale[1] * scale[2])
     child, above = edges(tree)
     edge = xyz[child] - xyz[above]
-    which, t = _cuts(np.linalg.norm(edge, axis=1) / step)
-    between = xyz[above[which]] + edge[which] * t[:, None]
+    line, t = _cuts(np.linalg.norm(edge, axis=1) / step)
+    between = xyz[above[line]] + edge[line] * t[:, None]
     between[t == 1] = xyz[child]
-    thickness = radius[above[which]] * (1 - t) + radius[child[which]] * t
+    thickness = radius[above[line]] * (1 - t) + radius[child[line]] * t
     roots = tree.parent < 0
     return np.concatenate([xyz[roots], between]), np.concatenate([radius[roots], thickness])
 
@@ -590,8 +590,8 @@ def resample(tree: Tree, step: float) -> Tree:
     steps[offset] = 1.0
     axis = np.cumsum(steps)
     begin, extent = axis[offset], axis[offset + sizes - 1] - axis[offset]
-    which, t = _cuts(extent / step - 1e-9)
-    s = begin[which] + extent[which] * t
+    line, t = _cuts(extent / step - 1e-9)
+    s = begin[line] + extent[line] * t
     # Rounding can put the last position just behind the end of the path.
     kind = tree.type[rows[np.minimum(np.searchsorted(axis, s), len(rows) - 1)]]
     xyz = np.stack([np.interp(s, axis, tree.xyz[rows, k]) for k in range(3)], axis=1)
@@ -604,7 +604,7 @@ def resample(tree: Tree, step: float) -> Tree:
     new_row = np.full(n, -1)
     new_row[roots] = np.arange(len(roots))
     new_row[ends] = len(roots) + last
-    parent = len(roots) + np.arange(len(which)) - 1
+    parent = len(roots) + np.arange(len(line)) - 1
     parent[np.append(0, last[:-1] + 1)] = new_row[starts]
     return Tree(
         np.concatenate([tree.xyz[roots], xyz]),

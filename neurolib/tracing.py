@@ -720,23 +720,9 @@ def bridge_gaps(
     passes through another tree or bridge. The root of a joined tree is its thickest soma, else
     the root at the seed, else an end of the longest path.
 
-    Parameters
-    ----------
-    tree : Tree
-        Result of `paths_to_tree`; neighbouring nodes are at most a voxel apart.
-    probability, spacing : ndarray, tuple
-        As given to `trace`.
-    longest : float
-        Longest bridge, in voxels of the finest axis.
-    seed : tuple, optional
-        As given to `trace`; its tree comes first and keeps its root.
-
-    Returns
-    -------
-    tree : Tree
-        With nodes along the bridges.
-    bridges : list of Bridge
-        In order of their cost.
+    `tree` comes from `paths_to_tree`, whose neighbouring nodes are at most a voxel apart, with the
+    tree of the seed first. `longest` is in voxels of the finest axis; the rest is as in `trace`.
+    Returns the tree, with nodes along the bridges, and the bridges in order of their cost.
     """
     probability, scale = _check_volume(probability), _scale(spacing)
     points = tree.xyz[:, ::-1] * scale

@@ -248,9 +248,9 @@ def soft_skeleton(p: torch.Tensor) -> torch.Tensor:
 def soft_cldice(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """1 - clDice of the probabilities over the whole batch (Shit et al. 2021, eq. 3)."""
     p = logits.sigmoid()
-    found, wanted = soft_skeleton(p), soft_skeleton(mask)
-    precision = ((found * mask).sum() + 1) / (found.sum() + 1)
-    recall = ((wanted * p).sum() + 1) / (wanted.sum() + 1)
+    ours, true = soft_skeleton(p), soft_skeleton(mask)
+    precision = ((ours * mask).sum() + 1) / (ours.sum() + 1)
+    recall = ((true * p).sum() + 1) / (true.sum() + 1)
     return 1 - 2 * precision * recall / (precision + recall)
 
 

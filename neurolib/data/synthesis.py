@@ -391,13 +391,8 @@ MAX_VOXELS = 2**28
 def extract_box(tree: Tree) -> tuple[np.ndarray, tuple[int, int, int]]:
     """The box that `render_extract` cuts out of the microscope's field for a tree.
 
-    Returns
-    -------
-    lower : ndarray, (3,) int
-        x, y, z of the box's first voxel in the frame of `tree`.
-    shape : (int, int, int)
-        (z, y, x), at most `MAX_VOXELS` voxels. There are `ROOM` voxels between the tubes (nodes
-        with their radii) and each face.
+    Returns x, y, z (3,) of its first voxel in the frame of `tree`, and its shape (z, y, x), at most
+    `MAX_VOXELS` voxels. `ROOM` voxels lie between the tubes (nodes with their radii) and each face.
     """
     _check_tree(tree)
     if not len(tree.parent):
@@ -415,22 +410,11 @@ def extract_box(tree: Tree) -> tuple[np.ndarray, tuple[int, int, int]]:
 
 
 def render_extract(tree: Tree, style: str = "flylight", seed: int = 0) -> tuple[Volume, Tree]:
-    """Render a whole tree in the smallest stack that holds it with some room around.
+    """Render a whole tree, wherever it lies, in the smallest stack that holds it with some room.
 
-    Parameters
-    ----------
-    tree : Tree
-        In voxels, wherever it lies.
-    style, seed
-        As in `render`; tubes are thinner by `Style.slimmer`.
-
-    Returns
-    -------
-    volume : Volume
-        uint8, spacing 1, with the shape of `extract_box`.
-    tree : Tree
-        The tree in the frame of the stack. It is moved by whole voxels, so that it lies on the
-        grid as it did in the field.
+    `style` and `seed` are as in `render`; tubes are thinner by `Style.slimmer`. The stack is uint8,
+    with spacing 1 and the shape of `extract_box`. The tree is returned in the frame of the stack:
+    moved by whole voxels, so that it lies on the grid as it did in the field.
     """
     lower, shape = extract_box(tree)
     tree = replace(tree, xyz=tree.xyz - lower)
