@@ -325,12 +325,8 @@ def tree_distance(
     Peng et al., "V3D enables real-time 3D visualization and quantitative analysis of large-scale
     biological image data sets", Nature Biotechnology 2010.
 
-    Parameters
-    ----------
-    tree, reference : trees in voxel coordinates
-    threshold : distance, in the unit of `spacing`, from which a point counts as different;
-        default: 2 voxels of the finest axis, Vaa3D's
-    spacing : (dz, dy, dx); esa and dsa are in its unit
+    `threshold` is the distance from which a point counts as different, by default Vaa3D's: 2 voxels
+    of the finest axis. It is in the unit of `spacing` (dz, dy, dx), and so are esa and dsa.
     """
     _check_trees(tree, reference)
     tree, reference, voxel = finest_voxels(spacing, tree, reference)

@@ -39,35 +39,20 @@ Box = tuple[slice, slice, slice]
 
 @dataclass(frozen=True)
 class Tiling:
-    """How tiles cover a volume, and how they are run.
+    """How tiles cover a volume, and how they are run."""
 
-    Attributes
-    ----------
-    overlap : float
-        Fraction of a tile that neighbours share in y and x, 0 to 0.9.
-    batch : int
-        Tiles per forward pass.
-    device : str
-        ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1`` ...
-    flips : bool
-        Average the probabilities of each tile, mirrored in neither, either and both of y and x
-        (test-time augmentation), at four times the time.
-    skip_empty : bool
-        Do not run the tiles in which nothing stands out (`empty_level`); where no tile is run, the
-        probability is 0. Tiles that are exactly zero, as outside a mask, are never run.
-    filter_weight : float
-        What a filter counts beside the network, see `fuse`; `calibrate` chooses it.
-    every : int
-        Predict slices 0, every, 2 every ... only, each from its whole block: a sample of the
-        volume at a fraction of the time, for networks that predict their centre slice.
-    """
-
-    overlap: float = 0.25
-    batch: int = 8
-    device: str = "auto"
+    overlap: float = 0.25  # fraction of a tile that neighbours share in y and x, 0 to 0.9
+    batch: int = 8  # tiles per forward pass
+    device: str = "auto"  # a GPU if there is one; or cpu, cuda, cuda:1 ...
+    # Average the probabilities of each tile, mirrored in neither, either and both of y and x
+    # (test-time augmentation), at four times the time.
     flips: bool = False
+    # Run only tiles in which something stands out (`empty_level`); where no tile is run, the
+    # probability is 0. Tiles that are exactly zero, as outside a mask, are never run.
     skip_empty: bool = True
-    filter_weight: float = 0.0
+    filter_weight: float = 0.0  # weight of a filter beside the network (`fuse`), see `calibrate`
+    # Predict only slices 0, every, 2 every ..., each from its whole block: a sample of the volume
+    # in a fraction of the time, for networks that predict their centre slice.
     every: int = 1
 
     def __post_init__(self) -> None:
@@ -147,11 +132,8 @@ def calibrate(
     of the size of pieces; here, every voxel of the validation volumes counts. `fused`: the filter
     may count beside the network (`fuse`).
 
-    Returns
-    -------
-    dict
-        ``threshold``; ``min_size``, in voxels, below which pieces are dropped; ``filter_weight``;
-        and ``calibrated``, the mean Dice of the volumes at these values, the best for all of them.
+    Returns ``threshold``; ``min_size``, in voxels, below which pieces are dropped;
+    ``filter_weight``; and ``calibrated``, the best mean Dice of all volumes, at these values.
     """
     network, facts = load_checkpoint(checkpoint)
     tiling, masks = Tiling(**tiling), [sample.mask for sample in samples]

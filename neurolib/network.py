@@ -302,9 +302,8 @@ def build(
 
     Returns
     -------
-    network : Segmenter or UNet
-    report : LoadReport or None
-        Which keys the pre-trained weights filled; None for ``scratch``.
+    (network, report)
+        The report says which keys the pre-trained weights filled; None for ``scratch``.
     """
     torch.manual_seed(seed)
     network = make(settings)

@@ -565,9 +565,8 @@ def _cuts(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def resample(tree: Tree, step: float) -> Tree:
     """Place nodes evenly along every unbranched path, at most `step` voxels apart.
 
-    Roots, tips and branch points stay where they are. Between them, samples of the polyline
-    replace the nodes; radii are interpolated, and the type is that of the next original node
-    away from the root.
+    Roots, tips and branch points stay. Between them, samples of the polyline replace the nodes;
+    radii are interpolated, and the type is that of the next original node away from the root.
     """
     check_range("step", step)
     topological_order(tree)
