@@ -20,7 +20,7 @@ from neurolib.evaluation import choose_cut
 from neurolib.files import content_key, sha256, text_key
 from neurolib.network import NetworkSettings, Segmenter
 from neurolib.parameters import check_range
-from neurolib.training import load_checkpoint, save_checkpoint
+from neurolib.training import load_checkpoint, names_by_content, save_checkpoint
 from neurolib.volume import empty_level, pieces, read_volume, standing_out, write_volume
 
 # Axes of a batch of blocks (n, 1, z, y, x), or of its logits (n, z, y, x), that flips mirror: x, y,
@@ -150,7 +150,7 @@ def calibrate(
             best = dict(zip(("threshold", "min_size", "calibrated"), chosen, strict=True))
             best["filter_weight"] = weight
     facts |= best
-    facts["chosen_on"] = {content_key(s.image): s.pair.name for s in samples}
+    facts["chosen_on"] = names_by_content(samples)
     save_checkpoint(checkpoint, network, network.state_dict(), facts)
     return best
 

@@ -412,8 +412,7 @@ def train(
         blocks = BlockSource(samples, shape.depth, shape.block, settings.negatives, settings.seed)
         checks = [validation_blocks(sample, shape, settings) for sample in validation]
         # A network that continues from a checkpoint has seen what that one had.
-        seen = {content_key(s.image): s.pair.name for s in (*samples, *validation)}
-        seen = network.origin.get("seen", {}) | seen
+        seen = network.origin.get("seen", {}) | names_by_content((*samples, *validation))
         about = {"tau": tau, "training": asdict(settings), "seen": seen}
         _prepare_encoder(network, settings)
         optimizer = torch.optim.AdamW(parameter_groups(network, settings), fused=True)
@@ -714,6 +713,11 @@ def _fill(network: Segmenter, path: str | Path, facts: dict, weights: dict) -> N
     network.origin["seen"] = facts.get("seen", {})
     if not frozen:
         network.origin["initialisation"] = RESTORED
+
+
+def names_by_content(samples: Sequence[Sample]) -> dict[str, str]:
+    """The names of samples by the hashes of their images, as a checkpoint remembers them."""
+    return {content_key(sample.image): sample.pair.name for sample in samples}
 
 
 def check_unseen(facts: dict, samples: Sequence[Sample], checkpoint: str | Path) -> None:
