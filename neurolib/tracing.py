@@ -23,6 +23,7 @@ Pacific Graphics 2000. Constants without a source are ours.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import psutil
@@ -64,30 +65,56 @@ Box = tuple[slice, slice, slice]
 
 @dataclass(frozen=True)
 class Foreground:
-    """Foreground voxels of a volume and their graph; n voxels, in raster order per component.
+    """Foreground voxels of a volume and their graph; n voxels, the largest component first.
 
-    voxels (n, 3): indices z, y, x; probability (n,) in [0, 1]; component (n,): number of the
-    connected component, 0 for the largest; neighbours: sparse (n, n), distances of 26-neighbours;
-    shape (z, y, x) of the volume; scale (z, y, x): voxel edges in units of the shortest.
+    number (n,): `_number` of each voxel, ascending in each component; values (n,): probabilities
+    in [0, 1] or True; start (components + 1,): row at which each component begins; shape (z, y, x)
+    of the volume; scale (z, y, x): voxel edges in units of the shortest.
     """
 
-    voxels: np.ndarray
-    probability: np.ndarray
-    component: np.ndarray
-    neighbours: sparse.csr_array
+    number: np.ndarray
+    values: np.ndarray
+    start: np.ndarray
     shape: tuple[int, int, int]
     scale: np.ndarray
+
+    @cached_property
+    def voxels(self) -> np.ndarray:
+        """Indices (n, 3), z, y, x."""
+        return _voxels(self.number, self.shape)
 
     @property
     def points(self) -> np.ndarray:
         """Voxel centres (n, 3), z, y, x, in units of the finest axis."""
         return self.voxels * self.scale
 
-    def graph(self, number: int) -> tuple[slice, sparse.csr_array]:
-        """The voxels of a component and their graph, without a copy if there is only one."""
-        rows = slice(*np.searchsorted(self.component, [number, number + 1]).tolist())
-        whole = rows.stop - rows.start == len(self.component)
-        return rows, self.neighbours if whole else self.neighbours[rows, rows]
+    @property
+    def component(self) -> np.ndarray:
+        """Number (n,) of the connected component of each voxel, 0 for the largest."""
+        return np.repeat(np.arange(len(self.start) - 1), np.diff(self.start))
+
+    @cached_property
+    def neighbours(self) -> sparse.csr_array:
+        """Sparse (n, n) matrix of the distances of 26-neighbours."""
+        if len(self.start) == 2:
+            return _neighbour_graph(self.number, self.shape, self.scale)
+        parts = [self.part(number)[1].neighbours for number in range(len(self.start) - 1)]
+        return sparse.block_diag(parts, format="csr")
+
+    def part(self, component: int) -> tuple[slice, "Foreground"]:
+        """The rows of a component, and the component as a separate foreground."""
+        rows = slice(*self.start[component : component + 2].tolist())
+        if len(self.start) == 2:
+            return rows, self
+        number, values = self.number[rows], self.values[rows]
+        return rows, replace(self, number=number, values=values, start=np.array([0, len(number)]))
+
+    def nearest(self, seed: tuple[float, float, float]) -> int:
+        """Row of the voxel nearest to a point (z, y, x) in the volume."""
+        point, size = np.asarray(seed, dtype=float), np.array(self.shape)
+        if point.shape != (3,) or not np.all((point >= -0.5) & (point <= size - 0.5)):
+            raise VolumeError(f"seed {seed} lies outside of the volume; expected z, y, x in {size}")
+        return int(np.argmin(((self.points - point * self.scale) ** 2).sum(axis=1)))
 
 
 @dataclass(frozen=True)
@@ -140,24 +167,23 @@ def trace(
     """
     check_range("step", step)
     check_range("bridge", bridge)
-    voxels = _collect(probability, spacing, threshold, min_size, regions)
-    first = None if seed is None else voxels.nearest(seed)
+    foreground = find_foreground(probability, spacing, threshold, min_size, regions)
+    first = None if seed is None else foreground.component[foreground.nearest(seed)]
     trees, shells = [], []
-    for number in sorted(range(voxels.components), key=lambda number: number != first):
-        component = voxels.component(number)
-        shells.append(background_shell(component).astype(np.int32))
-        radius = measure_radius(component, shell=shells[-1])
-        cost = path_cost(component, radius)
-        paths = find_paths(component, radius, cost, seed if number == first else None)
-        paths = prune_paths(paths, component, radius)
-        trees.append(paths_to_tree(paths, component, radius))
-    trees = _one_soma(trees, voxels.scale, seed is not None)
+    for number in sorted(range(len(foreground.start) - 1), key=lambda number: number != first):
+        _, part = foreground.part(number)
+        shells.append(background_shell(part).astype(np.int32))
+        radius = measure_radius(part, shell=shells[-1])
+        cost = path_cost(part, radius)
+        paths = find_paths(part, radius, cost, seed if number == first else None)
+        trees.append(paths_to_tree(prune_paths(paths, part, radius), part, radius))
+    trees = _one_soma(trees, foreground.scale, seed is not None)
     tree, shell = _side_by_side(trees), np.concatenate(shells)
     if bridge > 0:
         tree, bridges = bridge_gaps(tree, probability, spacing, bridge, seed)
         if log is not None:
             log.extend(bridges)
-    return smooth_tree(tree, shell, voxels.scale, step)
+    return smooth_tree(tree, shell, foreground.scale, step)
 
 
 EMPTY_TREE = Tree(np.zeros((0, 3)), np.zeros(0), np.zeros(0, int), np.zeros(0, int))
@@ -180,68 +206,12 @@ def find_foreground(
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
     threshold: float = 0.5,
     min_size: int = 20,
+    regions: Iterable[Box] | None = None,
 ) -> Foreground:
-    """Voxels above the threshold in components of at least `min_size`, with their graph.
+    """Voxels above the threshold in components of at least `min_size`, read box by box.
 
     Parameters are those of `trace`.
     """
-    collected = _collect(probability, spacing, threshold, min_size)
-    components = [collected.component(number) for number in range(collected.components)]
-    return Foreground(
-        voxels=_voxels(collected.number, collected.shape),
-        probability=collected.probability.astype(float),
-        component=np.repeat(np.arange(len(components)), np.diff(collected.start)),
-        neighbours=sparse.block_diag([part.neighbours for part in components], format="csr"),
-        shape=collected.shape,
-        scale=collected.scale,
-    )
-
-
-@dataclass(frozen=True)
-class _Collected:
-    """A foreground before its graph is made, by components.
-
-    number (n,): `_number` of each voxel, ascending in each component, largest component first;
-    probability (n,); start (components + 1,): where each component begins; shape and scale as in
-    `Foreground`.
-    """
-
-    number: np.ndarray
-    probability: np.ndarray
-    start: np.ndarray
-    shape: tuple[int, int, int]
-    scale: np.ndarray
-
-    @property
-    def components(self) -> int:
-        return len(self.start) - 1
-
-    def component(self, number: int) -> Foreground:
-        """One component as a separate foreground."""
-        part = slice(self.start[number], self.start[number + 1])
-        return Foreground(
-            voxels=_voxels(self.number[part], self.shape),
-            probability=self.probability[part].astype(float),
-            component=np.zeros(part.stop - part.start, dtype=int),
-            neighbours=_neighbour_graph(self.number[part], self.shape, self.scale),
-            shape=self.shape,
-            scale=self.scale,
-        )
-
-    def nearest(self, seed: tuple[float, float, float]) -> int:
-        """Number of the component nearest to a point (z, y, x) in the volume."""
-        row = _nearest(_voxels(self.number, self.shape), seed, self.shape, self.scale)
-        return int(np.searchsorted(self.start, row, side="right")) - 1
-
-
-def _collect(
-    probability: np.ndarray,
-    spacing: tuple[float, float, float],
-    threshold: float,
-    min_size: int,
-    regions: Iterable[Box] | None = None,
-) -> _Collected:
-    """Read the foreground of a volume box by box; see `find_foreground`."""
     # Strategy: find the components of each box. Drop one at once if it is too small and touches no
     # other box, so that specks never pile up. At the end, join components across the faces of
     # boxes.
@@ -290,7 +260,7 @@ def _collect(
     order = np.lexsort([number, rank[label]])[: size[large].sum()]
     _check_memory(len(order), int(size.max()), threshold)
     start = np.concatenate([[0], np.cumsum(np.sort(size[large])[::-1])])
-    return _Collected(number[order], values[order], start, shape, scale)
+    return Foreground(number[order], values[order], start, shape, scale)
 
 
 def _check_memory(held: int, graph: int, threshold: float) -> None:
@@ -440,10 +410,10 @@ def path_cost(foreground: Foreground, radius: np.ndarray) -> np.ndarray:
 
     r_max is the largest `radius` in the voxel's component.
     """
-    largest = np.zeros(foreground.component[-1] + 1)
-    np.maximum.at(largest, foreground.component, radius)
-    off_centre = 1 - radius / largest[foreground.component]
-    return np.exp(CENTRING * off_centre**2 + CERTAINTY * (1 - foreground.probability))
+    largest = np.maximum.reduceat(radius, foreground.start[:-1])
+    off_centre = 1 - radius / np.repeat(largest, np.diff(foreground.start))
+    probability = foreground.values.astype(float)
+    return np.exp(CENTRING * off_centre**2 + CERTAINTY * (1 - probability))
 
 
 # --- 4. Paths ----------------------------------------------------------------------------------
@@ -469,17 +439,17 @@ def find_paths(
         Voxel numbers along each path. The first path of a component starts at its root, every
         other one at a voxel of an earlier path. No other voxel is on two paths.
     """
-    points, component, paths = foreground.points, foreground.component, []
-    order, seed_voxel = np.arange(component[-1] + 1), None
-    if seed is not None:
-        seed_voxel = _nearest(foreground.voxels, seed, foreground.shape, foreground.scale)
-        order = sorted(order, key=lambda number: number != component[seed_voxel])
-    for number in order:
-        part, lengths = foreground.graph(number)
-        seeded = seed_voxel is not None and component[seed_voxel] == number
-        root = find_root(lengths, radius[part], seed_voxel - part.start if seeded else None)
-        own = _component_paths(lengths, points[part], radius[part], cost[part], root)
-        paths += [part.start + path for path in own]
+    points, paths, numbers = foreground.points, [], list(range(len(foreground.start) - 1))
+    seed_row = None if seed is None else foreground.nearest(seed)
+    if seed_row is not None:
+        seeded = foreground.component[seed_row]
+        numbers.insert(0, numbers.pop(seeded))
+    for number in numbers:
+        rows, part = foreground.part(number)
+        in_part = seed_row is not None and number == seeded
+        root = find_root(part.neighbours, radius[rows], seed_row - rows.start if in_part else None)
+        own = _component_paths(part.neighbours, points[rows], radius[rows], cost[rows], root)
+        paths += [rows.start + path for path in own]
     return paths
 
 
@@ -600,14 +570,6 @@ def _explained(
     return around[(source >= 0) & (distance <= limit[np.maximum(source, 0)])]
 
 
-def _nearest(voxels: np.ndarray, seed: tuple, shape: tuple, scale: np.ndarray) -> int:
-    """Row of the voxel (n, 3) nearest to a point (z, y, x) in the volume."""
-    point = np.asarray(seed, dtype=float)
-    if point.shape != (3,) or not np.all((point >= -0.5) & (point <= np.array(shape) - 0.5)):
-        raise VolumeError(f"seed {seed} lies outside of the volume; expected z, y, x in {shape}")
-    return int(np.argmin(((voxels * scale - point * scale) ** 2).sum(axis=1)))
-
-
 # --- 5. Pruning --------------------------------------------------------------------------------
 
 
@@ -619,11 +581,11 @@ def prune_paths(
     The first path of a component stays. A path that leaves a dropped one is always dropped too: it
     reaches no farther from the parent, and r changes by no more than the distance.
     """
-    points, kept, component = foreground.points, [], -1
+    points, component, kept, last = foreground.points, foreground.component, [], -1
     for path in paths:
         length = np.linalg.norm(np.diff(points[path], axis=0), axis=1).sum()
-        is_first = foreground.component[path[0]] != component
-        component = foreground.component[path[0]]
+        is_first = component[path[0]] != last
+        last = component[path[0]]
         # Like r, the length reaches the edge, half a voxel beyond the last centre.
         if is_first or length + HALF_VOXEL >= BRANCH_MARGIN + radius[path[0]]:
             kept.append(path)
@@ -647,9 +609,9 @@ def paths_to_tree(paths: list[np.ndarray], foreground: Foreground, radius: np.nd
     parent = np.array(parents)
     types = np.full(len(voxels), UNDEFINED)
     for root in np.flatnonzero(parent < 0):
-        part, lengths = foreground.graph(foreground.component[voxels[root]])
-        soma = find_soma(lengths, radius[part])
-        if soma is not None and voxels[root] == part.start + soma:
+        rows, part = foreground.part(foreground.component[voxels[root]])
+        soma = find_soma(part.neighbours, radius[rows])
+        if soma is not None and voxels[root] == rows.start + soma:
             types[root] = SOMA
     xyz = foreground.voxels[voxels][:, ::-1].astype(float)
     return Tree(xyz, radius[voxels] + HALF_VOXEL, types, parent)

@@ -102,12 +102,13 @@ def check_is_forest(tree: Tree, mask: np.ndarray) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10_000), st.tuples(*[st.integers(1, 9)] * 3))
-def test_graph_and_components_are_their_definitions(seed, shape):
+@given(st.integers(0, 10_000), *[st.tuples(*[st.integers(1, 9)] * 3)] * 2)
+def test_graph_and_components_are_their_definitions(seed, shape, region):
     mask = np.random.default_rng(seed).random(shape) < 0.3
     mask.flat[seed % mask.size] = True
     spacing = np.array((2.0, 1.0, 1.5))
-    foreground = find_foreground(mask, tuple(spacing), min_size=1)
+    regions = boxes((0, 0, 0), shape, region)
+    foreground = find_foreground(mask, tuple(spacing), min_size=1, regions=regions)
     label, count = ndimage.label(mask, np.ones((3, 3, 3)))
     assert foreground.component[-1] + 1 == count
     sizes = np.bincount(foreground.component)
@@ -121,7 +122,8 @@ def test_graph_and_components_are_their_definitions(seed, shape):
         voxels = foreground.voxels[foreground.component == component]
         assert len(np.unique(label[tuple(voxels.T)])) == 1
         assert np.all(np.diff(np.ravel_multi_index(voxels.T, shape)) > 0)
-    kept = find_foreground(mask, min_size=int(sizes[0]))
+    regions = boxes((0, 0, 0), shape, region)
+    kept = find_foreground(mask, min_size=int(sizes[0]), regions=regions)
     assert np.all(np.bincount(kept.component) == sizes[0])
 
 
