@@ -26,9 +26,6 @@ from neurolib import weights
 from neurolib._timm import timm
 from neurolib.errors import WeightsError
 from neurolib.files import sha256
-from neurolib.network import NetworkSettings, build
-
-DINO = "vit_small_patch16_224.dino"
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +41,6 @@ def onnx_file(pytestconfig):
         with tempfile.TemporaryDirectory() as folder:
             shutil.move(weights._download_onnx(Path(folder)), path)
     return path
-
-
-@pytest.fixture(scope="module")
-def dino():
-    """A state dict with the keys and shapes of the official DINO ViT-S/16; the values do not
-    matter here."""
-    torch.manual_seed(0)
-    return timm.create_model(DINO, pretrained=False, num_classes=0).state_dict()
 
 
 @pytest.fixture
@@ -155,8 +144,10 @@ def test_official_wrappers_and_prefixes_are_removed(tmp_path, small, wrap):
 
 def test_full_training_checkpoint_with_its_command_line_is_read(tmp_path, small):
     full = {"teacher": small, "optimizer": {"lr": 0.1}, "args": argparse.Namespace(arch="vit")}
-    torch.save(full, tmp_path / "full.pth")
-    assert same(weights.read_weights(tmp_path / "full.pth"), small)
+    path = tmp_path / "full.pth"
+    torch.save(full, path)
+    assert same(weights.load_pretrained("vit_small_patch16_224.dino", path), small)
+    assert "sha256 " + sha256(path)[:16] in weights.provenance("", path)
 
 
 def test_half_precision_is_read_as_float32(tmp_path, small):
@@ -164,19 +155,6 @@ def test_half_precision_is_read_as_float32(tmp_path, small):
     tensors = weights.read_weights(tmp_path / "w.safetensors")
     assert tensors["cls_token"].dtype == torch.float32
     assert torch.equal(tensors["cls_token"], small["cls_token"].half().float())
-
-
-def test_file_of_dinos_real_layout_fills_the_whole_encoder(tmp_path, dino):
-    path = tmp_path / "dino_deitsmall16_pretrain.pth"
-    torch.save(dino, path)
-    assert len(dino) == 150
-    assert same(weights.load_pretrained(DINO, path), dino)
-    network, report = build(NetworkSettings(encoder=DINO, depth=3), "center", str(path))
-    assert report.share == 1
-    assert len(report.matched) == 150
-    assert not report.unexpected
-    assert torch.equal(network.encoder.blocks[7].mlp.fc1.weight, dino["blocks.7.mlp.fc1.weight"])
-    assert "sha256 " + sha256(path)[:16] in weights.provenance(DINO, path)
 
 
 def test_file_in_the_users_folder_goes_before_every_other_source(tmp_path, small, monkeypatch):
