@@ -269,7 +269,7 @@ def test_a_flat_neurite_between_two_slices_is_marked(dz, height):
 
 
 @pytest.mark.parametrize(
-    "spacing", [(100, 0.1, 0.1), (0.1, 100, 0.1), (1e-3, 1, 1), (1, 1, 1e-3), (1e12, 1e9, 1e12)]
+    "spacing", [(300, 0.1, 0.1), (0.1, 300, 0.1), (1e-4, 1, 1), (1, 1, 1e-4), (1e4, 1, 1e4)]
 )
 def test_extreme_spacings_take_no_more_work(spacing, monkeypatch):
     tree, work = tree_of([[3, 4, 2], [90, 80, 30]], [-1, 0]), []
@@ -477,7 +477,7 @@ BAD = [
     (VolumeError, "shape: expected three", lambda: make_target(TREE, (9, 0, 9))),
     (VolumeError, "spacing", lambda: make_target(TREE, (9, 9, 9), (1, 0, 1))),
     (VolumeError, "spacing", lambda: make_target(TREE, (9, 9, 9), (1, float("nan"), 1))),
-    (VolumeError, "1000 times", lambda: make_target(TREE, (9, 9, 9), (1e-6, 1, 1))),
+    (VolumeError, "10000 times", lambda: make_target(TREE, (9, 9, 9), (1e-6, 1, 1))),
     (VolumeError, "spacing", lambda: make_target(TREE, (9, 9, 9), (1e-300,) * 3)),
     (SettingsError, "tau", lambda: make_target(TREE, (9, 9, 9), tau=0)),
     (SettingsError, "tau", lambda: tube_radius(1.5)),

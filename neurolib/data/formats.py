@@ -33,7 +33,7 @@ from neurolib.files import decode
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 # A voxel's edges: least and largest length, from atoms to planets in any unit, and largest ratio.
-LENGTHS, LONGEST = (1e-12, 1e12), 1000
+LENGTHS, LONGEST = (1e-12, 1e12), 10_000
 
 
 @dataclass(frozen=True)
