@@ -100,8 +100,8 @@ class BlockSource:
     def __init__(
         self,
         samples: Sequence[Sample],
-        depth: int,
-        size: int,
+        depth: int = 5,
+        size: int = 100,
         negatives: float = TrainingSettings.negatives,
         seed: int = 0,
     ):
