@@ -27,7 +27,7 @@
 #
 # **Before this:** [02 Weight inflation](02_weight_inflation.ipynb).
 #
-# **Takes** 8 minutes and 1.4 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
+# **Takes** 5 minutes and 1.4 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
 # %% jupyter={"source_hidden": true} tags=["parameters", "hide-input"]
 # What is learnt from, and where results go
