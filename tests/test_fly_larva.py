@@ -521,7 +521,8 @@ def test_profiles_name_data_that_anybody_can_get_and_never_a_final_neuron():
     for grid in grids:
         assert grid["data"] in ("synthetic", "fly-larva")
         rows = (grid["common"], *grid["networks"].values())
-        named = [*grid["folds"], *(row.get("validate_on", "") for row in rows)]
+        named = [names for fold in grid["folds"] for names in fold.values()]
+        named += [row.get("validate_on", "") for row in rows]
         assert not set(",".join(named).split(",")) & set(FINAL)
     texts = [
         p for kind in ("profiles/*", "notebooks/*.py", "docs/*.md", "*.md") for p in root.glob(kind)
