@@ -31,7 +31,7 @@ class Scale:
     stitched: tuple[int, int, int] = (100, 500, 500)
     cell: tuple[int, int, int] = (64, 256, 256)
     cells: tuple[tuple[int, int], ...] = ((1, 1), (1, 2), (2, 2), (2, 4))
-    sparse: tuple[int, int, int] = (16, 300, 300)
+    sparse: tuple[int, int, int] = (24, 300, 300)
     network: NetworkSettings = NETWORK
     small_network: NetworkSettings = SMALL
     batch: int = 64

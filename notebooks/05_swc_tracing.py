@@ -507,7 +507,7 @@ widgets.explore(retrace, "retrace", alt, run.figures, threshold=low, smallest=si
 # makes the file that is read here: `neurolib sweep profiles/ours-cpu.yaml`.
 
 # %%
-measured = sweeps.read_results(real, "tree")
+measured = sweeps.read_results(real, "tree") if Path(real).is_file() else []
 columns = ("volume", "network", "dice", "precision", "recall", "esa", "pds")
 lines = sorted(measured, key=lambda row: row["volume"])
 display(Markdown(runs.table([{column: row[column] for column in columns} for row in lines])))
@@ -516,9 +516,10 @@ display(Markdown(runs.table([{column: row[column] for column in columns} for row
 recall = sweeps.by_network(measured, "recall")
 levels = {name: of for name, of in recall.items() if name in baselines.FILTERS}
 learnt = {name: of for name, of in recall.items() if name not in levels}
-figure = plotting.dots(learnt, "recall of the tree", references=levels)
 alt = "Recall of each real neuron's tree: a dot for a network, lines for three filters."
-plotting.show(figure, "real-recall", alt, run.figures)
+if measured:
+    figure = plotting.dots(learnt, "recall of the tree", references=levels)
+    plotting.show(figure, "real-recall", alt, run.figures)
 
 # %% [markdown]
 # These trees are far from done. From the targets of the same kind of neurons, this tracer's trees have
