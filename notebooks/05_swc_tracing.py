@@ -28,7 +28,7 @@
 #
 # **Before this:** [04 Evaluation](04_evaluation.ipynb).
 #
-# **Takes** 2 minutes and 1.0 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
+# **Takes** 2 minutes and 1.1 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
 # %% jupyter={"source_hidden": true} tags=["parameters", "hide-input"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results
