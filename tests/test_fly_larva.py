@@ -235,7 +235,10 @@ def test_a_killed_download_ends_in_the_same_files(server, tmp_path):
     for here in faults.killed(faults.download_pairs, tmp_path / "killed", kills, 7, *args):
         whole = whole or faults.content(tmp_path / "killed" / "whole")
         assert len(whole) == 7
-        assert faults.content(here) == whole
+        # Killed between its last file and the end, a process leaves its work folder to the next
+        # one that writes; where all files are there, none does.
+        made = {name: content for name, content in faults.content(here).items() if "/." not in name}
+        assert made == whole
 
 
 @pytest.mark.parametrize("lost", ["alpha.tif", "beta_body.swc"])
