@@ -10,16 +10,19 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+import yaml
 
 from neurolib import blocking, swc, volume
 from neurolib.course import runs, sweeps
 from neurolib.course.baselines import FILTERS
 from neurolib.data import datasets, pairs, synthesis
 from neurolib.errors import DataError, SettingsError, VolumeError, WeightsError
+from neurolib.files import SHIPPED
 
 GRID = """\
 data: somewhere
@@ -602,6 +605,23 @@ def test_a_start_that_does_not_fit_is_refused_before_the_work(data, tmp_path, ch
     with pytest.raises(WeightsError, match=said):
         runs.run_course(str(data), "course", "x", tmp_path / "runs", change)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "train", "sweep"])
+def test_a_start_is_looked_for_where_the_user_stands(data, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(SHIPPED, "mine.safetensors")
+    given = {"start_from": "mine.safetensors", "initialisation": "center", "depth": 3}
+    grid = yaml.safe_load(SMALL.format(results="x.csv", data=data, bad=""))
+    Path("grid.yaml").write_text(yaml.safe_dump(grid | {"networks": {"mine": given}}))
+    call = {
+        "run": lambda: runs.run_course(str(data), "empty", "x", "runs", given),
+        "train": lambda: runs.train_run(str(data), "empty", "x", "runs", given),
+        "sweep": lambda: sweeps.run_sweep("grid.yaml", "runs"),
+    }[command]
+    # Read and compared, so it was found.
+    with pytest.raises(WeightsError, match=r"start_from=.*mine.safetensors: has .*depth=5"):
+        call()
 
 
 def test_a_run_in_which_nothing_is_found_goes_on_to_its_report(data, tmp_path, monkeypatch):

@@ -301,10 +301,12 @@ def choose_parameters(values: dict, defaults: dict[str, dict]) -> dict[str, dict
     }
 
 
-def check_settings(values: dict) -> "tuple[NetworkSettings, TrainingSettings]":
+def check_settings(
+    values: dict, folder: str | Path = NOTEBOOKS
+) -> "tuple[NetworkSettings, TrainingSettings]":
     """Refuse now what a stage would refuse hours later (SettingsError); return the settings.
 
-    `values` holds all parameters of the notebooks.
+    `values` holds all parameters of the notebooks; their paths are relative to `folder`.
     """
     from neurolib import blocking, devices, inflation, network, training
 
@@ -327,7 +329,7 @@ def check_settings(values: dict) -> "tuple[NetworkSettings, TrainingSettings]":
             f"every={values['every']}: expected 1 for a network that predicts all slices"
         )
     if start := values["start_from"]:
-        start = start if start == SHIPPED_NAME else NOTEBOOKS / start
+        start = start if start == SHIPPED_NAME else Path(folder) / start
         training.check_start(start, shape, values["initialisation"])
     return shape, training_settings
 
@@ -440,7 +442,7 @@ def train_run(
     chosen = choose_parameters(localise(given, "."), defaults)
     split = defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK]
     values = defaults["03_training"] | chosen["03_training"]
-    shape, settings = check_settings(split | values)
+    shape, settings = check_settings(split | values, ".")
     fabric = training.start(values["device"], values["precision"])
     path = Path(folder) / (name or f"{data_label(data)}-{Path(profile).stem}")
     first = fabric.is_global_zero

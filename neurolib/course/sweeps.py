@@ -246,7 +246,7 @@ def _check(
     for cell in {cell.network: cell for cell in cells}.values():
         localise(cell.parameters)
         if "encoder" in known:
-            check_settings(known | cell.parameters)
+            check_settings(known | cell.parameters, ".")
         if measure == "tree" and cell.parameters.get("every", 1) != 1:
             raise SettingsError(f"{path}: measure tree needs all slices; remove 'every'")
     if results.exists():
