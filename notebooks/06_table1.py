@@ -69,7 +69,7 @@ print(f"{len(rows)} measurements on {len(neurons)} neurons: {', '.join(neurons)}
 #
 # Before networks are compared with each other, they are compared with what needs no network: a threshold
 # on the image, a difference of Gaussians, a ridge filter (notebook 04). Their parameters come from the
-# same validation neuron as the network's threshold. `ours` is our own configuration: a frozen encoder,
+# same two validation neurons as the network's threshold. `ours` is our own configuration: a frozen encoder,
 # with the photographs' weights, before a decoder and a small U-Net. These continue from the shipped network,
 # which has seen rendered neurons only, and train on the real ones for minutes. Where the file has them,
 # `real neurons only` begins without the rendered neurons, and `random encoder` without the photographs, too.
@@ -101,9 +101,10 @@ for name in by_method:
 # %% [markdown]
 # Read this table before any other. A difference whose interval holds zero has not been shown, and a
 # filter that is level with a network costs seconds instead of minutes. Part of the strength of filters
-# and network alike is that they drop small pieces, of a size that is chosen on the validation neuron; and a
-# difference of Gaussians may count beside the network (notebook 04). Look at the neurons one by one: where brightness alone tells the neuron from the rest,
-# filters are hard to beat; where it does not, they fail, and the network does not.
+# and network alike is that they drop small pieces, of a size that is chosen on the validation neurons; and
+# a difference of Gaussians may count beside the network (notebook 04). Look at the neurons one by one:
+# where brightness alone tells the neuron from the rest, filters are hard to beat; where it does not, they
+# fail, and the network does not.
 #
 # ## The experiment
 #
