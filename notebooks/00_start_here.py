@@ -13,7 +13,9 @@
 # %% [markdown]
 # # Start here: neurons, transformers, and this course
 #
-# *What the course is about, whether your machine is ready, and where to go first.*
+# *What must a computer learn to find a neuron in a stack of images, and is your machine ready to try?*
+#
+# ![A block of five slices, an inflated kernel, a map of probability, and a traced tree, joined by arrows.](attachment:pipeline.png)
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/neurite-vit-course/neurite-vit-course/blob/main/notebooks/00_start_here.ipynb)
 # [![Open on Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/neurite-vit-course/neurite-vit-course/main?urlpath=lab/tree/notebooks/00_start_here.ipynb)

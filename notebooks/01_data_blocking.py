@@ -13,7 +13,9 @@
 # %% [markdown]
 # # Data blocking: from a stack and a tree to training blocks
 #
-# *How a volume and its SWC become targets and blocks, and which choices decide the Dice.*
+# *How do a stack of images and a hand-traced tree become something that a network can learn from?*
+#
+# ![A slice of a volume, and beside it the target at four thresholds, from too thin to too wide.](attachment:thresholds.png)
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/neurite-vit-course/neurite-vit-course/blob/main/notebooks/01_data_blocking.ipynb)
 # [![Open on Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/neurite-vit-course/neurite-vit-course/main?urlpath=lab/tree/notebooks/01_data_blocking.ipynb)

@@ -13,7 +13,9 @@
 # %% [markdown]
 # # Weight inflation: a 2D transformer learns to see five slices
 #
-# *How the one layer that touches the pixels is made 3D, what each strategy keeps, and proof that nothing else changed.*
+# *How can a transformer that knows only flat photographs look at five slices at once?*
+#
+# ![One kernel of the patch embedding, inflated in three ways: in five equal parts, in the middle slice alone, and as a bell.](attachment:kernels.png)
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/neurite-vit-course/neurite-vit-course/blob/main/notebooks/02_weight_inflation.ipynb)
 # [![Open on Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/neurite-vit-course/neurite-vit-course/main?urlpath=lab/tree/notebooks/02_weight_inflation.ipynb)

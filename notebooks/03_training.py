@@ -13,7 +13,9 @@
 # %% [markdown]
 # # Training: from blocks to a checkpoint
 #
-# *A training loop that can be read, stopped and taken up again, and what its curves say.*
+# *How does a network learn what a neurite is, and how do you know when it has learnt enough?*
+#
+# ![The network: an inflated patch embedding, twelve transformer blocks with four taps, a decoder, and a stem beside them.](attachment:network.png)
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/neurite-vit-course/neurite-vit-course/blob/main/notebooks/03_training.ipynb)
 # [![Open on Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/neurite-vit-course/neurite-vit-course/main?urlpath=lab/tree/notebooks/03_training.ipynb)

@@ -13,7 +13,9 @@
 # %% [markdown]
 # # Evaluation: whole volumes, two metrics, and how sure one can be
 #
-# *From block predictions to a volume, and why Dice and Hd95 can disagree about it.*
+# *How good is a network on a neuron that it has never seen, and how sure can you be?*
+#
+# ![Projections of a test volume with voxels that were found, predicted only, and missed.](attachment:overlay.png)
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/neurite-vit-course/neurite-vit-course/blob/main/notebooks/04_evaluation.ipynb)
 # [![Open on Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/neurite-vit-course/neurite-vit-course/main?urlpath=lab/tree/notebooks/04_evaluation.ipynb)

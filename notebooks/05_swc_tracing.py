@@ -13,7 +13,9 @@
 # %% [markdown]
 # # SWC tracing: from a probability to a tree
 #
-# *A tracer built in six pictures, where it fails, and an SWC file that other programs can open.*
+# *How does a map of probabilities become a tree that other programs can open?*
+#
+# ![A traced tree over the reference tree in three dimensions.](attachment:tree-3d.png)
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/neurite-vit-course/neurite-vit-course/blob/main/notebooks/05_swc_tracing.ipynb)
 # [![Open on Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/neurite-vit-course/neurite-vit-course/main?urlpath=lab/tree/notebooks/05_swc_tracing.ipynb)

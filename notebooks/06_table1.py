@@ -13,7 +13,9 @@
 # %% [markdown]
 # # Table 1: does pre-training on photographs help?
 #
-# *The paper's experiment as a sweep of notebooks, with every neuron shown and intervals on the differences.*
+# *Do photographs help a network to see neurons, and how many neurons does it take to tell?*
+#
+# ![The Dice of every network on every test neuron, with the filters as lines.](attachment:dice.png)
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/neurite-vit-course/neurite-vit-course/blob/main/notebooks/06_table1.ipynb)
 # [![Open on Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/neurite-vit-course/neurite-vit-course/main?urlpath=lab/tree/notebooks/06_table1.ipynb)

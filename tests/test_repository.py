@@ -525,6 +525,28 @@ def test_build_keeps_the_old_notebook_where_it_fails(course):
     assert source.with_suffix(".ipynb").read_bytes() == before
 
 
+def test_new_text_keeps_the_outputs_and_new_code_is_refused(course):
+    source = course / "00_first.py"
+    figure = '<figure id="tree"><img alt="a &gt; b" src="data:image/png;base64,{}"></figure>'
+    stored = store(source, TEXT)
+    data = {"text/html": figure.format("QUJD")}
+    stored.cells[-1].outputs = [nbformat.v4.new_output("display_data", data=data)]
+    source.write_text(TEXT.replace("# # ", "# # How? ![A tree](attachment:tree.png) ", 1))
+    written = nbformat.read(build.store(source, stored), as_version=4)
+    assert written.cells[-1].outputs == stored.cells[-1].outputs
+    assert written.cells[0].attachments == {"tree.png": {"image/png": "QUJD"}}
+    assert problems_of(course) == []
+    written.cells[-1].outputs[0].data["text/html"] = figure.format("QUJE")  # an older picture
+    nbformat.write(written, source.with_suffix(".ipynb"))
+    assert "cell 0: tree.png is not the figure" in problems_of(course)[0]
+    source.write_text(TEXT.replace("print(steps)", "print(rate)"))
+    with pytest.raises(SystemExit, match="00_first, its code has changed"):
+        build.store(source, stored)
+    source.write_text(TEXT.replace("# # ", "# # ![None](attachment:none.png) ", 1))
+    with pytest.raises(SystemExit, match=r"none\.png is not the figure"):
+        build.store(source, stored)
+
+
 def test_state_that_a_second_run_meets_is_found(course):
     source = course / "00_first.py"
     before = source.with_suffix(".ipynb").read_bytes()

@@ -58,6 +58,8 @@ def test_every_notebook_and_module_has_a_page_with_its_figures(site):
         page = (site / f"notebooks/{path.stem}.html").read_text(encoding="utf-8")
         figures = set(re.findall(r'<figure id=\\"([^"]*)\\"', path.read_text(encoding="utf-8")))
         assert figures == set(re.findall(r'<figure id="([^"]*)"', page))
+        shown = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+        assert shown.index(shown[0], 1), "the picture at the top is one of the figures"
         assert "google.colab" not in page
     for path in (REPOSITORY / "neurolib").rglob("[!_]*.py"):
         name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)

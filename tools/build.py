@@ -4,6 +4,7 @@
 
     python tools/build.py              write and execute all notebooks
     python tools/build.py 03 05_swc    only those whose names start like this
+    python tools/build.py --text       new text around the same code: keep the stored outputs
     python tools/build.py --check      compare and check without executing
     python tools/build.py --twice 06   execute twice in one kernel, write nothing
 
@@ -52,6 +53,9 @@ PARAMETERS, BOOTSTRAP = "parameters", "bootstrap"
 # The line of a notebook's first cell with measurements, and calls that load pre-trained weights.
 MEASURED = re.compile(r"(?m)^# \*\*Takes\*\* .*$")
 LOADS = re.compile(r"\b(load_pretrained|network\.build|load_checkpoint|inference\.predicted)\(")
+# Pictures in a notebook's first cell, and the figures that it draws (`plotting.markup`).
+ATTACHED = re.compile(r"\(attachment:([\w-]+)\.png\)")
+FIGURE = re.compile(r'<figure id="([\w-]+)">[^>]*base64,([^"]+)"')
 # Files from which a notebook would resume instead of making them again.
 LONG = {
     "03_training": ("resume.safetensors", "checkpoint.safetensors"),
@@ -187,12 +191,29 @@ def build(source: Path) -> Path:
     _refuse(source, check_outputs(notebook))
     line = measured(notebook, time.monotonic() - started, peak[0])
     write_text(source, MEASURED.sub(line, source.read_text(encoding="utf-8")))
-    # Only the first cell changes: convert again and keep the outputs.
-    final = convert(source)
-    for cell, executed in zip(final.cells, notebook.cells, strict=True):
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = executed.outputs, executed.execution_count
-    return write_text(source.with_suffix(".ipynb"), nbformat.writes(final) + "\n")
+    return store(source, notebook)
+
+
+def store(source: Path, executed: NotebookNode) -> Path:
+    """Write the notebook of a text source with the outputs of an executed one of the same code."""
+    notebook, pairs = convert(source), []
+    for (_, cell), (_, old) in zip(code_cells(notebook), code_cells(executed), strict=False):
+        cell.outputs, cell.execution_count = old.outputs, old.execution_count
+        pairs.append((cell.source, old.source))
+    if len(code_cells(notebook)) != len(code_cells(executed)) or any(a != b for a, b in pairs):
+        raise SystemExit(f"{source.stem}, its code has changed; run make notebooks")
+    attach(notebook)
+    _refuse(source, check_outputs(notebook))
+    return write_text(source.with_suffix(".ipynb"), nbformat.writes(notebook) + "\n")
+
+
+def attach(notebook: NotebookNode) -> None:
+    """Give the first cell copies of the figures it shows, ``![what](attachment:ID.png)``."""
+    drawn = [text for _, c in code_cells(notebook) for o in c.outputs for text in output_texts(o)]
+    figures = dict(FIGURE.findall("".join(drawn)))
+    first = notebook.cells[0]
+    for name in ATTACHED.findall(first.source):
+        first.setdefault("attachments", {})[f"{name}.png"] = {"image/png": figures.get(name, "")}
 
 
 def forget(source: Path) -> None:
@@ -257,7 +278,13 @@ def check_drift(expected: NotebookNode, stored: NotebookNode) -> list[str]:
 
 def check_outputs(notebook: NotebookNode) -> list[str]:
     """Problems of code cells: not executed in order, errors, live outputs, private texts."""
-    problems = []
+    first, again = notebook.cells[0], copy.deepcopy(notebook)
+    attach(again)
+    problems = [
+        f"cell 0: {name} is not the figure that the notebook draws; run make notebooks"
+        for name, picture in again.cells[0].get("attachments", {}).items()
+        if not picture["image/png"] or picture != first.get("attachments", {}).get(name)
+    ]
     for count, (number, cell) in enumerate(code_cells(notebook), 1):
         if cell.execution_count != count:
             problems.append(
@@ -379,6 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="only notebooks whose names start like this")
     parser.add_argument("--check", action="store_true", help="compare and check, do not execute")
+    parser.add_argument("--text", action="store_true", help="keep the outputs, renew the text")
     parser.add_argument("--twice", action="store_true", help="execute twice in one kernel")
     options = parser.parse_args(arguments)
     paths = sources(options.names)
@@ -395,7 +423,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             execute_twice(path)
         return 0
     for path in paths:
-        build(path)
+        if options.text:
+            store(path, nbformat.read(path.with_suffix(".ipynb"), as_version=4))
+        else:
+            build(path)
     readme.write(sources())
     return 0
 

@@ -66,7 +66,11 @@ def stage(folder: Path) -> None:
     for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"):
         notebook = nbformat.read(path, as_version=4)
         # Readers look for the number, and do not need the cell for Colab.
-        notebook.cells[0].source = f"# {path.name[:2]} {notebook.cells[0].source[2:]}"
+        first = notebook.cells[0]
+        first.source = f"# {path.name[:2]} {first.source[2:]}"
+        for name, picture in first.pop("attachments", {}).items():  # MyST-NB knows none
+            address = f"data:image/png;base64,{picture['image/png']}"
+            first.source = first.source.replace(f"attachment:{name}", address)
         notebook.cells = [
             c for c in notebook.cells if "bootstrap" not in c.metadata.get("tags", [])
         ]
