@@ -17,7 +17,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "pages",
 ]
-exclude_patterns = ["**.ipynb_checkpoints"]
+exclude_patterns = ["**.ipynb_checkpoints", "slides.md"]  # slides: a page of their own
 
 # Notebooks are shown as they are stored: `make notebooks` executes them, `make test` checks them.
 nb_execution_mode = "off"

@@ -113,6 +113,23 @@ def test_timetables_add_up_and_take_the_minutes_of_the_notebooks(site):
 
 
 @needs_chromium
+def test_every_slide_fits_its_screen_and_keys_turn_it(site):
+    with chromium() as browser, new_page(browser) as (page, errors):
+        page.set_viewport_size({"width": 1280, "height": 720})
+        page.goto((site / "slides.html").as_uri())
+        sections = page.query_selector_all("section")
+        over = [s.evaluate("s => s.scrollHeight - s.clientHeight") for s in sections]
+        assert len(over) > 15
+        assert max(over) <= 1, over
+        pictures = page.query_selector_all("img")
+        assert min(picture.bounding_box()["height"] for picture in pictures) > 200
+        page.keyboard.press("ArrowRight")
+        page.wait_for_function("Math.abs(scrollY - innerHeight) < 2")
+        keep(page, "slides")
+        assert errors == []
+
+
+@needs_chromium
 def test_two_pages_open_without_an_error(site):
     with chromium() as browser:
         for name in ("notebooks/01_data_blocking", "teaching"):

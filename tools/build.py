@@ -158,6 +158,12 @@ def execute_twice(source: Path) -> None:
         execute(notebook, source.parent)
 
 
+def drawn_figures(notebook: NotebookNode) -> dict[str, str]:
+    """The figures among the outputs of a notebook, as base64 of PNG, by their ids."""
+    outputs = [output for _, cell in code_cells(notebook) for output in cell.outputs]
+    return dict(FIGURE.findall("".join(text for o in outputs for text in output_texts(o))))
+
+
 def clean(notebook: NotebookNode) -> NotebookNode:
     """Remove times, progress bars and live widgets, which change between executions, in place."""
     notebook.metadata = nbformat.from_dict(METADATA)
@@ -209,9 +215,7 @@ def store(source: Path, executed: NotebookNode) -> Path:
 
 def attach(notebook: NotebookNode) -> None:
     """Give the first cell copies of the figures it shows, ``![what](attachment:ID.png)``."""
-    drawn = [text for _, c in code_cells(notebook) for o in c.outputs for text in output_texts(o)]
-    figures = dict(FIGURE.findall("".join(drawn)))
-    first = notebook.cells[0]
+    first, figures = notebook.cells[0], drawn_figures(notebook)
     for name in ATTACHED.findall(first.source):
         first.setdefault("attachments", {})[f"{name}.png"] = {"image/png": figures.get(name, "")}
 

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import nbformat
+import slides
 import typer.main
 from docutils import nodes
 from docutils.utils.math import MathError
@@ -300,9 +301,18 @@ def plain_bars(app, what, name, obj, options, lines: list[str]) -> None:
     lines[:] = [line if "`" in line else line.replace("|", r"\|") for line in lines]
 
 
+def add_slides(app, error: Exception | None) -> None:
+    """Write the lecture's slides beside the pages."""
+    if error is None:
+        text = (Path(app.srcdir) / "slides.md").read_text(encoding="utf-8")
+        page = slides.slides(text, slides.figures())
+        write_text(Path(app.outdir) / "slides.html", page)
+
+
 def setup(app) -> dict:
     """Called by Sphinx."""
     stage(Path(app.srcdir))
+    app.connect("build-finished", add_slides)
     for directive in (Notebooks, Modules, Schedule, Commands, Results, Benchmarks):
         app.add_directive(directive.__name__.lower(), directive)
     app.add_html_math_renderer("mathml", (visit_inline, None), (visit_block, None))
