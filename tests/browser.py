@@ -41,8 +41,10 @@ def chromium():
         browser.close()
 
 
-# Badges, the only things that a page may fetch.
+# Badges, the only things that a page may fetch; and pictures attached to a cell, which JupyterLab
+# asks for before it replaces their addresses.
 BADGES = ("https://colab.research.google.com/assets/", "https://mybinder.org/badge_logo.svg")
+ATTACHED = "attachment:"
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="100" height="20"/>'
 
 
@@ -56,17 +58,21 @@ def new_page(browser, timeout=60):
     errors = []
 
     def elsewhere(route):
-        if route.request.url.startswith(BADGES):
+        if route.request.url.startswith((*BADGES, ATTACHED)):
             route.fulfill(content_type="image/svg+xml", body=SVG)
         else:
             route.abort()
+
+    def failed(request):
+        if not request.url.startswith(ATTACHED):
+            errors.append(f"request: {request.url} {request.failure}")
 
     page = browser.new_page(viewport={"width": 1300, "height": 950})
     page.set_default_timeout(1000 * timeout)
     page.route(re.compile(r"^(?!https?://127\.0\.0\.1|file:|data:|blob:)"), elsewhere)
     page.on("pageerror", lambda error: errors.append(f"exception: {error}"))
     page.on("console", lambda m: errors.append(f"console: {m.text}") if m.type == "error" else None)
-    page.on("requestfailed", lambda r: errors.append(f"request: {r.url} {r.failure}"))
+    page.on("requestfailed", failed)
     yield page, errors
     page.close()
 

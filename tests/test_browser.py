@@ -29,6 +29,7 @@ NEWS = {"fetchNews": "false", "checkForUpdates": False}
 CELLS = "jupyterapp.shell.currentWidget.content.widgets"
 STATE = f"""() => {CELLS}.map(cell => cell.model.toJSON())"""
 IS_DONE = f"() => {CELLS}.every(c => c.model.type !== 'code' || c.model.executionCount > 0)"
+OPENING = f"{CELLS}[0].node.querySelector('img[src^=data]')"
 IDLE = ".jp-StatusBar-TextItem:has-text('Idle')"
 HAS_RUN = f"([i, before]) => {CELLS}[i].model.executionCount > before"
 SLIDER = f"() => {CELLS}.findIndex(cell => cell.node.querySelector('.noUi-handle'))"
@@ -132,6 +133,7 @@ def test_a_reader_runs_moves_and_answers(path, lab, browser):
         page.goto(f"{url}lab/tree/{path.name}?token={token}&reset")
         page.wait_for_selector(".jp-Notebook .jp-Cell")
         page.wait_for_selector(IDLE)
+        page.wait_for_function(f"() => {OPENING}?.naturalWidth > 200")
 
         menu(page, "Run", "Run All Cells")
         try:
