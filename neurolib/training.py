@@ -312,9 +312,10 @@ def start(device: str = "auto", precision: str = "auto") -> Fabric:
 
 
 def device_name(fabric: Fabric) -> str:
-    """The name of the GPU on which a training runs, or ``CPU``."""
+    """The GPU on which a training runs, or ``CPU``, and the precision, as ``CPU, bf16-mixed``."""
     on_gpu = fabric.device.type == "cuda"
-    return torch.cuda.get_device_name(fabric.device) if on_gpu else fabric.device.type.upper()
+    name = torch.cuda.get_device_name(fabric.device) if on_gpu else fabric.device.type.upper()
+    return f"{name}, {fabric.strategy.precision.precision}"
 
 
 def layer_rates(network: Segmenter, settings: TrainingSettings) -> list[float]:

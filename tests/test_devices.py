@@ -9,7 +9,7 @@ from neurolib import devices
 from neurolib.errors import SettingsError
 from neurolib.inference import predict_volume
 from neurolib.network import NetworkSettings, make
-from neurolib.training import LOSSES, loss_terms
+from neurolib.training import LOSSES, device_name, loss_terms, start
 from neurolib.volume import normalise
 
 
@@ -76,6 +76,11 @@ def test_networks_compute_without_float64(kind):
         wanted = response[:, :1] if out.shape[1] == 1 else response
         for loss in LOSSES:
             sum(loss_terms(loss, out, wanted, 0.1).values()).backward(retain_graph=True)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_result_names_its_precision(precision):
+    assert device_name(start("cpu", precision)) == f"CPU, {precision}"
 
 
 def test_unknown_precision_is_refused():

@@ -641,6 +641,17 @@ def test_a_run_in_which_nothing_is_found_goes_on_to_its_report(data, tmp_path, m
     assert "nothing to trace" in run.path("report.html").read_text()
 
 
+@pytest.mark.parametrize("name", ["weights_file", "start_from"])
+def test_a_key_follows_what_is_in_a_file_and_not_its_name_alone(name, tmp_path):
+    file = tmp_path / "net.safetensors"
+    parameters, keys = {name: os.path.relpath(file, runs.NOTEBOOKS)}, set()
+    for content in (b"a", b"b"):
+        file.write_bytes(content)
+        keys.add(runs._key("03_training", parameters, ""))
+    keys |= {runs._key("03_training", {name: given}, "") for given in ("", "shipped")}
+    assert len(keys) == 4
+
+
 def test_a_key_follows_the_modules_that_compute_and_no_others():
     code = "!pip install x\nfrom neurolib import training\n"
     code += "from neurolib.course import plotting, runs\n"

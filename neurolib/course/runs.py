@@ -615,6 +615,8 @@ def _key(notebook: str, parameters: dict, before: str) -> str:
     code = [cell.source for cell in content.cells if cell.cell_type == "code"]
     facts = [before, json.dumps(parameters, sort_keys=True), *code]
     facts += map(sha256, modules_of("\n".join(code)))
+    for path in filter(None, map(parameters.get, ("weights_file", "start_from"))):
+        facts.append(sha256(SHIPPED if path == SHIPPED_NAME else NOTEBOOKS / path))
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()
 
 
