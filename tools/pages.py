@@ -114,7 +114,7 @@ class Notebooks(Written):
             [
                 {
                     "notebook": f"[{n.name[:2]} {n.title}](notebooks/{n.name}.ipynb)",
-                    "promise": n.promise,
+                    "question": n.promise,
                     "runs in": f"{n.minutes}, {n.memory}",
                     "exercises": n.exercises,
                 }

@@ -26,6 +26,8 @@ HEADS = {
     "precision": "precision",
     "esa": "ESA, voxels",
 }
+# The paper's rows, in its order; other networks come after them.
+PAPER = ("2D scratch", "2D pre-trained", "3D scratch", "3D average", "3D center")
 BASELINE = "3D scratch"
 TITLE = re.compile(r"(?m)^# # (.+)$")
 PROMISE = re.compile(r"(?m)^# \*([^*].*)\*$")
@@ -62,14 +64,14 @@ def fill(text: str, name: str, part: str) -> str:
 
 
 def notebooks(sources: Sequence[Path]) -> str:
-    """A line per notebook: what it teaches, and its minutes and memory."""
+    """A line per notebook: what it asks, and its minutes and memory."""
     rows = []
     for source in sources:
         text = source.read_text(encoding="utf-8")
         title, promise = TITLE.search(text)[1].partition(":")[0], PROMISE.search(text)[1]
         minutes, memory = TAKES.search(text).groups()
         link = f"[{source.stem[:2]} {title}](notebooks/{source.stem}.ipynb)"
-        rows.append({"notebook": link, "teaches": promise, "takes": minutes, "memory": memory})
+        rows.append({"notebook": link, "asks": promise, "takes": minutes, "memory": memory})
     return table(rows)
 
 
@@ -103,8 +105,14 @@ def results() -> str:
 
     p = {row["network"]: row.get("p") for row in compare_networks(dice, BASELINE)}
     lines = []
-    for name, scores in dice.items():
-        line = {"network": name, "Dice (95 % t interval)": spread(by_neuron(scores), ".3f")}
+    order = [name for name in PAPER if name in dice]
+    for name in [*order, *(name for name in dice if name not in PAPER)]:
+        scores = dice[name]
+        line = {
+            "network": name,
+            "n": len(scores),
+            "Dice (95 % t interval)": spread(by_neuron(scores), ".3f"),
+        }
         line["Hd95, voxels"] = spread(by_neuron(hd95[name]), ".0f")
         line[f"gain in Dice over {BASELINE}"], line["p"] = "", ""
         if name != BASELINE:
@@ -112,9 +120,9 @@ def results() -> str:
             line[f"gain in Dice over {BASELINE}"] = spread(gain, "+.3f")
             line["p"] = f"{p[name]:.3f}"
         lines.append(line)
-    neurons, seeds = {row["neuron"] for row in rows}, {row["seed"] for row in rows}
+    seeds = {row["seed"] for row in rows}
     return (
         table(lines)
-        + f"\n\nn = {len(neurons)} neurons, {len(seeds)} seed{'s'[: len(seeds) > 1]} each; "
+        + f"\n\nn: number of test neurons, {len(seeds)} seed{'s'[: len(seeds) > 1]} each; "
         "in brackets the 95 % t interval of the mean, p from flipping all signs."
     )
