@@ -66,10 +66,11 @@ run = runs.open_run(run_dir, "00_start_here", globals())
 # %% [markdown]
 # ## The question
 #
-# A neuron in a light microscope is a tree of thin threads, *neurites*, a few voxels wide. They fill one
-# or two thousandths of the volume. Can a computer find them, if it learns from a handful of
-# examples? Here is one of the volumes of this course, as three maximum projections, and the tree that we
-# want to find in it.
+# A neuron in a light microscope is a tree of thin threads, *neurites*. They are a few *voxels* wide (a
+# voxel is the pixel of a volume) and fill one or two thousandths of the volume. Can a computer find them
+# if it learns from a handful of examples? Below is one of the volumes of this course, in three maximum
+# projections, which keep the brightest voxel along each axis, and the tree that we want to find in it.
+# Such trees are stored in *SWC* files.
 
 # %%
 sample = blocking.read_sample(load_dataset(data, channel, spacing)[0])
@@ -78,15 +79,17 @@ alt = "Three maximum projections of a volume; the reference tree follows its bri
 plotting.show(figure, "neuron", alt, run.figures)
 
 # %% [markdown]
-# The bright ball at the root of the tree is the cell body, the *soma*. Nothing here is brighter, and yet
-# most of it is *not* what we look for: the target is a tube of equal width along the tree, through the
-# soma as well. A threshold on brightness finds the soma and the specks together with the neurites.
+# The bright ball at the root of the tree is the cell body, the *soma*. No part of the image is brighter,
+# and yet most of it is *not* what we look for: the target is a tube of equal width along the tree,
+# through the soma as well. A threshold on brightness finds the soma and the specks together with the
+# neurites.
 #
-# Few volumes come with a hand-made tree, far fewer than a deep network likes. The paper
-# *Boosting 3D Neuron Segmentation with 2D Vision Transformer Pre-trained on Natural Images*
-# (Cheng et al.) therefore borrows. It takes a vision transformer that has learnt from a million photographs (DINO,
-# Caron et al. 2021) and *inflates* the one layer that touches the pixels, so that the transformer reads
-# small stacks of slices. Its claim, in numbers:
+# Few volumes come with a tree that somebody has traced by hand, far fewer than a deep network needs. The
+# paper *Boosting 3D Neuron Segmentation with 2D Vision Transformer Pre-trained on Natural Images* (Cheng
+# et al.) therefore borrows. It takes a vision transformer that has learnt from a million photographs
+# (DINO, Caron et al. 2021) and *inflates* the one layer that touches the pixels, the *patch embedding*:
+# its 2D kernels are spread over several slices, so that the transformer reads small stacks. These are
+# its results:
 #
 # | network | pre-trained | transfer | Dice | Hd95 |
 # |---|---|---|---|---|
@@ -96,10 +99,11 @@ plotting.show(figure, "neuron", alt, run.figures)
 # | 3D ViT | yes | average | 0.4942 | 2.863 |
 # | 3D ViT | yes | center | 0.5045 | 2.810 |
 #
-# *Dice* says how much of a predicted mask overlaps the true one (1 is perfect). *Hd95* is how far
-# the two surfaces lie apart, in voxels, leaving out the worst twentieth. The paper tests on four
-# neurons and prints one number each. We repeat the experiment with intervals, and say where the
-# gain holds and where it does not.
+# *Transfer* says how a 2D kernel is spread: in equal parts (`average`) or into the middle slice alone
+# (`center`). *Dice* says how much a predicted mask and the true one overlap (1 is perfect). *Hd95* is
+# how far the two surfaces lie apart, in voxels, leaving out the worst twentieth. The paper tests on four
+# neurons and prints one number for all of them. We repeat the experiment, put intervals beside the
+# numbers, and say where the gain holds and where it does not.
 #
 # ## Is this machine ready?
 
@@ -110,10 +114,11 @@ print("ready" if not problems else "\n".join(problems))
 # %% [markdown]
 # ## The way in one picture
 #
-# The stages of the course, on a piece of the volume above: five slices of a *block*; one kernel of the
-# inflated patch embedding, which sees the middle slice alone (the paper's `center`); the probability
-# of neurite that the network gives whose decoder comes with the course, trained for minutes on images
-# rendered from real neurons' trees; and the tree that is traced through it. Nothing is drawn by hand.
+# Here are the stages of the course, on a piece of the volume above: the five slices of a *block*; one
+# kernel of the inflated patch embedding, which sees the middle slice alone (the paper's `center`); the
+# probability of neurite, from the network that comes with the course and was trained on images rendered
+# from the trees of real neurons; and the tree that is traced through it, here in several pieces. Nothing
+# is drawn by hand.
 
 # %%
 network, facts = training.load_checkpoint(runs.REPOSITORY / "data/neurite.safetensors")
@@ -152,21 +157,22 @@ plotting.show(figure, "pipeline", alt, run.figures)
 # | [05 SWC tracing](05_swc_tracing.ipynb) | predicted volumes | trees, ESA, DSA, PDS |
 # | [06 Table 1](06_table1.ipynb) | many runs | the paper's table, with intervals |
 #
-# Step through them in this order, or start anywhere: a notebook that misses the result of the one
-# before makes a small one for itself. To run all of them on your own volumes, put images and SWC
-# files of equal names into a folder and call `make course DATA=folder`.
+# A checkpoint is a file of trained weights; ESA, DSA and PDS say how far two trees lie apart. Step
+# through the notebooks in this order, or start anywhere: a notebook that lacks the result of the one
+# before makes a small one for itself. To run all of them on your own volumes, put images and SWC files
+# with the same names into a folder and call `make course DATA=folder`.
 #
 #
 # ## Two small exercises
 #
-# Exercises look like this: put your answer in place of the dots and run the cell. It says what is wrong
-# with it, or that it is right. A solution is folded below.
+# In every exercise, you put your answer in place of the dots and run the cell. It says that your answer
+# is right, or what is wrong with it. A solution is folded below.
 #
 # ### Exercise 1: how little there is to find
 #
 # A tree is `length` voxels long, its neurites have the `radius` given, and the volume has the `shape`
-# `(z, y, x)`. Which share of the volume is neurite? Estimate, and then compare: what does your function
-# say of the volume above, whose tree is 298 voxels long, for a radius of 1.9?
+# `(z, y, x)`. What share of the volume is neurite? Estimate it first, and then compare: what does your
+# function say about the volume above, whose tree is 298 voxels long, for a radius of 1.9 voxels?
 
 
 # %% tags=["exercise"]
@@ -191,7 +197,7 @@ exercises.q1(share)
 # %% [markdown]
 # ### Exercise 2: a network that finds nothing
 #
-# Which share of the voxels does a network get right that answers "no neurite" everywhere? `mask` is an
+# A network answers "no neurite" everywhere. What share of the voxels does it get right? `mask` is an
 # array of bools, True in the neurite.
 
 
@@ -216,7 +222,7 @@ exercises.q2(accuracy)
 # %% [markdown]
 # ## Checkpoint
 #
-# You have a machine that can run the course, and have seen all of its stages once.
+# You have a machine that can run the course, and you have seen all stages of the course once.
 #
 # **Next:** [01 Data blocking](01_data_blocking.ipynb), where a volume and a tree become something
 # that a network can learn from.

@@ -84,14 +84,16 @@ run = runs.open_run(run_dir, "01_data_blocking", globals())
 # %% [markdown]
 # ## A stack and a tree
 #
-# What exactly shall the network learn, and from which pieces of which volumes? This notebook answers
-# with arrays. Most of a score is decided here, before any network is trained.
+# What exactly should the network learn, and from which pieces of which volumes? This notebook answers
+# with arrays. Much of a score is decided here, before any network is trained.
 #
 # A *stack* is an array of intensities `(z, y, x)`: slice, row, column. Its *spacing* says how many
-# micrometres lie between neighbours along each axis. An *SWC* file is a tree with one node per line: its
-# x, y and z, a radius, and the number of its parent. We keep x, y and z in voxels, with voxel centres at
-# whole numbers. SWC files from elsewhere may be in micrometres, may count from one, or may be flipped
-# in y. That is the classic mistake, and no error message will tell you about it.
+# micrometres lie between neighbours along each axis. An *SWC* file is a tree with one *node* per line:
+# its number, its type, x, y and z, a radius, and the number of its parent. A node without a parent is a
+# *root*, one without children a *tip*, and one with several children a *branch point*. We keep x, y and
+# z in voxels, with voxel centres at whole numbers. SWC files from elsewhere may be in micrometres, may
+# count from one, or may be flipped in y. These are the classic mistakes, and no error message will tell
+# you about them.
 
 # %%
 pairs = datasets.load_dataset(data, channel, spacing)
@@ -100,8 +102,8 @@ print(f"{len(pairs)} pairs; {sample.pair.name}: {sample.pair.style}, shape {samp
 print(f"{len(sample.tree.xyz)} nodes, {swc.length(sample.tree):.0f} voxels of neurite")
 
 # %% [markdown]
-# Here is the same tree flipped in y. It still lies inside the image, and it is wrong. Look at it
-# once, so that you know it when you meet it.
+# Here is the same tree flipped in y. It still lies inside the image, but it is wrong. Look at it once,
+# so that you recognise it when you meet it.
 
 # %%
 flipped = swc.transform(sample.tree, flip_y=sample.image.shape[1])
@@ -111,8 +113,9 @@ alt = "Projections of the volume: the true tree follows the neurites, the flippe
 plotting.show(figure, "frames", alt, run.figures)
 
 # %% [markdown]
-# A number sees it, too: if the tree belongs to the image, the image is brighter on the tree than beside
-# it. `swc.fit` also tries other frames, and names one that fits clearly better.
+# A number shows it, too: if the tree belongs to the image, the image is brighter on the tree than beside
+# it. `swc.fit` measures this contrast. It also tries other frames, and names one that fits clearly
+# better.
 
 # %%
 volume = Volume(sample.image, sample.spacing)
@@ -121,7 +124,7 @@ for name, tree in trees.items():
     print(f"{name}: contrast {found.contrast:.1f}, {found.hint or 'no other frame fits better'}")
 
 # %% [markdown]
-# For files of your own, the command `neurolib inspect cell.tif cell.swc` says the same, and what is in
+# The command `neurolib inspect cell.tif cell.swc` says the same about your own files, and what is in
 # them:
 
 # %% tags=["nbval-ignore-output"]
@@ -131,7 +134,7 @@ for text in inspection.inspect_files([sample.pair.image, sample.pair.swc]):
 # %% [markdown]
 # ### Exercise 1: micrometres
 #
-# An SWC from another program is in micrometres. Write the function that brings its points `(n, 3)`,
+# An SWC from another program is in micrometres. Write the function that converts its points `(n, 3)`,
 # each x, y, z, into voxels, for a spacing (dz, dy, dx) in µm.
 
 
@@ -150,14 +153,14 @@ exercises.q1(to_voxels)
 #     return points / np.array(spacing)[::-1]
 # ```
 #
-# Points are (x, y, z) and spacings (dz, dy, dx): one of the two is turned round. `swc.transform` does
-# this, takes away an origin and mirrors y where it has to.
+# Points are (x, y, z) and spacings (dz, dy, dx): one of the two has to be reversed. `swc.transform` does
+# this; it also subtracts an origin and mirrors y where you ask for it.
 # </details>
 
 # %% [markdown]
 # ## The target
 #
-# We cannot ask a network for the thickness of a tree, because the radii in SWC files are rough. We
+# We cannot ask a network for the thickness of a neurite, because the radii in SWC files are rough. We
 # follow Sironi et al. (2016) and ask for a *response* that falls with the distance $D$ from the
 # centreline,
 #
@@ -174,7 +177,7 @@ exercises.q1(to_voxels)
 # $r = r_c$, where the second term vanishes and $D$ is the distance in space. So `"sironi"` and
 # `"scale_space"` are two names for one target.
 #
-# The threshold is our choice, too, and it is the radius of the tube that we ask for:
+# The threshold is our choice, too, and it sets the radius of the tube that we ask for:
 
 # %%
 taus = [0.5, 0.1, 0.05, 0.01]
@@ -184,7 +187,7 @@ for value in taus:
 # %% [markdown]
 # ### Exercise 2: a tube of your own
 #
-# Turn it round: which threshold asks for a tube of a given radius in voxels?
+# Now the other way round: which threshold gives a tube of a given radius in voxels?
 
 
 # %% tags=["exercise"]
@@ -229,8 +232,8 @@ widgets.explore(draw, "viewer", alt, run.figures, z=slider)
 # %% [markdown]
 # ### Why the threshold decides the Dice
 #
-# Let somebody trace the same neuron again, with a hand that is one voxel off. The tree is as good as
-# before, but the Dice of the two targets is not one, and it depends on the tube's radius:
+# Suppose that somebody traces the same neuron again and is one voxel off in x. This tree is as good as
+# the first one, but the Dice of the two targets is not 1, and it depends on the radius of the tube:
 
 # %%
 shifted = swc.transform(sample.tree, origin=(-1.0, 0.0, 0.0))
@@ -240,15 +243,17 @@ for value in taus:
     print(f"threshold {value}: Dice {2 * (a & b).sum() / (a.sum() + b.sum()):.2f}")
 
 # %% [markdown]
-# A Dice of 0.5 says nothing until one knows the target. Every Dice of this course names it, and
-# numbers made with different targets are never compared.
+# The wider the tube, the less one voxel costs. So a Dice of 0.5 says nothing until you know the target.
+# The threshold of this course is 0.1 unless a text says otherwise, and we never compare numbers that
+# were made with different targets.
 #
 # ## Blocks
 #
-# A block is five slices of 100 × 100. Blocks lie on a grid: in y and x the last one moves inward, so
-# that it ends with the volume; in z every slice is once the centre, and the outermost slices are
-# repeated. No copy of the volume is made, a block is a view. Most blocks hold nothing: we train on
-# the *salient* ones, whose centre slice is foreground for at least 0.1 %, and on some others.
+# A block is five slices of 100 × 100. Blocks lie on a grid: in y and x, the last one moves inward, so
+# that it ends with the volume; in z, every slice is the centre of its own blocks, and the outermost
+# slices are repeated. The volume is not copied: a block is a view. Most blocks hold nothing. We train on
+# the *salient* ones, in whose centre slice at least 0.1 % of the voxels are foreground, and on some
+# others.
 
 # %%
 grid = blocking.block_grid(sample.image.shape)
@@ -262,7 +267,7 @@ alt = "A slice with its grid of blocks; salient blocks are orange and contain th
 plotting.show(figure, "blocks", alt, run.figures)
 
 # %% [markdown]
-# One block, as the network gets it, and the target of its centre slice:
+# Here is one block, as the network gets it, and the target of its centre slice:
 
 # %%
 position = chosen[len(chosen) // 2]
@@ -275,8 +280,9 @@ plotting.show(plotting.images(panels, columns=6, bar=True), "block", alt, run.fi
 # %% [markdown]
 # ### Exercise 3: the last block
 #
-# An axis of 250 voxels, blocks of 100, a stride of 100: where do the blocks begin? Write it for any
-# size, block and stride, so that every voxel is in a block and no block leaves the volume.
+# An axis has 250 voxels, a block has 100, and the stride is 100: where do the blocks begin? Write a
+# function for any size, block and stride. Every voxel must be in a block, and no block may leave the
+# volume.
 
 
 # %% tags=["exercise"]
@@ -295,15 +301,15 @@ exercises.q3(starts)
 # ```
 #
 # The last block ends with the volume, wherever the stride would have put it; `range` stops before that
-# place, so that it is there once.
+# place, so that it appears only once.
 # </details>
 
 # %% [markdown]
 # ### What salient blocks leave out
 #
-# A network that is trained on salient blocks alone is never shown what lies elsewhere. Count the
-# voxels that are as bright as the neurite and farther from it than the target reaches, and ask
-# whether a salient block shows them:
+# A network that is trained on salient blocks alone is never shown what lies elsewhere. We count the
+# voxels that are as bright as the neurite but farther from it than the target reaches, and ask whether
+# the centre slice of a salient block shows them:
 
 
 # %%
@@ -323,15 +329,16 @@ for pair in pairs[:6]:
 
 # %% [markdown]
 # What is never shown is noise and specks here; in real stacks it is other cells, and there can be far
-# more of them. Nobody has told the network that they are no neurites. That is why other blocks join;
-# how many is a choice of notebook 03.
+# more of them. Nothing tells the network that they are not neurites. That is why other blocks join;
+# notebook 03 chooses how many.
 #
 # ## Splits by neuron
 #
-# Neighbouring blocks show the same neurite, so a split by block tests on what was trained on. The laziest
-# learner shows how much that can flatter. It remembers its training blocks and answers with the target of
-# the one that looks most like the question. It is a straw man, and meant as one: it has understood
-# nothing, so whatever it scores is leaked. A network leaks less, because it forgets.
+# Neighbouring blocks show the same neurite, so a split by block tests a network on what it was trained
+# on. The laziest learner shows how flattering that can be. It remembers its training blocks. When it is
+# asked about a block, it answers with the target of the training block that looks most like it. It is a
+# straw man, and meant as one: it has understood nothing, so whatever it scores has leaked. A network
+# leaks less, because it forgets.
 
 
 # %%
@@ -362,14 +369,15 @@ honest = dice_of_memory(other_images, other_masks, images[~half], masks[~half])
 print(f"split by block: Dice {leaked:.2f}; split by neuron: Dice {honest:.2f}")
 
 # %% [markdown]
-# The same questions, the same learner; only what it was allowed to remember differs.
+# The questions are the same, and so is the learner; only what it was allowed to remember differs.
 #
 # ### Exercise 4: break the split
 #
-# Predict first: with which split does the learner by heart score highest, and so on down to the lowest?
-# Put the four names in this order; the check then runs all four on the embedded data set.
-# `"random blocks"`: half of the blocks of one neuron, drawn at random. `"alternate slices"`: the blocks of
-# every other slice. `"halves in z"`: the upper half of the volume. `"another neuron"`: that.
+# Predict first: with which split does this learner score highest, and with which lowest? Put the four
+# names in order, the highest score first; the check then runs all four on the embedded data set. The
+# learner remembers, with `"random blocks"`, half of the blocks of one neuron, drawn at random; with
+# `"alternate slices"`, the blocks of every other slice; with `"halves in z"`, the upper half of the
+# volume; with `"another neuron"`, the blocks of another neuron.
 
 # %% tags=["exercise"]
 order = ...
@@ -383,10 +391,10 @@ exercises.q4(order)
 # order = ["alternate slices", "random blocks", "halves in z", "another neuron"]
 # ```
 #
-# With alternate slices, every test block has a training block one slice away, which shows nearly
-# the same. At random, some have none. Halves in z leak at the plane between them alone. Change
-# `< 0.5` in the cell above to `< 0.9` and run it again: the more is remembered, the higher the score
-# of the leak, and the honest one stays where it is.
+# With alternate slices, every test block has a training block one slice away, which shows nearly the
+# same. With random blocks, some have none. Halves in z leak only at the plane between them. Change `<
+# 0.5` in the cell above to `< 0.9` and run it again: the more the learner remembers, the higher its
+# leaked score, and the honest one stays where it is.
 # </details>
 
 # %% [markdown]
@@ -413,12 +421,13 @@ print(f"{run.path('split.json').name}: {len(pairs)} pairs, seed {seed}")
 # %% [markdown]
 # ## Appendix: how real is the synthetic data?
 #
-# Trees and stacks of the embedded data set are generated; a result on them says what works, not how
-# well it works on your microscope. Each row compares one statistic with real neurons: trees with 32
-# gold-standard SWCs of BigNeuron, stacks with six confocal stacks of *Drosophila* neurons (ranges recorded
-# in `neurolib.data.synthesis`, or measured now if the parameters `gold` and `stacks` name folders). `axis`,
-# `near` and `far` are percentiles of the intensity on the neurite, 2 to 6 voxels beside it, and
-# elsewhere; `dice` is the best that any threshold alone can do.
+# Trees and stacks of the embedded data set are generated; a result on them says what works, not how well
+# it works on your microscope. Each row compares one statistic with real neurons: trees with 32
+# gold-standard SWCs of BigNeuron (trees on which several people agreed), stacks with six confocal stacks
+# of *Drosophila* neurons (ranges recorded in `neurolib.data.synthesis`, or measured now if the
+# parameters `gold` and `stacks` name folders). `axis`, `near` and `far` are percentiles of the intensity
+# on the neurite, 2 to 6 voxels beside it, and elsewhere; `dice` is the best that any threshold alone can
+# do.
 
 # %%
 generated = datasets.load_dataset("synthetic")
@@ -435,7 +444,8 @@ display(Markdown(runs.table(rows)))
 # therefore names the style of its data: *synthetic*, *rendered from gold* (a real tree, its stack
 # rendered: `data="rendered:FOLDER"`), or *real*.
 #
-# A real tree and what the renderer makes of it, for `gold` folders; for `stacks`, a real stack:
+# If `gold` names a folder, the picture shows a stack that was rendered from a real tree; if `stacks`
+# does, a real stack; if neither does, a generated one:
 
 # %%
 found = datasets.load_dataset(f"rendered:{gold}")[:1] if gold else []
@@ -455,9 +465,9 @@ if projection.is_file():
     plotting.show(plotting.images(panels, columns=2, bar=True), "rendered", alt, run.figures)
 
 # %% [markdown]
-# **Summary.** A tree became a target with a threshold that we chose; a volume became blocks that
-# cost no memory; a data set was split by neuron. The paper works on 45 Janelia volumes, 38 for
-# training, 3 for validation and 4 for test; which ones is not published.
+# **Summary.** A tree became a target with a threshold that we chose; a volume became blocks that cost no
+# memory; a data set was split by neuron. The paper works on 45 Janelia volumes, 38 for training, 3 for
+# validation and 4 for test; it does not say which ones.
 #
 # **Next:** [02 Weight inflation](02_weight_inflation.ipynb).
 #
