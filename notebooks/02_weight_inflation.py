@@ -76,15 +76,16 @@ run = runs.open_run(run_dir, "02_weight_inflation", globals())
 #
 # A vision transformer cuts an image into patches of $p \times p$ pixels and maps each to a vector, a
 # *token*, with one linear layer, the *patch embedding*: $E$ kernels of shape $(3, p, p)$. It adds a
-# *position embedding* to each token, since nothing else says where a patch was, and puts one more
-# token in front, the *class token*, which stands for the whole image. Then come a dozen equal *blocks*. In
-# each, *attention* lets every token ask all others: a token's query is compared with their keys, and the
-# softmax of these similarities says how much of each value it takes. A small network (MLP) then works on
-# each token by itself.
+# *position embedding* to each token, since nothing else says where a patch was, and puts one more token
+# in front, the *class token*, which stands for the whole image. Then come a dozen equal *blocks* (of
+# layers, not of slices). In each, *attention* lets every token ask all others: a token's query is
+# compared with their keys, and the softmax of these similarities says how much of each value it takes. A
+# small network (MLP) then works on each token by itself; attention and MLP each add a result to the
+# token (DINOv2 first multiplies this result by learnt factors, *LayerScale*).
 #
-# If you never met one, [Vaswani et al. 2017](https://arxiv.org/abs/1706.03762) explain attention,
-# [Dosovitskiy et al. 2021](https://arxiv.org/abs/2010.11929) bring it to images, and
-# [The Illustrated Transformer](https://jalammar.github.io/illustrated-transformer/) draws every step.
+# If you have never met one, [Vaswani et al. 2017](https://arxiv.org/abs/1706.03762) explain attention,
+# [Dosovitskiy et al. 2021](https://arxiv.org/abs/2010.11929) bring it to images, and [The Illustrated
+# Transformer](https://jalammar.github.io/illustrated-transformer/) draws every step.
 #
 # ### What DINO learns from
 #
@@ -97,7 +98,7 @@ run = runs.open_run(run_dir, "02_weight_inflation", globals())
 #
 # ## The only layer that knows about pixels
 #
-# Everything behind the patch embedding works on tokens. To read a block of $D$ grey slices, only the
+# Everything after the patch embedding works on tokens. To read a block of $D$ grey slices, only the
 # patch embedding has to change.
 
 # %%
@@ -111,7 +112,7 @@ for key in (inflation.PATCH_WEIGHT, inflation.PATCH_BIAS, inflation.POSITION):
 print(weights.provenance(encoder, weights_file or None))
 
 # %% [markdown]
-# Other encoders can be had by their timm names: the table at the end of this notebook lists them.
+# You can take other encoders by their timm names; the table at the end of this notebook lists them.
 #
 # ## Colour to grey, exactly
 #
@@ -158,8 +159,8 @@ exercises.q1(fold)
 #     return grey, bias - (weight * mean / std).sum((1, 2, 3))
 # ```
 #
-# Divide before you sum: each channel has its own σ. The bias is what the 2D model sees where the
-# slice is black, since black, normalised, is -µ/σ and not 0.
+# Divide before you sum: each channel has its own σ. The bias makes up for what the 2D model sees where
+# the slice is black: normalised, black is -µ/σ and not 0.
 # </details>
 
 # %% [markdown]
@@ -167,13 +168,13 @@ exercises.q1(fold)
 #
 # A kernel for $D$ slices, $(E, 1, D, p, p)$, is made from $w'$ by giving each slice a share:
 #
-# - **average**: every slice $w' / D$. A block of equal slices gives the 2D tokens; a block of
-#   different slices is blurred along z first.
+# - **average**: every slice $w' / D$. A block of equal slices gives the 2D tokens; a block of different
+#   slices is blurred along z.
 # - **center**: the middle slice $w'$, the others zero. *Any* block gives the tokens of its middle
 #   slice: the other slices are ignored until training finds a use for them.
 #
 # Beyond the paper, `gaussian` lies between the two, and `random` replaces $w'$ by random numbers: the
-# control that tells what the pre-trained patch embedding is worth.
+# control that shows what the pre-trained patch embedding is worth.
 #
 # ### Exercise 2: inflate a kernel
 #
@@ -197,12 +198,13 @@ exercises.q2(inflate)
 #     return kernel
 # ```
 #
-# `check` does not look at your kernel first, but at its tokens: those of a random block must be the
-# 2D tokens of the block's middle slice.
+# The check does not look at your kernel first, but at the tokens it gives: those of a random block must
+# be the 2D tokens of the block's middle slice.
 # </details>
 
 # %% [markdown]
-# Both of the paper's strategies in six lines. They give what the library gives, to the last bit:
+# Here are both of the paper's strategies in six lines. They give what the library gives, to the last
+# bit:
 
 
 # %% tags=["method"]
@@ -220,7 +222,7 @@ for strategy in ("average", "center"):
     print(f"{strategy}: {tuple(grey.shape)} -> {tuple(of_library.shape)}")
 
 # %% [markdown]
-# And as pictures. First one kernel in colour and folded:
+# Now the pictures. First, one kernel in colour, and the grey kernel folded from it:
 
 # %%
 kernels = {s: inflation.inflate(grey, depth, s) for s in ("average", "center", "gaussian")}
@@ -245,8 +247,8 @@ plotting.show(figure, "kernels", alt, run.figures)
 # %% [markdown]
 # ### What average blurs and center ignores
 #
-# A thin bright tube passes the block at different depths. The response of `average` does not care at
-# which depth; `center` sees it in the middle slice only.
+# A thin bright tube lies in one slice of the block. `average` responds equally in every slice, with a
+# fifth of the 2D response; `center` responds in full, but in the middle slice only.
 
 # %%
 response = inflation.tube_response(kernels, size)
@@ -257,8 +259,8 @@ alt = "Token change against tube depth: flat for average, a single peak at zero 
 plotting.show(figure, "depths", alt, run.figures)
 
 # %% [markdown]
-# Choose a strategy and a depth: above, the kernel of one token in each slice; below, the response of
-# all tokens to a tube in that slice. The deeper the block, the fainter `average` answers to one slice.
+# Choose a strategy and a depth. Above, you see one kernel in each slice; below, the response of all
+# tokens to a tube in that slice. The deeper the block, the fainter `average` answers to one slice.
 
 # %% tags=["nbval-ignore-output"]
 strategies = ipywidgets.Dropdown(options=inflation.STRATEGIES, value="center")
@@ -280,8 +282,8 @@ widgets.explore(draw, "inflated", alt, run.figures, strategy=strategies, depth=s
 # ### Exercise 3: when does averaging pay?
 #
 # Slices are noisy, each with noise of its own. A neurite that lies flat is in one slice of a block, a
-# steep one in all. Predict the signal to noise ratio of the `average` tokens, for a tube in $n$ of
-# $D$ slices, relative to a 2D model that looks at one slice with the tube in it.
+# steep one in all. Predict the signal-to-noise ratio of the `average` tokens for a tube in $n$ of $D$
+# slices, relative to that of a 2D model that looks at one slice with the tube in it.
 
 
 # %% tags=["exercise"]
@@ -299,13 +301,13 @@ exercises.q3(gain)
 #     return n / depth**0.5
 # ```
 #
-# Of the signal n/D is left. The mean of D independent noises has 1/√D of their standard deviation. The
-# ratio is n/√D: averaging five slices pays from three slices on.
+# Of the signal, n/D is left. The mean of D independent noises has 1/√D of their standard deviation. The
+# ratio is n/√D: averaging five slices pays if the tube is in at least three.
 # </details>
 
 # %% [markdown]
-# Measured with the kernels above, on pure noise and on tubes, relative to `center` with the tube in its
-# middle slice:
+# We measure the same with the kernels above, on pure noise and on tubes, relative to `center` with the
+# tube in its middle slice:
 
 # %%
 noise = torch.randn(16, depth, size, size, generator=torch.Generator().manual_seed(seed))
@@ -323,14 +325,15 @@ for n in range(1, depth + 1):
     )
 
 # %% [markdown]
-# `center` has the 2D model's ratio, 1, if its middle slice shows the tube, and this is the slice whose
-# target it is asked for. Where slices lie far apart, most neurites are in few of them, which speaks for
-# `center`; finer steps in z speak for `average`.
+# As predicted, `average` passes 1 when the tube is in three slices. `center` has the 2D model's ratio,
+# 1, if its middle slice shows the tube, and this is the slice whose target it is asked for. Where slices
+# lie far apart, a neurite is in few of them, which speaks for `center`; finer steps in z speak for
+# `average`.
 
 # %% [markdown]
 # ## The whole network, inflated
 #
-# The same through all layers: two identities that must hold to rounding, or something else than the
+# Now through all layers. Two identities must hold up to rounding; if they fail, something other than the
 # patch embedding was changed.
 
 
@@ -356,7 +359,7 @@ for name, found in (("average on a repeated slice", same), ("center on any block
 # %% [markdown]
 # ### Where a patch was
 #
-# One more thing had to fit: the position embedding. It was learnt for the larger images of the
+# One more tensor had to be fitted: the position embedding. It was learnt for the larger images of the
 # pre-training and is *resized* to the patches that we have, as one resizes an image (bicubic). The
 # picture shows how similar the embedding of one place is to those of all other places, before and after:
 
@@ -377,30 +380,31 @@ if before is not None and after is not None:  # DINOv3 has rotary positions
     plotting.show(figure, "positions", alt, run.figures)
 
 # %% [markdown]
-# Near places are alike, far ones are not, and resizing keeps that: the network still knows what is
-# beside what. The identities above hold because both networks, 2D and 3D, have the same resized positions.
+# A place is most like its neighbours, and resizing keeps that: the network still knows what is beside
+# what. The identities above hold because both networks, 2D and 3D, have the same resized positions.
 
 # %% [markdown]
 # ## What it costs
 #
-# The patch embedding has $D$ times the weights and $D$ times the products, everything behind it is the
+# The patch embedding has $D$ times the weights and $D$ times the products; everything after it is the
 # same. A floating-point operation (FLOP) is one multiplication or one addition; PyTorch counts those of
-# all matrix products and convolutions for one block, for the encoder and for the network with its decoder:
+# all matrix products and convolutions for one block, for the encoder and for the network with its
+# decoder:
 
 # %%
 settings = network.NetworkSettings(encoder=encoder, depth=depth, size=size)
 display(Markdown(runs.table(network.costs(settings))))
 
 # %% [markdown]
-# This is what "no additional overhead" means: five slices give as many tokens as one. A transformer
-# that gave every slice its own tokens would have five times as many; its linear layers would cost five
-# times as much, its attention 25 times.
+# This is why inflation adds hardly any cost: five slices give as many tokens as one. A transformer that
+# gave every slice its own tokens would have five times as many; its linear layers would cost five times
+# as much, and the products inside its attention 25 times.
 #
 # ## What the tokens know before any training
 #
-# A slice of a neuron through the encoder, with random weights and with pre-trained ones. The three
-# strongest directions among the tokens of all three networks are shown as red, green and blue: equal
-# colours are equal directions.
+# We send a block with a neuron through three encoders: one with random weights and two with pre-trained
+# ones. The three strongest directions among the tokens of all three are shown as red, green and blue:
+# equal colours are equal directions.
 
 # %%
 sample = blocking.read_sample(datasets.load_dataset(data, channel, spacing)[0])
@@ -420,8 +424,12 @@ alt = "A slice, its target, and the tokens of three networks in colours that the
 plotting.show(figure, "tokens", alt, run.figures)
 
 # %% [markdown]
-# Below is the *attention* of the last block: how much the class token, which in pre-training had to
-# describe the whole image, takes from each patch. All three maps have one scale.
+# The neuron stands out in all three, even with random weights, because bright patches give other tokens
+# than dark ones. But only the random tokens also follow the uneven background; the pre-trained ones give
+# all of it one colour.
+#
+# Below is the *attention* of the last block: how much the class token, which had to describe the whole
+# image in pre-training, takes from each patch. All three maps share one scale.
 
 # %%
 maps = {name: network.class_attention(net, real) for name, net in networks.items()}
@@ -431,9 +439,10 @@ figure = plotting.images(panels, cmap="viridis", shared=True)
 plotting.show(figure, "attention", alt, run.figures)
 
 # %% [markdown]
-# Random weights attend everywhere alike; pre-trained ones to some patches more than to others. To the
-# neurite? Or merely to what is bright? That needs a control: for each patch on the target, take the patch
-# off the target whose brightest voxel is most like it.
+# With random weights, the class token attends to all patches alike; with pre-trained ones, it attends to
+# some more than to others. Does it attend to the neurite, or merely to what is bright? To tell, we need
+# a control: for each patch on the target, we take a patch off the target whose brightest voxel is as
+# bright.
 
 # %%
 grid = maps["center"].shape[1:]
@@ -452,12 +461,12 @@ for name, found in maps.items():
     print(f"{name}: on it {look[on_target].mean():.2f}, as bright {twins:.2f}")
 
 # %% [markdown]
-# One is the mean of all patches. In the stored run, pre-trained networks look four times as hard at patches
-# with neurite as at the mean patch, and at patches that are as bright, but without neurite, less than at
-# the mean. So it is not the bright voxel that draws attention. It may still be any bright thread: one
-# image, and one control, cannot tell more.
+# A value of 1 is the mean of all patches. In the stored run, the pre-trained networks attend to patches
+# with neurite about four times as much as to the mean patch. To patches that are as bright but hold no
+# neurite, they attend less than to the mean patch. So a bright voxel alone does not draw attention. Any
+# bright thread might: one image and one control cannot tell more.
 #
-# The heads do not all look at the same:
+# Attention runs in several *heads* side by side, and they do not all attend to the same patches:
 
 # %%
 heads = {f"head {i}": head for i, head in enumerate(maps["center"])}
@@ -472,9 +481,9 @@ plotting.show(figure, "heads", alt, run.figures)
 # %% [markdown]
 # ## Checkpoint
 #
-# You now have a network whose encoder is the pre-trained one to the last bit, but for two tensors: the
-# patch embedding, which was inflated, and the position embedding, which was resized. A report says which keys
-# were filled:
+# You now have a network whose encoder is the pre-trained one to the last bit, except for two parts: the
+# patch embedding, which was folded and inflated, and the position embedding, which was resized. A report
+# says how many of the encoder's tensors (*keys*) were filled:
 
 # %%
 _, report = network.build(network.NetworkSettings(encoder=encoder), "center", weights_file)
@@ -495,14 +504,14 @@ display(Markdown(runs.table(network.describe_encoders())))
 
 # %% [markdown]
 # `image` is the side of the images that an encoder gets in timm; here it is the parameter `size`, and
-# position embeddings are resized to it. The paper took DINO's. DINOv3 has rotary positions and needs no
-# resizing; CLIP's patch embedding has no bias, and folding gives it one. Networks that are no plain
-# vision transformers (Swin, SAM, hybrids that begin with a CNN) are refused.
+# position embeddings are resized to it. The paper uses DINO's encoders. DINOv3 has rotary positions and
+# needs no resizing; CLIP's patch embedding has no bias, and folding gives it one. Networks that are not
+# plain vision transformers (Swin, SAM, hybrids that begin with a CNN) are refused.
 
 # %% [markdown]
-# **Summary.** Folding is exact; `average` equals 2D on equal slices; `center` equals 2D on every
-# block. Neither knows anything about z yet: that is left to training. Five slices cost about one per
-# cent more than one. The paper found `center` the better of the two (Dice 0.5045 against 0.4942).
+# **Summary.** Folding is exact; `average` equals 2D on equal slices; `center` equals 2D on every block.
+# Neither knows anything about z yet: that is left to training. Five slices cost about 1 % more than one.
+# The paper found `center` the better of the two (Dice 0.5045 against 0.4942).
 #
 # **Next:** [03 Training](03_training.ipynb).
 #
