@@ -104,11 +104,11 @@ target = runs.target_of(run)
 # ## Blocks of a step
 #
 # How does a network that knows photographs learn to see neurites, in two hundred steps? It starts with
-# what it is shown. Training blocks come from the training neurons alone. They are all the salient ones and, for
-# each of them, `negatives` blocks without foreground, so that the network also meets what is bright
-# and no neurite (*What salient blocks leave out*, in notebook 01). Each block is changed as another
-# microscope might have changed it: flipped, turned, zoomed, brighter, noisier, with a slice missing. Block and
-# target move together.
+# what it is shown. Training blocks come from the training neurons alone. They are all the salient ones
+# and, for each of them, `negatives` blocks without foreground, so that the network also meets what is
+# bright but no neurite (*What salient blocks leave out*, in notebook 01). Each block is changed at
+# random, as if another microscope had taken it (*augmentation*): flipped, turned, zoomed, brighter,
+# noisier, or with a slice missing. Block and target move together.
 
 # %%
 split = runs.split_of(run, data)
@@ -123,10 +123,10 @@ if ignore_untraced:
 # %% [markdown]
 # ### Brightness or contrast
 #
-# A neurite is not bright, it is brighter than what lies around it. With `contrast`, the encoder is shown
-# how much: each voxel minus the mean around it, divided by the usual deviation there. Exposure and
-# uneven background are gone, and a faint branch looks like a strong one. The paper shows the network
-# brightness; contrast is our addition.
+# A neurite need not be bright; it is brighter than what lies around it. With `contrast`, the encoder
+# sees by how much: each voxel minus the mean around it, divided by the usual deviation from that mean.
+# Exposure and uneven background are gone, and a faint branch looks more like a strong one. The paper
+# shows the network brightness; contrast is our addition.
 
 # %%
 volume, half = train[0], depth // 2
@@ -151,9 +151,9 @@ plotting.show(plotting.images(panels, columns=4, bar=True), "batch", alt, run.fi
 # %% [markdown]
 # ### Exercise 1: numbers that do not depend on the past
 #
-# The blocks of step $k$ and what is done to them are drawn at random. A run that was killed after step
-# 25 knows only that it goes on with step 25; it must draw what the run that was never killed drew there.
-# Return three random numbers for a seed and a step.
+# The blocks of step $k$ and what is done to them are drawn at random. A run that was killed after 25
+# steps knows only that it goes on with step 25 (the first step is 0). There it must draw what it would
+# have drawn if nobody had killed it. Return three random numbers for a seed and a step.
 
 
 # %% tags=["exercise"]
@@ -172,33 +172,34 @@ exercises.q1(draw)
 # ```
 #
 # One generator for the whole run would have to be saved and restored; one for each step depends on
-# nothing but its number. `seed + step` would do so, too, but then seed 1 repeats seed 0, a step behind.
+# nothing but its number. `seed + step` would do, too, but then seed 1 draws in each step what seed 0
+# draws in the next one.
 # </details>
 
 # %% [markdown]
 # ## What the loss asks for
 #
-# Foreground is about one voxel in a hundred of a salient block. The network gives each voxel a
-# probability $p$, the mask is $y$, and each *term* of a loss sees another failure. Sums run over all
-# voxels of a batch:
+# Foreground is about one voxel in a hundred of a salient block. The network gives each voxel a *logit*,
+# and its sigmoid is the probability $p$. The mask is $y$, and each *term* of the loss sees a different
+# failure. Sums run over all voxels of a batch:
 #
 # | term | | asks |
 # |---|---|---|
 # | soft Dice | $1 - (2 \sum p\,y + 1) / (\sum p + \sum y + 1)$ | that answer and target overlap, whatever the share of foreground (Milletari et al. 2016) |
-# | cross-entropy | mean of $-\log p_{true}$ | that every voxel be right, with $p_{true}$ the probability of what it is |
-# | focal | mean of $-(1 - p_{true})^2 \log p_{true}$ | the same, of voxels that are still wrong (Lin et al. 2017) |
+# | cross-entropy | mean of $-\log p_{true}$ | that every voxel be right, with $p_{true}$ the probability of its true class |
+# | focal | mean of $-(1 - p_{true})^2 \log p_{true}$ | the same, above all of voxels that are still wrong (Lin et al. 2017) |
 # | skeleton recall | $1 - (\sum p\,s + 1) / (\sum s + 1)$ | that the middle $s$ of every neurite be found: one voxel missing there cuts a tree in two (Kirchhoff et al. 2024) |
 # | soft clDice | 1 - harmonic mean of the share of the answer's skeleton that lies on the target and of the target's that lies on the answer | that both have the same branches, however thick (Shit et al. 2021) |
 #
-# The skeleton of an answer comes from repeated minimum and maximum filters, which have a gradient. Three
-# sums of terms are on offer: `dice+ce+skeleton`, `dice+ce+cldice`, and `dice+focal`, the pair usual in
-# the paper's field: the paper does not print its loss.
+# The skeleton of an answer comes from repeated minimum and maximum filters, which have a gradient. You
+# can choose among four sums of terms: `dice+ce`, `dice+ce+skeleton`, `dice+ce+cldice`, and `dice+focal`,
+# a pair that is common in the paper's field. The paper does not print its loss.
 #
 # ### One picture per term
 #
-# Take an answer that is right but for two mistakes, both made with confidence: a gap in the neurite, and a blob
-# where there is none. Each picture shows where one term pulls: minus its gradient by the logit, divided
-# by its largest pull.
+# Take an answer that is right except for two confident mistakes: a gap in the neurite, and a blob where
+# there is no neurite. Each picture shows where one term pulls: minus its gradient with respect to the
+# logit, divided by its largest pull.
 
 # %%
 _, responses = source.batch(0, 16)
@@ -238,9 +239,9 @@ plotting.show(figure, "terms", alt, run.figures)
 # %% [markdown]
 # Cross-entropy and focal loss pull hardest at the two mistakes. Dice pulls at all of the neurite, and
 # weakly where $p$ is near 0: there the logit hardly moves $p$. Skeleton recall sees the thin middle and
-# nothing else: the blob is none of its business. Soft clDice looks at the same places; a thin false
-# branch would count, but this blob is too thick for three erosions to leave a skeleton of it. No term
-# stands alone, which the answers of a lazy network show, too:
+# nothing else; it ignores the blob. Soft clDice looks at the same places. A thin false branch would
+# count for it, but this blob is too thick for three erosions to leave a skeleton of it. No term is
+# enough by itself, as the answers of lazy networks show, too:
 
 # %%
 lazy = {"nothing anywhere": torch.full(mask.shape, -4.6), "everything": torch.full(mask.shape, 4.6)}
@@ -255,13 +256,15 @@ display(Markdown(runs.table(table)))
 
 # %% [markdown]
 # "Nothing anywhere" costs cross-entropy and focal loss a thirtieth of what "everything" costs them: that
-# is how training collapses on sparse foreground. "Everything" costs skeleton recall nothing, and soft clDice neither: an answer
-# that is the same everywhere has no skeleton that could be wrong. Dice refuses both.
+# is how training collapses on sparse foreground. "Everything" costs skeleton recall and soft clDice next
+# to nothing: an answer that is the same everywhere has no skeleton that could be wrong. Dice refuses
+# both. (Even the target costs Dice 0.15 here, because a probability of 0.01 on all of the background
+# adds up.)
 #
 # ### Exercise 2: soft Dice
 #
-# Write it for probabilities `p` and masks `y`, tensors (n, 1, h, w), as in the table. The two ones make
-# it a number where a batch has no foreground at all.
+# Write it for probabilities `p` and masks `y`, tensors (n, 1, h, w), as in the table. The two ones keep
+# the fraction defined where neither the answer nor the target has any foreground.
 
 
 # %% tags=["exercise"]
@@ -279,21 +282,27 @@ exercises.q2(soft_dice)
 #     return 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
 # ```
 #
-# Nothing in it has a threshold, so that it has a gradient everywhere. With an empty target it is
-# $1 - 1 / (\sum p + 1)$: what is found is too much.
+# Nothing in it has a threshold, so it has a gradient everywhere. If the target is empty, it is $1 - 1 /
+# (\sum p + 1)$: whatever is found is too much.
 # </details>
 
 # %% [markdown]
 # ## The network
 #
-# Five slices go in, one mask comes out. In between, the picture becomes *tokens*: a patch of 14 × 14
-# pixels is turned into 384 numbers, and twelve transformer blocks let the patches tell each other what
-# they see ([02](02_weight_inflation.ipynb) has a recap). At four *taps* the tokens are taken out; a
-# decoder fuses them to features, and a head of two convolutions turns these into logits. The drawing
-# below is made from the shapes of a real forward pass.
+# Five slices of 100 × 100 voxels go in, and one mask comes out. In between, the slices are enlarged to
+# 224 × 224 and become *tokens*: each patch of 14 × 14 pixels, in all five slices, turns into 384
+# numbers, and twelve transformer blocks let the patches tell each other what they see
+# ([02](02_weight_inflation.ipynb) has a recap). At four *taps*, after blocks 3, 6, 9 and 12, the tokens
+# are taken out.
 #
-# A token is 6 voxels wide at this scale and a neurite 2 to 4: the stem places what the tokens have
-# recognised. It is our addition and no part of the paper's rows in [06 Table 1](06_table1.ipynb).
+# The *decoder* treats the four taps as a pyramid. It resizes them to 4, 2, 1 and 1/2 times their grid of
+# 16 × 16, adds each coarser map to the next finer one, and fuses all four to 32 features per voxel. A
+# *head* of two convolutions turns the features into logits. The drawing below is made from the shapes of
+# a real forward pass.
+#
+# A token is 6 voxels wide at this scale, and a neurite 2 to 4. So a small U-Net at full resolution, the
+# *stem*, reads the block itself, as brightness and as contrast, and places what the tokens have
+# recognised. It is our addition; the paper's rows in [06 Table 1](06_table1.ipynb) do without it.
 
 # %%
 shape = network.NetworkSettings(encoder, depth, 100, size, predict, stem, contrast=contrast)
@@ -312,8 +321,8 @@ for name in ("encoder", "decoder", "stem", "head"):
 # %% [markdown]
 # ### One block, stage by stage
 #
-# This is the whole forward pass, with nothing hidden but the layers themselves. It must give what the
-# library's network gives, to the last bit.
+# This is the whole forward pass; only the layers themselves are hidden. It must give what the library's
+# network gives, to the last bit.
 
 
 # %% tags=["method"]
@@ -378,18 +387,19 @@ alt = "A block through the network: slice, enlarged slice, tokens, features, an 
 plotting.show(plotting.images(panels, columns=5), "stages", alt, run.figures)
 
 # %% [markdown]
-# Of tokens and features, the picture shows how much they differ from each other at each place. The
-# first tokens still resemble the image; the deeper ones describe more than brightness. Decoder, stem
-# and head have random weights so far, and the output knows nothing.
+# Tokens and features hold many numbers at each place; the picture shows their standard deviation. The
+# first tokens still resemble the image; the deeper ones describe more than brightness. Decoder, stem and
+# head still have random weights, so the output means nothing yet.
 #
 # ## A rate for every layer and every step
 #
-# AdamW with three habits of those who fine-tune transformers. The decoder starts from random weights and
-# has ten times the encoder's rate. In the encoder, the rate falls layer by layer towards the pixels, since
-# the first layers know edges already and the last ones know photographs: layer $i$ of $0 \dots n$ has
-# $r\,d^{\,n - i}$, with $d$ = `layer_decay` (Clark et al. 2020). And over the steps, the
-# rate of all of them warms up in a straight line, so that no random decoder can spoil the encoder, and
-# then falls as half a cosine to one per cent.
+# We use AdamW, with three habits of people who fine-tune transformers. The decoder starts from random
+# weights and has ten times the encoder's rate. In the encoder, the rate falls layer by layer towards the
+# pixels, since the first layers already know edges, while the last ones know photographs: layer $i$ of
+# $0 \dots n$ has $r\,d^{\,n - i}$, with $d$ = `layer_decay` (Clark et al. 2020). Over the steps, all
+# rates warm up in a straight line, so that the random decoder cannot spoil the encoder, and then fall as
+# half a cosine to one per cent. As it stands, this notebook keeps the encoder *frozen* and trains
+# decoder, stem and head alone; the picture on the right shows the rates that the encoder would have.
 
 # %% tags=["nbval-ignore-output"]
 rates = {"encoder_rate": encoder_rate, "decoder_rate": decoder_rate, "layer_decay": layer_decay}
@@ -431,16 +441,17 @@ exercises.q3(laziest)
 #     return share, 1.0
 # ```
 #
-# Cross-entropy is content with the share of foreground: at 1 %, with next to nothing anywhere. Soft Dice is
-# $1 - 2 p f / (p + f)$, which falls all the way to $p = 1$: it would rather paint everything. Together they
-# leave no lazy way out.
+# Cross-entropy is least where $p$ is the share $f$ of foreground: at 1 %, that is next to nothing
+# anywhere. Soft Dice is $1 - 2 p f / (p + f)$, which falls all the way to $p = 1$: it would rather paint
+# everything. Together they leave no lazy way out.
 # </details>
 
 # %% [markdown]
 # ### Exercise 4: the rate of a step
 #
-# Return the share of the peak rate at `step`, counted from 0: in a straight line to 1 at the last of
-# the first `warm` steps, then from 1, reached again at step `warm`, half a cosine to 0.01 at `steps`.
+# Return the share of the peak rate at `step`, counted from 0. Over the first `warm` steps it rises in a
+# straight line and reaches 1 at the last of them. From step `warm`, where it is 1 again, it falls as
+# half a cosine to 0.01 at `steps`.
 
 
 # %% tags=["exercise"]
@@ -465,10 +476,10 @@ exercises.q4(share)
 # %% [markdown]
 # ## The loop
 #
-# All there is to training: take blocks, compare the answer with the target, let the gradient flow back,
-# take a step. The library's loop does the same, and adds what long runs need: validation, a running
-# average of the weights, and a state on disk from which a stopped run resumes. Ten steps of both must
-# give the same weights, bit for bit.
+# Training is no more than this: take blocks, compare the answer with the target, let the gradient flow
+# back, shorten it if it is longer than `clip`, and take a step. The library's loop does the same and
+# adds what long runs need: validation, a running average of the weights, and a state on disk from which
+# a stopped run resumes. Ten steps of both must give the same weights, bit for bit.
 
 
 # %% tags=["method"]
@@ -509,19 +520,29 @@ if net.encoder is not None:
 # %% [markdown]
 # ## Training
 #
-# What is kept is a running average of the weights, at the step where it did best on the validation
-# neurons: salient blocks and empty ones, weighted as they occur in the whole volume, since a network
-# that sees neurites everywhere must not win. The same cells serve in three ways:
+# Single steps make the weights jitter. So we follow a running average of the weights (an exponential
+# moving average, *EMA*), which each step moves towards the new weights: most of the way at first, only 2
+# % of it in a long run. We keep it as it was at the step where it did best on blocks of the validation
+# neurons. These blocks are salient ones and empty ones, weighted as they occur in the whole volume, so
+# that a network that sees neurites everywhere cannot win.
+#
+# The same cells serve in three ways:
 #
 # | way | what decides it |
 # |---|---|
 # | in front of you | `steps`: 200 as it stands |
-# | go on | stop the cell and run it again: with the same parameters and `run_dir` it goes on where it was. `start_from` names a finished checkpoint to continue from, with new data or other training settings; `shipped` is the one that comes with the course, and with which `make course` and `neurolib run` start |
+# | go on | stop the cell and run it again: with the same parameters and `run_dir`, it continues where it stopped. `start_from` names a finished checkpoint to continue from, with new data or other training settings; `shipped` is the one that comes with the course, from which `make course` and `neurolib run` start |
 # | full size, on a GPU | a profile: `papermill -f ../profiles/gpu.yaml 03_training.ipynb out.ipynb` |
 #
 # On a device that is too small for a batch, `accumulate` adds up the gradients of several passes in one
 # step, and `checkpointing` computes the encoder's activations twice instead of keeping them. With
-# `patience`, training ends after that many validations without a better one.
+# `patience`, training ends after that many validations without a better one. Where the hardware has
+# bfloat16, a number of 16 bits with about three digits, the costly products run in it and the weights
+# stay in float32; PyTorch calls this *autocast*, or automatic mixed precision.
+#
+# After training, three numbers are chosen on the whole validation volumes: the threshold on the
+# probability, the size below which a piece is dropped, and the weight of a filter beside the network
+# (see [04](04_evaluation.ipynb)).
 
 # %% tags=["nbval-ignore-output"]
 fabric = training.start(device, precision)
@@ -551,14 +572,18 @@ run.record("validation", {"neurons": "+".join(s.pair.name for s in validation), 
 
 # %% [markdown]
 # The left curve is noisy, since each step sees other blocks, and it says how well the network knows
-# *these* neurons. The right one asks about a neuron that it has never seen, and it alone decides which
-# weights are kept. Where it turns down while the loss still falls, the network is learning its neurons
-# by heart: more neurons help, not more steps. For the same reason a lower training loss does not make
-# one network better than another; [06 Table 1](06_table1.ipynb) compares networks on held-out neurons.
+# *these* neurons. Its peaks near 1 are steps whose blocks hold little or no neurite: there, soft Dice is
+# near 1 almost whatever the network does. The right curve asks about a neuron that the network has never
+# seen, and it alone decides which weights are kept. In the stored run it rises to the end and levels
+# off. Where it turns down while the loss still falls, the network is learning its neurons by heart: more
+# neurons help, not more steps. For the same reason a lower training loss does not make one network
+# better than another; [06 Table 1](06_table1.ipynb) compares networks on held-out neurons.
 #
 # ## What it has learnt
 #
-# Validation blocks, never trained on: image, target, probability.
+# These are the three validation blocks with the most neurite, none of them trained on: image, target and
+# probability. The stored network follows the bright stretches, even those whose middle lies in another
+# slice. It misses dim stretches and marks some specks.
 
 # %%
 seen = training.validation_blocks(validation[0], shape, settings)
@@ -595,9 +620,10 @@ run.record(
 print(run.hand_over("checkpoint.safetensors"))
 
 # %% [markdown]
-# **Summary.** A loss is a sum of terms, each blind to something; rates differ by layer and by step; what
-# is kept is what does best on a neuron that was not trained on. The paper trains for longer than two
-# cores can, with a loss and a schedule that it does not print: ours are choices, and named as such.
+# **Summary.** A loss is a sum of terms, each blind to something; rates differ by layer and by step; we
+# keep the weights that do best on a neuron outside the training set. The paper trains for longer than
+# two cores can, with a loss and a schedule that it does not print; ours are choices, and we name them as
+# such.
 #
 # **Next:** [04 Evaluation](04_evaluation.ipynb).
 #
