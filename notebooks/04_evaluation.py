@@ -79,14 +79,14 @@ target = runs.target_of(run)
 #
 # The network is trained. How good is it, on a neuron that it has never seen, and how sure can we be?
 #
-# The network predicts the centre slice of a block. Blocks are laid over every slice; where they
-# overlap, their votes are averaged,
+# The network predicts the centre slice of a block. Blocks are laid over every slice (laid out like this,
+# a block is also called a *tile*); where they overlap, their votes are averaged,
 #
-# $$ p(v) = \frac{\sum_b w(v - b)\, p_b(v)}{\sum_b w(v - b)}, $$
+# $$ p(v) = \frac{\sum_b g(v - b)\, p_b(v)}{\sum_b g(v - b)}, $$
 #
-# with Gaussian weights $w$ that fall off towards the border of a block, since a network knows least
-# about what lies at its edge. Every voxel of a slice is predicted; with `every`, not every slice.
-# With `flips`, $p_b$ is itself a mean over mirrored copies of the block.
+# with Gaussian weights $g$ that fall off towards the border of a block, since a network knows least
+# about what lies at its edge. Every slice is predicted, or only some of them if `every` is above 1. With
+# `flips`, $p_b$ is itself a mean over mirrored copies of the block.
 
 # %% tags=["nbval-ignore-output"]
 checkpoint = runs.checkpoint_of(run)
@@ -109,10 +109,11 @@ probability = {
 }
 
 # %% [markdown]
-# The formula, written out for one slice. The library does the same for all of them, with less memory.
-# Two things are added, which are ours and not the paper's. Blocks in which nothing stands out are left
-# out (more on that below); a voxel that no block covers is 0. And the filter that finds them may count
-# beside the network, with a weight $w$ that the validation neurons choose (0: not at all):
+# Here is the formula, written out for one slice. The library does the same for all of them, with less
+# memory. Two additions are ours and not the paper's. Blocks in which nothing stands out are skipped
+# (more on that below), and a voxel that no block covers gets 0. And the filter that finds these blocks
+# may count beside the network, with a weight $w$ that is chosen on the validation neurons (0: not at
+# all):
 #
 # $$ \operatorname{logit} p' = \operatorname{logit} p + w \, (\min(h, 2) - 1) $$
 #
@@ -161,10 +162,10 @@ plotting.show(figure, "probability", alt, run.figures)
 # %% [markdown]
 # ## What five lines can do
 #
-# A network must beat what needs no training. There are three filters: the image itself; a narrow
-# Gaussian minus a wide one, which is bright where a thread is brighter than what lies around it; and
-# Sato's ridge filter, made from second derivatives. Each has one threshold, chosen like the network's for the
-# best mean Dice on the validation neurons. The scales are chosen in the same way, and so is the size in
+# A network must beat what needs no training. We try three filters: the image itself; a narrow Gaussian
+# minus a wide one, which is bright where a thread is brighter than what lies around it; and Sato's ridge
+# filter, made from second derivatives. Each has one threshold, chosen like the network's for the best
+# mean Dice on the validation neurons. The scales are chosen in the same way, and so is the size in
 # voxels below which a piece is dropped.
 
 # %% tags=["nbval-ignore-output"]
@@ -182,7 +183,8 @@ tests = [blocking.every_slice(s, every) for s in tests]  # compared on the predi
 sample = tests[0]
 
 # %% [markdown]
-# Move through the slices and look where the two colours part: at tips, at crossings, beside the tube?
+# Move through the slices and look where the two colours part. Is it at tips, at crossings, or beside the
+# tube?
 
 # %% tags=["nbval-ignore-output"]
 z = len(sample.image) // 2
@@ -203,10 +205,11 @@ widgets.explore(draw, "viewer", alt, run.figures, z=slider)
 # ### Blocks that nobody needs to run
 #
 # Most blocks hold nothing, and the network is by far the slowest part. A cheap filter looks at every
-# block first: the mean of three slices, smoothed by a Gaussian of 1.5 voxels, minus the same smoothed by
-# 6. A block in which no voxel of the slice it votes for exceeds the volume's 99.7 percentile is not run.
-# What that costs can be counted without a network: a true voxel that no block covers any more is lost.
-# On ten confocal stacks of *Drosophila* neurons (`benchmarks/skipping.py`):
+# block first: the mean of three slices, smoothed by a Gaussian of 1.5 voxels, minus the same mean
+# smoothed by one of 6 voxels. A block is not run if, in the slice it votes for, this difference nowhere
+# exceeds its 99.7th percentile over the volume. What that costs can be counted without a network: a true
+# voxel that no block covers any more is lost. The table counts on ten confocal stacks of *Drosophila*
+# neurons (`benchmarks/skipping.py`):
 
 # %%
 with open(runs.REPOSITORY / "data" / "results" / "skipping.csv") as file:
@@ -216,8 +219,8 @@ rows = [{"volume": r["volume"]} | {new: float(r[key]) for key, new in names.item
 display(Markdown(runs.table(rows)))
 
 # %% [markdown]
-# A fifth to three quarters of the blocks are saved, about half of them on average, and in no stack more
-# than one true voxel in a hundred is lost. A dim neurite beside very bright ones is what this filter would
+# A fifth to three quarters of the blocks are saved, about half of them on average, and no stack loses
+# more than one true voxel in a hundred. A dim neurite beside very bright ones is what this filter would
 # miss first: `neurolib segment --all-tiles` runs every block.
 #
 # ## Two metrics
@@ -225,18 +228,19 @@ display(Markdown(runs.table(rows)))
 # $$ \mathrm{Dice} = \frac{2 |A \cap B|}{|A| + |B|}, \qquad \mathrm{Hd95} = \max\big( P_{95}(d(a,
 # \partial B)), P_{95}(d(b, \partial A)) \big) $$
 #
-# Dice counts voxels. Hd95 takes the distances between the two surfaces and leaves out the worst
-# twentieth; it is in µm where the voxel size of every stack is known, else in voxels. Three more numbers
-# see what these two do not:
+# Dice counts voxels. Hd95 takes the distances $d$ in both directions between the surfaces $\partial A$
+# and $\partial B$, and leaves out the worst twentieth ($P_{95}$ is the 95th percentile). It is in µm
+# where the voxel size of every stack is known, else in voxels. Three more numbers see what these two do
+# not:
 #
-# - The **surface Dice** is the share of both surfaces that lies within 2 voxels of the other one. A trace that
-#   runs one voxel beside the ridge of a thin neurite loses half of its Dice and none of its surface Dice.
-# - **clDice** compares skeletons. It is the harmonic mean of two shares: that of the prediction's skeleton
-#   which lies in the target, and that of the target's skeleton which lies in the prediction. Width does not
-#   matter to it; a missing branch does.
-# - The **Betti-0 error** is the difference between the numbers of connected pieces. A gap of one voxel hardly
-#   changes Dice and Hd95, but it raises the Betti-0 error by one, and it costs the tracer a branch. An error of
-#   10 means ten gaps, or ten specks.
+# - The **surface Dice** is the share of both surfaces that lies within 2 voxels of the other one. The
+#   tree that notebook 01 moved by one voxel has a Dice of only 0.71, but a surface Dice of 1.
+# - **clDice** compares skeletons. It is the harmonic mean of two shares: the part of the prediction's
+#   skeleton that lies in the target, and the part of the target's skeleton that lies in the prediction.
+#   Width hardly matters to it; a missing branch does.
+# - The **Betti-0 error** is the difference between the numbers of connected pieces (topology calls this
+#   number Betti-0). A gap of one voxel hardly changes Dice and Hd95, but it raises the Betti-0 error by
+#   one, and it costs the tracer a branch. An error of 10 means ten gaps, or ten specks.
 #
 # Threshold and smallest piece were chosen together on validation neurons; on the test neurons nothing is
 # chosen. (A tube of radius 1.9 and length 18 has 200 voxels.)
@@ -274,7 +278,7 @@ for name, found_by in by_filter.items():
 display(Markdown(runs.table(rows)))
 
 # %% [markdown]
-# Hd95 in four lines, and the library's, which is many times faster:
+# Here is Hd95 in four lines; the library's gives the same number many times faster:
 
 
 # %% tags=["method"]
@@ -296,19 +300,23 @@ alt = "Projections with voxels found (blue), predicted only (orange) and missed 
 plotting.show(figure, "overlay", alt, run.figures)
 
 # %% [markdown]
-# Where is the network wrong? Look for three things. At the *soma* the image is bright and the target is a
-# thin tube: orange around it means that the network took brightness for neurite. *Far specks* are orange
-# away from the tree; each adds one to the Betti-0 error, and enough of them move Hd95. *Gaps* are
-# purple on the tree.
+# Where is the network wrong? Look for three things. At the *soma* the image is bright and the target is
+# a thin tube: orange around it means that the network took brightness for neurite. *Far specks* are
+# orange away from the tree; each adds one to the Betti-0 error, and enough of them move Hd95. (The
+# picture shows all specks; the table counts without those below the smallest piece.) *Gaps* are purple
+# on the tree.
 #
-# On generated neurons, the stored run's network beats every filter. On real ones that is much harder, as
-# [06 Table 1](06_table1.ipynb) shows. Do not take a filter for beaten before you have measured it.
+# On this generated neuron, the stored run's network beats every filter in Dice, Hd95 and surface Dice.
+# It does not in clDice, where the difference of Gaussians is ahead, nor in the Betti-0 error: it leaves
+# the most pieces. [06 Table 1](06_table1.ipynb) asks the same of real neurons. Do not take a filter for
+# beaten before you have measured it.
 #
 # ### Exercise 1: beat the threshold
 #
-# Write a function from an image in [0, 1] to a mask that beats *every* threshold on a volume of the embedded
-# data set, by a Dice of 0.05. `ndimage.gaussian_filter` smooths, and `evaluation.drop_small(mask, size)`
-# drops small pieces. Try; the check says what you reached, and you change it and run it again.
+# Write a function from an image in [0, 1] to a mask that beats *every* threshold on a volume of the
+# embedded data set, by a Dice of 0.05. `ndimage.gaussian_filter` smooths, and
+# `evaluation.drop_small(mask, size)` drops small pieces. Try it: the check says what Dice you reached;
+# change your function and run it again.
 
 
 # %% tags=["exercise"]
@@ -327,14 +335,14 @@ exercises.q1(segment)
 #     return evaluation.drop_small(narrow - wide > 0.15, 300)
 # ```
 #
-# Dice 0.52 instead of 0.38. You chose its numbers on the volume on which they are judged: on another
-# one they will do worse, and that is what validation neurons are for.
+# Dice 0.52 instead of 0.38. Its numbers were chosen on the volume on which they are judged. On another
+# one they will probably do worse, and that is what validation neurons are for.
 # </details>
 
 # %% [markdown]
 # ### One far speck
 #
-# Take the true mask as a prediction and add a speck in the farthest corner, a few voxels wide:
+# Take the true mask as a prediction, and add a speck a few voxels wide in a far corner:
 
 
 # %%
@@ -350,8 +358,8 @@ alt = "The true mask in blue and, in a far corner, an orange speck of 12 voxels 
 plotting.show(figure, "speck", alt, run.figures)
 
 # %% [markdown]
-# The Dice falls slowly, with the speck's volume. Hd95 does not move at all, until the speck's surface is
-# more than a twentieth of all; from there it is the distance to the corner:
+# The Dice falls slowly, with the speck's volume. Hd95 does not move at all until the speck's surface is
+# more than a twentieth of the whole; from there on, it is the distance to the corner:
 
 # %%
 sides = list(range(0, 21, 2))
@@ -370,7 +378,8 @@ plotting.show(figure, "disagreement", alt, run.figures)
 
 # %% [markdown]
 # The distances themselves show why. Each curve is the share of a prediction's surface within a distance
-# of the true one; Hd95 is where it crosses the dashed line.
+# of the true one; Hd95 is where it crosses the dashed line. Where a curve begins above the line, Hd95 is
+# 0.
 
 # %%
 shares = {
@@ -383,9 +392,9 @@ alt = "Two step curves: one crosses 95 % at distance zero, the other only at the
 plotting.show(figure, "shares", alt, run.figures)
 
 # %% [markdown]
-# The paper's 3D network from scratch has Hd95 37.9, with pre-training 2.8, and Dice 0.42 and 0.50.
-# Specks far from the neuron, which pre-training removed, are one way to such numbers; the paper does not
-# show whether it is the way.
+# From scratch, the paper's 3D network has a Dice of 0.42 and an Hd95 of 37.9; pre-trained, it has 0.50
+# and 2.8. Specks far from the neuron that pre-training removed would explain such numbers; the paper
+# does not show whether they are the reason.
 #
 # ### Exercise 2: fool a metric
 #
@@ -412,14 +421,14 @@ exercises.q2(fool)
 # ```
 #
 # Single voxels weigh little and are all surface. A tube that is two voxels too thick all around has most
-# of its voxels outside of the truth, and its surface near it.
+# of its voxels outside the truth, but its surface close to it.
 # </details>
 
 # %% [markdown]
 # ### An empty prediction
 #
-# A network that finds nothing has Dice 0 and no surface: its Hd95 is infinite. In a mean over four
-# volumes, what is done about the one that was missed decides who wins:
+# A network that finds nothing has a Dice of 0 and no surface: its Hd95 is infinite. In a mean over four
+# volumes, the treatment of the one that was missed decides who wins:
 
 # %%
 values = np.array([2.0, 3.0, 4.0, np.inf])
@@ -428,7 +437,7 @@ print(f"without the miss {values[:3].mean():.1f}, called 0: {(values[:3].sum()) 
 print(f"with the diagonal {statistics.aggregate(values, diagonal).mean:.1f}, one miss")
 
 # %% [markdown]
-# Leaving it out, or calling it 0 as some code does, rewards failing. Here a miss counts with the
+# Leaving it out, or calling it 0 as some code does, rewards failure. Here a miss counts with the
 # diagonal of its volume, the largest possible Hd95, and the number of misses stands beside the mean.
 #
 # ### Exercise 3: a mean with misses
@@ -487,13 +496,14 @@ print(f"smallest p that four neurons allow: {statistics.sign_flip_p(np.ones(4))}
 # A bar with the mean would hide that neuron 4 is easy and neuron 1 hard, for both. Compared by their own
 # intervals, the two methods cannot be told apart: each interval holds the spread of the *neurons*. The
 # differences on each neuron spread less, and their interval is short enough to say something. It still
-# holds 0: four neurons show little. They cannot reach p < 0.05 either: all 16 patterns of signs are too few.
+# holds 0: four neurons show little. Nor can they reach p < 0.05: four differences have only 16 patterns
+# of signs, and *p* is the share of the patterns whose mean is as far from 0 as the one found.
 #
 # ### Does a 95 % interval hold the truth in 95 % of all experiments?
 #
-# That can be tried. Draw four values around a true mean of 0, compute the interval, see whether it holds
-# the 0, and repeat. The other interval in use, the percentile bootstrap, draws again and again from the
-# four values, with replacement, and takes the middle 95 % of the means:
+# We can try it. Draw four values around a true mean of 0, compute the interval, see whether it holds the
+# 0, and repeat. Another common interval, the percentile bootstrap, draws again and again from the four
+# values, with replacement, and takes the middle 95 % of the means:
 
 # %%
 experiments = np.random.default_rng(0).normal(size=(4000, 4))
@@ -504,14 +514,15 @@ half = stats.t.ppf(0.975, 3) * experiments.std(axis=1, ddof=1) / np.sqrt(4)
 print(f"t interval: {np.mean(np.abs(experiments.mean(axis=1)) < half):.0%}")
 
 # %% [markdown]
-# Of four values a bootstrap sees too little of the spread: its "95 %" is 80 %. The t interval is wider, and
-# right. Values that are far from normal make it fail, too, and four values cannot tell: so every neuron is
-# shown.
+# From four values, a bootstrap sees too little of the spread: in the experiments, its "95 %" interval
+# holds the truth in 80 % of the cases only. The t interval is wider, and right. It fails, too, if the
+# values are far from normal, and four values cannot tell whether they are. So we show every neuron.
 #
 # ### Exercise 4: the interval of a gain
 #
-# Write it: scores of two methods on the same n neurons go in, low and high of the 95 % t interval of the
-# mean gain of the first over the second come out. `stats.t.ppf(0.975, n - 1)` is $t_{n-1}$.
+# Write it. The scores of two methods on the same n neurons go in; the low and the high end of the 95 % t
+# interval of the first method's mean gain over the second come out. `stats.t.ppf(0.975, n - 1)` is
+# $t_{n-1}$.
 
 
 # %% tags=["exercise"]
@@ -535,17 +546,18 @@ exercises.q4(interval)
 # </details>
 
 # %% [markdown]
-# All methods on the same neurons, and the interval of the differences: that is what notebook 06 does.
+# Notebook 06 does just this: it measures all methods on the same neurons and puts an interval on the
+# differences.
 #
 # ## Checkpoint
 #
-# You now have a probability for every voxel of the test neurons, and numbers of which you know what
-# they hide.
+# You now have a probability for every voxel of the test neurons, and you know what each of their numbers
+# hides.
 #
-# **Summary.** The paper: Dice 0.4174 and Hd95 37.9 from scratch, 0.5045 and 2.81 with center
-# inflation, on four neurons. Ours are above, beside what three filters reach on the same volume: a score
-# means little until one knows what a filter scores. Real neurons, and the comparison of initialisations,
-# are in [06 Table 1](06_table1.ipynb).
+# **Summary.** The paper has a Dice of 0.4174 and an Hd95 of 37.9 from scratch, and 0.5045 and 2.81 with
+# center inflation, on four neurons. Our numbers are above, beside what three filters reach on the same
+# volume: a score means little until you know what a filter scores. Real neurons, and the comparison of
+# initialisations, are in [06 Table 1](06_table1.ipynb).
 #
 # **Next:** [05 SWC tracing](05_swc_tracing.ipynb).
 #
