@@ -87,10 +87,10 @@ probability = {
 # %% [markdown]
 # ## The tracer in six pictures
 #
-# How does a cloud of voxels become a tree that a neuroscientist can measure? A network is wrong in its
-# own ways. To see what the tracer does, we give it a mask that is right but for what every mask has: the
-# target of the test neuron with ten gaps cut into it. Each picture shows the whole and a window. In the
-# whole you see what is missing, in the window what is crooked.
+# How does a cloud of voxels become a tree that a neuroscientist can measure? A network makes mistakes of
+# its own. To see what the tracer does, we give it a mask that is right except for the one thing that
+# every mask has, gaps: the target of the test neuron, with ten gaps cut into it. Each picture shows the
+# whole and a window. In the whole you see what is missing, in the window what is crooked.
 
 # %%
 sample, cut = tests[0], facts["threshold"]
@@ -103,8 +103,9 @@ centre = xy[crowd.argmax()][::-1]
 # %% [markdown]
 # ### 1. Mask
 #
-# What is above the threshold, in pieces that touch, be it at a corner. Small pieces are dropped, here
-# those of fewer than 20 voxels; where a network leaves larger specks, it has to be more.
+# The mask holds the voxels above the threshold. Voxels that touch, even if only at a corner, form a
+# piece. Small pieces are dropped, here those of fewer than 20 voxels; where a network leaves larger
+# specks, the limit has to be higher.
 
 # %%
 foreground = tracing.find_foreground(mask, sample.spacing, min_size=20)
@@ -115,8 +116,8 @@ plotting.show(plotting.zoomed(pieces, centre), "pieces", alt, run.figures)
 # %% [markdown]
 # ### 2. Radius
 #
-# The distance of each voxel to the background, large in the middle of a neurite. A step along z may be
-# longer than one along x: distances are physical, in units of the finest axis.
+# The radius of a voxel is its distance to the background; it is large in the middle of a neurite. A step
+# along z may be longer than one along x, so distances are physical, in units of the finest axis.
 
 # %%
 radius = tracing.measure_radius(foreground)
@@ -127,13 +128,13 @@ plotting.show(plotting.zoomed(thick, centre, label="radius, voxels"), "radius", 
 # %% [markdown]
 # ### 3. Cost
 #
-# A path is to run along the middle, and through voxels the network is sure of: with the radius $r$,
-# the largest radius of its piece $r_{max}$ and the probability $p$, a step costs its length times
+# A path should run along the middle, and through voxels of which the network is sure. With the radius
+# $r$, the largest radius of its piece $r_{max}$ and the probability $p$, a step costs its length times
 #
 # $$ c = e^{10 (1 - r / r_{max})^2} \; e^{2 (1 - p)}. $$
 #
 # The picture shows the cheapest voxel along each line of sight. The way along the edge of a neurite
-# costs a hundred times the way along its middle: no short cut is worth it.
+# costs about a hundred times as much as the way along its middle, so no short cut is worth it.
 
 # %%
 cost = tracing.path_cost(foreground, radius)
@@ -146,9 +147,9 @@ plotting.show(figure, "cost", alt, run.figures)
 # ### 4. Paths
 #
 # Voxels that touch are neighbours in a graph. From the root (a cell body if there is one, else an end of
-# the longest path) the tracer takes the cheapest path to the farthest voxel. It counts everything
-# within $1.5 r + 3$ of that path as explained, goes on to the farthest voxel that is left, and stops when
-# none is. This is TEASAR (Sato et al., 2000), in each piece by itself.
+# the longest path) the tracer takes the cheapest path to the farthest voxel. It counts everything within
+# $1.5 r + 3$ of that path as explained, goes on to the farthest voxel that is left, and stops when none
+# is left. This is TEASAR (Sato et al., 2000), in each piece by itself.
 
 # %%
 paths = tracing.find_paths(foreground, radius, cost)
@@ -229,15 +230,16 @@ if not equal[0]:  # two ways may cost the same: then either is right
 print(f"{sum(equal)} of {len(theirs)} paths are the library's, voxel for voxel")
 
 # %% [markdown]
-# The library adds one rule: a path does not explain a voxel whose way to it through the mask is more
-# than twice as long as it may be. So a neurite that runs close beside another one is traced, too.
+# The library adds one rule: a path does not explain a voxel from which the way to the path, through the
+# mask, is more than twice as long as that reach. So a neurite that runs close beside another one is
+# traced, too.
 
 # %% [markdown]
 # ### 5. Pruning
 #
-# A path leads to every bump, and the target has none. Let three in ten of its voxels be lost at random:
-# now there are bumps. A path that reaches no more than 6 voxels beyond the surface of its parent is no
-# branch. The price: true branches that are shorter go, too.
+# Some paths lead only to a bump of the mask. The target has no bumps, so we delete three in ten of its
+# voxels at random to make some. A path that reaches no more than 6 voxels beyond the surface of its
+# parent is taken for a bump and dropped. The price is that true branches as short as that go, too.
 
 # %%
 rough, _ = robustness.degrade(mask, sample.tree, "noise", 0.3)
@@ -260,10 +262,10 @@ print(f"{len(many)} paths, {len(kept)} kept")
 # %% [markdown]
 # ### 6. Bridging
 #
-# Ends of two pieces are joined if they are near (15 voxels) and each points at the other: neither is
-# off by more than 60 degrees, both together by no more than 80. The cheapest bridges come first, and
-# none that would close a loop. Each bridge is a guess and is reported as one. The others stay gaps: a
-# forest that says what it does not know.
+# Ends of two pieces are joined if they are near (15 voxels) and each points at the other: neither is off
+# by more than 60 degrees, both together by no more than 80. The cheapest bridges come first, and none
+# may close a loop. Each bridge is a guess and is reported as one. All other gaps stay open, and the
+# result is a forest: it does not claim what it does not know.
 
 # %%
 kept = tracing.prune_paths(paths, foreground, radius)
@@ -280,9 +282,10 @@ print(f"{np.sum(pieces.parent < 0)} trees before, {np.sum(joined.parent < 0)} af
 # %% [markdown]
 # ### Exercise 1: a bridge or not?
 #
-# Two ends `a` and `b`, as points, and the steps `out_a` and `out_b` in which their neurites would go on,
-# of any length. Say whether to bridge them: at most 15 voxels apart, each pointing at the other to
-# within 60 degrees. (Leave the sum of both angles to the tracer.)
+# You are given two ends `a` and `b`, as points, and the directions `out_a` and `out_b` in which their
+# neurites would go on, as vectors of any length. Say whether to bridge them: they must be at most 15
+# voxels apart, and each must point at the other to within 60 degrees. (Leave the sum of both angles to
+# the tracer.)
 
 
 # %% tags=["exercise"]
@@ -331,13 +334,13 @@ exercises.q2(place)
 # </details>
 
 # %% [markdown]
-# Last, nodes are smoothed off the grid, ends drawn back from the surface, and a node kept every two
-# voxels. `tracing.trace` does all of it.
+# Finally, the nodes are smoothed off the grid, ends are drawn back from the surface, and one node is
+# kept every two voxels. `tracing.trace` does all of it.
 #
 # ### Exercise 3: parents first
 #
-# Many programs read an SWC file line by line and need every parent before its children. Given the row
-# of each node's parent (-1 for a root), give the rows in such an order.
+# Many programs read an SWC file line by line and need every parent before its children. You are given
+# the row of each node's parent (-1 for a root). Return the rows in such an order.
 
 
 # %% tags=["exercise"]
@@ -366,13 +369,13 @@ exercises.q3(parents_first)
 # %% [markdown]
 # ## Where tracing fails
 #
-# Now spoil the faultless mask, more and more, in five ways, and trace each. *Recall* is the share of
-# the reference's length that is found, *precision* the share of the traced length that is right, both
-# within 2 voxels; ESA, explained below, is the mean distance of the two trees. Each panel shows the
-# measure that its damage changes; the others hardly move. The tracer stands beside itself with pieces
-# under 200 voxels dropped, and beside plain thinning (Lee et al., 1994), which joins the voxels of the
-# skeleton to trees and does nothing else. Any function that is called like
-# `tracing.trace` can join them; `benchmarks/trees.py` has one for kimimaro (Silversmith et al., 2021).
+# Now we spoil the faultless mask in five ways, more and more, and trace it each time. *Recall* is the
+# share of the reference's length that is found, *precision* the share of the traced length that is
+# right, both within 2 voxels; ESA, explained below, is the mean distance of the two trees. Each panel
+# plots the measure that shows its damage best. We compare the tracer with itself when it drops pieces
+# under 200 voxels, and with plain thinning (Lee et al., 1994), which joins the voxels of the skeleton
+# into trees and does nothing else. You can add any function that is called like `tracing.trace`;
+# `benchmarks/trees.py` has one for kimimaro (Silversmith et al., 2021).
 
 
 # %%
@@ -401,20 +404,22 @@ alt = "One panel for each of five kinds of damage: the measure that it changes, 
 plotting.show(plotting.curves(panels, amounts), "robustness", alt, run.figures)
 
 # %% [markdown]
-# *Cuts* cost recall. Bridges give some of it back, and dropping small pieces costs most, since what
-# lies between two cuts is small. *Specks* cost precision, and only the size of a piece tells them
-# from neurites: the rule that is wrong for cuts is right here. *Noise* costs little: even with half of
-# the voxels gone, trees are about one voxel apart. *Blur* and a *threshold* that is too high are
-# harmless up to a point and then take everything, because a neurite four voxels wide has no reserve. So
-# look at the number of pieces before you choose `min_size`, and prefer a threshold that is too low.
+# *Cuts* cost recall. Bridges give some of it back, and dropping small pieces costs most, since what lies
+# between two cuts is small. *Specks* cost precision, and only the size of a piece tells them from
+# neurites: the rule that is wrong for cuts is right here. *Noise* costs little: even with 60 % of the
+# voxels gone, trees are about one voxel apart (those of plain thinning a little less). *Blur* and a
+# *threshold* that is too high are harmless up to a point and then take nearly everything, because a
+# neurite four voxels wide has no reserve. So look at the number of pieces before you choose `min_size`,
+# and prefer a threshold that is too low.
 #
 # ## Two trees compared
 #
-# Both trees are sampled at about one point a voxel; for each point, the distance to the nearest
-# segment of the other tree. **ESA** is the mean distance, averaged over the two directions. Points
-# two or more voxels (of the finest axis) away are "different": **PDS** is their share, **DSA** their mean
-# distance. ESA and DSA are in µm where the voxel size of every stack is known, else in voxels. DSA says
-# nothing about how many points differ, ESA nothing about where.
+# Both trees are sampled at about one point per voxel, and for each point we take the distance to the
+# nearest segment of the other tree. **ESA** (*entire structure average*) is the mean distance, averaged
+# over the two directions. Points two or more voxels (of the finest axis) away are "different". **PDS**
+# (*percentage of different structure*) is their share, and **DSA** (*different structure average*) is
+# their mean distance. ESA and DSA are in µm where the voxel size of every stack is known, else in
+# voxels. DSA says nothing about how many points differ, ESA nothing about where.
 #
 # We trace two trees, one from the prediction and one from the target itself. The second shows what the
 # tracer alone gets wrong; the rest is the network's. In the prediction, pieces below the size chosen on
@@ -447,7 +452,9 @@ scores = [
 display(Markdown(runs.table([evaluation.name_unit(row) for row in scores])))
 
 # %% [markdown]
-# The numbers, as a picture. Blue is right, orange is traced where nothing is, purple is missed.
+# In the stored run, hardly anything in the tree from the prediction is false, but three tenths of the
+# neuron are missing (recall 0.70). The picture shows the same: blue is right, orange is traced where
+# nothing is, and purple is missed.
 
 # %%
 name = sample.pair.name
@@ -461,13 +468,13 @@ figure = plotting.judged(sample.image, groups, sample.spacing)
 plotting.show(figure, "traced", alt, run.figures)
 
 # %% [markdown]
-# From the target hardly anything is false or missed: what you see on the right is mostly the network's. On
-# this neuron, a perfect mask would mend nearly all of it; what a better tracer could make of the
-# predicted mask is not shown. One number is biased even so: from the targets of 32 gold-standard trees
-# (Janelia), the traces are 2 to 14 % shorter than the trees (median 7 %) at a recall of 0.96 to 1.00.
-# Smoothing the trees themselves at two voxels takes off 2 to 6 % (median 4 %): that much is zigzag of
-# the hand that drew them, and the rest is the tracer's. Here are the same trees in 3D and, where k3d is
-# installed, a view that you can turn:
+# From the target, hardly anything is false or missed, so the errors on the right are mostly the
+# network's. On this neuron, a perfect mask would mend nearly all of them; what a better tracer could
+# make of the predicted mask, we do not see. One number is biased even so, the length: from the targets
+# of 32 gold-standard trees (Janelia), the traces are 2 to 14 % shorter than the trees (median 7 %) at a
+# recall of 0.96 to 1.00. Smoothing the trees themselves at two voxels takes off 2 to 6 % (median 4 %):
+# that much is the zigzag of the hand that drew them, and the rest is the tracer's doing. Here are the
+# same trees in 3D and, where k3d is installed, a view that you can turn:
 
 # %%
 trees = {"traced": found["prediction"][name], "reference": sample.tree}
@@ -482,8 +489,8 @@ if scene is not None:
 # %% [markdown]
 # ### Another threshold
 #
-# The threshold was chosen for Dice on a validation neuron. For a tree another one may be better: move
-# it, and the size below which pieces are dropped.
+# The threshold was chosen for Dice on a validation neuron. For a tree, another one may be better: move
+# it, and move the size below which pieces are dropped.
 
 
 # %% tags=["nbval-ignore-output"]
@@ -504,9 +511,10 @@ widgets.explore(retrace, "retrace", alt, run.figures, threshold=low, smallest=si
 # %% [markdown]
 # ## Real neurons
 #
-# The same on confocal volumes of *Drosophila* neurons: three filters and the network of notebook 06,
-# which was trained on other neurons; all slices, traced with the settings of this notebook. One command
-# makes the file that is read here: `neurolib sweep profiles/ours-cpu.yaml`.
+# The table shows the same for confocal volumes of *Drosophila* neurons, with three filters and `ours`,
+# the network of notebook 06, which was trained on other neurons. All slices were predicted, and traced
+# with the settings of this notebook. One command makes the file that is read here: `neurolib sweep
+# profiles/ours-cpu.yaml`.
 
 # %%
 measured = sweeps.read_results(real, "tree") if Path(real).is_file() else []
@@ -524,13 +532,15 @@ if measured:
     plotting.show(figure, "real-recall", alt, run.figures)
 
 # %% [markdown]
-# These trees are far from done. From the targets of the same kind of neurons, this tracer's trees have
-# an ESA of 0.3 to 0.4 voxels: most of what is missing here is missing in the mask.
+# In the stored file, `ours` finds more of each of the seven trees than any filter. Still, its trees are
+# far from done: between a fifth and more than half of each neuron is missing. From the targets of the
+# same kind of neurons, this tracer's trees have an ESA of 0.3 to 0.4 voxels: most of what is missing
+# here is missing in the mask.
 #
 # ## Your own segmentation
 #
-# The tracer does not ask where a mask is from. A mask or labels of nnU-Net, ilastik or Cellpose, or a
-# probability, go through the command line:
+# The tracer does not ask where a mask comes from. You can give masks, labels and probabilities of
+# nnU-Net, ilastik or Cellpose to the command line:
 #
 # ```
 # neurolib trace cell_labels.tif --out cell.swc --seed 120,88,14
@@ -538,12 +548,15 @@ if measured:
 # neurolib trace many_cells.tif --out-dir trees
 # ```
 #
-# The last line writes a tree for every label. Whole numbers are labels, all but 0 foreground, unless `--label` names one (ilastik begins to count at
-# 1: there it must) or `--threshold` says that they are probabilities.
+# The last line writes a tree for every label. Whole numbers are taken for labels, and all of them but 0
+# for foreground, unless `--label` names one label or `--threshold` says that they are probabilities.
+# (ilastik numbers its classes from 1, so there you need `--label`.)
 #
 # ## Checkpoint
 #
-# You now have an SWC file per test neuron: unique ids, parents first, no cycle, one root per tree.
+# You now have an SWC file per test neuron, with unique ids, parents first, no cycle, and one root per
+# tree. The table below traces the filters' masks of notebook 04 as well; in the stored run, none of
+# these trees is as close to the reference (ESA) as the network's.
 
 # %% tags=["nbval-ignore-output"]
 neurons = run.metrics().get("neurons", {})
@@ -569,11 +582,11 @@ run.record("filters", by_filter)
 display(Markdown(runs.table(rows) if rows else "Filters: see notebook 04."))
 
 # %% [markdown]
-# **Summary.** A graph on the foreground, a cost that likes the middle, and shortest paths make a
-# tree; its errors can be told from the network's by tracing the target. From the targets of six real
-# confocal neurons of *Drosophila*, this tracer's trees have an ESA of 0.32 to 0.42 voxels, a PDS of
-# 0.007 to 0.025, a precision of 1.000 and a recall of 0.956 to 0.992. The paper stops at the mask
-# (Dice 0.50 for center inflation, 0.42 from scratch); trees are what neuroscientists measure.
+# **Summary.** A graph on the foreground, a cost that favours the middle, and shortest paths make a tree;
+# its errors can be told from the network's by tracing the target. From the targets of six real confocal
+# neurons of *Drosophila*, this tracer's trees have an ESA of 0.32 to 0.42 voxels, a PDS of 0.007 to
+# 0.025, a precision of 1.000 and a recall of 0.956 to 0.992. The paper stops at the mask (Dice 0.50 for
+# center inflation, 0.42 from scratch); trees are what neuroscientists measure.
 #
 # **Next:** [06 Table 1](06_table1.ipynb).
 #
