@@ -69,13 +69,13 @@ print(f"{len(rows)} measurements on {len(neurons)} neurons: {', '.join(neurons)}
 # Does a transformer that knows photographs find neurites better than one that knows nothing? The paper says
 # yes, on four neurons. This notebook asks again, and shows every neuron.
 #
-# Before networks are compared with each other, they are compared with what needs no network: a threshold
-# on the image, a difference of Gaussians, a ridge filter (notebook 04). Their parameters come from the
-# same two validation neurons as the network's threshold. `ours` is our own configuration: a frozen encoder,
-# with the photographs' weights, before a decoder and a small U-Net. These continue from the shipped network,
-# which has seen rendered neurons only, and train on the real ones for minutes. Where the file has them,
-# `real neurons only` begins without the rendered neurons, and `random encoder` without the photographs, too.
-# `neurolib sweep profiles/ours-cpu.yaml` makes the file, fold by fold.
+# Before we compare networks with each other, we compare one with what needs no network: a threshold on
+# the image, a difference of Gaussians, and a ridge filter (notebook 04). Their parameters come from the
+# same two validation neurons as the network's threshold. `ours` is our own configuration: a frozen
+# encoder with the weights from photographs, a decoder, and a small U-Net. Decoder and U-Net continue
+# from the shipped network, which has seen rendered neurons only, and train on the real ones for minutes.
+# Where the file has them, `real neurons only` begins without the rendered neurons, and `random encoder`
+# without the photographs, too. `neurolib sweep profiles/ours-cpu.yaml` makes the file, fold by fold.
 
 # %%
 beside = sweeps.read_results(ours, "tree")
@@ -101,27 +101,29 @@ for name in by_method:
         )
 
 # %% [markdown]
-# Read this table before any other. A difference whose interval holds zero has not been shown, and a
-# filter that is level with a network costs seconds instead of minutes. Part of the strength of filters
-# and network alike is that they drop small pieces, of a size that is chosen on the validation neurons; and
-# a difference of Gaussians may count beside the network (notebook 04). Look at the neurons one by one:
-# where brightness alone tells the neuron from the rest, filters are hard to beat; where it does not, they
-# fail, and the network does not.
+# Read this table before any other. A difference whose interval holds zero has not been shown (in the
+# stored file, none of the three does), and a filter that is level with a network costs seconds instead
+# of minutes. Part of the strength of filters and network alike is that they drop small pieces, of a size
+# that is chosen on the validation neurons; and a difference of Gaussians may count beside the network
+# (notebook 04). Look at the neurons one by one: where brightness alone tells the neuron from the rest,
+# filters are hard to beat; where it does not, they fail, and the network does not.
 #
 # ## The experiment
 #
 # The paper's five rows: the 2D transformer (a block of one slice) and the 3D one (five), each from
 # scratch and pre-trained, with the two ways to inflate. All else is equal: decoder and its first
-# weights, blocks, augmentation, steps, loss (Dice + focal), the way the threshold is chosen. No
-# stem: that is ours.
+# weights, blocks, augmentation, steps, loss (Dice + focal), the way the threshold is chosen. No stem:
+# that is ours. Why should scratch lose? In [02](02_weight_inflation.ipynb), the pre-trained encoder
+# attended to threads before it had been trained on any neuron; from scratch, 21 million weights must
+# learn that from a few neurons, in a short training.
 #
 # - **Nothing is chosen on a test neuron.** Learning rates were searched on one validation neuron, for
 #   scratch and for center inflation alike: the rate below was best for center, and none was better for
 #   scratch by more than 0.001. The validation neuron is in no test. (The other rows take the rate over.)
-# - **Scratch is a transformer, too.** DINOv2's architecture scales what each block adds, by 0.00001 at
-#   first. In so few steps those scales hardly move, and the blocks would do nothing: from scratch they
-#   begin at 1, as in the paper's ViT, which has none. On the validation neuron that raised its Dice from
-#   0.434 to 0.445.
+# - **Scratch is a transformer, too.** DINOv2's architecture scales what each block adds (*LayerScale*),
+#   by 0.00001 at first. In so few steps those scales hardly move, and the blocks would do nothing: from
+#   scratch they begin at 1, as in the paper's ViT, which has none. On the validation neuron that raised
+#   its Dice from 0.434 to 0.445.
 # - **Every neuron is tested once**, by networks that never saw it: the neurons are held out in turn
 #   (folds). Two volumes of one neuron are held out together and count as one neuron.
 # - The stored file was measured on every fourth slice, in tiles that did not overlap, and before the
@@ -192,9 +194,10 @@ display(Markdown(runs.table(statistics.compare_networks(scores, baseline))))
 # %% [markdown]
 # ## Another seed
 #
-# A seed draws the decoder's first weights, the blocks and their order and, from scratch, the encoder's
-# weights. The means above are over all seeds of the file. What would each of them alone have said? A
-# column per seed, with the gains averaged over the neurons (a file with one seed has one column):
+# A seed determines the decoder's first weights, the blocks and their order and, from scratch, the
+# encoder's weights. The means above are over all seeds of the file. What would each of them alone have
+# said? Each seed has a column, with the gains averaged over the neurons (a file with one seed has one
+# such column):
 
 # %%
 seeds = sweeps.by_seed(rows, "dice")
@@ -206,8 +209,9 @@ plotting.show(figure, "seeds", alt, run.figures)
 # %% [markdown]
 # ### Exercise 1: gains, neuron by neuron
 #
-# Two networks, each a mapping of neuron to Dice. They were not measured on quite the same neurons, nor
-# in the same order. Return the gains of `ours` over `theirs` on the neurons that both have, as a list.
+# You are given two networks, each as a mapping from neuron to Dice. They were not measured on quite the
+# same neurons, nor in the same order. Return the gains of `ours` over `theirs` on the neurons that both
+# have, as a list.
 
 
 # %% tags=["exercise"]
@@ -230,10 +234,10 @@ exercises.q1(paired)
 # %% [markdown]
 # ### Exercise 2: how many neurons would it take?
 #
-# You plan the next experiment. Expect the mean `gain` of the table above, and gains that spread with the
-# standard deviation `deviation`. How many neurons must you test, at least, for the 95 % t interval of the
-# mean gain to lie above 0? `stats.t.ppf(0.975, n - 1)` is $t_{n-1}$. Predict for a gain of 0.02 and a
-# deviation of 0.05 before you compute it: ten? twenty? fifty?
+# You plan the next experiment. You expect a mean gain of `gain`, like one in the table above, and gains
+# that spread with the standard deviation `deviation`. How many neurons must you test, at least, for the
+# 95 % t interval of the mean gain to lie above 0? `stats.t.ppf(0.975, n - 1)` is $t_{n-1}$. Predict for
+# a gain of 0.02 and a deviation of 0.05 before you compute it: ten? twenty? fifty?
 
 
 # %% tags=["exercise"]
@@ -288,7 +292,7 @@ plotting.show(figure, "hd95", alt, run.figures)
 # %% [markdown]
 # ## Look for yourself
 #
-# Another measure, another baseline: does the order of the networks stay?
+# Choose another measure or another baseline: does the order of the networks stay the same?
 
 # %%
 measures = ipywidgets.Dropdown(options={"Dice": "dice", "Hd95": "hd95"}, description="measure")
@@ -322,7 +326,7 @@ widgets.explore(draw, "explorer", alt, run.figures, measure=measures, against=ag
 #
 # ## Capstone: your own stack
 #
-# Take a stack of your own, or one of a colleague. Go all the way once:
+# Take a stack of your own, or one of a colleague's, and go all the way once:
 #
 # 1. `neurolib inspect` the stack and, if there is one, its tree, until the frame is right.
 # 2. Choose the target and its threshold, and say why ([01](01_data_blocking.ipynb)).
