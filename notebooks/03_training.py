@@ -282,8 +282,8 @@ exercises.q2(soft_dice)
 #     return 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
 # ```
 #
-# Nothing in it has a threshold, so it has a gradient everywhere. If the target is empty, it is $1 - 1 /
-# (\sum p + 1)$: whatever is found is too much.
+# Nothing in it has a threshold, so it has a gradient everywhere. If the target is empty, it is
+# $1 - 1 / (\sum p + 1)$: whatever is found is too much.
 # </details>
 
 # %% [markdown]

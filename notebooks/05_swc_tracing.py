@@ -513,8 +513,8 @@ widgets.explore(retrace, "retrace", alt, run.figures, threshold=low, smallest=si
 #
 # The table shows the same for confocal volumes of *Drosophila* neurons, with three filters and `ours`,
 # the network of notebook 06, which was trained on other neurons. All slices were predicted, and traced
-# with the settings of this notebook. One command makes the file that is read here: `neurolib sweep
-# profiles/ours-cpu.yaml`.
+# with the settings of this notebook. One command makes the file that is read here:
+# `neurolib sweep profiles/ours-cpu.yaml`.
 
 # %%
 measured = sweeps.read_results(real, "tree") if Path(real).is_file() else []
