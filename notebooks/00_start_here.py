@@ -166,7 +166,7 @@ plotting.show(figure, "pipeline", alt, run.figures)
 # ## Two small exercises
 #
 # In every exercise, you put your answer in place of the dots and run the cell. It says that your answer
-# is right, or what is wrong with it. A solution is folded below.
+# is right, or what is wrong with it. The solution is folded below the cell.
 #
 # ### Exercise 1: how little there is to find
 #

@@ -167,9 +167,9 @@ exercises.q1(to_voxels)
 # $$ y(D) = \frac{e^{a (1 - D / d_M)} - 1}{e^{a} - 1} \quad (D < d_M), \qquad a = 6, \; d_M = 5
 # \text{ voxels}, $$
 #
-# and call a voxel foreground where $y \ge \tau$. The paper does not print these constants; they are
-# our choice. The tube is equally wide everywhere. So most of the soma, the brightest part of the
-# image, is background, and a network has to learn that bright is not enough.
+# and that is 0 farther away. We call a voxel *foreground* where $y \ge \tau$. The paper does not print
+# these constants; they are our choice. The tube is equally wide everywhere. So most of the soma, the
+# brightest part of the image, is background, and a network has to learn that bright is not enough.
 #
 # The paper speaks of a *scale-space* distance transform. There the response has a fourth coordinate,
 # the radius $r$: at a voxel $x$, $D^2 = \lVert x - c \rVert^2 + (r - r_c)^2$ to a point $c$ of the
@@ -392,8 +392,8 @@ exercises.q4(order)
 # ```
 #
 # With alternate slices, every test block has a training block one slice away, which shows nearly the
-# same. With random blocks, some have none. Halves in z leak only at the plane between them. Change `<
-# 0.5` in the cell above to `< 0.9` and run it again: the more the learner remembers, the higher its
+# same. With random blocks, some have none. Halves in z leak only at the plane between them. Change
+# `< 0.5` in the cell above to `< 0.9` and run it again: the more the learner remembers, the higher its
 # leaked score, and the honest one stays where it is.
 # </details>
 

@@ -262,9 +262,9 @@ exercises.q2(needed)
 #     return n
 # ```
 #
-# For 0.02 and 0.05 it is 27. And then the interval just misses 0 in a typical experiment, and covers it
-# in every other one. Four neurons show a gain of 0.036 only because their gains spread by
-# 0.019. Change `baseline` to "2D scratch" and run the notebook again: which gain is still shown?
+# For 0.02 and 0.05 it is 27. Even then the interval barely misses 0 in a typical experiment, and it
+# covers 0 in about every second one. Four neurons show a gain of 0.036 only because their gains spread
+# by 0.019. Change `baseline` to "2D scratch" and run the notebook again: which gain is still shown?
 # </details>
 
 # %% [markdown]
