@@ -112,8 +112,8 @@ def surface_dice(
     Nikolov et al., "Deep learning to achieve clinically applicable segmentation of head and neck
     anatomy for radiotherapy", 2018 (arXiv:1809.04430), with surfaces as in its published code: an
     element per corner at which eight voxels meet that are not all alike, weighted by the area of
-    the triangles that marching cubes puts there. A tracing a voxel beside the ridge of a thin
-    neurite loses half of its Dice but nothing here.
+    the triangles that marching cubes puts there. A trace that runs a voxel beside a thin
+    neurite loses a third of its Dice or more, but nothing here.
 
     `tolerance` is in the unit of `spacing` (dz, dy, dx), by default 2 voxels of the finest axis.
     The result is 1 if both masks are empty, 0 if one is.

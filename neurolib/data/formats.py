@@ -473,7 +473,7 @@ def files_read(path: Path) -> list[Path]:
     try:
         with tifffile.TiffFile(path) as tif:
             return [path, *(path.parent / file for file in _set_of(tif))]
-    except Exception:  # another format, or damaged, of which reading will tell
+    except Exception:  # another format, or damaged: reading will tell
         return [path]
 
 
@@ -505,7 +505,7 @@ def _is_tiff(path: Path) -> bool:
 
 
 def _negative(name: str, data: np.ndarray, bits: Any) -> np.ndarray:
-    """Invert pixels of which 0 is white."""
+    """Invert pixels whose 0 is white."""
     if data.dtype.kind == "f":
         raise VolumeError(
             f"{name}: 0 is white (MinIsWhite) in voxels of {data.dtype}, which have no black; "
