@@ -289,8 +289,8 @@ exercises.q2(soft_dice)
 # %% [markdown]
 # ## The network
 #
-# Five slices of 100 × 100 voxels go in, and one mask comes out. In between, the slices are enlarged to
-# 224 × 224 and become *tokens*: each patch of 14 × 14 pixels, in all five slices, turns into 384
+# Five slices of 100 × 100 voxels go in, and one mask comes out. In between, their contrast is enlarged
+# to 224 × 224 and becomes *tokens*: each patch of 14 × 14 pixels, in all five slices, turns into 384
 # numbers, and twelve transformer blocks let the patches tell each other what they see
 # ([02](02_weight_inflation.ipynb) has a recap). At four *taps*, after blocks 3, 6, 9 and 12, the tokens
 # are taken out.
@@ -521,8 +521,8 @@ if net.encoder is not None:
 # ## Training
 #
 # Single steps make the weights jitter. So we follow a running average of the weights (an exponential
-# moving average, *EMA*), which each step moves towards the new weights: most of the way at first, only 2
-# % of it in a long run. We keep it as it was at the step where it did best on blocks of the validation
+# moving average, *EMA*), which each step moves towards the new weights: most of the way at first, only
+# 2 % of it in a long run. We keep it as it was at the step where it did best on blocks of the validation
 # neurons. These blocks are salient ones and empty ones, weighted as they occur in the whole volume, so
 # that a network that sees neurites everywhere cannot win.
 #

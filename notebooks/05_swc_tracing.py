@@ -555,8 +555,8 @@ if measured:
 # ## Checkpoint
 #
 # You now have an SWC file per test neuron, with unique ids, parents first, no cycle, and one root per
-# tree. The table below traces the filters' masks of notebook 04 as well; in the stored run, none of
-# these trees is as close to the reference (ESA) as the network's.
+# tree. The last table scores the trees that are traced from the filters' masks of notebook 04; in the
+# stored run, none of them is as close to the reference (ESA) as the network's tree.
 
 # %% tags=["nbval-ignore-output"]
 neurons = run.metrics().get("neurons", {})
