@@ -29,7 +29,7 @@
 #
 # **Before this:** [01 Data blocking](01_data_blocking.ipynb).
 #
-# **Takes** under a minute and 1.0 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
+# **Takes** under a minute and 1.1 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
 # %% jupyter={"source_hidden": true} tags=["parameters", "hide-input"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results
@@ -229,7 +229,7 @@ kernels = {s: inflation.inflate(grey, depth, s) for s in ("average", "center", "
 strongest = int(F.avg_pool2d(grey, 5).flatten(1).norm(dim=1).argmax())
 panels = {"colour": plotting.colour_kernel(weight[strongest]), "grey": grey[strongest, 0]}
 alt = "A patch kernel in colour, and the grey kernel folded from it: blue above zero, red below."
-plotting.show(plotting.images(panels, shared=True), "folding", alt, run.figures)
+plotting.show(plotting.images(panels, shared=True, label="weight"), "folding", alt, run.figures)
 
 # %% [markdown]
 # Then the same kernel, inflated in three ways:
@@ -240,7 +240,7 @@ panels = {
     for name, kernel in kernels.items()
     for i in range(depth)
 }
-figure = plotting.images(panels, columns=depth, shared=True)
+figure = plotting.images(panels, columns=depth, shared=True, label="weight")
 alt = "Three rows of slices: average repeats a faint kernel, center has it in the middle alone."
 plotting.show(figure, "kernels", alt, run.figures)
 
@@ -253,7 +253,7 @@ plotting.show(figure, "kernels", alt, run.figures)
 # %%
 response = inflation.tube_response(kernels, size)
 lines = {name: (range(-(depth // 2), depth // 2 + 1), values) for name, values in response.items()}
-panels = {"change of the tokens (norm)": lines}
+panels = {"change of the tokens (largest: 1)": lines}
 figure = plotting.curves(panels, "depth of the tube in the block")
 alt = "Token change against tube depth: flat for average, a single peak at zero for center."
 plotting.show(figure, "depths", alt, run.figures)
@@ -376,7 +376,7 @@ if before is not None and after is not None:  # DINOv3 has rotary positions
     found = [likeness(part.detach()) for part in (before, after)]
     panels = {f"{len(part)} x {len(part)} places": part for part in found}
     alt = "Likeness of one place to all others, before and after resizing: near ones are alike."
-    figure = plotting.images(panels, cmap="viridis", shared=True)
+    figure = plotting.images(panels, cmap="viridis", shared=True, label="cosine similarity")
     plotting.show(figure, "positions", alt, run.figures)
 
 # %% [markdown]
@@ -435,7 +435,7 @@ plotting.show(figure, "tokens", alt, run.figures)
 maps = {name: network.class_attention(net, real) for name, net in networks.items()}
 panels = {name: found.mean(0) for name, found in maps.items()}
 alt = "The class token's attention to each patch: even with random weights, in spots with others."
-figure = plotting.images(panels, cmap="viridis", shared=True)
+figure = plotting.images(panels, cmap="viridis", shared=True, label="attention")
 plotting.show(figure, "attention", alt, run.figures)
 
 # %% [markdown]
@@ -471,7 +471,7 @@ for name, found in maps.items():
 # %%
 heads = {f"head {i}": head for i, head in enumerate(maps["center"])}
 alt = "Attention of each head of the pre-trained encoder, on one scale: each has its own spots."
-figure = plotting.images(heads, columns=6, cmap="viridis", shared=True)
+figure = plotting.images(heads, columns=6, cmap="viridis", shared=True, label="attention")
 plotting.show(figure, "heads", alt, run.figures)
 
 # %% [markdown]

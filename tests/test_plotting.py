@@ -1,6 +1,7 @@
 """Figures: everything is in its place, nothing is mirrored, and alternative texts survive."""
 
 import base64
+import itertools
 import re
 
 import matplotlib
@@ -151,8 +152,16 @@ def test_shared_panels_have_one_scale_with_white_at_zero_where_values_are_signed
 
 def test_pieces_side_by_side_differ_in_colour_and_nothing_is_white():
     rgb = plotting.categories(np.array([[0.0, 1.0, 5.0, 6.0, np.nan]]))[0]
-    assert len({tuple(colour) for colour in rgb}) == 4  # the seventh piece has the first colour
+    assert len({tuple(colour) for colour in rgb}) == 4  # the seventh piece has the second's colour
     assert rgb[4].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("largest", range(12))
+def test_the_largest_piece_shares_its_colour_with_no_other(largest):
+    numbers = np.array([[*range(12), largest, np.nan]])
+    rgb = plotting.categories(numbers)[0, :12].tolist()
+    assert rgb.count(rgb[largest]) == 1
+    assert all(a != b for a, b in itertools.pairwise(rgb))
 
 
 def test_the_drawing_of_the_network_names_every_shape_and_tap():

@@ -525,6 +525,17 @@ def test_build_keeps_the_old_notebook_where_it_fails(course):
     assert source.with_suffix(".ipynb").read_bytes() == before
 
 
+def test_build_attaches_the_figure_that_was_drawn(course):
+    source = course / "00_first.py"
+    figure = '<figure id="tree"><img src="data:image/png;base64,QUJD"></figure>'
+    shown = f"from IPython.display import HTML, display; display(HTML('{figure}'))"
+    text = TEXT.replace("# # ", "# # ![A tree](attachment:tree.png) ", 1)
+    source.write_text(text.replace("print(steps)", shown))
+    written = nbformat.read(build.build(source), as_version=4)
+    assert written.cells[0].attachments == {"tree.png": {"image/png": "QUJD"}}
+    assert problems_of(course) == []
+
+
 def test_new_text_keeps_the_outputs_and_new_code_is_refused(course):
     source = course / "00_first.py"
     figure = '<figure id="tree"><img alt="a &gt; b" src="data:image/png;base64,{}"></figure>'

@@ -194,6 +194,7 @@ def build(source: Path) -> Path:
     started = time.monotonic()
     with peak_memory() as peak:
         clean(execute(notebook, source.parent))
+    attach(notebook)
     _refuse(source, check_outputs(notebook))
     line = measured(notebook, time.monotonic() - started, peak[0])
     write_text(source, MEASURED.sub(line, source.read_text(encoding="utf-8")))

@@ -154,8 +154,13 @@ def _edges(points: np.ndarray, tree: Tree) -> np.ndarray:
     return points[np.stack(edges(tree), axis=1)]
 
 
-def tree_3d(trees: Mapping[str, Tree], spacing: Spacing = (1.0, 1.0, 1.0)) -> Figure:
-    """Trees in a 3D box that fills the picture, with z upwards and equal scales."""
+def tree_3d(
+    trees: Mapping[str, Tree], spacing: Spacing = (1.0, 1.0, 1.0), unit: str = "voxels"
+) -> Figure:
+    """Trees in a 3D box that fills the picture, with z upwards and equal scales.
+
+    `spacing` (z, y, x) is in `unit`.
+    """
     from mpl_toolkits.mplot3d.art3d import Line3DCollection
 
     figure = plt.figure(figsize=(8, 4.8))
@@ -171,7 +176,7 @@ def tree_3d(trees: Mapping[str, Tree], spacing: Spacing = (1.0, 1.0, 1.0)) -> Fi
     axes.view_init(elev=40, azim=-70)
     for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
         axis.set_major_locator(plt.MultipleLocator(20))
-    axes.set(xlabel="x", ylabel="y", zlabel="z")
+    axes.set(xlabel=f"x, {unit}", ylabel=f"y, {unit}", zlabel=f"z, {unit}")
     axes.legend(loc="upper left", fontsize=8)
     return figure
 
@@ -338,7 +343,9 @@ def architecture(shapes: Mapping[str, Sequence[int]], taps: Sequence[int]) -> Fi
         patch = plt.Rectangle((x, y), width, 9, fc=colour, ec=BLACK, alpha=0.35)
         axes.add_patch(patch)
         shape = " × ".join(map(str, shapes[stage])) if stage in shapes else stage
-        axes.text(x + width / 2, y + 5.8, text, ha="center", va="center", fontsize=9)
+        axes.text(
+            x + width / 2, y + (5.8 if shape else 4.5), text, ha="center", va="center", fontsize=9
+        )
         axes.text(x + width / 2, y + 2.4, shape, ha="center", va="center", fontsize=8)
 
     def arrows(*steps: tuple[float, float, float, float]) -> None:
@@ -398,6 +405,8 @@ def curves(
         if line is not None:
             axes.axhline(line, color=BLACK, lw=1, ls="--")
         axes.set(xlabel=under, ylabel=ylabel)
+        if all(float(at).is_integer() for x, _ in lines.values() for at in x):
+            axes.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
         if axes.dataLim.ymin >= 0:
             axes.set_ylim(bottom=0)
     handles, labels = grid[0, 0].get_legend_handles_labels()
@@ -486,14 +495,14 @@ def grey(plane: np.ndarray) -> np.ndarray:
     return np.repeat(np.clip(plane, 0, 1)[..., None].astype(float), 3, axis=2)
 
 
-def scale_bar(axes: Axes, pixels: int) -> None:
+def scale_bar(axes: Axes, pixels: int, on_white: bool = False) -> None:
     """A labelled bar of a round length in voxels, about a fifth of the image."""
     power = 10.0 ** np.floor(np.log10(pixels / 5))
     length = max(step * power for step in (1, 2, 5) if step * power <= pixels / 5)
     start, across = axes.get_xlim()[0] + 0.04 * pixels, axes.get_xaxis_transform()
-    # White with a dark rim is visible on tissue and on white.
-    rim = [patheffects.withStroke(linewidth=2, foreground="0.3")]
-    look = {"color": "white", "transform": across, "path_effects": rim}
+    colour, around = ("black", "white") if on_white else ("white", "0.3")
+    rim = [patheffects.withStroke(linewidth=2, foreground=around)]
+    look = {"color": colour, "transform": across, "path_effects": rim}
     axes.plot([start, start + length], [0.04, 0.04], lw=3, solid_capstyle="butt", **look)
     axes.text(start, 0.06, f"{length:g} voxels", fontsize=7, va="bottom", **look)
 
@@ -522,10 +531,15 @@ def inflated(kernel: np.ndarray, response: Sequence[float], limit: float) -> Fig
 
 
 def categories(labels: np.ndarray) -> np.ndarray:
-    """Integers (y, x) as colours (y, x, 3), different for successive numbers; NaN is white."""
+    """Integers (y, x) as colours (y, x, 3), different for successive numbers; NaN is white.
+
+    The most frequent number has a colour of its own.
+    """
     numbers = np.nan_to_num(labels, nan=-1).astype(int)
+    counts = np.bincount(numbers[numbers >= 0], minlength=1)
+    places = np.where(numbers == counts.argmax(), 0, 1 + numbers % 5)
     colours = np.array([*map(to_rgb, CYCLE[:6]), (1, 1, 1)])
-    return colours[np.where(numbers < 0, 6, numbers % 6)]
+    return colours[np.where(numbers < 0, 6, places)]
 
 
 def zoomed(
@@ -567,7 +581,7 @@ def zoomed(
         high = np.maximum(high, np.add(first, size))
         whole.set(xlim=(low[1] - 3, high[1] + 3), ylim=(high[0] + 3, low[0] - 3))
     window.set(xlim=(left - 0.5, left + size - 0.5), ylim=(top + size - 0.5, top - 0.5))
-    scale_bar(window, size)
+    scale_bar(window, size, on_white=not label)
     if lines:
         window.legend(loc="upper right", fontsize=8)
     if label:
