@@ -833,8 +833,23 @@ def test_zarr_spacing(tmp_path):
     common = {"coordinateTransformations": [{"type": "scale", "scale": [1, 2, 4]}]}
     ome_zarr(path, stack(), multiscales() | common)
     assert read_volume(path).spacing == (2, 1, 1)
-    ome_zarr(path, stack(), multiscales(scale=(0, -1, float("nan"))))
-    assert read_volume(path).spacing == (1, 1, 1)
+    for scale in ((0, -1, float("nan")), (None, 1, 1), (1, 1), ("", 1, 1)):
+        ome_zarr(path, stack(), multiscales(scale=scale))
+        volume = read_volume(path)
+        assert volume.spacing == (1, 1, 1)
+        assert "not every axis has a length" in volume.unknown
+
+
+def test_zarr_whose_smallest_level_comes_first(tmp_path):
+    image = multiscales()
+    level = {"path": "1", "coordinateTransformations": [{"type": "scale", "scale": [4, 1, 1]}]}
+    lost = level | {"path": "2"}
+    image["datasets"] = [level, *image["datasets"], lost]
+    group = zarr.open_group(ome_zarr(tmp_path / "a.zarr", stack(), image))
+    group.create_array("1", data=stack()[::2, ::2, ::2])
+    volume = read_volume(tmp_path / "a.zarr")
+    assert np.array_equal(volume.data[:], stack())
+    assert volume.spacing == (2, 0.5, 0.25)
 
 
 def test_zarr_of_older_versions_and_groups_within(tmp_path):

@@ -903,7 +903,7 @@ def _chunk_files(folder: Path, ndim: int) -> Iterator[tuple[int, ...]]:
 
 
 def read_zarr(path: Path, channel: int | None) -> Stack:
-    """Open level 0 of an OME-Zarr image (NGFF 0.4 and 0.5, https://ngff.openmicroscopy.org)."""
+    """Open the largest level of an OME-Zarr image (NGFF 0.4, 0.5; ngff.openmicroscopy.org)."""
     name = path.name
     try:
         array, axes, spacing, images = _open_multiscale(path)
@@ -951,7 +951,7 @@ def _inside(path: Path) -> str:
 
 
 def _open_multiscale(path: Path) -> tuple[Any, list[str], Spacing, int]:
-    """Level 0 of the first image of a group, its axes and spacing, and the number of images."""
+    """Largest level of the first image of a group, its axes, spacing, and number of images."""
     zarr = _import_zarr()
     group = zarr.open_group(zarr.storage.LocalStore(path, read_only=True), mode="r")
     attributes = dict(group.attrs)
@@ -968,7 +968,9 @@ def _open_multiscale(path: Path) -> tuple[Any, list[str], Spacing, int]:
     # Axes are objects from version 0.4 on, names in 0.3, and these five before.
     described = [a if isinstance(a, dict) else {"name": a} for a in image.get("axes", "tczyx")]
     axes = [axis["name"].lower() for axis in described]
-    level = image["datasets"][0]
+    levels = [level for level in image["datasets"] if level["path"] in group]
+    # Some writers list the smallest level first.
+    level = max(levels, key=lambda level: prod(group[level["path"]].shape))
     # The scale of the image multiplies that of the level; up to 0.3 there is none.
     own, common = (
         next(
@@ -978,7 +980,9 @@ def _open_multiscale(path: Path) -> tuple[Any, list[str], Spacing, int]:
     )
     spacing = Spacing()
     if own and axes[-3:] == ["z", "y", "x"]:
-        values = [float(a * b) for a, b in zip(own, common or [1.0] * len(axes), strict=True)]
+        scales = zip(own, common or [1.0] * len(axes), strict=False)
+        values = [_number(a) * _number(b) for a, b in scales]
+        values = values if len(values) == len(axes) else [float("nan")] * 3
         units = [str(axis.get("unit") or "") for axis in described[-3:]]
         spacing = calibrate(values[-3:], units, [f"scale of {axis}" for axis in axes[-3:]])
     return group[level["path"]], axes, spacing, len(images)
