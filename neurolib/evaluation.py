@@ -17,6 +17,7 @@ from scipy.spatial import KDTree
 
 from neurolib.data.formats import check_spacing
 from neurolib.errors import SettingsError, SwcError, VolumeError
+from neurolib.parameters import check_range
 from neurolib.swc import Tree, edges, repeated
 
 if TYPE_CHECKING:
@@ -120,9 +121,8 @@ def surface_dice(
     """
     a, b = _check_masks(a, b)
     spacing = check_spacing(spacing)
+    check_range("tolerance", tolerance)
     tolerance = 2 * np.min(spacing) if tolerance is None else tolerance
-    if not 0 <= tolerance < np.inf:
-        raise SettingsError(f"tolerance={tolerance}: expected a distance, at least 0")
     reach = float(tolerance * (1 + 1e-9))  # no rounding decides about equal distances
     if not a.any() or not b.any():
         return 1.0 if a.any() == b.any() else 0.0
@@ -329,6 +329,7 @@ def tree_distance(
     of the finest axis. It is in the unit of `spacing` (dz, dy, dx), and so are esa and dsa.
     """
     _check_trees(tree, reference)
+    check_range("tolerance", threshold, "threshold=")
     tree, reference, voxel = finest_voxels(spacing, tree, reference)
     # Equal distances are equal, whatever the unit.
     threshold = (2.0 if threshold is None else threshold / voxel) * (1 - 1e-9)
@@ -448,6 +449,7 @@ def tree_scores(
     `threshold` is in the unit of `spacing` (dz, dy, dx), by default 2 voxels of the finest axis.
     """
     _check_trees(tree, reference)
+    check_range("tolerance", threshold, "threshold=")
     tree, reference, voxel = finest_voxels(spacing, tree, reference)
     threshold = (2.0 if threshold is None else threshold / voxel) * (1 + 1e-9)
     return TreeScores(

@@ -58,6 +58,9 @@ def line(*points: tuple) -> Tree:
     return Tree(np.array(points, float), np.ones(n), np.zeros(n, int), np.arange(n) - 1)
 
 
+NODE = line((0, 0, 0))
+
+
 # --- Oracles: the definitions, one voxel and one edge at a time ----------------------------------
 
 
@@ -348,6 +351,8 @@ MASK = np.ones((3, 3, 3), bool)
         (lambda: cl_dice(MASK[0], MASK[0]), VolumeError, "3D"),
         (lambda: betti0_error(MASK, MASK[:, :2]), VolumeError, "one shape"),
         (lambda: tree_distance(line(), line((0, 0, 0))), SwcError, "without nodes"),
+        (lambda: tree_distance(NODE, NODE, float("nan")), SettingsError, "threshold=nan"),
+        (lambda: tree_scores(NODE, NODE, -1), SettingsError, "threshold=-1"),
     ],
 )
 def test_errors_are_one_line_of_ours(call, error, words):

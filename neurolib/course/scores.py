@@ -13,7 +13,7 @@ from neurolib.blocking import make_target
 from neurolib.course.adapters import as_probability
 from neurolib.course.statistics import aggregate
 from neurolib.data.pairs import TREES, files_of, pair_files, same_name, stem
-from neurolib.errors import DataError, NeurolibError, SettingsError, VolumeError
+from neurolib.errors import DataError, NeurolibError, VolumeError
 from neurolib.evaluation import (
     FULL_CONNECTIVITY,
     cl_dice,
@@ -28,6 +28,7 @@ from neurolib.evaluation import (
     volume_diagonal,
 )
 from neurolib.files import write_text
+from neurolib.parameters import check_range
 from neurolib.swc import Tree, check_pair, components, length, read_swc
 from neurolib.tracing import EMPTY_TREE, trace
 from neurolib.volume import SUFFIXES, read_volume
@@ -199,6 +200,8 @@ def evaluate_files(
         What is left out or converted, a line per pair, and a line of means over several pairs, in
         which an infinite distance counts as the diagonal of its volume.
     """
+    for option, value in (("tolerance", tolerance), ("threshold", threshold)):
+        check_range(option, value, f"--{option} ")
     pairs, notes = _pairs(Path(prediction), Path(reference))
     yield from notes
     sizes = {n: (spacing, True) if spacing else _pair_spacing(pair) for n, pair in pairs.items()}
@@ -291,8 +294,6 @@ def _read(
             return EMPTY_TREE, [f"{path.name}: no nodes, an empty tree"]
         tree = read_swc(path, spacing)
         return tree, [f"{path.name}: {'; '.join(tree.repairs)}"] if tree.repairs else []
-    if threshold is not None and not 0 < threshold <= 1:
-        raise SettingsError(f"--threshold {threshold}: expected more than 0, at most 1")
     data, meaning = as_probability(
         read_volume(path, check=False).data, threshold=threshold, name=path.name
     )
