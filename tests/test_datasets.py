@@ -205,7 +205,7 @@ def test_names_that_could_be_either_are_refused(tmp_path, files, words):
         "x1.swc,X\npairs/x2.ome.tif,X",
         "x1,X\nx2,X\n,\n",
         "x1,X\nx2,X\nx1,X",
-        "x1,X\nx2,X\nz_body.tif,",
+        "x1,X\nx2,X\nz_body.tif,z",
     ],
 )
 @pytest.mark.parametrize("code", ["utf-8-sig", "utf-16", "cp1252"])
@@ -226,6 +226,8 @@ def test_neurons_file_is_matched_tolerantly(tmp_path, rows, code):
         ("a,b\n1,2\n", "expected the columns name,neuron"),
         ("name,neuron\nx1,X\nx3,X\n", "row 3: no pair named 'x3'; there are x1, x2"),
         ("name,neuron\n,X\n", "row 2: no pair named ''"),
+        ("name,neuron\nx1,X\nx2,\n", "row 3: no neuron for 'x2'; name it"),
+        ("name,neuron\nx1,X\nx2\n", "row 3: no neuron for 'x2'"),
         ("name,neuron\nx1,X\nX1.tif,Y\n", "row 3: 'X1.tif' shows 'X' in an earlier row and"),
     ],
 )
@@ -233,6 +235,14 @@ def test_tables_that_cannot_hold_are_refused(tmp_path, table, words):
     empty_pairs(tmp_path, "x1", "x2")
     (tmp_path / "neurons.csv").write_text(table)
     assert words in refused(DataError, folder_pairs, tmp_path)
+
+
+@pytest.mark.parametrize("blank", ["  ", "\u00a0", "\u200b ", " \ufeff"])
+def test_blanks_that_nobody_sees_make_no_other_neuron(tmp_path, blank):
+    empty_pairs(tmp_path, "x1", "x2")
+    rows = f"name,neuron\nx1,cell 4\nx2,cell{blank}4{blank}\n"
+    (tmp_path / "neurons.csv").write_text(rows, encoding="utf-8")
+    assert {pair.neuron for pair in folder_pairs(tmp_path)} == {"cell 4"}
 
 
 @pytest.mark.filterwarnings("ignore:.*left out")

@@ -212,8 +212,13 @@ def neurons_of(folder: Path, names: Iterable[str], others: Iterable[str] = ()) -
     given: dict[str, str] = {}
     rows = _read_rows(path) if path.exists() else []
     for number, row in enumerate(rows, start=2):
-        asked, neuron = (unicodedata.normalize("NFC", row[k].strip()) for k in ("name", "neuron"))
+        asked, neuron = unicodedata.normalize("NFC", row["name"].strip()), _tidy(row["neuron"])
         name = find_name(asked, names)
+        if asked and not neuron:
+            # A merged cell of a spreadsheet fills its first row only.
+            raise DataError(
+                f"{path}: row {number}: no neuron for {asked!r}; name it, or delete the row"
+            )
         if name is None and (asked or neuron) and find_name(asked, others) is None:
             raise DataError(
                 f"{path}: row {number}: no pair named {asked!r}; there are "
@@ -224,10 +229,16 @@ def neurons_of(folder: Path, names: Iterable[str], others: Iterable[str] = ()) -
                 f"{path}: row {number}: {asked!r} shows {given[name]!r} in an earlier row and "
                 f"{neuron!r} here; keep one of them"
             )
-    neurons = {name: given.get(name) or PART.sub("", name) or name for name in names}
+    neurons = {name: given.get(name, PART.sub("", name) or name) for name in names}
     # Two spellings would be two neurons and might end up in two splits.
     spelling: dict[str, str] = {}
     return {n: spelling.setdefault(neuron.casefold(), neuron) for n, neuron in neurons.items()}
+
+
+def _tidy(cell: str) -> str:
+    """A cell without the characters that nobody sees, blanks as single ones."""
+    seen = "".join(c for c in cell if unicodedata.category(c) != "Cf")
+    return unicodedata.normalize("NFC", " ".join(seen.split()))
 
 
 def _read_rows(path: Path) -> list[Mapping[str, str]]:
