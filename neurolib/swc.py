@@ -288,18 +288,17 @@ def _use_comments(tree: Tree, lines: list[str], spacing: Sequence[float] | None)
     number = r"\s*[:=]?\s*" + r"[\s,;]+".join([r"([-+.\de]+)"] * 3)
     keys = {"OFFSET": "OFFSET", "SCALE": "SCALE", "separation": r"Voxel separation \(x,\s*y,\s*z\)"}
     for comment in (line for line in lines if line.lstrip().startswith("#")):
+        shown = comment.strip("# \t")[:60]
         for key, words in keys.items():
             match = re.match(rf"[\s#]*{words}{number}", comment, re.IGNORECASE)
             if match and all(map(_is_number, match.groups())):
                 header[key] = np.array(match.groups(), dtype=float)
-        if re.search(r"\b(units?|coordinates|positions)\b", comment, re.IGNORECASE):
-            named = {
-                (word, size)
-                for words, size in UNITS.items()
-                for word in re.findall(rf"\b(?:{words})\b", comment, re.IGNORECASE)
-            }
-            if len({size for _, size in named}) == 1:
-                unit = min(named)
+            elif re.match(rf"[\s#]*{words}\s*[:=]?\s*[-+.\d]", comment, re.IGNORECASE):
+                repairs.append(f"header: {shown!r} not used, expected three numbers")
+        try:
+            unit = _unit_in(comment) or unit
+        except ValueError:
+            repairs.append(f"header: {shown!r} not used, expected one unit, as '# units: um'")
 
     def text(values: np.ndarray) -> str:
         return ", ".join(f"{value:g}" for value in values)
@@ -322,6 +321,29 @@ def _use_comments(tree: Tree, lines: list[str], spacing: Sequence[float] | None)
             note = f"{word}, taken as it is, since the voxel size is not known"
         repairs.append(f"header: unit {note}")
     return replace(tree, repairs=(*tree.repairs, *repairs))
+
+
+def _unit_in(comment: str) -> tuple[str, float] | None:
+    """The unit of all coordinates that a comment names, in words and in µm, if it names one.
+
+    It may have a factor, as in navis' ``"units": "8 nanometer"``. ValueError: several units, an
+    unknown one, or a factor per axis.
+    """
+    whole = r"\b(units?|coordinates|positions|all values|xyz|x, ?y, ?z in)\b"
+    if not re.search(whole, comment, re.IGNORECASE):
+        return None
+    named = {}
+    for words, size in UNITS.items():
+        for before, word in re.findall(rf"([^\s:='\"]*)\s*\b({words})\b", comment, re.IGNORECASE):
+            is_factor = any(map(str.isdecimal, before))
+            named[size * float(before if is_factor else 1)] = (
+                f"{before} {word}" if is_factor else word
+            )
+    if len(named) > 1 or (
+        not named and re.search(r"\bunits?['\"]?\s*[:=]", comment, re.IGNORECASE)
+    ):
+        raise ValueError
+    return next(((word, size) for size, word in named.items()), None)
 
 
 # Order ----------------------------------------------------------------------------------------

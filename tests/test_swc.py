@@ -400,6 +400,14 @@ NODE = "1 3 40 20 8 2 -1\n2 3 80 20 8 2 1\n"
         ("# Coordinates in µm", (1, 1, 1), (40, 20, 8), 2, "unit µm, brought into voxels of 1"),
         ("# Coordinates in nm", (1, 1, 1), (0.04, 0.02, 0.008), 0.002, "unit nm, brought into"),
         ("# Coordinates in µm", (2, 0.5, 0.5), (80, 40, 4), 4, "unit µm, brought into voxels"),
+        (
+            '# Meta: {"id": 1, "units": "8 nanometer"}',
+            (0.016,) * 3,
+            (20, 10, 4),
+            1,
+            "8 nanometer, b",
+        ),
+        ("# x, y, z in nm", (0.004, 0.004, 0.004), (10, 5, 2), 0.5, "unit nm, brought into"),
         ("# Unit = nm", (0.002, 0.004, 0.004), (10, 5, 4), 0.5, "unit nm, brought into voxels"),
         (
             "# All positions and radii in um\n# Voxel separation (x,y,z): 0.5, 0.5, 2.0",
@@ -431,7 +439,6 @@ def test_comments_that_tell_the_frame(tmp_path, head, spacing, first, radius, sa
         "# voxel units, x y z = column,row,slice",
         "# OFFSET 0 0 0\n# SCALE 1.0 1.0 1.0",
         "# after Um and others",
-        "# units: um or voxels, nobody knows",
         "# All positions and radii in voxels\n# Voxel separation (x,y,z): 0.5, 0.5, 2",
     ],
 )
@@ -439,6 +446,26 @@ def test_comments_that_change_nothing(tmp_path, head):
     tree = read_swc(save(tmp_path, f"{head}\n{NODE}"), (2, 0.5, 0.5))
     assert tree.xyz.tolist() == [[40, 20, 8], [80, 20, 8]]
     assert tree.repairs == ()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "units: um or voxels, nobody knows",
+        "units: 4x4x40 nm",
+        "units: [8, 8, 8] nanometer",
+        "units: um (x, y), nm (z)",
+        "Coordinates in voxels, radii in um",
+        "units: angstrom",
+        "OFFSET 40 30",
+        "scale: 0.5",
+    ],
+)
+def test_comments_that_cannot_be_used_are_named(tmp_path, head):
+    tree = read_swc(save(tmp_path, f"# {head}\n{NODE}"), (2, 0.5, 0.5))
+    assert tree.xyz.tolist() == [[40, 20, 8], [80, 20, 8]]
+    (repair,) = tree.repairs
+    assert f"{head!r} not used, expected" in repair
 
 
 # Round trip ---------------------------------------------------------------------------------
