@@ -631,6 +631,18 @@ def test_folders_and_patterns_give_a_tree_each(checkpoint, tmp_path, capsys):
     assert "3 of 3 images" in said
 
 
+@pytest.mark.parametrize("pattern", ["", "*.tif"])
+def test_a_set_of_ome_files_is_one_image(pattern, checkpoint, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    ome_set(folder, image())
+    put(folder / "t.tif", image())
+    out = tmp_path / "out"
+    arguments = ["--checkpoint", checkpoint, "--threshold", "0.0001"]
+    assert call("segment", folder / pattern, *arguments, "--out", out) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["s0.ome.swc", "t.swc"]
+
+
 @pytest.mark.parametrize(
     ("images", "out", "words"),
     [

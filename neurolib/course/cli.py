@@ -334,6 +334,7 @@ def _expand(paths: list[Path]) -> tuple[list[Path], bool]:
     """Images named, in a folder, or matching a pattern; whether there may be several."""
     import glob
 
+    from neurolib.data.formats import files_read
     from neurolib.data.pairs import files_of
     from neurolib.files import is_result
     from neurolib.volume import SUFFIXES
@@ -355,7 +356,11 @@ def _expand(paths: list[Path]) -> tuple[list[Path], bool]:
             print(f"{path}: {len(usable) - len(new)} results of earlier calls left out")
         if not new:
             raise SettingsError(f"{path}: no image; expected files in {', '.join(SUFFIXES)}")
-        images += new
+        members: set[Path] = set()  # of sets of OME files, each of which is one image
+        for file in new:
+            if file not in members:
+                images.append(file)
+                members.update(files_read(file))
     unique: dict[Path, Path] = {}
     for path in images:
         unique.setdefault(path.resolve(), path)
