@@ -67,6 +67,32 @@ def test_results_of_another_kind_are_refused(tmp_path):
     path.write_text("a,b\n1,2\n")
     with pytest.raises(SettingsError, match="expected the columns"):
         sweeps.read_results(path)
+    sweeps.write_results(path, [row("a", "n1", 0, 0.2)])
+    text = path.read_text()
+    path.write_text(text[: text.rindex(",")])
+    with pytest.raises(SettingsError, match="expected the columns"):
+        sweeps.read_results(path)
+    path.write_text(f'{text}"a')
+    with pytest.raises(SettingsError, match="not a CSV"):
+        sweeps.read_results(path)
+
+
+@pytest.mark.parametrize("code", ["utf-8-sig", "utf-16", "cp1252"])
+def test_results_of_any_editor_are_read(tmp_path, code):
+    path = tmp_path / "table.csv"
+    sweeps.write_results(path, [row("größer", "n1", 0, 0.2)])
+    path.write_bytes(path.read_text(encoding="utf-8").replace("\n", "\r\n").encode(code))
+    assert sweeps.by_network(sweeps.read_results(path), "dice") == {"größer": {"n1": 0.2}}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "5", "\xff"])
+def test_damaged_metrics_are_one_line(data, tmp_path, text):
+    call = str(data), "empty", "x", tmp_path, {}, ()
+    path = runs.run_course(*call).path("metrics.json")
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(SettingsError, match=r"metrics.json: damaged, .*another --name"):
+        runs.run_course(*call)
+    assert path.read_bytes() == text.encode("latin-1")
 
 
 def test_a_grid_is_read(tmp_path):
@@ -555,7 +581,7 @@ def test_a_trained_network_is_not_replaced_by_one_of_other_settings(data, tmp_pa
     runs.run_course(*call, {"held_out": "cell0"}, (), overwrite=True)
 
 
-@pytest.mark.parametrize("where", ["folder", "pair", "runs"])
+@pytest.mark.parametrize("where", ["folder", "pair", "runs", "parameter"])
 def test_names_that_notebooks_cannot_hold_are_refused(data, tmp_path, where):
     """Before anything is written: JSON, which notebooks are, has no place for such bytes."""
     strange = os.fsdecode(b"z\xe4hler")
@@ -568,8 +594,9 @@ def test_names_that_notebooks_cannot_hold_are_refused(data, tmp_path, where):
             path.rename(own / f"{strange}{path.suffix}")
     if where == "runs":
         runs_folder = tmp_path / strange
+    parameters = {"held_out": strange} if where == "parameter" else {}
     with pytest.raises(SettingsError, match=r"that are no UTF-8.* rename it"):
-        runs.run_course(str(own), "smoke", folder=runs_folder)
+        runs.run_course(str(own), "smoke", folder=runs_folder, parameters=parameters)
     assert not runs_folder.exists()
 
 

@@ -121,7 +121,12 @@ class Run:
     def metrics(self) -> dict:
         """The recorded values, by stage."""
         path = self.path("metrics.json")
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+        except (ValueError, TypeError):
+            raise SettingsError(
+                f"{path}: damaged, expected the JSON that a run writes; choose another --name"
+            ) from None
 
     def hand_over(self, name: str) -> str:
         """Name, size and hash of a file that a notebook passes on."""
@@ -295,6 +300,7 @@ def choose_parameters(values: dict, defaults: dict[str, dict]) -> dict[str, dict
             raise SettingsError(f"parameter {name!r}: no notebook declares it; {hint}")
         values[name] = read_as(known[name], value, f"parameter {name!r}")
         check_range(name, values[name])
+        check_name(str(values[name]))
     return {
         notebook: {name: values[name] for name in own if name in values}
         for notebook, own in defaults.items()

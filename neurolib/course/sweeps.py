@@ -42,7 +42,7 @@ from neurolib.course.runs import (
 from neurolib.data.datasets import data_label, read_manifest
 from neurolib.errors import NeurolibError, SettingsError
 from neurolib.evaluation import in_unit, volume_diagonal
-from neurolib.files import atomic_path, claim, text_key, write_text
+from neurolib.files import atomic_path, claim, decode, text_key, write_text
 from neurolib.parameters import read_as
 from neurolib.volume import read_volume
 
@@ -479,9 +479,12 @@ def read_results(path: str | Path, measure: str = "test") -> list[dict]:
     path = Path(path)
     if not path.is_file():
         raise SettingsError(f"{path}: no results; run: neurolib sweep profiles/table1-cpu.yaml")
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or set(rows[0]) != set(COLUMNS[measure]):
+    try:
+        rows = list(csv.DictReader(decode(path.read_bytes()).split("\n"), strict=True))
+    except csv.Error as error:
+        raise SettingsError(f"{path}: not a CSV ({error}); write it again") from None
+    columns = set(COLUMNS[measure])
+    if not rows or any(set(row) != columns or None in row.values() for row in rows):
         raise SettingsError(f"{path}: expected the columns {', '.join(COLUMNS[measure])}")
     try:
         return [
