@@ -204,10 +204,10 @@ def segment(
     ] = None,
     swc: Annotated[Path | None, Option(help="The SWC to write, where --out is a .zarr.")] = None,
     mask: Annotated[
-        Path | None, Option(help="Also write the mask: .tif, or .zarr (OME-Zarr), or folder.")
+        Path | None, Option(help="Also write the mask: .tif, .zarr (OME-Zarr), or a folder.")
     ] = None,
     probability: Annotated[
-        Path | None, Option(help="Also write the probability (float32): .tif or .zarr, or folder.")
+        Path | None, Option(help="Also write the probability (float32): .tif, .zarr, or a folder.")
     ] = None,
     threshold: Annotated[
         float | None,
@@ -461,7 +461,10 @@ def _write_tree(
 @app.command()
 def trace(
     volume: Annotated[
-        Path, Argument(help="A segmentation: .tif, .npy, .v3draw, .v3dpbd, .nrrd, .zarr.")
+        Path,
+        Argument(
+            help="A segmentation: .tif, .npy, .v3draw, .v3dpbd, .nrrd, .zarr.", metavar="VOLUME"
+        ),
     ],
     out: Annotated[Path | None, Option(help="The SWC to write.")] = None,
     out_dir: Annotated[
@@ -617,10 +620,17 @@ def calibrate(
 @app.command()
 def evaluate(
     prediction: Annotated[
-        Path, Argument(help="A mask, labels, a probability or an SWC, or a folder of them.")
+        Path,
+        Argument(
+            help="A mask, labels, a probability or an SWC, or a folder of them.",
+            metavar="PREDICTION",
+        ),
     ],
     reference: Annotated[
-        Path, Argument(help="What it is measured against; a folder is matched by name.")
+        Path,
+        Argument(
+            help="What it is measured against; a folder is matched by name.", metavar="REFERENCE"
+        ),
     ],
     out: Annotated[Path | None, Option(help="The table to write, .csv.")] = None,
     spacing: Annotated[
