@@ -268,6 +268,10 @@ def test_calibrate_chooses_the_cut_that_is_best_on_the_pairs(checkpoint, pairs, 
     assert load_checkpoint(checkpoint)[1].get("seen", {}) == {}
     assert call("calibrate", tmp_path / "none", "--out", tmp_path / "x.safetensors") == 2
     one_line(capsys, "none")
+    for option, value, said in (("--spacing", "1,2", "spacing"), ("--channel", 5, "channel 5")):
+        given = (option, value, "--out", tmp_path / "x.safetensors")
+        assert call("calibrate", pairs, "--checkpoint", checkpoint, *given) == 2
+        one_line(capsys, said)
     assert not (tmp_path / "x.safetensors").exists()
 
 

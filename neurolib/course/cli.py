@@ -59,6 +59,9 @@ RetrainOption = Annotated[
 SpacingOption = Annotated[
     str, Option(help="Z,Y,X in µm: edge lengths of a voxel; default: those of the file.")
 ]
+ChannelOption = Annotated[
+    int | None, Option(help="Channel of multi-channel images, counted from 0.")
+]
 CheckpointOption = Annotated[
     Path,
     Option(
@@ -172,7 +175,7 @@ def inspect(
     files: Annotated[
         list[Path], Argument(help="Images and SWC files, or folders of them.", metavar="FILE")
     ],
-    channel: Annotated[int | None, Option(help="Channel of multi-channel images.")] = None,
+    channel: ChannelOption = None,
     spacing: SpacingOption = "",
 ) -> None:
     """Show what images and SWC files contain, and whether an image and its tree fit together.
@@ -219,7 +222,7 @@ def segment(
             help="Smaller pieces are dropped, in voxels; default: as chosen on validation neurons."
         ),
     ] = None,
-    channel: Annotated[int | None, Option(help="Channel of a multi-channel image.")] = None,
+    channel: ChannelOption = None,
     spacing: SpacingOption = "",
     overlap: Annotated[float, Option(help="Overlap of tiles in y and x, 0 to 0.9.")] = 0.25,
     device: DeviceOption = "auto",
@@ -495,7 +498,7 @@ def trace(
     bridge: Annotated[
         float, Option(help="Longest gap to close, in voxels of the finest axis; 0: none.")
     ] = 15.0,
-    channel: Annotated[int | None, Option(help="Channel of a multi-channel image.")] = None,
+    channel: ChannelOption = None,
     units: UnitsOption = "voxels",
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -584,6 +587,8 @@ def calibrate(
     data: Annotated[str, Argument(help="A folder of image/SWC pairs, or a data set.")],
     out: Annotated[Path, Option(help="The checkpoint to write, .safetensors.")],
     checkpoint: CheckpointOption = SHIPPED,
+    channel: ChannelOption = None,
+    spacing: SpacingOption = "",
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -607,7 +612,8 @@ def calibrate(
     checkpoint = checkpoint_file(checkpoint)
     check_outputs([out], [checkpoint], overwrite)
     tau = load_checkpoint(checkpoint)[1]["tau"]
-    samples = [read_sample(pair, tau=tau) for pair in load_dataset(data)]
+    pairs = load_dataset(data, -1 if channel is None else channel, spacing)
+    samples = [read_sample(pair, tau=tau) for pair in pairs]
     with atomic_path(out) as temporary:
         shutil.copyfile(checkpoint, temporary)
         chosen = calibrate(temporary, samples, device=device)
