@@ -63,6 +63,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from IPython.display import Markdown, display
+from skimage.data import chelsea  # a photograph
 
 from neurolib import blocking, inflation, network, weights
 from neurolib.course import plotting, runs, widgets
@@ -95,7 +96,13 @@ run = runs.open_run(run_dir, "02_weight_inflation", globals())
 # both cannot agree on one answer for everything. To describe a small crop as the teacher describes the
 # whole, the student must recognise what the crop belongs to, and its attention learns to follow objects.
 # DINOv2, which this course uses, adds that patches are hidden and their tokens must be guessed.
-#
+
+# %%
+figure = plotting.distillation(chelsea(), (90, 10, 240), (170, 40, 110))
+alt = "Two crops of a photograph of a cat, one to the teacher, one to the student: both must agree."
+plotting.show(figure, "dino", alt, run.figures)
+
+# %% [markdown]
 # ## The only layer that knows about pixels
 #
 # Everything after the patch embedding works on tokens. To read a block of $D$ grey slices, only the
@@ -516,4 +523,5 @@ display(Markdown(runs.table(network.describe_encoders())))
 # **Next:** [03 Training](03_training.ipynb).
 #
 # **References.** Zhang et al. 2022 (TransSeg). Caron et al. 2021 (DINO). Oquab et al., *DINOv2:
-# Learning Robust Visual Features without Supervision*, 2023.
+# Learning Robust Visual Features without Supervision*, 2023. The cat is Chelsea, photographed by Stéfan
+# van der Walt (CC0), from scikit-image.

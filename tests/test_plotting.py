@@ -164,6 +164,17 @@ def test_the_largest_piece_shares_its_colour_with_no_other(largest):
     assert all(a != b for a, b in itertools.pairwise(rgb))
 
 
+def test_the_drawing_of_dino_shows_each_crop_twice():
+    photo = np.arange(60 * 80 * 3).reshape(60, 80, 3).astype(np.uint8)
+    axes = plotting.distillation(photo, (10, 5, 40), (20, 10, 15)).get_axes()[0]
+    _, large, small = (picture.get_array() for picture in axes.images)
+    assert (np.asarray(large) == photo[5:45, 10:50]).all()
+    assert (np.asarray(small) == photo[10:25, 20:35]).all()
+    frames = [patch for patch in axes.patches if patch.get_linewidth() == 2]
+    scale = 24 / 60
+    assert (10 * scale, 30 - 45 * scale) in {frame.get_xy() for frame in frames}
+
+
 def test_the_drawing_of_the_network_names_every_shape_and_tap():
     shapes = {"slices": (5, 100, 100), "enlarged": (5, 224, 224), "tokens": (384, 16, 16)}
     shapes |= {"decoder": (32, 100, 100), "logits": (1, 100, 100)}
