@@ -22,7 +22,7 @@
 #
 # **You will be able to**
 #
-# - say what each term of a loss asks for, and of which answers it would be content
+# - say what each term of a loss asks for, and which answers would satisfy it
 # - give every layer and every step its learning rate
 # - train the network on two cores or on a GPU, and take up a run that was stopped
 # - read a learning curve without being fooled by the training loss
