@@ -27,13 +27,14 @@ from pathlib import Path
 
 import jupytext
 import nbformat
-import readme
 from nbformat import NotebookNode
 
 from neurolib.course.runs import peak_memory, read_assignments, strip_live_outputs
 from neurolib.errors import SettingsError
 from neurolib.files import write_text
 from neurolib.weights import WHEEL_MODEL, cache_folder
+
+import readme
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 METADATA = {

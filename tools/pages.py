@@ -9,7 +9,6 @@ from datetime import datetime, timedelta
 from pathlib import Path
 
 import nbformat
-import slides
 import typer.main
 from docutils import nodes
 from docutils.utils.math import MathError
@@ -21,6 +20,8 @@ from neurolib.course import plotting, statistics, sweeps
 from neurolib.course.cli import app as command
 from neurolib.course.runs import table
 from neurolib.files import write_text
+
+import slides
 
 ROOT = Path(__file__).resolve().parents[1]
 TAKES = re.compile(r"^\*\*Takes\*\* (.*?) and (\S+ GB) of memory on (.*)$", re.MULTILINE)
