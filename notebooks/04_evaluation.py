@@ -29,7 +29,7 @@
 #
 # **Before this:** [03 Training](03_training.ipynb).
 #
-# **Takes** 2 minutes and 1.1 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
+# **Takes** under a minute and 1.0 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
 # %% jupyter={"source_hidden": true} tags=["parameters", "hide-input"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results

@@ -30,7 +30,7 @@
 #
 # **Before this:** [04 Evaluation](04_evaluation.ipynb).
 #
-# **Takes** 2 minutes and 1.1 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
+# **Takes** under a minute and 1.0 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
 # %% jupyter={"source_hidden": true} tags=["parameters", "hide-input"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results
@@ -479,7 +479,8 @@ plotting.show(figure, "traced", alt, run.figures)
 # %%
 trees = {"traced": found["prediction"][name], "reference": sample.tree}
 alt = "The traced tree and the reference in a three-dimensional box."
-plotting.show(plotting.tree_3d(trees, sample.spacing), "tree-3d", alt, run.figures)
+figure = plotting.tree_3d(trees, evaluation.in_unit(sample.spacing, unit), unit)
+plotting.show(figure, "tree-3d", alt, run.figures)
 
 # %% tags=["nbval-ignore-output"]
 scene = plotting.scene(sample.image, trees, sample.spacing)
