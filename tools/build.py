@@ -204,12 +204,12 @@ def build(source: Path) -> Path:
 
 def store(source: Path, executed: NotebookNode) -> Path:
     """Write the notebook of a text source with the outputs of an executed one of the same code."""
-    notebook, pairs = convert(source), []
-    for (_, cell), (_, old) in zip(code_cells(notebook), code_cells(executed), strict=False):
-        cell.outputs, cell.execution_count = old.outputs, old.execution_count
-        pairs.append((cell.source, old.source))
-    if len(code_cells(notebook)) != len(code_cells(executed)) or any(a != b for a, b in pairs):
+    notebook = convert(source)
+    cells, old = ([cell for _, cell in code_cells(n)] for n in (notebook, executed))
+    if [cell.source for cell in cells] != [cell.source for cell in old]:
         raise SystemExit(f"{source.stem}, its code has changed; run make notebooks")
+    for cell, ran in zip(cells, old, strict=True):
+        cell.outputs, cell.execution_count = ran.outputs, ran.execution_count
     attach(notebook)
     _refuse(source, check_outputs(notebook))
     return write_text(source.with_suffix(".ipynb"), nbformat.writes(notebook) + "\n")

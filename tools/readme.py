@@ -105,8 +105,7 @@ def results() -> str:
 
     p = {row["network"]: row.get("p") for row in compare_networks(dice, BASELINE)}
     lines = []
-    order = [name for name in PAPER if name in dice]
-    for name in [*order, *(name for name in dice if name not in PAPER)]:
+    for name in sorted(dice, key=lambda name: [*PAPER, name].index(name)):
         scores = dice[name]
         line = {
             "network": name,

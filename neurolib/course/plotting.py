@@ -380,7 +380,6 @@ def architecture(shapes: Mapping[str, Sequence[int]], taps: Sequence[int]) -> Fi
 def distillation(photo: np.ndarray, large: Sequence[int], small: Sequence[int]) -> Figure:
     """How DINO learns from a photo (y, x, 3): two crops (x, y, side), two copies of a network."""
     figure, axes = plt.subplots(figsize=(10.5, 3.6), layout="constrained")
-    axes.set(xlim=(0, 105), ylim=(0, 36), aspect="equal")
     axes.axis("off")
 
     def picture(pixels: np.ndarray, left: float, low: float, high: float, colour: str) -> None:
@@ -392,8 +391,8 @@ def distillation(photo: np.ndarray, large: Sequence[int], small: Sequence[int]) 
     scale = 24 / photo.shape[0]
     picture(photo, 0, 6, 30, "white")
     rows = (
-        (large, BLUE, 20, "teacher", "description of the large crop"),
-        (small, ORANGE, 2, "student", "description of the small crop"),
+        (large, BLUE, 20, "teacher", "description\nof the large crop"),
+        (small, ORANGE, 2, "student", "description\nof the small crop"),
     )
     for (x, y, side), colour, low, network, answer in rows:
         corner = (x * scale, 30 - (y + side) * scale)
@@ -404,7 +403,7 @@ def distillation(photo: np.ndarray, large: Sequence[int], small: Sequence[int]) 
         picture(photo[y : y + side, x : x + side], 43, low, low + 14, colour)
         axes.add_patch(plt.Rectangle((64, low + 3), 14, 8, fc=colour, ec=BLACK, alpha=0.35))
         axes.text(71, low + 7, network, ha="center", va="center", fontsize=9)
-        axes.text(85, low + 7, answer.replace(" of", "\nof"), va="center", fontsize=9)
+        axes.text(85, low + 7, answer, va="center", fontsize=9)
         for start, end in ((57.5, 63.5), (78.5, 84.5)):
             axes.annotate("", (end, low + 7), (start, low + 7), arrowprops=ARROW)
     axes.annotate("", (71, 22.5), (71, 13.5), arrowprops=ARROW | {"ls": "--"})
