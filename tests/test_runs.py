@@ -679,6 +679,22 @@ def test_a_key_follows_what_is_in_a_file_and_not_its_name_alone(name, tmp_path):
     assert len(keys) == 4
 
 
+@pytest.mark.parametrize("name", ["results", "ours"])
+def test_notebook_06_is_made_again_when_its_results_change(name, tmp_path, monkeypatch):
+    """Also where no parameter names them, as in `make course`."""
+    for notebook in runs.NOTEBOOKS.glob("06_*.ipynb"):
+        (tmp_path / "notebooks").mkdir()
+        shutil.copy(notebook, tmp_path / "notebooks")
+    shutil.copytree(runs.REPOSITORY / "data" / "results", tmp_path / "data" / "results")
+    monkeypatch.setattr(runs, "NOTEBOOKS", tmp_path / "notebooks")
+    before = runs._key("06_table1", {}, "")
+    assert runs._key("06_table1", {}, "") == before
+    default = runs.notebook_parameters("06_table1")[name]
+    with (runs.NOTEBOOKS / default).open("a") as file:
+        file.write("\n")
+    assert runs._key("06_table1", {}, "") != before
+
+
 def test_a_key_follows_the_modules_that_compute_and_no_others():
     code = "!pip install x\nfrom neurolib import training\n"
     code += "from neurolib.course import plotting, runs\n"

@@ -103,7 +103,7 @@ def run(
     ignore_frames: IgnoreFramesOption = False,
     overwrite: RetrainOption = False,
 ) -> None:
-    """Execute notebooks 00 to 05 on a data set and leave runs/NAME with report.html.
+    """Execute all notebooks on a data set and leave runs/NAME with report.html.
 
     Finished notebooks are skipped: run an interrupted call again to resume it.
 

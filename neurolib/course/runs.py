@@ -76,6 +76,7 @@ COURSE = (
     "03_training",
     "04_evaluation",
     "05_swc_tracing",
+    "06_table1",
 )
 # The notebooks that evaluate a finished network (parameter `checkpoint` of `run_course`).
 EVALUATION = ("04_evaluation", "05_swc_tracing")
@@ -84,7 +85,7 @@ SHOWING = {"plotting", "widgets", "runs", "parameters", "exercises", "errors"}
 # Seconds after which a hanging kernel is killed: at its start; per cell (GPUs train for hours).
 START_TIMEOUT, CELL_TIMEOUT = 120, 24 * 3600
 # Parameters that name files, relative to the user's current folder.
-PATHS = ("weights_file", "start_from", "gold", "stacks", "real", "results", "baselines")
+PATHS = ("weights_file", "start_from", "gold", "stacks", "real", "results", "ours")
 # Parameters that name neurons.
 NEURONS = ("held_out", "validate_on")
 # Parameters set by an option of the command.
@@ -621,8 +622,10 @@ def _key(notebook: str, parameters: dict, before: str) -> str:
     code = [cell.source for cell in content.cells if cell.cell_type == "code"]
     facts = [before, json.dumps(parameters, sort_keys=True), *code]
     facts += map(sha256, modules_of("\n".join(code)))
-    for path in filter(None, map(parameters.get, ("weights_file", "start_from"))):
-        facts.append(sha256(SHIPPED if path == SHIPPED_NAME else NOTEBOOKS / path))
+    values = notebook_parameters(notebook) | parameters
+    files = (NOTEBOOKS / path for path in map(values.get, PATHS) if path)
+    files = (SHIPPED if path.name == SHIPPED_NAME else path for path in files)
+    facts += [sha256(path) for path in files if path.is_file()]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()
 
 
