@@ -505,14 +505,17 @@ def compare(
 
 
 def choose_cut(
-    responses: Sequence[np.ndarray], masks: Sequence[np.ndarray], candidates: Sequence[float]
+    responses: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    candidates: Sequence[float],
+    spacings: Sequence[Sequence[float]] = (),
 ) -> tuple[float, int, float]:
     """Choose one threshold and one smallest piece for all volumes, by their mean Dice.
 
     `responses` and `masks` are (z, y, x); `candidates` are thresholds, ascending. Pieces are
     counted at up to `TRIED` of them, spread over those whose Dice with all pieces is at least 0.8
-    of the best. Returns the threshold, the smallest size of a piece in voxels that is kept (one of
-    `SIZES`), and their Dice.
+    of the best. Returns the threshold, the smallest size of a piece that is kept (one of `SIZES`,
+    which `in_voxels` converts for each of the `spacings`), and their Dice.
     """
     candidates = np.asarray(candidates)
     curves = []
@@ -528,16 +531,27 @@ def choose_cut(
     spread = near[np.linspace(0, len(near) - 1, min(TRIED, len(near))).round().astype(int)]
     tried = np.union1d(spread, curve.argmax())
     scores = np.zeros((len(tried), len(SIZES)))
-    for response, mask in zip(responses, masks, strict=True):
+    spacings = spacings or [(1, 1, 1)] * len(masks)
+    for response, mask, spacing in zip(responses, masks, spacings, strict=True):
         for row, at in zip(scores, tried, strict=True):
             label, voxels = label_pieces(response >= candidates[at])
             hits = np.bincount(label[mask], minlength=len(voxels))
             for i, size in enumerate(SIZES):
-                kept = voxels >= size
+                kept = voxels >= in_voxels(size, spacing)
                 total = voxels[kept].sum() + np.count_nonzero(mask)
                 row[i] += 2 * hits[kept].sum() / max(total, 1) / len(masks)
     best, size = np.unravel_index(scores.argmax(), scores.shape)
     return float(candidates[tried[best]]), SIZES[size], float(scores[best, size])
+
+
+def in_voxels(size: int, spacing: Sequence[float]) -> int:
+    """The size of a piece, given in cubes of the shortest edge of a voxel, in voxels (at least 1).
+
+    A neurite has fewer voxels where slices are far apart; a size chosen on one stack would drop it
+    in another.
+    """
+    edges = check_spacing(spacing)
+    return max(1, round(size * edges.min() ** 3 / edges.prod()))
 
 
 def drop_small(mask: np.ndarray, size: int) -> np.ndarray:

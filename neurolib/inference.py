@@ -16,7 +16,7 @@ from tqdm import tqdm
 from neurolib.blocking import Sample, block_grid, block_starts, gaussian_window, read_block
 from neurolib.devices import autocast, pick_device, pick_precision
 from neurolib.errors import SettingsError, VolumeError
-from neurolib.evaluation import choose_cut
+from neurolib.evaluation import choose_cut, in_voxels
 from neurolib.files import content_key, sha256, text_key
 from neurolib.network import NetworkSettings, Segmenter
 from neurolib.parameters import check_range
@@ -132,11 +132,12 @@ def calibrate(
     of the size of pieces; here, every voxel of the validation volumes counts. `fused`: the filter
     may count beside the network (`fuse`).
 
-    Returns ``threshold``; ``min_size``, in voxels, below which pieces are dropped;
+    Returns ``threshold``; ``min_size``, below which pieces are dropped (`smallest_piece`);
     ``filter_weight``; and ``calibrated``, the best mean Dice of all volumes, at these values.
     """
     network, facts = load_checkpoint(checkpoint)
     tiling, masks = Tiling(**tiling), [sample.mask for sample in samples]
+    spacings = [sample.spacing for sample in samples]
     predictions = []
     for sample in samples:
         stream = _whole(network, sample.image, tiling)
@@ -145,7 +146,7 @@ def calibrate(
     best = {"calibrated": -1.0}
     for weight in FILTER_WEIGHTS if fused else (0.0,):
         chances = [fuse(*both, weight) for both in predictions]
-        chosen = choose_cut(chances, masks, np.arange(1, 100) / 100)
+        chosen = choose_cut(chances, masks, np.arange(1, 100) / 100, spacings)
         if chosen[2] > best["calibrated"]:
             best = dict(zip(("threshold", "min_size", "calibrated"), chosen, strict=True))
             best["filter_weight"] = weight
@@ -153,6 +154,11 @@ def calibrate(
     facts["chosen_on"] = names_by_content(samples)
     save_checkpoint(checkpoint, network, network.state_dict(), facts)
     return best
+
+
+def smallest_piece(facts: dict, spacing: Sequence[float]) -> int:
+    """Voxels below which a piece is dropped in a stack of this spacing, by a checkpoint's facts."""
+    return in_voxels(facts.get("min_size", MIN_SIZE), spacing)
 
 
 def predict_slices(

@@ -13,7 +13,7 @@ from neurolib.data.formats import check_spacing
 from neurolib.errors import NeurolibWarning, SettingsError
 from neurolib.evaluation import label_pieces
 from neurolib.files import SHIPPED, checkpoint_file
-from neurolib.inference import MIN_SIZE, Tiling, predict_volume
+from neurolib.inference import Tiling, predict_volume, smallest_piece
 from neurolib.network import Segmenter
 from neurolib.parameters import check_range
 from neurolib.swc import Tree
@@ -69,7 +69,7 @@ def segment(
     volume = predict_image(image, network, tiles, progress)
     cut = facts["threshold"] if threshold is None else threshold
     if min_size is None:
-        min_size = smallest_piece(facts, volume.data, cut, _name(image))
+        min_size = choose_size(facts, volume, cut, _name(image))
     return trace(volume.data, volume.spacing, seed, cut, min_size, bridge)
 
 
@@ -98,20 +98,21 @@ def predict_image(
     return replace(volume, data=probability)
 
 
-def smallest_piece(facts: dict, probability: np.ndarray, cut: float, name: str) -> int:
-    """The size below which pieces are dropped: the checkpoint's, or `MIN_SIZE` in a small stack.
+def choose_size(facts: dict, volume: Volume, cut: float, name: str) -> int:
+    """Voxels below which pieces are dropped: `smallest_piece`, or less in a small stack.
 
-    `facts` are those of the checkpoint, whose size was chosen on whole neurons. Where no piece has
-    as many voxels, it would drop everything; that is looked at only if the volume is in memory.
+    `facts` are those of the checkpoint, whose size was chosen on whole neurons. Where no piece of
+    the `volume`, a probability, has as many voxels, it would drop everything; that is looked at
+    only if the volume is in memory.
     """
-    size = facts.get("min_size", MIN_SIZE)
-    if size <= MIN_SIZE or not isinstance(probability, np.ndarray):
+    size, least = (smallest_piece(values, volume.spacing) for values in (facts, {}))
+    if size <= least or not isinstance(volume.data, np.ndarray):
         return size
-    if label_pieces(probability >= cut)[1].max() >= size:
+    if label_pieces(volume.data >= cut)[1].max() >= size:
         return size
-    told = f"{name}: no piece has {size} voxels; those of at least {MIN_SIZE} are kept"
+    told = f"{name}: no piece has {size} voxels; those of at least {least} are kept"
     warnings.warn(told, NeurolibWarning, stacklevel=3)
-    return MIN_SIZE
+    return least
 
 
 def _name(image: object) -> str:

@@ -30,7 +30,7 @@
 #
 # **Before this:** [04 Evaluation](04_evaluation.ipynb).
 #
-# **Takes** under a minute and 1.0 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
+# **Takes** 2 minutes and 1.0 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
 # %% jupyter={"source_hidden": true} tags=["parameters", "hide-input"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results
@@ -94,7 +94,7 @@ probability = {
 
 # %%
 sample, cut = tests[0], facts["threshold"]
-smallest = min_size or facts.get("min_size", inference.MIN_SIZE)
+smallest = {s.pair.name: min_size or inference.smallest_piece(facts, s.spacing) for s in tests}
 mask, _ = robustness.degrade(sample.mask, sample.tree, "cuts", 10)
 xy = sample.tree.xyz[:, :2]
 crowd = KDTree(xy).query_ball_point(xy, 20, return_length=True)
@@ -430,7 +430,7 @@ found = {"target": {}, "prediction": {}}
 for s in tests:
     options = {"spacing": s.spacing, "bridge": bridge}
     found["target"][s.pair.name] = tracing.trace(s.mask, **options)
-    options |= {"threshold": cut, "min_size": smallest}
+    options |= {"threshold": cut, "min_size": smallest[s.pair.name]}
     tree = tracing.attempt(probability[s.pair.name], **options)
     found["prediction"][s.pair.name] = tree
     if len(tree.xyz):
@@ -506,7 +506,7 @@ def retrace(threshold, smallest):
 
 alt = "The tree traced at a threshold, judged against the reference; sliders move both settings."
 low = ipywidgets.FloatSlider(round(cut, 2), min=0.05, max=0.95, step=0.05, description="threshold")
-size = ipywidgets.IntSlider(smallest, 1, 3000, description="min_size")
+size = ipywidgets.IntSlider(smallest[name], 1, 3000, description="min_size")
 widgets.explore(retrace, "retrace", alt, run.figures, threshold=low, smallest=size)
 
 # %% [markdown]

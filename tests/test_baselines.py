@@ -9,25 +9,26 @@ from scipy import ndimage
 from neurolib import evaluation
 from neurolib.course import baselines
 from neurolib.errors import DataError, SettingsError
-from neurolib.evaluation import choose_cut, dice, drop_small
+from neurolib.evaluation import choose_cut, dice, drop_small, in_voxels
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 3))
-def test_threshold_and_size_are_those_of_brute_force(seed, count):
+@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.sampled_from([1, 1.3, 4]))
+def test_threshold_and_size_are_those_of_brute_force(seed, count, dz):
     rng = np.random.default_rng(seed)
     responses = [rng.integers(0, 12, (6, 14, 15)) / 10 for _ in range(count)]
     masks = [rng.random((6, 14, 15)) < 0.3 for _ in range(count)]
     candidates = np.unique(responses)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "SIZES", (1, 2, 4, 40))
-        threshold, size, score = choose_cut(responses, masks, candidates)
+        threshold, size, score = choose_cut(responses, masks, candidates, [(dz, 1, 1)] * count)
     pairs = list(zip(responses, masks, strict=True))
     alone = {cut: np.mean([dice(r >= cut, m) for r, m in pairs]) for cut in candidates}
+    voxels = {least: max(1, round(least / dz)) for least in (1, 2, 4, 40)}
     means = {
-        (cut, least): np.mean([dice(drop_small(r >= cut, least), m) for r, m in pairs])
+        (cut, least): np.mean([dice(drop_small(r >= cut, voxels[least]), m) for r, m in pairs])
         for cut in candidates
-        for least in (1, 2, 4, 40)
+        for least in voxels
         if alone[cut] >= 0.8 * max(alone.values())
     }
     assert score == pytest.approx(max(means.values()))
@@ -53,6 +54,12 @@ def test_drop_small_is_counted_by_hand(size):
         if piece.sum() >= size:
             wanted |= piece
     np.testing.assert_array_equal(drop_small(mask, size), wanted)
+
+
+@given(st.integers(1, 10**4), st.tuples(*[st.floats(0.01, 10)] * 3))
+def test_a_piece_keeps_its_volume_when_voxels_change(size, spacing):
+    volume = in_voxels(size, spacing) * np.prod(spacing)
+    assert abs(volume - size * min(spacing) ** 3) <= np.prod(spacing)
 
 
 @pytest.mark.parametrize("name", baselines.FILTERS)

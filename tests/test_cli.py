@@ -21,10 +21,11 @@ from neurolib.data.datasets import load_dataset
 from neurolib.errors import DataError, NeurolibWarning, SettingsError
 from neurolib.evaluation import dice, drop_small
 from neurolib.inference import predict_volume
+from neurolib.segmentation import choose_size
 from neurolib.swc import length as swc_length
 from neurolib.swc import read_swc
 from neurolib.training import check_unseen, load_checkpoint, save_checkpoint
-from neurolib.volume import read_volume, write_volume
+from neurolib.volume import Volume, read_volume, write_volume
 
 SWC = "1 3 10 10 4 1 -1\n2 3 20 12 4 1 1\n3 3 30 14 5 1 2\n"
 SHAPE = (8, 32, 48)
@@ -246,6 +247,20 @@ def test_a_small_stack_keeps_pieces_that_a_large_one_loses(checkpoint, tmp_path)
     with pytest.warns(NeurolibWarning, match="dark"):
         assert call(*arguments, "--min-size", 10**6) == 0
     assert not tifffile.imread(mask).any()
+
+
+@pytest.mark.parametrize(
+    ("spacing", "voxels", "least"),
+    [((1, 1, 1), 900, 800), ((1, 0.25, 0.25), 250, 200), ((0.25, 0.5, 0.5), 250, 200)],
+)
+def test_the_smallest_piece_of_a_checkpoint_is_a_volume(spacing, voxels, least, recwarn):
+    probability = np.zeros((1, 30, 30))
+    probability.flat[:voxels] = 1
+    stack = Volume(probability, spacing)
+    assert choose_size({"min_size": 800}, stack, 0.5, "cell.tif") == least
+    assert not recwarn.list
+    with pytest.warns(NeurolibWarning, match=rf"no piece has {1000 * least}"):
+        assert choose_size({"min_size": 800_000}, stack, 0.5, "cell.tif") == least // 4
 
 
 def test_calibrate_chooses_the_cut_that_is_best_on_the_pairs(checkpoint, pairs, tmp_path, capsys):

@@ -288,7 +288,9 @@ def test_calibration_chooses_the_weight_of_the_filter(tmp_path, monkeypatch):
     for mask in masks:
         mask[4, 5:8, 2:18] = True
     samples = [
-        SimpleNamespace(image=image, mask=mask, pair=SimpleNamespace(name=f"cell{i}"))
+        SimpleNamespace(
+            image=image, mask=mask, spacing=(1, 1, 1), pair=SimpleNamespace(name=f"cell{i}")
+        )
         for i, (image, mask) in enumerate(zip(images, masks, strict=True))
     ]
     monkeypatch.setattr(inference, "load_checkpoint", lambda path: (net, dict(facts)))

@@ -388,7 +388,7 @@ def _segment_one(
     from neurolib.course.large import predict_large, stored_boxes, thresholded
     from neurolib.evaluation import drop_small
     from neurolib.files import provenance, sha256
-    from neurolib.segmentation import predict_image, smallest_piece
+    from neurolib.segmentation import choose_size, predict_image
     from neurolib.tracing import trace
     from neurolib.volume import read_volume, remarks, write_volume
 
@@ -416,7 +416,7 @@ def _segment_one(
     made |= {"threshold": cut}
     size = min_size
     if min_size is None:
-        size = smallest_piece(facts, volume.data, cut, image.name)
+        size = choose_size(facts, volume, cut, image.name)
     if mask:
         binary, kept = thresholded(volume.data, cut), ""
         if in_memory:
