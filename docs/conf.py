@@ -21,6 +21,7 @@ exclude_patterns = ["**.ipynb_checkpoints", "slides.md"]  # slides: a page of th
 
 # Notebooks are shown as they are stored: `make notebooks` executes them, `make test` checks them.
 nb_execution_mode = "off"
+nb_render_markdown_format = "gfm"  # tables that a cell displays
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 

@@ -298,16 +298,19 @@ def provenance(command: str, **facts: object) -> str:
 
 
 def is_result(path: Path) -> bool:
-    """Whether neurolib wrote a file (or OME-Zarr).
+    """Whether neurolib wrote a file (or OME-Zarr), and nobody has changed it since.
 
-    An SWC that somebody has corrected by hand does not count. A table of `neurolib.course.scores`
-    is known by its column names.
+    An SWC is known by the seal on its nodes, an OME-Zarr by its times (`seal_zarr`). A table of
+    `neurolib.course.scores` is known by its column names alone.
     """
     import tifffile
 
     try:
         if path.is_dir():
-            return WRITTEN in (path / "zarr.json").read_text(encoding="utf-8")
+            head = path / "zarr.json"
+            sealed = head.stat().st_mtime
+            later = (file for file in path.rglob("*") if file.stat().st_mtime > sealed)
+            return WRITTEN in head.read_text(encoding="utf-8") and next(later, None) is None
         if path.suffix.lower() == ".csv":
             return path.read_text(encoding="utf-8").startswith("name,dice,hd95_monai_")
         if path.suffix.lower() == ".swc":
@@ -316,6 +319,11 @@ def is_result(path: Path) -> bool:
             return file.pages.first.software.startswith(WRITTEN)
     except (OSError, ValueError, tifffile.TiffFileError):
         return False
+
+
+def seal_zarr(path: Path) -> None:
+    """Mark an OME-Zarr as finished: files that change later are newer than its metadata."""
+    (path / "zarr.json").touch()
 
 
 def is_sealed(path: Path) -> bool:
@@ -349,7 +357,7 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], overwrite: bo
             )
         if not overwrite:
             raise SettingsError(
-                f"{path}: exists, and is not as neurolib wrote it; choose another name, or give "
+                f"{path}: exists, and may hold work of yours; choose another name, or give "
                 "--overwrite to replace it"
             )
 

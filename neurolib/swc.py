@@ -41,7 +41,7 @@ class Tree:
 
     xyz (n, 3) float64: x = column, y = row, z = slice; radius (n,) voxels; type (n,) SWC type;
     parent (n,) row index of the parent, -1 for a root; repairs: what the reader mended or
-    converted.
+    converted; spacing: (dz, dy, dx) of the voxels in µm, if the file names it.
     """
 
     xyz: np.ndarray
@@ -49,6 +49,7 @@ class Tree:
     type: np.ndarray
     parent: np.ndarray
     repairs: tuple[str, ...] = ()
+    spacing: tuple[float, float, float] | None = None
 
 
 # Reading --------------------------------------------------------------------------------------
@@ -308,9 +309,13 @@ def _use_comments(tree: Tree, lines: list[str], spacing: Sequence[float] | None)
         tree = replace(tree, xyz=tree.xyz + header["OFFSET"])
     if (header.get("SCALE", np.ones(3)) != 1).any():
         repairs.append(f"header: SCALE {text(header['SCALE'])} not used")
+    written, separation = None, header.get("separation")
+    if unit and separation is not None:
+        # Beside positions in voxels, `write_swc` gives it in µm.
+        written = separation[::-1] * (unit[1] or 1)
+        tree = replace(tree, spacing=tuple(written.tolist()))
     if unit and unit[1]:
-        (word, size), separation = unit, header.get("separation")
-        written = None if separation is None else separation[::-1] * size
+        word, size = unit
         voxel = written if spacing is None else np.array(spacing)
         if voxel is not None:
             tree = transform(tree, voxel / size)

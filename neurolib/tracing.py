@@ -354,6 +354,25 @@ def measure_radius(
     return _edge_distance(shell * foreground.scale, points)
 
 
+def measure_extent(foreground: Foreground, radius: np.ndarray) -> np.ndarray:
+    """Half widths (n, 3) of the foreground at its voxels along z, y, x, at least their `radius`.
+
+    In a microscope, a neurite looks taller than it is wide. Along an axis with longer voxels, the
+    width is that of the run of foreground voxels through a voxel, up to as many voxels as the
+    neurite is wide, and one more at each end. A path must explain all of it, or its upper and lower
+    rims would become branches.
+    """
+    voxels, extent = foreground.voxels, np.repeat(radius[:, None], 3, axis=1)
+    for axis in np.flatnonzero(foreground.scale > 1):
+        order = np.lexsort([voxels[:, axis], *np.delete(voxels, axis, axis=1).T])
+        is_next = (np.diff(voxels[order], axis=0) == np.eye(3, dtype=int)[axis]).all(axis=1)
+        run = np.cumsum(np.append(False, ~is_next))
+        half = np.empty(len(voxels))
+        half[order] = np.bincount(run)[run] * foreground.scale[axis] / 2 - HALF_VOXEL
+        extent[:, axis] = np.clip(half, radius, (radius + 1) * foreground.scale[axis])
+    return extent
+
+
 def _edge_distance(shell: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Distance (m,) of points to the edge of the foreground, half a voxel before its shell."""
     # The voxels are spread evenly, so a tree need not be balanced, which halves the time.
@@ -440,6 +459,7 @@ def find_paths(
         other one at a voxel of an earlier path. No other voxel is on two paths.
     """
     points, paths, numbers = foreground.points, [], list(range(len(foreground.start) - 1))
+    reach = EXPLAINED_SCALE * measure_extent(foreground, radius) + EXPLAINED_MARGIN
     seed_row = None if seed is None else foreground.nearest(seed)
     if seed_row is not None:
         seeded = foreground.component[seed_row]
@@ -448,7 +468,7 @@ def find_paths(
         rows, part = foreground.part(number)
         in_part = seed_row is not None and number == seeded
         root = find_root(part.neighbours, radius[rows], seed_row - rows.start if in_part else None)
-        own = _component_paths(part.neighbours, points[rows], radius[rows], cost[rows], root)
+        own = _component_paths(part.neighbours, points[rows], reach[rows], cost[rows], root)
         paths += [rows.start + path for path in own]
     return paths
 
@@ -490,13 +510,13 @@ def find_soma(lengths: sparse.csr_array, radius: np.ndarray) -> int | None:
 
 
 def _component_paths(
-    lengths: sparse.csr_array, points: np.ndarray, radius: np.ndarray, cost: np.ndarray, root: int
+    lengths: sparse.csr_array, points: np.ndarray, reach: np.ndarray, cost: np.ndarray, root: int
 ) -> list[np.ndarray]:
-    """Paths of one connected component; see `find_paths`."""
+    """Paths of one connected component; see `find_paths` and, for `reach` (n, 3), `_explained`."""
     # Strategy: Dijkstra's algorithm gives every voxel its cheapest way home to the root. Visit
     # voxels from the longest way home to the shortest. A voxel not yet explained is the next tip:
     # follow its way home to an earlier path, and mark what is near the new path as explained.
-    n = len(radius)
+    n = len(cost)
     weight = np.repeat(cost, np.diff(lengths.indptr))
     weight += cost[lengths.indices]
     weight *= lengths.data
@@ -511,7 +531,6 @@ def _component_paths(
         way, ancestor = way + way[ancestor], ancestor[ancestor]
 
     nearby = KDTree(points)
-    reach = EXPLAINED_SCALE * radius + EXPLAINED_MARGIN
     live, on_path = np.ones(n, dtype=bool), np.zeros(n, dtype=bool)
     paths, place = [], np.full(n, -1, dtype=np.int32)
     for tip in np.argsort(-way, kind="stable"):
@@ -537,21 +556,26 @@ def _explained(
 ) -> np.ndarray:
     """Numbers of the voxels that a path explains, including its own.
 
-    They lie within `reach` of a voxel of the path, and the way to it through the foreground is at
-    most `DETOUR` times as long, so that a path does not explain a neurite beside it or the other
-    side of a loop. `place` (n,) is working memory: -1 everywhere, before and after.
+    They lie within `reach` of a voxel of the path, the half axes (n, 3) of an ellipsoid, and the
+    way to it through the foreground is at most `DETOUR` times as long as the longest of them, so
+    that a path does not explain a neurite beside it or the other side of a loop. `place` (n,) is
+    working memory: -1 everywhere, before and after.
     """
     # Balls a quarter of their radius apart cover all but 1/128 of the path's surroundings.
     around, count, covered = [path], len(path), -np.inf
+    least, most = reach.min(axis=1), reach.max(axis=1)
     place[path] = np.arange(count)
     for voxel in path:
         if way[voxel] >= covered or voxel == path[-1]:
-            ball = np.array(nearby.query_ball_point(nearby.data[voxel], reach[voxel]))
+            ball = np.array(nearby.query_ball_point(nearby.data[voxel], most[voxel]))
             ball = ball[place[ball] < 0]
+            if least[voxel] < most[voxel]:
+                away = (nearby.data[ball] - nearby.data[voxel]) / reach[voxel]
+                ball = ball[np.linalg.norm(away, axis=1) <= 1]
             place[ball] = np.arange(count, count + len(ball))
             around.append(ball)
             count += len(ball)
-            covered = way[voxel] + reach[voxel] / 4
+            covered = way[voxel] + least[voxel] / 4
     around = np.concatenate(around)
     near = lengths[around]
     column = place[near.indices]
@@ -559,7 +583,7 @@ def _explained(
     inside = column >= 0
     start = np.concatenate([[0], np.cumsum(inside, dtype=np.int32)])[near.indptr]
     near = sparse.csr_array((near.data[inside], column[inside], start), shape=(count, count))
-    limit = DETOUR * reach[path]
+    limit = DETOUR * most[path]
     distance, _, source = csgraph.dijkstra(
         near,
         indices=np.arange(len(path)),

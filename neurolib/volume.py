@@ -18,7 +18,7 @@ from scipy.ndimage import gaussian_filter, uniform_filter1d
 from neurolib.data import formats
 from neurolib.data.formats import LazyStack, check_memory, check_spacing, check_type
 from neurolib.errors import NeurolibWarning, VolumeError
-from neurolib.files import atomic_path
+from neurolib.files import atomic_path, seal_zarr
 
 # Code that turns masks and probabilities of NIfTI, nnU-Net and ilastik into .npy.
 CONVERT = {
@@ -423,6 +423,7 @@ def write_volume(
     with atomic_path(path) as temporary:
         if suffix == ".zarr":
             _write_zarr(temporary, data, lengths, known=known, about=about)
+            seal_zarr(temporary)
         elif suffix == ".npy":
             np.save(temporary, data, allow_pickle=False)
         else:

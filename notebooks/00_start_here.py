@@ -67,10 +67,10 @@ run = runs.open_run(run_dir, "00_start_here", globals())
 # ## The question
 #
 # A neuron in a light microscope is a tree of thin threads, *neurites*. They are a few *voxels* wide (a
-# voxel is the pixel of a volume) and fill one or two thousandths of the volume. Can a computer find them
-# if it learns from a handful of examples? Below is one of the volumes of this course, in three maximum
-# projections, which keep the brightest voxel along each axis, and the tree that we want to find in it.
-# Such trees are stored in *SWC* files.
+# voxel is the pixel of a volume) and fill a few thousandths of the volume. Can a computer find them if
+# it learns from a handful of examples? Below is one of the volumes of this course, a generated one as
+# it stands, in three maximum projections, which keep the brightest voxel along each axis, and the tree
+# that we want to find in it. Such trees are stored in *SWC* files.
 
 # %%
 sample = blocking.read_sample(load_dataset(data, channel, spacing)[0])

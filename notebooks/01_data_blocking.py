@@ -337,8 +337,8 @@ for pair in pairs[:6]:
 # Neighbouring blocks show the same neurite, so a split by block tests a network on what it was trained
 # on. The laziest learner shows how flattering that can be. It remembers its training blocks. When it is
 # asked about a block, it answers with the target of the training block that looks most like it. It is a
-# straw man, and meant as one: it has understood nothing, so whatever it scores has leaked. A network
-# leaks less, because it forgets.
+# straw man, and meant as one: it has understood nothing, so whatever it scores has leaked. How
+# much a network would leak, this does not measure.
 
 
 # %%
@@ -376,8 +376,8 @@ print(f"split by block: Dice {leaked:.2f}; split by neuron: Dice {honest:.2f}")
 # Predict first: with which split does this learner score highest, and with which lowest? Put the four
 # names in order, the highest score first; the check then runs all four on the embedded data set. The
 # learner remembers, with `"random blocks"`, half of the blocks of one neuron, drawn at random; with
-# `"alternate slices"`, the blocks of every other slice; with `"halves in z"`, the upper half of the
-# volume; with `"another neuron"`, the blocks of another neuron.
+# `"alternate slices"`, the blocks of every other slice; with `"halves in z"`, the first half of the
+# slices; with `"another neuron"`, the blocks of another neuron.
 
 # %% tags=["exercise"]
 order = ...
@@ -398,8 +398,8 @@ exercises.q4(order)
 # </details>
 
 # %% [markdown]
-# So whole neurons are held out, and two crops of one neuron are one neuron: a part word at the end of a name
-# (`in40_body`, `in40_tail`) marks them, or a file `neurons.csv` does.
+# So whole neurons are held out, and two crops of one neuron are one neuron: a part word at the end of a
+# name (`in40_body`, `in40_tail`) marks them, or a file `neurons.csv` does.
 
 # %%
 named = {"held_out": held_out, "validate_on": validate_on, "train": train_neurons}
@@ -413,7 +413,7 @@ for role, members in zip(("train", "validation", "test"), split, strict=True):
 # You now have a split with the hash of every file, so that nobody can change the data without
 # the next notebooks noticing.
 
-# %%
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 datasets.write_manifest(run.path("split.json"), split, seed)
 run.record("target", {"kind": target, "tau": tau})
 print(f"{run.path('split.json').name}: {len(pairs)} pairs, seed {seed}")
@@ -439,7 +439,7 @@ rows = synthesis.calibration(datasets.measure(generated), real)
 display(Markdown(runs.table(rows)))
 
 # %% [markdown]
-# Read the last column: these stacks are easier than real ones. A threshold finds more of the neurite
+# Read the last column: these stacks are easier than real ones. A threshold reaches a higher Dice
 # than it does in the real stacks, and the dimmest stretches are brighter. Every result of this course
 # therefore names the style of its data: *synthetic*, *rendered from gold* (a real tree, its stack
 # rendered: `data="rendered:FOLDER"`), or *real*.

@@ -92,10 +92,11 @@ run = runs.open_run(run_dir, "02_weight_inflation", globals())
 #
 # DINO learns from photographs without a label. Two copies of the network, a student and a teacher, see
 # different crops of one photograph, and the student learns to give the description that the teacher
-# gives; the teacher is a running average of the student, and its answers are centred and sharpened, so that
-# both cannot agree on one answer for everything. To describe a small crop as the teacher describes the
-# whole, the student must recognise what the crop belongs to, and its attention learns to follow objects.
-# DINOv2, which this course uses, adds that patches are hidden and their tokens must be guessed.
+# gives; the teacher is a running average of the student, and its answers are centred and sharpened, so
+# that both cannot agree on one answer for everything. To describe a small crop as the teacher describes
+# the whole, the student must recognise what the crop belongs to, and its attention learns to follow
+# objects. DINOv2, which this course uses, adds that patches are hidden and their tokens must be
+# guessed.
 
 # %%
 figure = plotting.distillation(chelsea(), (90, 10, 240), (170, 40, 110))
@@ -431,17 +432,17 @@ alt = "A slice, its target, and the tokens of three networks in colours that the
 plotting.show(figure, "tokens", alt, run.figures)
 
 # %% [markdown]
-# The neuron stands out in all three, even with random weights, because bright patches give other tokens
-# than dark ones. But only the random tokens also follow the uneven background; the pre-trained ones give
-# all of it one colour.
+# The neuron stands out in all three, even with random weights, because bright patches give different
+# tokens from dark ones. But only the random tokens also follow the uneven background; the pre-trained
+# ones give all of it one colour.
 #
-# Below is the *attention* of the last block: how much the class token, which had to describe the whole
+# Below is the *attention* of the last layer: how much the class token, which had to describe the whole
 # image in pre-training, takes from each patch. All three maps share one scale.
 
 # %%
 maps = {name: network.class_attention(net, real) for name, net in networks.items()}
 panels = {name: found.mean(0) for name, found in maps.items()}
-alt = "The class token's attention to each patch: even with random weights, in spots with others."
+alt = "Attention to each patch: uniform with random weights, in spots with pre-trained ones."
 figure = plotting.images(panels, cmap="viridis", shared=True, label="attention")
 plotting.show(figure, "attention", alt, run.figures)
 
@@ -470,8 +471,8 @@ for name, found in maps.items():
 # %% [markdown]
 # A value of 1 is the mean of all patches. In the stored run, the pre-trained networks attend to patches
 # with neurite about four times as much as to the mean patch. To patches that are as bright but hold no
-# neurite, they attend less than to the mean patch. So a bright voxel alone does not draw attention. Any
-# bright thread might: one image and one control cannot tell more.
+# neurite, they attend less than to the mean patch. So a bright voxel alone does not draw attention. But
+# any bright thread might; one image and one control cannot tell.
 #
 # Attention runs in several *heads* side by side, and they do not all attend to the same patches:
 
@@ -492,7 +493,7 @@ plotting.show(figure, "heads", alt, run.figures)
 # patch embedding, which was folded and inflated, and the position embedding, which was resized. A report
 # says how many of the encoder's tensors (*keys*) were filled:
 
-# %%
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 _, report = network.build(network.NetworkSettings(encoder=encoder), "center", weights_file)
 print(report)
 run.record("inflation", {"encoder": encoder, "matched": report.share})

@@ -15,7 +15,7 @@
 #
 # *How does a network learn what a neurite is, and how do you know when it has learnt enough?*
 #
-# ![The network: an inflated patch embedding, twelve transformer blocks with four taps, a decoder, and a stem beside them.](attachment:network.png)
+# ![The network: an inflated patch embedding, twelve transformer layers with four taps, a decoder, and a stem beside them.](attachment:network.png)
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/neurite-vit-course/neurite-vit-course/blob/main/notebooks/03_training.ipynb)
 # [![Open on Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/neurite-vit-course/neurite-vit-course/main?urlpath=lab/tree/notebooks/03_training.ipynb)
@@ -86,6 +86,7 @@ if "google.colab" in sys.modules and not Path("../neurolib").is_dir():  # on Col
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 from dataclasses import replace
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -202,9 +203,10 @@ exercises.q1(draw)
 # logit, divided by its largest pull.
 
 # %%
-_, responses = source.batch(0, 16)
+blocks, responses = source.batch(0, 16)
 middle = responses[:, depth // 2, None]
-wanted = middle[[int((middle >= target["tau"]).flatten(1).sum(1).argmax())]]
+fullest = int((middle >= target["tau"]).flatten(1).sum(1).argmax())
+wanted = middle[[fullest]]
 mask = wanted >= target["tau"]
 at = np.argwhere(mask[0, 0].numpy())
 grid = np.indices(mask.shape[2:])
@@ -291,18 +293,20 @@ exercises.q2(soft_dice)
 #
 # Five slices of 100 × 100 voxels go in, and one mask comes out. In between, their contrast is enlarged
 # to 224 × 224 and becomes *tokens*: each patch of 14 × 14 pixels, in all five slices, turns into 384
-# numbers, and twelve transformer blocks let the patches tell each other what they see
-# ([02](02_weight_inflation.ipynb) has a recap). At four *taps*, after blocks 3, 6, 9 and 12, the tokens
+# numbers, and twelve transformer layers let the patches tell each other what they see
+# ([02](02_weight_inflation.ipynb) has a recap). At four *taps*, after layers 3, 6, 9 and 12, the tokens
 # are taken out.
 #
 # The *decoder* treats the four taps as a pyramid. It resizes them to 4, 2, 1 and 1/2 times their grid of
-# 16 × 16, adds each coarser map to the next finer one, and fuses all four to 32 features per voxel. A
+# 16 × 16, with 64 features each, pools the coarsest at four sizes for an overview, adds each coarser map
+# to the next finer one, and fuses all four to 32 features, on 128 × 128 and then on 100 × 100. A
 # *head* of two convolutions turns the features into logits. The drawing below is made from the shapes of
 # a real forward pass.
 #
 # A token is 6 voxels wide at this scale, and a neurite 2 to 4. So a small U-Net at full resolution, the
-# *stem*, reads the block itself, as brightness and as contrast, and places what the tokens have
-# recognised. It is our addition; the paper's rows in [06 Table 1](06_table1.ipynb) do without it.
+# *stem*, reads the block itself, as brightness and as contrast, halves its rows and columns three
+# times and doubles them again, and places what the tokens have recognised. It is our addition; the paper's rows in [06 Table
+# 1](06_table1.ipynb) do without it.
 
 # %%
 shape = network.NetworkSettings(encoder, depth, 100, size, predict, stem, contrast=contrast)
@@ -321,22 +325,26 @@ for name in ("encoder", "decoder", "stem", "head"):
 # %% [markdown]
 # ### One block, stage by stage
 #
-# This is the whole forward pass; only the layers themselves are hidden. It must give what the library's
-# network gives, to the last bit.
+# We push the fullest block of the batch through the network. This is the whole forward pass; only the
+# layers themselves are hidden. It must give what the library's network gives, to the last bit.
 
 
 # %% tags=["method"]
 def encode(net, slices):
-    """Tokens (B, 384, rows, columns) after four of the encoder's blocks."""
+    """Tokens (B, 384, rows, columns): embedded patches, and after four of the encoder's layers."""
     vit, taps = net.encoder, []
-    x = vit._pos_embed(vit.patch_embed(slices))  # (B, 1 + 256, 384): a class token, then patches
+    rows, columns = (side // net.patch for side in slices.shape[-2:])
+
+    def grid(tokens):  # (B, rows * columns, 384)
+        return tokens.transpose(1, 2).contiguous().reshape(len(tokens), -1, rows, columns)
+
+    embedded = vit.patch_embed(slices)
+    x = vit._pos_embed(embedded)  # (B, 1 + 256, 384): a class token, then patches
     for number, block in enumerate(vit.blocks):
         x = block(vit.norm_pre(x) if number == 0 else x)
         if number in net.taps:
-            rows, columns = (side // net.patch for side in slices.shape[-2:])
-            patches = x[:, vit.num_prefix_tokens :].transpose(1, 2).contiguous()
-            taps.append(patches.reshape(len(x), -1, rows, columns))
-    return taps
+            taps.append(grid(x[:, vit.num_prefix_tokens :]))
+    return grid(embedded), taps
 
 
 def forward(net, blocks, stages):
@@ -346,8 +354,8 @@ def forward(net, blocks, stages):
         stages["contrast"] = network.local_contrast(slices)
         views.append(stages["contrast"])
     stages["enlarged"] = enlarged = net.resize(views[-1])
-    taps = encode(net, enlarged)
-    stages |= {f"tokens after block {n + 1}": t for n, t in zip(net.taps, taps, strict=True)}
+    stages["patch embedding"], taps = encode(net, enlarged)
+    stages |= {f"tokens after layer {n + 1}": t for n, t in zip(net.taps, taps, strict=True)}
     features = net.decoder(taps)
     area = [side + pad for side, pad in zip(slices.shape[-2:], net.padding(slices), strict=True)]
     features = F.interpolate(features, area, mode="bilinear", align_corners=False)
@@ -360,18 +368,18 @@ def forward(net, blocks, stages):
 
 
 # %%
-stages = {}
+stages, one = {}, blocks[[fullest]]
 if net.encoder is not None:  # the peer's U-Net has none
     with torch.inference_mode():
-        by_hand = forward(net.eval(), blocks[:1], stages)
-        assert torch.equal(by_hand, net(blocks[:1]))
+        by_hand = forward(net.eval(), one, stages)
+        assert torch.equal(by_hand, net(one))
 for name, value in stages.items():
     print(f"{name}: {tuple(value.shape)}")
 
 # %%
 if stages:
     shapes = {name: value.shape[1:] for name, value in stages.items()}
-    shapes["tokens"] = shapes[f"tokens after block {net.taps[-1] + 1}"]
+    shapes["tokens"] = shapes[f"tokens after layer {net.taps[-1] + 1}"]
     figure = plotting.architecture(shapes, net.taps)
     alt = "The network as boxes and arrows: a block is enlarged, embedded and passed through the "
     alt += "transformer, whose four taps feed the decoder; with the stem's features, to the head."
@@ -380,26 +388,27 @@ if stages:
 # %%
 panels = {name: value[0, depth // 2] for name, value in stages.items() if value.shape[1] == depth}
 panels |= {name: v[0].std(dim=0) for name, v in stages.items() if v.shape[1] > depth}
-panels |= (
-    {"probability": stages["logits"][0, 0].sigmoid()} if stages else {"block": blocks[0, 0, 0]}
-)
+panels |= {"probability": stages["logits"][0, 0].sigmoid()} if stages else {"block": one[0, 0, 0]}
 alt = "A block through the network: slice, enlarged slice, tokens, features, an untrained output."
 plotting.show(plotting.images(panels, columns=5), "stages", alt, run.figures)
 
 # %% [markdown]
-# Tokens and features hold many numbers at each place; the picture shows their standard deviation. The
-# first tokens still resemble the image; the deeper ones describe more than brightness. Decoder, stem and
-# head still have random weights, so the output means nothing yet.
+# Tokens and features hold many numbers at each place; the picture shows their standard deviation. Up to
+# the enlarged block, anybody sees the neuron. Tokens are descriptions, and no longer pictures:
+# [02](02_weight_inflation.ipynb) colours them by what they say. Decoder, stem and head still have random
+# weights, so the output means nothing yet.
 #
 # ## A rate for every layer and every step
 #
 # We use AdamW, with three habits of people who fine-tune transformers. The decoder starts from random
 # weights and has ten times the encoder's rate. In the encoder, the rate falls layer by layer towards the
 # pixels, since the first layers already know edges, while the last ones know photographs: layer $i$ of
-# $0 \dots n$ has $r\,d^{\,n - i}$, with $d$ = `layer_decay` (Clark et al. 2020). Over the steps, all
-# rates warm up in a straight line, so that the random decoder cannot spoil the encoder, and then fall as
-# half a cosine to one per cent. As it stands, this notebook keeps the encoder *frozen* and trains
-# decoder, stem and head alone; the picture on the right shows the rates that the encoder would have.
+# $0 \dots n$ has $r\,d^{\,n - i}$, with $d$ = `layer_decay` (Clark et al. 2020). Layer 0 is the patch
+# embedding, 1 to 12 are those of the transformer, and 13 is its last norm, which is not used here. Over
+# the steps, all rates warm up in a straight line, so that the random decoder cannot spoil the encoder,
+# and then fall as half a cosine to one per cent. As it stands, this notebook keeps the encoder *frozen*
+# and trains decoder, stem and head alone; the picture on the right shows the rates that the encoder
+# would have.
 
 # %% tags=["nbval-ignore-output"]
 rates = {"encoder_rate": encoder_rate, "decoder_rate": decoder_rate, "layer_decay": layer_decay}
@@ -422,8 +431,9 @@ plotting.show(figure, "rates", alt, run.figures)
 # ### Exercise 3: the laziest network
 #
 # A network gives the same probability $p$ to every voxel, and a `share` of the voxels is foreground.
-# Which $p$ has the least cross-entropy, and which the least soft Dice loss (without the two ones)? Predict,
-# then try it: change the numbers of *nothing anywhere* and *everything* in the table above and run it again.
+# Which $p$ has the least cross-entropy, and which the least soft Dice loss (without the two ones)?
+# Predict, then try it: change the numbers of *nothing anywhere* and *everything* in the table above and
+# run it again.
 
 
 # %% tags=["exercise"]
@@ -477,7 +487,7 @@ exercises.q4(share)
 # ## The loop
 #
 # Training is no more than this: take blocks, compare the answer with the target, let the gradient flow
-# back, shorten it if it is longer than `clip`, and take a step. The library's loop does the same and
+# back, shorten it if it is longer than `clip` (1), and take a step. The library's loop does the same and
 # adds what long runs need: validation, a running average of the weights, and a state on disk from which
 # a stopped run resumes. Ten steps of both must give the same weights, bit for bit.
 
@@ -511,9 +521,10 @@ if net.encoder is not None:
     by_hand, _ = network.build(shape, initialisation, weights_file, seed)
     train_by_hand(by_hand, source, ten, target["tau"])
     theirs, _ = network.build(shape, initialisation, weights_file, seed)
-    folder, cpu = run.path("ten_steps"), training.start("cpu", "32-true")
-    training.train(theirs, train, validation[:1], folder, ten, target["tau"], cpu)
-    after = load_file(folder / "resume.safetensors")
+    with TemporaryDirectory() as folder:
+        how = (ten, target["tau"], training.start("cpu", "32-true"))
+        training.train(theirs, train, validation[:1], Path(folder), *how)
+        after = load_file(Path(folder) / "resume.safetensors")
     assert all(torch.equal(v, after[f"network.{k}"]) for k, v in by_hand.state_dict().items())
     print("ten steps by hand and by the library: the same weights, bit for bit")
 
@@ -564,7 +575,7 @@ figure = plotting.learning(result.history)
 alt = "Left: the loss and its terms over the steps; right: Dice on the validation blocks."
 plotting.show(figure, "learning", alt, run.figures)
 
-# %%
+# %% jupyter={"source_hidden": true} tags=["hide-input"]
 names = {"step": "step", "training_loss": "loss", "dice": "validation_dice"}
 rows = [row for row in result.history if "validation_dice" in row]
 points = [{name: row[key] for name, key in names.items()} for row in rows]
@@ -581,10 +592,10 @@ run.record("validation", {"neurons": "+".join(s.pair.name for s in validation), 
 #
 # ## What it has learnt
 #
-# These are three validation blocks, from the fullest one to an empty one, none of them trained on: image,
-# target and probability. In the stored run, the network follows the bright stretches of the first block,
-# even those whose middle lies in another slice, and misses dim ones. In the second it takes the whole soma,
-# where the target is a thin tube. In the third, a bright speck gets a small probability of its own.
+# These are three validation blocks, from the fullest one to an empty one, none of them trained on:
+# image, target and probability. In the stored run, the network follows the bright stretches of the
+# first block, even those whose middle lies in another slice, and misses dim ones. In the second it
+# takes the whole soma, where the target is a thin tube. In the third, a bright speck is marked, too.
 
 # %%
 seen = training.validation_blocks(validation[0], shape, settings)
@@ -605,7 +616,7 @@ plotting.show(plotting.images(panels, columns=3, bar=True), "blocks", alt, run.f
 #
 # You now have weights, and with them everything needed to rebuild the network.
 
-# %% tags=["nbval-ignore-output"]
+# %% jupyter={"source_hidden": true} tags=["nbval-ignore-output", "hide-input"]
 run.record(
     "about",
     {

@@ -30,7 +30,7 @@
 #
 # **Before this:** [04 Evaluation](04_evaluation.ipynb).
 #
-# **Takes** 2 minutes and 1.0 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
+# **Takes** under a minute and 1.0 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
 # %% jupyter={"source_hidden": true} tags=["parameters", "hide-input"]
 run_dir = "../runs/small"  # folder in which the notebooks leave their results
@@ -72,7 +72,7 @@ from neurolib.course.exercises import tracing as exercises
 run = runs.open_run(run_dir, "05_swc_tracing", globals())
 target = runs.target_of(run)
 
-# %% tags=["nbval-ignore-output"]
+# %% jupyter={"source_hidden": true} tags=["nbval-ignore-output", "hide-input"]
 checkpoint = runs.checkpoint_of(run)
 _, facts = training.load_checkpoint(checkpoint)
 tests = [blocking.read_sample(pair, **target) for pair in runs.split_of(run, data).test]
@@ -90,7 +90,7 @@ probability = {
 # How does a cloud of voxels become a tree that a neuroscientist can measure? A network makes mistakes of
 # its own. To see what the tracer does, we give it a mask that is right except for the one thing that
 # every mask has, gaps: the target of the test neuron, with ten gaps cut into it. Each picture shows the
-# whole and a window. In the whole you see what is missing, in the window what is crooked.
+# whole and a window. The whole shows what is missing, the window what is crooked.
 
 # %%
 sample, cut = tests[0], facts["threshold"]
@@ -280,37 +280,7 @@ plotting.show(figure, "bridging", alt, run.figures)
 print(f"{np.sum(pieces.parent < 0)} trees before, {np.sum(joined.parent < 0)} after bridging")
 
 # %% [markdown]
-# ### Exercise 1: a bridge or not?
-#
-# You are given two ends `a` and `b`, as points, and the directions `out_a` and `out_b` in which their
-# neurites would go on, as vectors of any length. Say whether to bridge them: they must be at most 15
-# voxels apart, and each must point at the other to within 60 degrees. (Leave the sum of both angles to
-# the tracer.)
-
-
-# %% tags=["exercise"]
-def justified(a, out_a, b, out_b):
-    return ...
-
-
-exercises.q1(justified)
-
-# %% [markdown] tags=["solution"]
-# <details><summary>Solution</summary>
-#
-# ```python
-# def justified(a, out_a, b, out_b):
-#     def faces(out, way):
-#         return out @ way >= 0.5 * np.linalg.norm(out) * np.linalg.norm(way)
-#
-#     return np.linalg.norm(b - a) <= 15 and faces(out_a, b - a) and faces(out_b, a - b)
-# ```
-#
-# The cosine of 60 degrees is 1/2. Neurites that run side by side are near, but point past each other.
-# </details>
-
-# %% [markdown]
-# ### Exercise 2: a cut that the tracer cannot mend
+# ### Exercise 1: a cut that the tracer cannot mend
 #
 # A neurite of radius 2 comes from (x, y) = (10, 10), runs along x to (60, 10), turns there, and runs
 # along y to (60, 60). You cut one ball of radius 4 out of it. Where must its centre be, so that the
@@ -319,7 +289,7 @@ exercises.q1(justified)
 # %% tags=["exercise"]
 place = ...
 
-exercises.q2(place)
+exercises.q1(place)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
@@ -337,7 +307,7 @@ exercises.q2(place)
 # Finally, the nodes are smoothed off the grid, ends are drawn back from the surface, and one node is
 # kept every two voxels. `tracing.trace` does all of it.
 #
-# ### Exercise 3: parents first
+# ### Exercise 2: parents first
 #
 # Many programs read an SWC file line by line and need every parent before its children. You are given
 # the row of each node's parent (-1 for a root). Return the rows in such an order.
@@ -348,7 +318,7 @@ def parents_first(parent):
     return ...
 
 
-exercises.q3(parents_first)
+exercises.q2(parents_first)
 
 # %% [markdown] tags=["solution"]
 # <details><summary>Solution</summary>
@@ -559,7 +529,7 @@ if measured:
 # tree. The last table scores the trees that are traced from the filters' masks of notebook 04; in the
 # stored run, none of them is as close to the reference (ESA) as the network's tree.
 
-# %% tags=["nbval-ignore-output"]
+# %% jupyter={"source_hidden": true} tags=["nbval-ignore-output", "hide-input"]
 neurons = run.metrics().get("neurons", {})
 for s in tests:
     score = compared(found["prediction"][s.pair.name], s)
@@ -568,7 +538,7 @@ for s in tests:
         print(run.hand_over(f"swc/{s.pair.name}.swc"))
 run.record("neurons", neurons)
 
-# %% tags=["nbval-ignore-output"]
+# %% jupyter={"source_hidden": true} tags=["nbval-ignore-output", "hide-input"]
 by_filter, rows = run.metrics().get("filters", {}), []
 for s in tests:
     for name, chosen in run.metrics().get("chosen", {}).items():

@@ -265,7 +265,8 @@ def test_the_smallest_piece_of_a_checkpoint_is_a_volume(spacing, voxels, least, 
 
 def test_calibrate_chooses_the_cut_that_is_best_on_the_pairs(checkpoint, pairs, tmp_path, capsys):
     out = tmp_path / "mine.safetensors"
-    assert call("calibrate", pairs, "--checkpoint", checkpoint, "--out", out) == 0
+    noise = "--ignore-frames"  # the images of these pairs are noise
+    assert call("calibrate", pairs, "--checkpoint", checkpoint, "--out", out, noise) == 0
     told = capsys.readouterr().out
     network, facts = load_checkpoint(out)
     samples = [read_sample(pair) for pair in load_dataset(pairs)]
@@ -804,3 +805,52 @@ def test_units_that_cannot_be_written_are_refused_before_tracing(tmp_path, capsy
     assert not out.exists()
     assert call("trace", path, "--out", out, "--units", "um", "--spacing", "1,1,1") == 0
     assert "voxels long" in capsys.readouterr().out
+
+
+def test_a_corrected_zarr_is_not_replaced(checkpoint, tmp_path, capsys):
+    image, mask = tmp_path / "cell.npy", tmp_path / "mask.zarr"
+    np.save(image, np.random.default_rng(0).random(SHAPE))
+    arguments = ["segment", image, "--checkpoint", checkpoint, "--mask", mask]
+    assert call(*arguments) == 0
+    assert call(*arguments) == 0  # what neurolib wrote it may write again
+    zarr = pytest.importorskip("zarr")
+    array = zarr.open_array(mask / "0", mode="r+")
+    array[:4] = 1
+    capsys.readouterr()
+    assert call(*arguments) == 2
+    one_line(capsys, "may hold work of yours")
+    assert (zarr.open_array(mask / "0", mode="r")[:4] == 1).all()
+    assert call(*arguments, "--overwrite") == 0
+
+
+def test_calibrate_refuses_trees_beside_their_neurites(checkpoint, tmp_path, capsys):
+    for name in ("a", "b"):
+        image = np.zeros((12, 60, 70), np.uint8)
+        image[5:8, 20:23, 5:60] = 200
+        tifffile.imwrite(tmp_path / f"{name}.tif", image)
+        nodes = [(5, 21), (30, 21), (59, 21)]
+        lines = [f"{i} 3 {x} {59 - y} 6 1 {i - 1 or -1}" for i, (x, y) in enumerate(nodes, 1)]
+        (tmp_path / f"{name}.swc").write_text("\n".join(lines))
+    out = tmp_path / "mine.safetensors"
+    arguments = ["calibrate", tmp_path, "--checkpoint", checkpoint, "--out", out]
+    assert call(*arguments) == 2
+    one_line(capsys, "--ignore-frames")
+    assert not out.exists()
+    assert call(*arguments, "--ignore-frames") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--name", "../evil"], "--name ../evil: expected a name"),
+        (["train", "--name", "a/b"], "--name a/b: expected a name"),
+        (["segment", "nofolder", "--out", "trees"], "nofolder: not found"),
+        (["trace", "x.tif", "--label", "0", "--out", "x.swc"], "--label 0"),
+        (["evaluate", "a.swc", "b.swc", "--tolerance", "0"], "--tolerance 0"),
+    ],
+)
+def test_unusable_names_and_numbers_are_named(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(*arguments) == 2
+    one_line(capsys, said)
+    assert list(tmp_path.iterdir()) == []

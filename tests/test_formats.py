@@ -104,6 +104,7 @@ def v3dpbd(seed, shape, kind, order="<"):
 
 def nrrd(data, encoding="raw", extra="", order="<"):
     names = {"uint8": "uchar", "uint16": "unsigned short", "float32": "float", "int16": "short"}
+    names |= {"int64": "int64", "uint64": "unsigned long long int"}
     head = (
         f"NRRD0004\n# made by a test\ntype: {names[data.dtype.name]}\ndimension: {data.ndim}\n"
         f"sizes: {' '.join(map(str, data.shape[::-1]))}\n"
@@ -660,7 +661,7 @@ def test_v3d_refusals(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["raw", "gzip"])
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "int16"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "int16", "int64", "uint64"])
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_nrrd(tmp_path, encoding, dtype, order):
     data = stack(dtype)

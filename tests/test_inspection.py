@@ -17,7 +17,7 @@ from neurolib.data.formats import LazyStack
 from neurolib.data.inspection import inspect_files
 from neurolib.data.pairs import folder_pairs
 from neurolib.errors import NeurolibError, NeurolibWarning
-from neurolib.volume import write_volume
+from neurolib.volume import read_volume, write_volume
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
@@ -210,3 +210,28 @@ def test_every_real_file_is_inspected():
         assert "unusable" in next(reading)
         with pytest.raises(NeurolibError, match="1 of 1 files"):
             next(reading)
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".npy"])
+def test_a_stack_of_truth_values_is_described(suffix, tmp_path):
+    mask = np.zeros((5, 20, 20), bool)
+    mask[2, 5:15, 8] = True
+    path = tmp_path / f"mask{suffix}"
+    imwrite(path, mask) if suffix == ".tif" else np.save(path, mask)
+    volume = read_volume(path)
+    facts = inspection.volume_facts(volume, path.name)
+    assert facts["intensity"].startswith("0 to 1")
+
+
+def test_of_a_sparse_zarr_the_stored_chunks_are_described(tmp_path):
+    group = zarr.create_group(tmp_path / "sparse.zarr", zarr_format=2)
+    axes = [{"name": n, "type": "space", "unit": "micrometer"} for n in "zyx"]
+    scale = {"type": "scale", "scale": [1.0, 1.0, 1.0]}
+    datasets = [{"path": "0", "coordinateTransformations": [scale]}]
+    group.attrs["multiscales"] = [{"version": "0.4", "axes": axes, "datasets": datasets}]
+    shape, chunks = (1500, 15000, 15000), (64, 64, 64)
+    array = group.create_array("0", shape=shape, chunks=chunks, dtype="u1")
+    array[700:710, 7000:7100, 8000:8005] = 9
+    facts = inspection.volume_facts(read_volume(tmp_path / "sparse.zarr", check=False), "sparse")
+    assert "0 to 9" in facts["intensity"]
+    assert "stored chunks" in facts["intensity"]

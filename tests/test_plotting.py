@@ -178,13 +178,14 @@ def test_the_drawing_of_dino_shows_each_crop_twice():
 def test_the_drawing_of_the_network_names_every_shape_and_tap():
     shapes = {"slices": (5, 100, 100), "enlarged": (5, 224, 224), "tokens": (384, 16, 16)}
     shapes |= {"decoder": (32, 100, 100), "logits": (1, 100, 100)}
+    shapes["patch embedding"] = (384, 16, 17)
     for stem in ({}, {"stem": (16, 100, 100)}):
         drawn = plotting.architecture(shapes | stem, [2, 5, 8, 11]).get_axes()[0]
         words = " ".join(text.get_text() for text in drawn.texts)
         for shape in (shapes | stem).values():
             assert " × ".join(map(str, shape)) in words
         assert all(f"tap {i}" in words for i in (1, 2, 3, 4))
-        assert "blocks 10 to 12" in words
+        assert "layers 10 to 12" in words
         assert ("stem" in words) == bool(stem)
 
 

@@ -279,3 +279,16 @@ def test_a_voxel_of_one_micrometre_is_known_and_one_without_a_unit_is_not(tmp_pa
     lines = list(evaluate_files(tmp_path / "b.npy", tmp_path / "b.npy"))
     assert "voxel size unknown (b)" in lines[0]
     assert " voxels" in lines[-1]
+
+
+@pytest.mark.parametrize("units", [("um", "um"), ("um", "voxels"), ("voxels", "voxels")])
+def test_two_trees_are_compared_in_the_voxels_that_their_heads_name(units, tmp_path):
+    """On slices four times as far apart as pixels, index voxels are no distance."""
+    spacing = (2.0, 0.5, 0.5)
+    for name, unit in zip("ab", units, strict=True):
+        write_swc(tmp_path / f"{name}.swc", TREE, units=unit, spacing=spacing)
+    *_, line = evaluate_files(tmp_path / "a.swc", tmp_path / "b.swc")
+    assert f", length {length(TREE, spacing):.4g} µm" in line
+    write_swc(tmp_path / "b.swc", TREE, spacing=(1.0, 0.5, 0.5))
+    with pytest.raises(NeurolibError, match=r"voxel sizes differ: a.swc .* and b.swc"):
+        list(evaluate_files(tmp_path / "a.swc", tmp_path / "b.swc"))

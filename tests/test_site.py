@@ -61,6 +61,7 @@ def test_every_notebook_and_module_has_a_page_with_its_figures(site):
         shown = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
         assert shown.index(shown[0], 1), "the picture at the top is one of the figures"
         assert "google.colab" not in page
+        assert "<p>| " not in page, "a table that a cell displays is no table on its page"
     for path in (REPOSITORY / "neurolib").rglob("[!_]*.py"):
         name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
         assert f'id="module-{name}"' in (site / f"api/{name}.html").read_text(encoding="utf-8")

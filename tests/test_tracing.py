@@ -17,7 +17,7 @@ from neurolib.blocking import make_target
 from neurolib.data.formats import boxes
 from neurolib.errors import NeurolibError, SettingsError, VolumeError
 from neurolib.evaluation import distance_to_tree, sample_edges, tree_distance, tree_scores
-from neurolib.swc import Tree, densify, read_swc, tips, write_swc
+from neurolib.swc import Tree, densify, length, read_swc, tips, write_swc
 from neurolib.tracing import (
     background_shell,
     bridge_gaps,
@@ -183,10 +183,10 @@ def test_paths_share_no_voxel_and_start_on_earlier_ones():
 
 
 def test_short_branches_are_dropped_and_long_ones_kept():
-    for length, expected in ((4, 2), (15, 3)):
+    for size, expected in ((4, 2), (15, 3)):
         mask = np.zeros((15, 40, 60), bool)
         mask[6:9, 10:13, 5:55] = True
-        mask[6:9, 13 : 13 + length, 29:32] = True
+        mask[6:9, 13 : 13 + size, 29:32] = True
         assert len(tips(trace(mask))) == expected
 
 
@@ -397,6 +397,37 @@ def test_crops_and_margins_change_nothing():
     tight = trace(mask[box])
     assert np.allclose(tight.xyz + [part.start for part in box[::-1]], tree.xyz)
     assert np.allclose(tight.radius, tree.radius)
+
+
+@pytest.mark.parametrize("dz", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("high", [0.6, 1.01, 1.5, 2.01])
+@pytest.mark.parametrize("wide", [1.01, 2.01])
+def test_a_neurite_taller_than_wide_is_no_bush(dz, high, wide):
+    """Slices far apart and a point spread that is long in z: both rims would become branches."""
+    tree = line((10, 40, 12), (60, 40, 12), (110, 15, 12))
+    fork = line((60, 40, 12), (110, 65, 12))
+    form = (25, 80, 120), wide, (wide / high, 1, 1)
+    mask = draw(tree, *form) | draw(fork, *form)
+    traced = trace(mask, (dz, 1, 1))
+    assert len(tips(traced)) == 3
+    truth = length(tree) + length(fork)
+    assert 0.95 * truth < length(traced, (dz, 1, 1)) < 1.25 * truth
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000), st.tuples(*[st.sampled_from([1.0, 1.5, 4.0])] * 3))
+def test_the_extent_of_a_neurite_is_counted_voxel_by_voxel(seed, spacing):
+    mask = np.random.default_rng(seed).random((6, 7, 8)) < 0.6
+    foreground = find_foreground(mask, spacing, min_size=1)
+    radius = measure_radius(foreground)
+    extent, scale = tracing.measure_extent(foreground, radius), np.array(spacing) / min(spacing)
+    for voxel, r, found in zip(foreground.voxels, radius, extent, strict=True):
+        for axis in range(3):
+            along = mask[tuple(np.s_[:] if a == axis else voxel[a] for a in range(3))]
+            pieces, _ = ndimage.label(along)
+            run = np.count_nonzero(pieces == pieces[voxel[axis]])
+            half = min(max(run * scale[axis] / 2 - 0.5, r), (r + 1) * scale[axis])
+            assert found[axis] == pytest.approx(half if scale[axis] > 1 else r)
 
 
 def test_anisotropic_voxels():

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from neurolib.course import sweeps
+from neurolib.course.baselines import FILTERS
 from neurolib.course.runs import REPOSITORY, table
 from neurolib.course.statistics import by_neuron, compare_networks, differences, t_interval
 from neurolib.files import write_text
@@ -26,8 +27,8 @@ HEADS = {
     "precision": "precision",
     "esa": "ESA, voxels",
 }
-# The paper's rows, in its order; other networks come after them.
-PAPER = ("2D scratch", "2D pre-trained", "3D scratch", "3D average", "3D center")
+# What must be beaten, then the paper's rows, in its order; other networks come after them.
+ORDER = (*FILTERS, "2D scratch", "2D pre-trained", "3D scratch", "3D average", "3D center")
 BASELINE = "3D scratch"
 TITLE = re.compile(r"(?m)^# # (.+)$")
 PROMISE = re.compile(r"(?m)^# \*([^*].*)\*$")
@@ -105,10 +106,10 @@ def results() -> str:
 
     p = {row["network"]: row.get("p") for row in compare_networks(dice, BASELINE)}
     lines = []
-    for name in sorted(dice, key=lambda name: [*PAPER, name].index(name)):
+    for name in sorted(dice, key=lambda name: [*ORDER, name].index(name)):
         scores = dice[name]
         line = {
-            "network": name,
+            "method": name,
             "n": len(scores),
             "Dice (95 % t interval)": spread(by_neuron(scores), ".3f"),
         }
@@ -119,7 +120,7 @@ def results() -> str:
             line[f"gain in Dice over {BASELINE}"] = spread(gain, "+.3f")
             line["p"] = f"{p[name]:.3f}"
         lines.append(line)
-    seeds = {row["seed"] for row in rows}
+    seeds = {row["seed"] for row in rows} - {""}  # a filter has none
     return (
         table(lines)
         + f"\n\nn: number of test neurons, {len(seeds)} seed{'s'[: len(seeds) > 1]} each; "

@@ -111,9 +111,15 @@ def run(
     """
     from neurolib.course.runs import run_course, summary
 
+    _check_run_name(name)
     options = {"ignore_frames": ignore_frames, "overwrite": overwrite}
     done = run_course(data, profile, name, folder, dict(map(_assignment, set_ or [])), **options)
     print(f"\n{summary(done)}\n\nreport: {done.path('report.html')}")
+
+
+def _check_run_name(name: str) -> None:
+    if name and Path(name).name != name:
+        raise SettingsError(f"--name {name}: expected a name; --folder says where the run lies")
 
 
 @app.command()
@@ -132,6 +138,7 @@ def train(
     """
     from neurolib.course.runs import train_run
 
+    _check_run_name(name)
     options = {"ignore_frames": ignore_frames, "overwrite": overwrite}
     done = train_run(data, profile, name, folder, dict(map(_assignment, set_ or [])), **options)
     print(f"checkpoint: {done.path('checkpoint.safetensors')}")
@@ -246,6 +253,7 @@ def segment(
 
     Example: neurolib segment cell.tif --out cell.swc
     """
+    from neurolib.course import cluster
     from neurolib.data.formats import files_read
     from neurolib.devices import pick_device
     from neurolib.files import check_outputs, checkpoint_file
@@ -272,6 +280,8 @@ def segment(
     check_outputs(written, [*inputs, checkpoint], overwrite)
     if (workers or scheduler) and not all(_is_zarr(paths[2]) for paths in outputs.values()):
         raise SettingsError("--workers and --scheduler write parts; give --probability NAME.zarr")
+    if workers or scheduler:
+        cluster.require_dask()
     loaded = load_checkpoint(checkpoint)
     options = {"skip_empty": not all_tiles, "filter_weight": loaded[1].get("filter_weight", 0.0)}
     tiling = Tiling(overlap, device=device, flips=flips, **options)
@@ -349,9 +359,11 @@ def _expand(paths: list[Path]) -> tuple[list[Path], bool]:
             listed = files_of(path, SUFFIXES)
         elif not path.exists() and glob.has_magic(str(path)):
             listed = map(Path, glob.glob(str(path), recursive=True))
-        else:
+        elif path.exists():
             images.append(path)
             continue
+        else:
+            raise SettingsError(f"{path}: not found; expected an image, a folder or a pattern")
         several = True
         usable = sorted(p for p in listed if p.name.lower().endswith(SUFFIXES))
         new = [p for p in usable if not is_result(p)]
@@ -590,6 +602,7 @@ def calibrate(
     channel: ChannelOption = None,
     spacing: SpacingOption = "",
     device: DeviceOption = "auto",
+    ignore_frames: IgnoreFramesOption = False,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Choose a network's threshold, smallest piece and filter weight on traced stacks.
@@ -600,7 +613,9 @@ def calibrate(
     Example: neurolib calibrate my_pairs --out mine.safetensors
     """
     from neurolib.blocking import read_sample
+    from neurolib.course.runs import refuse_misplaced
     from neurolib.data.datasets import load_dataset
+    from neurolib.data.pairs import read_pair
     from neurolib.devices import pick_device
     from neurolib.files import atomic_path, check_name, check_outputs, checkpoint_file
     from neurolib.inference import calibrate
@@ -613,6 +628,9 @@ def calibrate(
     check_outputs([out], [checkpoint], overwrite)
     tau = load_checkpoint(checkpoint)[1]["tau"]
     pairs = load_dataset(data, -1 if channel is None else channel, spacing)
+    if not ignore_frames:
+        for pair in pairs:
+            refuse_misplaced(*read_pair(pair), pair.name)
     samples = [read_sample(pair, tau=tau) for pair in pairs]
     with atomic_path(out) as temporary:
         shutil.copyfile(checkpoint, temporary)

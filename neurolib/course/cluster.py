@@ -2,20 +2,26 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from neurolib.errors import NeurolibError, SettingsError
 
 
+def require_dask() -> None:
+    """Refuse to go on without Dask."""
+    if find_spec("distributed") is None:
+        raise SettingsError(
+            "several workers need Dask, which is not installed; pip install -e .[cluster]"
+        )
+
+
 @contextmanager
 def connect(workers: int = 0, scheduler: str = "") -> Iterator[Any]:
     """A Dask client of the cluster at an address, or of `workers` processes of this machine."""
-    try:
-        import distributed
-    except ImportError:
-        raise SettingsError(
-            "several workers need Dask, which is not installed; pip install -e .[cluster]"
-        ) from None
+    require_dask()
+    import distributed
+
     local = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
     try:
         client = distributed.Client(**({"address": scheduler} if scheduler else local))

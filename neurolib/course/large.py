@@ -33,6 +33,7 @@ from neurolib.files import (
     claim,
     explain_full_disk,
     provenance,
+    seal_zarr,
     sha256,
     workplace,
     write_text,
@@ -283,6 +284,7 @@ def predict_large(
         with workplace(out) as folder:
             if out.exists():
                 os.replace(out, folder / out.name)
+            seal_zarr(part)
             os.replace(part, out)
     return out
 

@@ -332,8 +332,9 @@ def _pile(axes: Axes, slices: np.ndarray, cmap: str, low: float, high: float, st
 def architecture(shapes: Mapping[str, Sequence[int]], taps: Sequence[int]) -> Figure:
     """The network from a block to its logits, with the four taps and the shape of every stage.
 
-    `shapes` has ``slices``, ``enlarged``, ``tokens``, ``decoder``, ``logits``, and perhaps
-    ``stem``; `taps` are the transformer blocks, from 0, whose tokens the decoder takes.
+    `shapes` has ``slices``, ``enlarged``, ``patch embedding``, ``tokens``, ``decoder``, ``logits``,
+    and perhaps ``contrast`` and ``stem``; `taps` are the transformer blocks, from 0, whose tokens
+    the decoder takes.
     """
     figure, axes = plt.subplots(figsize=(11, 4.6), layout="constrained")
     axes.set(xlim=(0, 110), ylim=(0, 46))
@@ -353,19 +354,20 @@ def architecture(shapes: Mapping[str, Sequence[int]], taps: Sequence[int]) -> Fi
             axes.annotate("", (to_x, to_y), (x, y), arrowprops=ARROW)
 
     box(0, 34, "block", "slices", "white")
-    box(18, 34, "enlarged", "enlarged", "white")
-    box(36, 34, "inflated patch\nembedding", "", ORANGE)
+    box(18, 34, "contrast,\nenlarged" if "contrast" in shapes else "enlarged", "enlarged", "white")
+    box(36, 34, "inflated patch\nembedding", "patch embedding", ORANGE)
     arrows((13, 38.5, 18, 38.5), (31, 38.5, 36, 38.5), (49, 38.5, 53, 38.5))
     first = 0
     for number, tap in enumerate(taps):
         x = 53 + 14.5 * number
-        box(x, 34, f"blocks {first + 1} to {tap + 1}", "attention, MLP", SKY, 12)
+        box(x, 34, f"layers {first + 1} to {tap + 1}", "attention, MLP", SKY, 12)
         arrows((x + 6, 34, x + 6, 26))
         axes.text(x + 6.8, 30, f"tap {number + 1}", fontsize=8, va="center")
         if number:
             arrows((x - 2.5, 38.5, x, 38.5))
         first = tap + 1
-    box(53, 17, "decoder: the four taps as a pyramid of scales, fused", "decoder", GREEN, 55.5)
+    fused = "decoder: the taps at 4, 2, 1 and 1/2 times their grid, added and fused"
+    box(53, 17, fused, "decoder", GREEN, 55.5)
     tokens = " × ".join(map(str, shapes["tokens"]))
     axes.text(80, 44.5, f"tokens at each tap: {tokens}", ha="center", fontsize=9)
     box(74, 2, "head", "two convolutions", PURPLE)

@@ -55,8 +55,8 @@ from neurolib.files import (
     write_text,
 )
 from neurolib.parameters import check_range, read_as
-from neurolib.swc import check_frame, check_pair
-from neurolib.volume import remarks
+from neurolib.swc import Tree, check_frame, check_pair
+from neurolib.volume import Volume, remarks
 
 # Imported where it is used, because it costs two seconds.
 if TYPE_CHECKING:
@@ -85,7 +85,9 @@ SHOWING = {"plotting", "widgets", "runs", "parameters", "exercises", "errors"}
 # Seconds after which a hanging kernel is killed: at its start; per cell (GPUs train for hours).
 START_TIMEOUT, CELL_TIMEOUT = 120, 24 * 3600
 # Parameters that name files, relative to the user's current folder.
-PATHS = ("weights_file", "start_from", "gold", "stacks", "real", "results", "ours")
+PATHS = (
+    "weights_file", "start_from", "gold", "stacks", "real", "results", "ours", "regime",
+)  # fmt: skip
 # Parameters that name neurons.
 NEURONS = ("held_out", "validate_on")
 # Parameters set by an option of the command.
@@ -394,6 +396,9 @@ def run_course(
     checkpoint = str(checkpoint_file(checkpoint)) if checkpoint else ""
     notebooks = EVALUATION if checkpoint else notebooks
     defaults = defaults_of(notebooks)
+    if checkpoint:  # what a profile says of training does not matter
+        used = {"checkpoint"} | merge(defaults).keys() | (parameters or {}).keys()
+        given = {key: given[key] for key in given if key in used}
     path = Path(folder) / (name or f"{data_label(data)}-{Path(profile).stem}")
     # Notebooks run in their own folder.
     values = localise({key: given[key] for key in given if key != "checkpoint"}) | {
@@ -580,10 +585,15 @@ def check_data(data: str, choices: Iterable[dict], ignore_frames: bool = False) 
         check_pair(tree, volume.data.shape, pair.name)
         if ignore_frames:
             continue
-        try:
-            check_frame(tree, volume, pair.name)
-        except DataError as error:
-            raise DataError(f"{error}, or go on with --ignore-frames") from None
+        refuse_misplaced(volume, tree, pair.name)
+
+
+def refuse_misplaced(volume: Volume, tree: Tree, name: str) -> None:
+    """Refuse a tree that lies beside the neurites of its image, with the command's way out."""
+    try:
+        check_frame(tree, volume, name)
+    except DataError as error:
+        raise DataError(f"{error}, or go on with --ignore-frames") from None
 
 
 def _split(pairs: list[Pair], values: dict) -> Split:

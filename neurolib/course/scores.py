@@ -270,18 +270,19 @@ def _left_out(files: list[Path], why: str) -> list[str]:
 
 def _pair_spacing(pair: tuple[Path, Path]) -> tuple[tuple[float, float, float], bool]:
     """The voxel size (dz, dy, dx) in the masks of a pair, and whether its unit is known."""
-    volumes = [
-        (path.name, read_volume(path, check=False))
-        for path in pair
-        if path.suffix.lower() not in TREES
-    ]
-    known = [(name, volume) for name, volume in volumes if not volume.unknown]
-    if len(known) == 2 and not np.allclose(*(volume.spacing for _, volume in known), rtol=0.01):
-        both = " and ".join(f"{name} {volume.spacing}" for name, volume in known)
+    known, ratio = {}, None
+    for path in pair:
+        if path.suffix.lower() in TREES:
+            spacing = _read(path, None)[0].spacing
+        else:
+            volume = read_volume(path, check=False)
+            spacing, ratio = volume.known_spacing, ratio or volume.spacing
+        if spacing is not None:
+            known[path.name] = spacing
+    if len(known) == 2 and not np.allclose(*known.values(), rtol=0.01):
+        both = " and ".join(f"{name} {spacing}" for name, spacing in known.items())
         raise DataError(f"voxel sizes differ: {both} (z, y, x) µm; give --spacing Z,Y,X")
-    for _, volume in (*known, *volumes):
-        return volume.spacing, bool(known)
-    return (1.0, 1.0, 1.0), False
+    return (next(iter(known.values())), True) if known else (ratio or (1.0, 1.0, 1.0), False)
 
 
 def _read(

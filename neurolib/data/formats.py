@@ -193,7 +193,7 @@ def choose_channel(name: str, channels: int, channel: int | None) -> int:
     if channel is None and channels > 1:
         raise VolumeError(
             f"{name}: {channels} channels (0 to {channels - 1}), expected one; "
-            "say which with channel="
+            "say which with channel= (--channel)"
         )
     if not 0 <= (channel or 0) < channels:
         raise VolumeError(
@@ -704,7 +704,8 @@ def _pbd_codes(name: str, packed: bytes, stored: np.ndarray, bits: np.ndarray) -
 
 NRRD_TYPES = {"char": "i1", "short": "i2", "int": "i4", "float": "f4", "double": "f8"}
 NRRD_TYPES |= {"uchar": "u1", "ushort": "u2", "uint": "u4"}
-NRRD_TYPES |= {f"{sign}int{8 * n}": f"{sign or 'i'}{n}" for sign in ("", "u") for n in (1, 2, 4)}
+NRRD_TYPES |= {f"{sign}int{8 * n}": f"{sign or 'i'}{n}" for sign in ("", "u") for n in (1, 2, 4, 8)}
+NRRD_TYPES |= {f"{sign}long{gap}long": f"{sign or 'i'}8" for sign in ("", "u") for gap in ("", " ")}
 
 
 def read_nrrd(path: Path, begin: bytes) -> Header:

@@ -110,22 +110,25 @@ def _checked_sample(volume: Volume, name: str) -> tuple[np.ndarray, str]:
         check_values(volume, name)
         step = max(1, -(-prod(data.shape) // WHOLE))
         return np.asarray(data[::step]), f"; every {step}th slice" if step > 1 else ""
-    # Whole chunks only.
+    # Whole chunks only, and of a sparse volume those that are stored.
+    places, step, grid = data.stored_cells()
     chunk = np.minimum(data.chunks, data.shape)
-    grid = np.array(data.shape) // chunk
-    count = min(prod(grid.tolist()), max(1, WHOLE_ZARR // prod(chunk.tolist())))
-    places = np.linspace(0, prod(grid.tolist()) - 1, count).astype(np.int64)
-    corners = np.stack(np.unravel_index(places, grid), axis=1) * chunk
+    corners = np.array(places or [(0, 0, 0)]) * step
+    whole = corners[(corners + chunk <= data.shape).all(axis=1)]
+    corners = whole if len(whole) else np.zeros((1, 3), int)
+    count = min(len(corners), max(1, WHOLE_ZARR // prod(chunk.tolist())))
+    corners = corners[np.linspace(0, len(corners) - 1, count).astype(int)]
     chunks = [data[tuple(map(slice, corner, corner + chunk))] for corner in corners]
     values = np.concatenate(chunks)
     check_values(Volume(values), name)
-    return values, f"; {count} of {prod(grid.tolist())} chunks"
+    return values, f"; {count} of {len(places)}{' stored' * (len(places) < prod(grid))} chunks"
 
 
 def volume_facts(volume: Volume, name: str) -> dict[str, str]:
     """Shape, type, spacing, intensities and oddities of a volume, in words."""
     shape, spacing = volume.data.shape, volume.spacing
     values, part = _checked_sample(volume, name)
+    values = values.view(np.uint8) if values.dtype == bool else values
     # As in `normalise`, masked voxels do not count.
     masked = (values == 0).mean() > 0.5 and values.any()
     kept = values[values != 0] if masked else values
