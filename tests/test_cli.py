@@ -771,6 +771,8 @@ def test_a_folder_gets_a_tree_of_every_label(tmp_path, capsys):
     one_line(capsys, "--label")
     assert call("trace", put(tmp_path / "p.tif", BAR / np.float32(2)), "--out-dir", trees) == 2
     one_line(capsys, "float32", "labels")
+    assert call("trace", put(tmp_path / "empty.tif", 0 * labels), "--out-dir", trees) == 2
+    one_line(capsys, "empty.tif: every voxel is 0")
 
 
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.npz", "a.h5", "a_seg.npy"])

@@ -235,3 +235,17 @@ def test_of_a_sparse_zarr_the_stored_chunks_are_described(tmp_path):
     facts = inspection.volume_facts(read_volume(tmp_path / "sparse.zarr", check=False), "sparse")
     assert "0 to 9" in facts["intensity"]
     assert "stored chunks" in facts["intensity"]
+
+
+def test_a_file_whose_partner_is_broken_is_told_so(tmp_path):
+    for name in ("good", "cell"):
+        image = np.zeros((5, 20, 20), np.uint8)
+        image[2, 10, 3:17] = 200
+        imwrite(tmp_path / f"{name}.tif", image)
+    nodes = "\n".join(f"{i} 3 {x} 10 2 1 {i - 1 or -1}" for i, x in enumerate((3, 16), 1))
+    (tmp_path / "good.swc").write_text(nodes)
+    (tmp_path / "cell.swc").write_text("1 2 3\n")
+    lines, told = [], inspect_files([tmp_path])
+    with pytest.raises(NeurolibError, match="1 of 4 files cannot be used"):
+        lines += told
+    assert re.search(r"cell.tif\s+cell.swc cannot be used", lines[-1])

@@ -292,3 +292,20 @@ def test_two_trees_are_compared_in_the_voxels_that_their_heads_name(units, tmp_p
     write_swc(tmp_path / "b.swc", TREE, spacing=(1.0, 0.5, 0.5))
     with pytest.raises(NeurolibError, match=r"voxel sizes differ: a.swc .* and b.swc"):
         list(evaluate_files(tmp_path / "a.swc", tmp_path / "b.swc"))
+
+
+def test_of_a_folder_what_can_be_compared_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("p", "r"):
+        (tmp_path / folder).mkdir()
+        for name in "abcd":
+            write_volume(tmp_path / folder / f"{name}.tif", MASK, (2.0, 0.5, 0.5))
+    (tmp_path / "p" / "b.tif").write_bytes((tmp_path / "p" / "b.tif").read_bytes()[:200])
+    write_volume(tmp_path / "p" / "c.tif", MASK[:-1], (2.0, 0.5, 0.5))
+    assert command("evaluate", "p", "r", "--out", "scores.csv") == 2
+    out, error = capsys.readouterr()
+    assert "2 of 4 pairs could not be compared (b, c)" in error
+    assert re.search(r"(?m)^b: not compared: b.tif: ", out)
+    assert re.search(r"(?m)^c: not compared: c.tif with c.tif: .*one shape", out)
+    names = [line.split(",")[0] for line in (tmp_path / "scores.csv").read_text().splitlines()]
+    assert names == ["name", "a", "d"]

@@ -553,6 +553,8 @@ def trace(
     if stack.data.dtype.kind not in "iu":
         raise SettingsError(f"{volume.name}: {stack.data.dtype}, expected labels, whole numbers")
     labels = {int(k) for box in pieces(stack.data) for k in np.unique(stack.data[box])} - {0}
+    if not labels:
+        raise SettingsError(f"{volume.name}: every voxel is 0, expected labels; nothing to trace")
     outputs = {k: out_dir / f"{volume.stem}_{k}.swc" for k in sorted(labels)}
     check_outputs(list(outputs.values()), [volume], overwrite)
     for path in outputs.values():

@@ -198,13 +198,19 @@ def evaluate_files(
     ------
     str
         What is left out or converted, a line per pair, and a line of means over several pairs, in
-        which an infinite distance counts as the diagonal of its volume.
+        which an infinite distance counts as the diagonal of its volume. Of several pairs, one that
+        cannot be compared gets a line and none in the table; a `DataError` follows at the end.
     """
     for option, value in (("tolerance", tolerance), ("threshold", threshold)):
         check_range(option, value, f"--{option} ")
     pairs, notes = _pairs(Path(prediction), Path(reference))
     yield from notes
-    sizes = {n: (spacing, True) if spacing else _pair_spacing(pair) for n, pair in pairs.items()}
+    sizes, failed = {}, {}
+    for name, pair in pairs.items():
+        try:
+            sizes[name] = (spacing, True) if spacing else _pair_spacing(pair)
+        except NeurolibError as error:
+            failed[name] = error
     unknown = [name for name, (_, known) in sizes.items() if not known]
     unit = "voxels" if unknown else "µm"
     if unknown:
@@ -213,22 +219,32 @@ def evaluate_files(
             "distances are in voxels of the finest axis; --spacing Z,Y,X sets it"
         )
     rows = []
-    for name, pair in pairs.items():
-        size, known = sizes[name]
-        one, notes_one = _read(pair[0], size if known else None, threshold)
-        two, notes_two = _read(pair[1], size if known else None)
-        yield from (*notes_one, *notes_two)
+    for name, (size, known) in sizes.items():
+        pair, words = pairs[name], ""
         try:
+            one, notes_one = _read(pair[0], size if known else None, threshold)
+            two, notes_two = _read(pair[1], size if known else None)
+            words = f"{pair[0].name} with {pair[1].name}: "
             row = evaluate(one, two, in_unit(size, unit), tolerance)
         except NeurolibError as error:
-            raise type(error)(f"{pair[0].name} with {pair[1].name}: {error}") from None
+            failed[name] = type(error)(f"{words}{error}")
+            continue
+        yield from (*notes_one, *notes_two)
         rows.append({"name": name} | row)
         yield _line(name, row, unit)
     if len(rows) > 1:
         yield _line(*_mean(rows), unit)
-    if out is not None:
+    if len(pairs) == 1 and failed:
+        raise next(iter(failed.values()))
+    yield from (f"{name}: not compared: {error}" for name, error in failed.items())
+    if out is not None and rows:
         _write(Path(out), rows, unit)
         yield f"{out}: {len(rows)} lines, distances in {unit}"
+    if failed:
+        raise DataError(
+            f"{len(failed)} of {len(pairs)} pairs could not be compared ({', '.join(failed)}); the "
+            "reasons are above"
+        )
 
 
 def _pairs(one: Path, two: Path) -> tuple[dict[str, tuple[Path, Path]], list[str]]:

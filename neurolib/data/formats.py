@@ -405,7 +405,8 @@ def _axes(name: str, axes: str, shape: Sequence[int]) -> tuple[str, tuple[int, .
     if "S" in axes:
         raise VolumeError(
             f"{name}: colour image with {shape[axes.index('S')]} samples per pixel, expected "
-            "grey values; split its channels first"
+            "grey values; split its channels first, or, if they are slices, save it as grey "
+            "(tifffile: photometric='minisblack')"
         )
     # tifffile calls the axis of plain pages I, Q or "other".
     unnamed = [a for a in axes if a not in "ZCTYX"]
