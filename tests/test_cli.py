@@ -825,18 +825,19 @@ def test_a_corrected_zarr_is_not_replaced(checkpoint, tmp_path, capsys):
     assert call(*arguments, "--overwrite") == 0
 
 
-def test_calibrate_refuses_trees_beside_their_neurites(checkpoint, tmp_path, capsys):
+@pytest.mark.parametrize(("dark", "y"), [(False, 38), (True, 21)])
+def test_calibrate_refuses_trees_beside_their_neurites(checkpoint, tmp_path, capsys, dark, y):
+    """A flipped tree, or an image whose neurites are dark."""
     for name in ("a", "b"):
         image = np.zeros((12, 60, 70), np.uint8)
         image[5:8, 20:23, 5:60] = 200
-        tifffile.imwrite(tmp_path / f"{name}.tif", image)
-        nodes = [(5, 21), (30, 21), (59, 21)]
-        lines = [f"{i} 3 {x} {59 - y} 6 1 {i - 1 or -1}" for i, (x, y) in enumerate(nodes, 1)]
+        tifffile.imwrite(tmp_path / f"{name}.tif", 255 - image if dark else image)
+        lines = [f"{i} 3 {x} {y} 6 1 {i - 1 or -1}" for i, x in enumerate((5, 30, 59), 1)]
         (tmp_path / f"{name}.swc").write_text("\n".join(lines))
     out = tmp_path / "mine.safetensors"
     arguments = ["calibrate", tmp_path, "--checkpoint", checkpoint, "--out", out]
     assert call(*arguments) == 2
-    one_line(capsys, "--ignore-frames")
+    one_line(capsys, "--ignore-frames", "invert it" if dark else "does not lie on the neurites")
     assert not out.exists()
     assert call(*arguments, "--ignore-frames") == 0
 

@@ -106,8 +106,11 @@ def results() -> str:
 
     p = {row["network"]: row.get("p") for row in compare_networks(dice, BASELINE)}
     lines = []
+    neurons = {row["neuron"] for row in rows}
     for name in sorted(dice, key=lambda name: [*ORDER, name].index(name)):
         scores = dice[name]
+        if name in FILTERS and scores.keys() != neurons:
+            continue  # the table above has them on all neurons
         line = {
             "method": name,
             "n": len(scores),

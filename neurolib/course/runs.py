@@ -56,7 +56,7 @@ from neurolib.files import (
 )
 from neurolib.parameters import check_range, read_as
 from neurolib.swc import Tree, check_frame, check_pair
-from neurolib.volume import Volume, remarks
+from neurolib.volume import INVERT, Volume, inverted, normalise, remarks
 
 # Imported where it is used, because it costs two seconds.
 if TYPE_CHECKING:
@@ -593,7 +593,8 @@ def refuse_misplaced(volume: Volume, tree: Tree, name: str) -> None:
     try:
         check_frame(tree, volume, name)
     except DataError as error:
-        raise DataError(f"{error}, or go on with --ignore-frames") from None
+        why = f"{name}: {INVERT}" if inverted(normalise(volume.data)) else error
+        raise DataError(f"{why}, or go on with --ignore-frames") from None
 
 
 def _split(pairs: list[Pair], values: dict) -> Split:
