@@ -474,6 +474,9 @@ def test_a_run_folder_is_of_one_data_set(data, tmp_path):
     with pytest.raises(SettingsError, match=rf"a run on {data}, not on {other}; .*--name"):
         runs.run_course(str(other), "empty", "", folder, {}, ())
     assert run.path("split.json").read_bytes() == before
+    run.record("about", {"data": "../../from/the/notebooks", "device": "CPU"})
+    assert "from/the/notebooks" not in runs.summary(run)
+    assert "- device: CPU" in runs.summary(run)
     assert "Data: " in (text := runs.summary(run))
     assert f"{data}. Parameters: held_out cell0." in text
     # The same files elsewhere, or more of them in place, are the same data.

@@ -815,9 +815,10 @@ def summary(run: Run) -> str:
         sections.append(
             table([name_unit({"neuron": name, **values}) for name, values in neurons.items()])
         )
-    about = metrics.get("about", {})
-    if about:
-        sections.append("\n".join(f"- {key}: {value}" for key, value in about.items()))
+    about = metrics.get("about", {}).items()
+    # Notebooks know the data by a path from their own folder; users have read it above.
+    if facts := [f"- {key}: {value}" for key, value in about if key != "data" or not made]:
+        sections.append("\n".join(facts))
     notebooks = [
         {"notebook": name, "seconds": record["seconds"], "peak MB": record["peak_mb"]}
         for name, record in metrics.get("notebooks", {}).items()
