@@ -35,7 +35,7 @@ RANGES = {
     "tau": "(0, 1]",
     "test_neurons": "[0, inf)",
     "threshold": "(0, 1]",
-    "tolerance": "(0, inf)",
+    "tolerance": "[0, inf)",
     "train_neurons": "[0, inf)",
     "validate_every": "[1, inf)",
     "validation_blocks": "[1, inf)",

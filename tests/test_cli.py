@@ -849,7 +849,6 @@ def test_calibrate_refuses_trees_beside_their_neurites(checkpoint, tmp_path, cap
         (["train", "--name", "a/b"], "--name a/b: expected a name"),
         (["segment", "nofolder", "--out", "trees"], "nofolder: not found"),
         (["trace", "x.tif", "--label", "0", "--out", "x.swc"], "--label 0"),
-        (["evaluate", "a.swc", "b.swc", "--tolerance", "0"], "--tolerance 0"),
     ],
 )
 def test_unusable_names_and_numbers_are_named(arguments, said, tmp_path, monkeypatch, capsys):

@@ -367,7 +367,7 @@ def execute_in_this_process(source, target, parameters, cwd, **_):
             exec(cell.source, names)
         if "parameters" in tags:
             names |= parameters
-        if "scores" in names:
+        if "run" in names and "chosen" in names["run"].metrics():
             break
     nbformat.write(nbformat.v4.new_notebook(), target)
 
