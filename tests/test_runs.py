@@ -23,6 +23,7 @@ from neurolib.course.baselines import FILTERS
 from neurolib.data import datasets, pairs, synthesis
 from neurolib.errors import DataError, SettingsError, VolumeError, WeightsError
 from neurolib.files import SHIPPED
+from neurolib.inference import Tiling
 
 GRID = """\
 data: somewhere
@@ -133,6 +134,14 @@ def test_every_profile_is_made_of_known_parameters():
                 runs.choose_parameters(grid["common"] | network, defaults)
         else:
             runs.choose_parameters(runs.read_profile(path), defaults)
+
+
+def test_tiles_overlap_alike_everywhere():
+    """Tiles without overlap give another Dice of the same network."""
+    notebooks = [runs.notebook_parameters(name)["overlap"] for name in runs.EVALUATION]
+    profiles = [runs.read_yaml(path) for path in runs.PROFILES.glob("*.yaml")]
+    given = [values["overlap"] for values in profiles if values and "overlap" in values]
+    assert {*notebooks, *map(float, given)} == {Tiling().overlap}
 
 
 def test_a_run_keeps_what_stages_record(tmp_path):
