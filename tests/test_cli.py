@@ -856,3 +856,14 @@ def test_unusable_names_and_numbers_are_named(arguments, said, tmp_path, monkeyp
     assert call(*arguments) == 2
     one_line(capsys, said)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_without_dask_are_refused_before_the_work(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
+    np.save(tmp_path / "cell.npy", np.random.default_rng(0).random(SHAPE))
+    monkeypatch.setattr("neurolib.course.cluster.find_spec", lambda name: None)
+    arguments = ["segment", tmp_path / "cell.npy", "--checkpoint", checkpoint, "--workers", 2]
+    assert call(*arguments, "--probability", tmp_path / "p.zarr") == 2
+    one_line(capsys, "pip install -e .[cluster]")
+    assert [path.name for path in tmp_path.iterdir()] == ["cell.npy"]
