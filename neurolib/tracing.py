@@ -563,19 +563,20 @@ def _explained(
     """
     # Balls a quarter of their radius apart cover all but 1/128 of the path's surroundings.
     around, count, covered = [path], len(path), -np.inf
-    least, most = reach.min(axis=1), reach.max(axis=1)
+    axes = reach[path]
+    least, most = axes.min(axis=1), axes.max(axis=1)
     place[path] = np.arange(count)
-    for voxel in path:
+    for i, voxel in enumerate(path):
         if way[voxel] >= covered or voxel == path[-1]:
-            ball = np.array(nearby.query_ball_point(nearby.data[voxel], most[voxel]))
+            ball = np.array(nearby.query_ball_point(nearby.data[voxel], most[i]))
             ball = ball[place[ball] < 0]
-            if least[voxel] < most[voxel]:
-                away = (nearby.data[ball] - nearby.data[voxel]) / reach[voxel]
+            if least[i] < most[i]:
+                away = (nearby.data[ball] - nearby.data[voxel]) / axes[i]
                 ball = ball[np.linalg.norm(away, axis=1) <= 1]
             place[ball] = np.arange(count, count + len(ball))
             around.append(ball)
             count += len(ball)
-            covered = way[voxel] + least[voxel] / 4
+            covered = way[voxel] + least[i] / 4
     around = np.concatenate(around)
     near = lengths[around]
     column = place[near.indices]
@@ -583,7 +584,7 @@ def _explained(
     inside = column >= 0
     start = np.concatenate([[0], np.cumsum(inside, dtype=np.int32)])[near.indptr]
     near = sparse.csr_array((near.data[inside], column[inside], start), shape=(count, count))
-    limit = DETOUR * most[path]
+    limit = DETOUR * most
     distance, _, source = csgraph.dijkstra(
         near,
         indices=np.arange(len(path)),

@@ -305,8 +305,8 @@ exercises.q2(soft_dice)
 #
 # A token is 6 voxels wide at this scale, and a neurite 2 to 4. So a small U-Net at full resolution, the
 # *stem*, reads the block itself, as brightness and as contrast, halves its rows and columns three
-# times and doubles them again, and places what the tokens have recognised. It is our addition; the paper's rows in [06 Table
-# 1](06_table1.ipynb) do without it.
+# times and doubles them again, and places what the tokens have recognised. It is our addition; the
+# paper's rows in [06 Table 1](06_table1.ipynb) do without it.
 
 # %%
 shape = network.NetworkSettings(encoder, depth, 100, size, predict, stem, contrast=contrast)

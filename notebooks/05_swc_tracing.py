@@ -230,9 +230,10 @@ if not equal[0]:  # two ways may cost the same: then either is right
 print(f"{sum(equal)} of {len(theirs)} paths are the library's, voxel for voxel")
 
 # %% [markdown]
-# The library adds one rule: a path does not explain a voxel from which the way to the path, through the
-# mask, is more than twice as long as that reach. So a neurite that runs close beside another one is
-# traced, too.
+# The library adds two rules. A path does not explain a voxel from which the way to the path, through the
+# mask, is more than twice as long as that reach; so a neurite that runs close beside another one is
+# traced, too. And where slices are further apart than pixels, the reach along z grows with the height of
+# the mask (`tracing.measure_extent`): a microscope draws neurites taller than wide.
 
 # %% [markdown]
 # ### 5. Pruning

@@ -372,14 +372,20 @@ def execute_in_this_process(source, target, parameters, cwd, **_):
     nbformat.write(nbformat.v4.new_notebook(), target)
 
 
-def test_a_finished_checkpoint_is_evaluated_on_the_final_neurons(own, monkeypatch, tmp_path):
-    """Notebook 04 itself, in this process, which knows the generated data set."""
+@pytest.mark.parametrize("profile", ["final", "course"])
+def test_a_finished_checkpoint_is_evaluated_on_the_final_neurons(
+    own, monkeypatch, tmp_path, profile
+):
+    """Notebook 04 itself, in this process, which knows the generated data set.
+
+    What another profile says of training does not matter.
+    """
     monkeypatch.setenv("NEUROLIB_DATA", str(own))
     monkeypatch.setattr(papermill, "execute_notebook", execute_in_this_process)
     monkeypatch.setattr(runs, "EVALUATION", ("04_evaluation",))
     monkeypatch.chdir(tmp_path)
     checkpoint = faults.checkpoint(tmp_path / "trained.safetensors")
-    call = {"data": "fly-larva-final", "profile": "final", "folder": tmp_path / "runs"}
+    call = {"data": "fly-larva-final", "profile": profile, "folder": tmp_path / "runs"}
     # The images are noise, so no frame fits.
     call |= {"ignore_frames": True}
     run = runs.run_course(**call, parameters={"checkpoint": str(checkpoint)})

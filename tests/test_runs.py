@@ -691,7 +691,7 @@ def test_a_key_follows_what_is_in_a_file_and_not_its_name_alone(name, tmp_path):
     assert len(keys) == 4
 
 
-@pytest.mark.parametrize("name", ["results", "ours"])
+@pytest.mark.parametrize("name", ["results", "ours", "regime"])
 def test_notebook_06_is_made_again_when_its_results_change(name, tmp_path, monkeypatch):
     """Also where no parameter names them, as in `make course`."""
     for notebook in runs.NOTEBOOKS.glob("06_*.ipynb"):

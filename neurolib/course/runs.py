@@ -634,8 +634,8 @@ def _key(notebook: str, parameters: dict, before: str) -> str:
     facts = [before, json.dumps(parameters, sort_keys=True), *code]
     facts += map(sha256, modules_of("\n".join(code)))
     values = notebook_parameters(notebook) | parameters
-    files = (NOTEBOOKS / path for path in map(values.get, PATHS) if path)
-    files = (SHIPPED if path.name == SHIPPED_NAME else path for path in files)
+    paths = filter(None, map(values.get, PATHS))
+    files = (SHIPPED if path == SHIPPED_NAME else NOTEBOOKS / path for path in paths)
     facts += [sha256(path) for path in files if path.is_file()]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()
 

@@ -43,7 +43,7 @@ def inspect_files(
         read, a `NeurolibError` follows.
     """
     files = list(dict.fromkeys(file for path in paths for file in _expand(Path(path))))
-    images, trees, unusable, problems = [], {}, {}, 0
+    images, trees, unusable = [], {}, []
     for file in files:
         try:
             if file.suffix.lower() in TREES:
@@ -54,7 +54,7 @@ def inspect_files(
                 facts = volume_facts(volume, file.name)
                 images.append(file)
         except NeurolibError as error:
-            unusable[same_name(file.name)], problems = file.name, problems + 1
+            unusable.append(file.name)
             facts = {"unusable": str(error)}
         yield block(str(file), facts)
     pairs = _pairs(images, trees)
@@ -64,13 +64,14 @@ def inspect_files(
         facts = fit_facts(swc.read_swc(tree, volume.known_spacing), volume)
         yield block(f"{image.name} with {tree.name}", facts)
     if images and trees and (left := alone(images, trees, pairs)):
+        broken = {same_name(name): name for name in unusable}
         for file in left:
-            if other := unusable.get(same_name(file.name)):
+            if other := broken.get(same_name(file.name)):
                 left[file] = f"{other} cannot be used"
         yield block("in no pair", {file.name: why for file, why in left.items()})
-    if problems:
+    if unusable:
         raise NeurolibError(
-            f"{problems} of {len(files)} files cannot be used, expected images "
+            f"{len(unusable)} of {len(files)} files cannot be used, expected images "
             f"({', '.join(SUFFIXES)}) and SWC files; the reasons are above"
         )
 
