@@ -68,9 +68,9 @@ run = runs.open_run(run_dir, "00_start_here", globals())
 #
 # A neuron in a light microscope is a tree of thin threads, *neurites*. They are a few *voxels* wide (a
 # voxel is the pixel of a volume) and fill a few thousandths of the volume. Can a computer find them if
-# it learns from a handful of examples? Below is one of the volumes of this course, a generated one as
-# it stands, in three maximum projections, which keep the brightest voxel along each axis, and the tree
-# that we want to find in it. Such trees are stored in *SWC* files.
+# it learns from a handful of examples? Below is one of the volumes of this course (a generated one, unless
+# you change `data`) in three maximum projections, which keep the brightest voxel along each axis, and
+# the tree that we want to find in it. Such trees are stored in *SWC* files.
 
 # %%
 sample = blocking.read_sample(load_dataset(data, channel, spacing)[0])
@@ -86,10 +86,10 @@ plotting.show(figure, "neuron", alt, run.figures)
 #
 # Few volumes come with a tree that somebody has traced by hand, far fewer than a deep network needs. The
 # paper *Boosting 3D Neuron Segmentation with 2D Vision Transformer Pre-trained on Natural Images* (Cheng
-# et al.) therefore borrows. It takes a vision transformer that has learnt from a million photographs
-# (DINO, Caron et al. 2021) and *inflates* the one layer that touches the pixels, the *patch embedding*:
-# its 2D kernels are spread over several slices, so that the transformer reads small stacks. These are
-# its results:
+# et al.) therefore borrows. It takes a vision transformer that has learnt from photographs without
+# labels (a million for DINO, Caron et al. 2021; 142 million for DINOv2, which this course uses) and
+# *inflates* the one layer that touches the pixels, the *patch embedding*: its 2D kernels are spread over
+# several slices, so that the transformer reads small stacks. These are its results:
 #
 # | network | pre-trained | transfer | Dice | Hd95 |
 # |---|---|---|---|---|

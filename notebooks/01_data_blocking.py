@@ -251,9 +251,9 @@ for value in taus:
 #
 # A block is five slices of 100 × 100. Blocks lie on a grid: in y and x, the last one moves inward, so
 # that it ends with the volume; in z, every slice is the centre of its own blocks, and the outermost
-# slices are repeated. The volume is not copied: a block is a view. Most blocks hold nothing. We train on
-# the *salient* ones, in whose centre slice at least 0.1 % of the voxels are foreground, and on some
-# others.
+# slices are repeated. Inside the volume, a block is a view, and not a copy. Most blocks hold nothing. We
+# train on the *salient* ones, in whose centre slice at least 0.1 % of the voxels are foreground, and on
+# some others.
 
 # %%
 grid = blocking.block_grid(sample.image.shape)
@@ -337,8 +337,8 @@ for pair in pairs[:6]:
 # Neighbouring blocks show the same neurite, so a split by block tests a network on what it was trained
 # on. The laziest learner shows how flattering that can be. It remembers its training blocks. When it is
 # asked about a block, it answers with the target of the training block that looks most like it. It is a
-# straw man, and meant as one: it has understood nothing, so whatever it scores has leaked. How
-# much a network would leak, this does not measure.
+# straw man, and meant as one: it has understood nothing, so whatever it scores has leaked. It does not
+# tell us how much a network would leak.
 
 
 # %%
@@ -426,8 +426,9 @@ print(f"{run.path('split.json').name}: {len(pairs)} pairs, seed {seed}")
 # gold-standard SWCs of BigNeuron (trees on which several people agreed), stacks with six confocal stacks
 # of *Drosophila* neurons (ranges recorded in `neurolib.data.synthesis`, or measured now if the
 # parameters `gold` and `stacks` name folders). `axis`, `near` and `far` are percentiles of the intensity
-# on the neurite, 2 to 6 voxels beside it, and elsewhere; `dice` is the best that any threshold alone can
-# do.
+# on the neurite, 2 to 6 voxels beside it, and elsewhere. `foreground` counts all voxels within 2 voxels of
+# the tree, and `contrast` is their mean brightness over that far from it (not the contrast of `swc.fit`);
+# `dice` is the best that any threshold alone can do.
 
 # %%
 generated = datasets.load_dataset("synthetic")
@@ -465,9 +466,9 @@ if projection.is_file():
     plotting.show(plotting.images(panels, columns=2, bar=True), "rendered", alt, run.figures)
 
 # %% [markdown]
-# **Summary.** A tree became a target with a threshold that we chose; a volume became blocks that cost no
-# memory; a data set was split by neuron. The paper works on 45 Janelia volumes, 38 for training, 3 for
-# validation and 4 for test; it does not say which ones.
+# **Summary.** A tree became a target with a threshold that we chose; a volume became blocks that cost
+# hardly any memory; a data set was split by neuron. The paper works on 45 Janelia volumes, 38 for
+# training, 3 for validation and 4 for test; it does not say which ones.
 #
 # **Next:** [02 Weight inflation](02_weight_inflation.ipynb).
 #

@@ -73,16 +73,22 @@ from neurolib.course.exercises import inflation as exercises
 run = runs.open_run(run_dir, "02_weight_inflation", globals())
 
 # %% [markdown]
-# ## A vision transformer in five sentences
+# ## A vision transformer in one paragraph
 #
 # A vision transformer cuts an image into patches of $p \times p$ pixels and maps each to a vector, a
 # *token*, with one linear layer, the *patch embedding*: $E$ kernels of shape $(3, p, p)$. It adds a
 # *position embedding* to each token, since nothing else says where a patch was, and puts one more token
 # in front, the *class token*, which stands for the whole image. Then come a dozen equal *blocks* (of
-# layers, not of slices). In each, *attention* lets every token ask all others: a token's query is
-# compared with their keys, and the softmax of these similarities says how much of each value it takes. A
-# small network (MLP) then works on each token by itself; attention and MLP each add a result to the
-# token (DINOv2 first multiplies this result by learnt factors, *LayerScale*).
+# layers, not of slices). In each, *attention* lets every token ask all others. Three linear maps turn the
+# tokens into queries $Q$, keys $K$ and values $V$, and each token takes from the others
+#
+# $$ \operatorname{softmax}\big( Q K^T / \sqrt{d} \big) \, V, $$
+#
+# much of the value of a token whose key resembles its query, and little of all others. This happens in
+# several *heads* side by side, each with $d$ numbers of its own (here six heads of 64). A small network
+# of two linear layers (MLP) then works on each token by itself. Attention and MLP each see normalised
+# tokens, and add their result to the token (DINOv2 first multiplies it by learnt factors, *LayerScale*).
+# Below, one such layer is written out in seven lines.
 #
 # If you have never met one, [Vaswani et al. 2017](https://arxiv.org/abs/1706.03762) explain attention,
 # [Dosovitskiy et al. 2021](https://arxiv.org/abs/2010.11929) bring it to images, and [The Illustrated
@@ -107,7 +113,7 @@ plotting.show(figure, "dino", alt, run.figures)
 # ## The only layer that knows about pixels
 #
 # Everything after the patch embedding works on tokens. To read a block of $D$ grey slices, only the
-# patch embedding has to change.
+# patch embedding has to change: instead of three colours, its kernels must add up $D$ slices.
 
 # %%
 state = weights.load_pretrained(encoder, weights_file or None)
@@ -174,15 +180,19 @@ exercises.q1(fold)
 # %% [markdown]
 # ## Inflation along z
 #
-# A kernel for $D$ slices, $(E, 1, D, p, p)$, is made from $w'$ by giving each slice a share:
+# A kernel for $D$ slices, $(E, 1, D, p, p)$, is made from $w'$ by giving each slice a share. A block is as
+# deep as its kernels, so they move in y and x only: computed as a 2D convolution whose $D$ input channels
+# are the slices.
+#
 #
 # - **average**: every slice $w' / D$. A block of equal slices gives the 2D tokens; a block of different
 #   slices is blurred along z.
 # - **center**: the middle slice $w'$, the others zero. *Any* block gives the tokens of its middle
 #   slice: the other slices are ignored until training finds a use for them.
 #
-# Beyond the paper, `gaussian` lies between the two, and `random` replaces $w'$ by random numbers: the
-# control that shows what the pre-trained patch embedding is worth.
+# Beyond the paper, `gaussian` lies between the two, and `random` replaces $w'$ by random numbers. That
+# is a control for what the pre-trained patch embedding is worth; try it with `initialisation` in
+# notebook 03.
 #
 # ### Exercise 2: inflate a kernel
 #
@@ -334,7 +344,7 @@ for n in range(1, depth + 1):
 
 # %% [markdown]
 # As predicted, `average` passes 1 when the tube is in three slices. `center` has the 2D model's ratio,
-# 1, if its middle slice shows the tube, and this is the slice whose target it is asked for. Where slices
+# 1, if its middle slice shows the tube, which is the slice that it must label. Where slices
 # lie far apart, a neurite is in few of them, which speaks for `center`; finer steps in z speak for
 # `average`.
 
@@ -390,6 +400,32 @@ if before is not None and after is not None:  # DINOv3 has rotary positions
 # %% [markdown]
 # A place is most like its neighbours, and resizing keeps that: the network still knows what is beside
 # what. The identities above hold because both networks, 2D and 3D, have the same resized positions.
+#
+# ### One layer by hand
+#
+# Twelve layers like the following come next, and inflation leaves them as they are. This is all that
+# happens in one of them; it must give what timm's layer gives:
+
+
+# %% tags=["method"]
+def layer_by_hand(layer, tokens):
+    """From tokens (257, 384), a class token and 16 x 16 patches, to tokens (257, 384)."""
+    qkv = layer.attn.qkv(layer.norm1(tokens)).reshape(len(tokens), 3, layer.attn.num_heads, -1)
+    q, k, v = qkv.permute(1, 2, 0, 3)  # (heads, tokens, d) each
+    alike = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5  # each query with every key
+    taken = alike.softmax(dim=-1) @ v
+    tokens = tokens + layer.ls1(layer.attn.proj(taken.transpose(0, 1).flatten(1)))
+    return tokens + layer.ls2(layer.mlp(layer.norm2(tokens)))
+
+
+# %%
+vit = center.encoder
+if after is not None:  # DINOv3's attention turns queries and keys by their position
+    with torch.inference_mode():
+        tokens = vit._pos_embed(vit.patch_embed(center.resize(block)))
+        theirs = vit.blocks[0](tokens)[0]
+        assert torch.allclose(layer_by_hand(vit.blocks[0], tokens[0]), theirs, atol=1e-4)
+    print(f"one layer by hand equals timm's: tokens {tuple(theirs.shape)}")
 
 # %% [markdown]
 # ## What it costs
@@ -397,7 +433,7 @@ if before is not None and after is not None:  # DINOv3 has rotary positions
 # The patch embedding has $D$ times the weights and $D$ times the products; everything after it is the
 # same. A floating-point operation (FLOP) is one multiplication or one addition; PyTorch counts those of
 # all matrix products and convolutions for one block, for the encoder and for the network with its
-# decoder:
+# decoder (but without the stem, which notebook 03 adds):
 
 # %%
 settings = network.NetworkSettings(encoder=encoder, depth=depth, size=size)
@@ -474,7 +510,7 @@ for name, found in maps.items():
 # neurite, they attend less than to the mean patch. So a bright voxel alone does not draw attention. But
 # any bright thread might; one image and one control cannot tell.
 #
-# Attention runs in several *heads* side by side, and they do not all attend to the same patches:
+# The maps above are means over the *heads*, and these do not all attend to the same patches:
 
 # %%
 heads = {f"head {i}": head for i, head in enumerate(maps["center"])}

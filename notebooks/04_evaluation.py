@@ -186,15 +186,16 @@ tests = [blocking.every_slice(s, every) for s in tests]  # compared on the predi
 sample = tests[0]
 
 # %% [markdown]
-# Move through the slices and look where the two colours part. Is it at tips, at crossings, or beside the
-# tube?
+# Move through the slices and look where prediction and target part. Is it at tips, at crossings, or beside
+# the tube?
 
 # %% tags=["nbval-ignore-output"]
 z = len(sample.image) // 2
 slider = ipywidgets.IntSlider(z, 0, len(sample.image) - 1, description="slice")
-layers = {"target": sample.mask, "prediction": found >= facts["threshold"]}
+mask, wanted = found >= facts["threshold"], sample.mask
+layers = {"both": mask & wanted, "predicted only": mask & ~wanted, "missed": wanted & ~mask}
 alt = (
-    f"Slice {z} of the test volume, alone and with target and prediction; a slider moves through z."
+    f"Slice {z} of the test volume, alone and with what is found, false or missed; a slider moves."
 )
 
 
@@ -311,17 +312,19 @@ alt = "Projections with voxels found (blue), predicted only (orange) and missed 
 plotting.show(figure, "overlay", alt, run.figures)
 
 # %% [markdown]
-# Where is the network wrong? Look for three things. At the *soma* the image is bright and the target is
+# Where is the network wrong? Look for four things. At the *soma* the image is bright and the target is
 # a thin tube: orange around it means that the network took brightness for neurite. *Far specks* are
 # orange away from the tree; each adds one to the Betti-0 error, and enough of them move Hd95. (The
 # picture shows all specks; the table counts without those below the smallest piece.) *Gaps* are purple
-# on the tree.
+# on the tree, and *missing branches* are purple to the tip.
 #
-# Read the network's row of the stored run. A Dice of 0.56: of all voxels that prediction and target
-# mark, each counted, 56 % are marked by both. An Hd95 of 15.3: in one direction, a twentieth of the
-# surface lies further away than that, because specks and the soma do. A surface Dice of 0.85: most of
-# both surfaces lie within 2 voxels of each other, so that much of what Dice misses is width and not
-# place. A Betti-0 error of 10: ten pieces too many.
+# Read the network's row of the stored run. A Dice of 0.56: the shared voxels, counted twice, are 56 % of
+# the sizes of the two masks added together. An Hd95 of 15.3: a twentieth of the target's surface lies
+# further than that from the prediction, because whole branches are missing. (In the other direction, the
+# same number is 3: there is little in the prediction that lies far from the target.) A surface Dice of
+# 0.85: most of both surfaces lie within 2 voxels of each other, so that much of what Dice misses is width
+# and not place. A Betti-0 error of 10: ten pieces too many, nearly all of them stretches of neurite
+# between gaps.
 #
 # On this generated neuron, that network beats every filter in Dice, Hd95 and surface Dice.
 # It does not in clDice, where the difference of Gaussians is ahead, nor in the Betti-0 error: it leaves
@@ -512,9 +515,9 @@ print(f"smallest p that four neurons allow: {statistics.sign_flip_p(np.ones(4))}
 # %% [markdown]
 # A bar with the mean would hide that neuron 4 is easy and neuron 1 hard, for both. Compared by their own
 # intervals, the two methods cannot be told apart: each interval holds the spread of the *neurons*. The
-# differences on each neuron spread less, and their interval is much shorter, but it still holds 0: four
+# differences on each neuron spread less, and their interval is much shorter, but it still contains 0: four
 # neurons show little. Nor can they reach p < 0.05: four differences have only 16 patterns
-# of signs, and *p* is the share of the patterns whose mean is as far from 0 as the one found.
+# of signs, and *p* is the share of the patterns whose mean is at least as far from 0 as the one found.
 #
 # ### Does a 95 % interval hold the truth in 95 % of all experiments?
 #

@@ -160,8 +160,8 @@ figure = plotting.zoomed(mask.max(axis=0), centre, lines)
 plotting.show(figure, "paths", alt, run.figures)
 
 # %% [markdown]
-# The whole method fits on a page. *Dijkstra's algorithm* visits voxels in the order of what it costs to
-# reach them from the root, and remembers for each the voxel before it:
+# The heart of the method fits on a page. *Dijkstra's algorithm* visits voxels in the order of what it
+# costs to reach them from the root, and remembers for each the voxel before it:
 
 
 # %% tags=["method"]
@@ -240,7 +240,7 @@ print(f"{sum(equal)} of {len(theirs)} paths are the library's, voxel for voxel")
 #
 # Some paths lead only to a bump of the mask. The target has no bumps, so we delete three in ten of its
 # voxels at random to make some. A path that reaches no more than 6 voxels beyond the surface of its
-# parent is taken for a bump and dropped. The price is that true branches as short as that go, too.
+# parent is taken for a bump and dropped. The price is that equally short true branches are lost as well.
 
 # %%
 rough, _ = robustness.degrade(mask, sample.tree, "noise", 0.3)
@@ -263,10 +263,11 @@ print(f"{len(many)} paths, {len(kept)} kept")
 # %% [markdown]
 # ### 6. Bridging
 #
-# Ends of two pieces are joined if they are near (15 voxels) and each points at the other: neither is off
-# by more than 60 degrees, both together by no more than 80. The cheapest bridges come first, and none
-# may close a loop. Each bridge is a guess and is reported as one. All other gaps stay open, and the
-# result is a forest: it does not claim what it does not know.
+# Ends of two pieces are joined if they are near (15 voxels) and each points at the other: each end may
+# deviate by up to 60 degrees, and the two deviations may add up to at most 80. The cheapest bridges come
+# first, and none may close a loop. Each bridge is a guess and is reported as one. All other gaps stay
+# open, and the result is a forest: it does not claim what it does not know. (Ten cuts can leave fewer than
+# eleven pieces: two may overlap, or leave between them a piece too small to keep.)
 
 # %%
 kept = tracing.prune_paths(paths, foreground, radius)
@@ -504,10 +505,11 @@ if measured:
     plotting.show(figure, "real-recall", alt, run.figures)
 
 # %% [markdown]
-# In the stored file, `ours` finds more of each of the seven trees than any filter. Still, its trees are
-# far from done: between a fifth and more than half of each neuron is missing. From the targets of the
-# same kind of neurons, this tracer's trees have an ESA of 0.3 to 0.4 voxels: most of what is missing
-# here is missing in the mask.
+# In the stored file, `ours` finds more of each of the seven trees than any filter, and its tree is the
+# closest (ESA) but for two neurons: on `class1_sn23` the threshold's is, on `sensory_I4-2` the ridge
+# filter's. Still, its trees are far from done: between a fifth and more than half of each neuron is
+# missing. From the targets of the same kind of neurons, this tracer's trees have an ESA of 0.3 to 0.4
+# voxels: most of what is missing here is missing in the mask.
 #
 # ## Your own segmentation
 #

@@ -258,7 +258,7 @@ def layered(
     plain, mixed = grey(image[z]), grey(image[z])
     for name, mask in masks.items():
         mixed[mask[z]] = 0.35 * mixed[mask[z]] + 0.65 * np.array(to_rgb(colours[name]))
-    titles = (f"slice {z}", f"with {' and '.join(masks)}")
+    titles = (f"slice {z}", f"with {', '.join(masks)}")
     for axes, rgb, title in zip((left, right), (plain, mixed), titles, strict=True):
         axes.imshow(rgb, interpolation="nearest", aspect=spacing[1] / spacing[2])
         bare(axes, title)
@@ -594,7 +594,7 @@ def zoomed(
     drawn in light grey on white. `lines` maps a label to arrays (m, 2) of y, x.
     """
     figure, panels = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
-    look = {"cmap": plt.get_cmap("viridis").with_extremes(bad="black")}
+    look = {"cmap": plt.get_cmap("viridis").with_extremes(bad="white")}
     seen = np.isfinite(plane) if label else plane > 0
     if plane.ndim == 3:
         look, seen = {}, (plane < 1).any(axis=2)
@@ -620,7 +620,7 @@ def zoomed(
         high = np.maximum(high, np.add(first, size))
         whole.set(xlim=(low[1] - 3, high[1] + 3), ylim=(high[0] + 3, low[0] - 3))
     window.set(xlim=(left - 0.5, left + size - 0.5), ylim=(top + size - 0.5, top - 0.5))
-    scale_bar(window, size, on_white=not label)
+    scale_bar(window, size, on_white=True)
     if lines:
         window.legend(loc="upper right", fontsize=8)
     if label:
