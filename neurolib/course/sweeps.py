@@ -15,30 +15,17 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from neurolib.course import cluster
+from neurolib.course import cluster, runs
 from neurolib.course.baselines import FILTERS
-from neurolib.course.runs import (
-    DATA_NOTEBOOK,
-    PROFILES,
-    NotebookError,
-    Run,
-    check_data,
-    check_run,
-    check_settings,
-    choose_parameters,
-    defaults_of,
-    localise,
-    merge,
-    read_yaml,
-    run_course,
-)
+from neurolib.course.runs import NotebookError, Run
 from neurolib.data.datasets import data_label, read_manifest
 from neurolib.errors import NeurolibError, SettingsError
 from neurolib.evaluation import in_unit, volume_diagonal
@@ -128,7 +115,7 @@ def read_grid(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise SettingsError(f"{path}: no such grid; profiles/table1-cpu.yaml is one")
-    grid = read_yaml(path)
+    grid = runs.read_yaml(path)
     if not isinstance(grid, dict) or set(grid) - {"measure"} != KEYS:
         given = ", ".join(sorted(grid)) if isinstance(grid, dict) else type(grid).__name__
         raise SettingsError(f"{path}: expected the keys {', '.join(sorted(KEYS))}; got {given}")
@@ -206,16 +193,16 @@ def run_sweep(
         results = results.with_stem(f"{results.stem}-{data_label(data)}")
         stem += f"-{data_label(data)}"
     data, folder = data or grid["data"], Path(folder).absolute()
-    defaults = defaults_of(chain)
+    defaults = runs.defaults_of(chain)
     for given in (grid["common"], *grid["networks"].values()):
-        given |= merge(choose_parameters(given, defaults))
+        given |= runs.merge(runs.choose_parameters(given, defaults))
     whole = list(_cells(grid, stem, seeds))
     cells = _part(path, grid, whole, rows, folds)
     _check(path, measure, whole, defaults, results)
-    splits = [defaults[DATA_NOTEBOOK] | cell.parameters for cell in cells]
-    check_data(data, splits, ignore_frames)
+    splits = [defaults[runs.DATA_NOTEBOOK] | cell.parameters for cell in cells]
+    runs.check_data(data, splits, ignore_frames)
     for cell in cells:
-        check_run(folder / cell.name, data)
+        runs.check_run(folder / cell.name, data)
     locks = folder / stem / ".lock", results.with_name(f".{results.name}.lock")
     order, failed = [*FILTERS, *grid["networks"]], {}
     with claim(locks[0]), claim(locks[1], results):
@@ -242,25 +229,24 @@ def _check(
     path: str | Path, measure: str, cells: list[Cell], defaults: dict, results: Path
 ) -> None:
     """Refuse now what would fail hours later (SettingsError)."""
-    known = merge(defaults)
+    known = runs.merge(defaults)
     for cell in {cell.network: cell for cell in cells}.values():
-        localise(cell.parameters)
+        runs.localise(cell.parameters)
         if "encoder" in known:
-            check_settings(known | cell.parameters, ".")
+            runs.check_settings(known | cell.parameters, ".")
         if measure == "tree" and cell.parameters.get("every", 1) != 1:
             raise SettingsError(f"{path}: measure tree needs all slices; remove 'every'")
-    if results.exists():
-        try:
+    try:
+        if results.exists():
             read_results(results, measure)
-        except SettingsError:
-            raise SettingsError(
-                f"{results}: not a file of results on measure {measure}, and is not "
-                "replaced; name another one, or move it away"
-            ) from None
-    names = [cell.name for cell in cells]
-    for name in names:
-        if names.count(name) > 1:
-            raise SettingsError(f"{path}: two runs would share the folder {name}; rename a network")
+    except SettingsError:
+        raise SettingsError(
+            f"{results}: not a file of results on measure {measure}, and is not replaced; name "
+            "another one, or move it away"
+        ) from None
+    name, count = Counter(cell.name for cell in cells).most_common(1)[0]
+    if count > 1:
+        raise SettingsError(f"{path}: two runs would share the folder {name}; rename a network")
 
 
 def _cells(grid: dict, stem: str, seeds: Sequence[int]) -> Iterator[Cell]:
@@ -293,9 +279,8 @@ def _part(
 def _run_cell(data: str, folder: str, chain: Sequence[str], start: str, cell: Cell) -> Run:
     """Run one cell in the folder `start`, because data may be relative to it."""
     with contextlib.chdir(start):
-        profile = PROFILES / "empty.yaml"
-        values = cell.parameters
-        return run_course(data, profile, cell.name, folder, values, tuple(chain), True, True)
+        options = {"notebooks": tuple(chain), "ignore_frames": True, "overwrite": True}
+        return runs.run_course(data, "empty", cell.name, folder, cell.parameters, **options)
 
 
 def _execute(
@@ -426,7 +411,7 @@ def _write_index(
         name, dice = escape(cell.network), [row["dice"] for row in own]
         line = [name, cell.seed, cell.fold, escape(failed.get(cell.name, "not yet")), "", ""]
         if own:
-            best = max(dice) if "step" in own[0] else sum(dice) / len(dice)
+            best = max(dice) if "step" in own[0] else _mean(dice)
             link = f'<a href="{quote(Path(cell.name).name)}/report.html">{name}</a>'
             line = [link, cell.seed, cell.fold, "done", f"{best:.3f}", own[0]["seconds"]]
         lines.append(line)
@@ -465,13 +450,11 @@ def _kept(path: Path, cells: list[Cell], grid: list[Cell], data: str, measure: s
 def write_results(path: Path, rows: list[dict], measure: str = "test") -> None:
     """Write a results file atomically; NaN becomes empty."""
     with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(
-            file, COLUMNS[measure], lineterminator="\n", extrasaction="ignore", restval=""
-        )
+        options = {"lineterminator": "\n", "extrasaction": "ignore"}
+        writer = csv.DictWriter(file, COLUMNS[measure], **options)
         writer.writeheader()
-        writer.writerows(
-            {key: "" if value != value else value for key, value in row.items()} for row in rows
-        )
+        for row in rows:
+            writer.writerow({k: "" if value != value else value for k, value in row.items()})
 
 
 def read_results(path: str | Path, measure: str = "test") -> list[dict]:
@@ -499,24 +482,24 @@ def by_neuron_and_seed(rows: list[dict], column: str) -> dict[str, dict[str, dic
 
     An infinite distance, of a network that found nothing, counts as the diagonal of its volume.
     """
-    values: dict[str, dict[str, dict[str, list[float]]]] = {}
+    groups: dict[tuple, list[float]] = {}
     for row in rows:
         value = row["diagonal"] if row[column] == float("inf") else row[column]
-        seeds = values.setdefault(row["network"], {}).setdefault(row["neuron"], {})
-        seeds.setdefault(row["seed"], []).append(value)
-    return {
-        network: {
-            neuron: {seed: sum(v) / len(v) for seed, v in seeds.items()}
-            for neuron, seeds in neurons.items()
-        }
-        for network, neurons in values.items()
-    }
+        groups.setdefault((row["network"], row["neuron"], row["seed"]), []).append(value)
+    values: dict[str, dict[str, dict[str, float]]] = {}
+    for (network, neuron, seed), group in groups.items():
+        values.setdefault(network, {}).setdefault(neuron, {})[seed] = _mean(group)
+    return values
+
+
+def _mean(values: Collection[float]) -> float:
+    return sum(values) / len(values)
 
 
 def by_network(rows: list[dict], column: str) -> dict[str, dict[str, float]]:
     """Mean over seeds of `by_neuron_and_seed`, as network → neuron → value."""
     return {
-        network: {neuron: sum(seeds.values()) / len(seeds) for neuron, seeds in neurons.items()}
+        network: {neuron: _mean(seeds.values()) for neuron, seeds in neurons.items()}
         for network, neurons in by_neuron_and_seed(rows, column).items()
     }
 
@@ -526,8 +509,7 @@ def means(rows: list[dict], columns: Mapping[str, str]) -> list[dict]:
     values = {heading: by_network(rows, column) for column, heading in columns.items()}
     names = dict.fromkeys(row["network"] for row in rows)
     return [
-        {"method": name}
-        | {heading: sum(of[name].values()) / len(of[name]) for heading, of in values.items()}
+        {"method": name} | {heading: _mean(of[name].values()) for heading, of in values.items()}
         for name in names
     ]
 
@@ -538,8 +520,7 @@ def by_seed(rows: list[dict], column: str) -> dict[str, dict[str, float]]:
     for seed in sorted({row["seed"] for row in rows} - {""}):
         values = by_network([row for row in rows if row["seed"] == seed], column)
         for network, neurons in values.items():
-            mean = sum(neurons.values()) / len(neurons)
-            averages.setdefault(network, {})[f"seed {seed}"] = mean
+            averages.setdefault(network, {})[f"seed {seed}"] = _mean(neurons.values())
     return averages
 
 
