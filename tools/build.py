@@ -22,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jupytext
@@ -119,14 +119,14 @@ def convert(source: Path) -> NotebookNode:
     return notebook
 
 
-def execute(notebook: NotebookNode, folder: Path = FOLDER) -> NotebookNode:
+def execute(notebook: NotebookNode, folder: Path) -> None:
     """Execute a notebook in `folder`, in place; an error in a cell is raised."""
     from nbclient import NotebookClient
 
     def progress(cell, cell_index):
         print(f"\r  cell {cell_index + 1}/{len(notebook.cells)}", end="", flush=True)
 
-    client = NotebookClient(
+    NotebookClient(
         notebook,
         timeout=CELL_TIMEOUT,
         startup_timeout=START_TIMEOUT,
@@ -136,10 +136,8 @@ def execute(notebook: NotebookNode, folder: Path = FOLDER) -> NotebookNode:
         resources={"metadata": {"path": str(folder)}},
         store_widget_state=False,
         on_cell_start=progress,
-    )
-    client.execute()
+    ).execute()
     print(flush=True)
-    return notebook
 
 
 def execute_twice(source: Path) -> None:
@@ -148,6 +146,7 @@ def execute_twice(source: Path) -> None:
     Readers run cells again, so no cell may depend on being run once, or change those above it.
     Results and figures go to a temporary folder.
     """
+    print(source.stem, flush=True)
     notebook = convert(source)
     with tempfile.TemporaryDirectory() as folder:
         place = nbformat.v4.new_code_cell(f"run_dir = {folder!r}")
@@ -165,13 +164,12 @@ def drawn_figures(notebook: NotebookNode) -> dict[str, str]:
     return dict(FIGURE.findall("".join(text for o in outputs for text in output_texts(o))))
 
 
-def clean(notebook: NotebookNode) -> NotebookNode:
+def clean(notebook: NotebookNode) -> None:
     """Remove times, progress bars and live widgets, which change between executions, in place."""
     notebook.metadata = nbformat.from_dict(METADATA)
     for _, cell in code_cells(notebook):
         cell.metadata.pop("execution", None)
         cell.outputs = join_streams(strip_live_outputs(cell.outputs))
-    return notebook
 
 
 def join_streams(outputs: Iterable[NotebookNode]) -> list[NotebookNode]:
@@ -194,7 +192,8 @@ def build(source: Path) -> Path:
     _refuse(source, check_shape(notebook))
     started = time.monotonic()
     with peak_memory() as peak:
-        clean(execute(notebook, source.parent))
+        execute(notebook, source.parent)
+    clean(notebook)
     attach(notebook)
     _refuse(source, check_outputs(notebook))
     line = measured(notebook, time.monotonic() - started, peak[0])
@@ -241,9 +240,9 @@ def measured(notebook: NotebookNode, seconds: float, peak: int) -> str:
     return f"# **Takes** {minutes} and {peak / 1e9:.1f} GB of memory on {machine}; {download}."
 
 
-def _refuse(source: Path, problems: list[str]) -> None:
-    if problems:
-        raise SystemExit("\n".join(f"{source.stem}, {problem}" for problem in problems))
+def _refuse(source: Path, problems: Iterable[str]) -> None:
+    if lines := [f"{source.stem}, {problem}" for problem in problems]:
+        raise SystemExit("\n".join(lines))
 
 
 # ---------------------------------------------------------------------------------- checking
@@ -254,11 +253,11 @@ def check(paths: Sequence[Path]) -> list[str]:
     problems, bootstraps = [], {}
     for source in paths:
         expected = convert(source)
-        own = check_shape(expected)
+        own = list(check_shape(expected))
         stored = source.with_suffix(".ipynb")
         if stored.exists():
             notebook = nbformat.read(stored, as_version=4)
-            own += check_drift(expected, notebook) or check_outputs(notebook)
+            own += list(check_drift(expected, notebook)) or check_outputs(notebook)
         else:
             own.append("there is no notebook; run make notebooks")
         problems += [f"{source.stem}, {problem}" for problem in own]
@@ -266,77 +265,68 @@ def check(paths: Sequence[Path]) -> list[str]:
     return problems + check_bootstraps(bootstraps) + check_orphans(paths)
 
 
-def check_drift(expected: NotebookNode, stored: NotebookNode) -> list[str]:
+def check_drift(expected: NotebookNode, stored: NotebookNode) -> Iterator[str]:
     """Differences between a converted text source and the stored notebook."""
     remedy = "edit the text and run make notebooks"
     if len(expected.cells) != len(stored.cells):
-        return [f"{len(stored.cells)} cells, its text has {len(expected.cells)}; {remedy}"]
-    problems = []
+        yield f"{len(stored.cells)} cells, its text has {len(expected.cells)}; {remedy}"
+        return
     for number, (want, have) in enumerate(zip(expected.cells, stored.cells, strict=True)):
-        for key in ("cell_type", "source", "metadata", "id"):
-            if want[key] != have[key]:
-                problems.append(f"cell {number}: its {key} differs from the text's; {remedy}")
-                break
+        keys = ("cell_type", "source", "metadata", "id")
+        if key := next((key for key in keys if want[key] != have[key]), None):
+            yield f"cell {number}: its {key} differs from the text's; {remedy}"
     if stored.metadata != expected.metadata:
-        problems.append(f"its metadata differ from those the build writes; {remedy}")
-    return problems
+        yield f"its metadata differ from those the build writes; {remedy}"
 
 
-def check_outputs(notebook: NotebookNode) -> list[str]:
+def check_outputs(notebook: NotebookNode) -> Iterator[str]:
     """Problems of code cells: not executed in order, errors, live outputs, private texts."""
     first, again = notebook.cells[0], copy.deepcopy(notebook)
     attach(again)
-    problems = [
-        f"cell 0: {name} is not the figure that the notebook draws; run make notebooks"
-        for name, picture in again.cells[0].get("attachments", {}).items()
-        if not picture["image/png"] or picture != first.get("attachments", {}).get(name)
-    ]
+    for name, picture in again.cells[0].get("attachments", {}).items():
+        if not picture["image/png"] or picture != first.get("attachments", {}).get(name):
+            yield f"cell 0: {name} is not the figure that the notebook draws; run make notebooks"
     for count, (number, cell) in enumerate(code_cells(notebook), 1):
         if cell.execution_count != count:
-            problems.append(
+            yield (
                 f"cell {number}: execution count {cell.execution_count}, expected {count}; "
                 "run make notebooks"
             )
         for output in cell.outputs:
             if output.output_type == "error":
-                problems.append(f"cell {number}: holds the error {output.ename}: {output.evalue}")
+                yield f"cell {number}: holds the error {output.ename}: {output.evalue}"
             if list(strip_live_outputs([output])) != [output]:
-                problems.append(f"cell {number}: holds a bar or a live widget; run make notebooks")
+                yield f"cell {number}: holds a bar or a live widget; run make notebooks"
             for text in output_texts(output):
                 if path := absolute_path(text):
-                    problems.append(f"cell {number}: prints the absolute path {path}")
+                    yield f"cell {number}: prints the absolute path {path}"
                 if secret := PRIVATE.search(EMBEDDED.sub("", text)):
-                    problems.append(f"cell {number}: prints what is private: {secret[0][:12]}...")
-    return problems
+                    yield f"cell {number}: prints what is private: {secret[0][:12]}..."
 
 
-def check_shape(notebook: NotebookNode) -> list[str]:
+def check_shape(notebook: NotebookNode) -> Iterator[str]:
     """Breaches of our rules: one title, one literal parameters cell, short cells, no paths."""
-    problems = check_titles(notebook) + check_parameters(notebook)
+    yield from check_titles(notebook)
+    yield from check_parameters(notebook)
     for number, cell in enumerate(notebook.cells):
         if path := absolute_path(cell.source):
-            problems.append(f"cell {number}: names the absolute path {path}")
-    lengths = {
-        number: sum(bool(line.strip()) for line in cell.source.splitlines())
-        for number, cell in code_cells(notebook)
-        if not {PARAMETERS, BOOTSTRAP} & set(tags(cell))
-    }
-    for number, length in lengths.items():
-        limit = METHOD_LINES if METHOD in tags(notebook.cells[number]) else MAX_LINES
+            yield f"cell {number}: names the absolute path {path}"
+    short = []
+    for number, cell in code_cells(notebook):
+        if {PARAMETERS, BOOTSTRAP} & set(tags(cell)):
+            continue
+        length = sum(bool(line.strip()) for line in cell.source.splitlines())
+        limit = METHOD_LINES if METHOD in tags(cell) else MAX_LINES
         if length > limit:
-            problems.append(f"cell {number}: {length} lines of code, expected {limit} at most")
-    short = [n for at, n in lengths.items() if METHOD not in tags(notebook.cells[at])]
-    median = statistics.median(short) if short else 0
-    if median > MEDIAN_LINES:
-        problems.append(
-            f"its code cells have a median of {median:g} lines, expected {MEDIAN_LINES} at most"
-        )
+            yield f"cell {number}: {length} lines of code, expected {limit} at most"
+        short += [length] if METHOD not in tags(cell) else []
+    if short and (median := statistics.median(short)) > MEDIAN_LINES:
+        yield f"its code cells have a median of {median:g} lines, expected {MEDIAN_LINES} at most"
     if sum(BOOTSTRAP in tags(cell) for cell in notebook.cells) != 1:
-        problems.append(f"expected exactly one cell tagged {BOOTSTRAP}")
-    return problems
+        yield f"expected exactly one cell tagged {BOOTSTRAP}"
 
 
-def check_titles(notebook: NotebookNode) -> list[str]:
+def check_titles(notebook: NotebookNode) -> Iterator[str]:
     """A problem unless the only title of the first level opens the notebook."""
     titles = []
     for number, cell in enumerate(notebook.cells):
@@ -344,22 +334,21 @@ def check_titles(notebook: NotebookNode) -> list[str]:
             # Comments in fenced examples are no titles.
             text = re.sub(r"^(```|~~~).*?^\1", "", cell.source, flags=re.DOTALL | re.MULTILINE)
             titles += [number] * len(re.findall(r"^# ", text, flags=re.MULTILINE))
-    if titles == [0] and notebook.cells[0].source.startswith("# "):
-        return []
-    return [f"titles of level one in cells {titles}, expected one, at the very top"]
+    if titles != [0] or not notebook.cells[0].source.startswith("# "):
+        yield f"titles of level one in cells {titles}, expected one, at the very top"
 
 
-def check_parameters(notebook: NotebookNode) -> list[str]:
+def check_parameters(notebook: NotebookNode) -> Iterator[str]:
     """A problem unless exactly one cell is tagged parameters and only assigns literals to names."""
     tagged = [(n, cell) for n, cell in enumerate(notebook.cells) if PARAMETERS in tags(cell)]
     if len(tagged) != 1:
-        return [f"{len(tagged)} cells tagged {PARAMETERS}, expected one"]
+        yield f"{len(tagged)} cells tagged {PARAMETERS}, expected one"
+        return
     number, cell = tagged[0]
     try:
         read_assignments(cell.source, f"cell {number}")
     except SettingsError as error:
-        return [str(error)]
-    return []
+        yield str(error)
 
 
 def check_bootstraps(bootstraps: dict[str, list[str]]) -> list[str]:
@@ -375,13 +364,9 @@ def check_bootstraps(bootstraps: dict[str, list[str]]) -> list[str]:
 
 def check_orphans(paths: Sequence[Path]) -> list[str]:
     """Notebooks without a text source."""
-    folders = sorted({path.parent for path in paths})
-    return [
-        f"{stored.stem}, has no text source {stored.stem}.py"
-        for folder in folders
-        for stored in sorted(folder.glob("*.ipynb"))
-        if not stored.with_suffix(".py").exists()
-    ]
+    stored = sorted(path for folder in {p.parent for p in paths} for path in folder.glob("*.ipynb"))
+    orphans = (path.stem for path in stored if not path.with_suffix(".py").exists())
+    return [f"{name}, has no text source {name}.py" for name in orphans]
 
 
 def tags(cell: NotebookNode) -> list[str]:
@@ -423,17 +408,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1 if problems else 0
     # Idle threads must sleep; see the Makefile.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if options.twice:
-        for path in paths:
-            print(path.stem, flush=True)
-            execute_twice(path)
-        return 0
     for path in paths:
-        if options.text:
+        if options.twice:
+            execute_twice(path)
+        elif options.text:
             store(path, nbformat.read(path.with_suffix(".ipynb"), as_version=4))
         else:
             build(path)
-    readme.write(sources())
+    if not options.twice:
+        readme.write(sources())
     return 0
 
 

@@ -4,7 +4,6 @@ import ast
 import csv
 import json
 import re
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -21,10 +20,11 @@ from neurolib.course.cli import app as command
 from neurolib.course.runs import table
 from neurolib.files import write_text
 
+import build
+import readme
 import slides
 
 ROOT = Path(__file__).resolve().parents[1]
-TAKES = re.compile(r"^\*\*Takes\*\* (.*?) and (\S+ GB) of memory on (.*)$", re.MULTILINE)
 # In the order of the paper's rows; other files are compared with their first network.
 BASELINES = ("3D scratch", "2D scratch")
 PAGE = """\
@@ -37,29 +37,9 @@ PAGE = """\
 """
 
 
-@dataclass(frozen=True)
-class Notebook:
-    """Facts in the first cell of a stored notebook."""
-
-    name: str
-    title: str
-    promise: str
-    minutes: str
-    memory: str
-    exercises: int
-
-
-def notebooks() -> list[Notebook]:
+def notebooks() -> list[readme.Notebook]:
     """All notebooks of the course, in order."""
-    stored = []
-    for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
-        cells = nbformat.read(path, as_version=4).cells
-        first = cells[0].source
-        title, promise = re.match(r"# (.*)\n\n\*(.*)\*\n", first).groups()
-        minutes, memory, _ = TAKES.search(first).groups()
-        exercises = sum("exercise" in cell.metadata.get("tags", []) for cell in cells)
-        stored.append(Notebook(path.stem, title, promise, minutes, memory, exercises))
-    return stored
+    return [readme.read_source(source) for source in build.sources()]
 
 
 def stage(folder: Path) -> None:
@@ -73,9 +53,7 @@ def stage(folder: Path) -> None:
         for name, picture in first.pop("attachments", {}).items():  # MyST-NB knows none
             address = f"data:image/png;base64,{picture['image/png']}"
             first.source = first.source.replace(f"attachment:{name}", address)
-        notebook.cells = [
-            c for c in notebook.cells if "bootstrap" not in c.metadata.get("tags", [])
-        ]
+        notebook.cells = [c for c in notebook.cells if build.BOOTSTRAP not in build.tags(c)]
         pages[f"notebooks/{path.name}"] = nbformat.writes(notebook)
     for name in ("api", "notebooks"):
         (folder / name).mkdir(exist_ok=True)

@@ -6,6 +6,7 @@
 import platform
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -35,23 +36,48 @@ PROMISE = re.compile(r"(?m)^# \*([^*].*)\*$")
 TAKES = re.compile(r"(?m)^# \*\*Takes\*\* (.+?) and (.+?) of memory")
 
 
+@dataclass(frozen=True)
+class Notebook:
+    """What the text source of a notebook says of it."""
+
+    name: str
+    title: str
+    promise: str
+    minutes: str
+    memory: str
+    exercises: int
+
+
+def read_source(source: Path) -> Notebook:
+    """Read the facts at the top of a notebook's text source."""
+    text = source.read_text(encoding="utf-8")
+    title, promise = TITLE.search(text)[1], PROMISE.search(text)[1]
+    return Notebook(
+        source.stem, title, promise, *TAKES.search(text).groups(), text.count('tags=["exercise"]')
+    )
+
+
 def write(sources: Sequence[Path]) -> None:
     """Write the tables, and the versions with which the notebooks of `sources` were executed."""
-    text = fill(README.read_text(encoding="utf-8"), "notebooks", notebooks(sources))
-    text = fill(text, "ours", ours())
-    text = fill(text, "results", results())
-    write_text(README, fill(text, "seen", seen()))
+    text = README.read_text(encoding="utf-8")
+    for name, part in (tables(sources) | {"seen": seen()}).items():
+        text = fill(text, name, part)
+    write_text(README, text)
 
 
 def check(sources: Sequence[Path]) -> list[str]:
     """Tables of the README that differ from what `write` would write."""
     text = README.read_text(encoding="utf-8")
-    tables = {"notebooks": notebooks(sources), "ours": ours(), "results": results()}
     return [
         f"README.md, its table of {name} is out of date; run make notebooks"
-        for name, content in tables.items()
+        for name, content in tables(sources).items()
         if fill(text, name, content) != text
     ]
+
+
+def tables(sources: Sequence[Path]) -> dict[str, str]:
+    """The tables by the names of their marks."""
+    return {"notebooks": notebooks(sources), "ours": ours(), "results": results()}
 
 
 def fill(text: str, name: str, part: str) -> str:
@@ -66,14 +92,17 @@ def fill(text: str, name: str, part: str) -> str:
 
 def notebooks(sources: Sequence[Path]) -> str:
     """A line per notebook: what it asks, and its minutes and memory."""
-    rows = []
-    for source in sources:
-        text = source.read_text(encoding="utf-8")
-        title, promise = TITLE.search(text)[1].partition(":")[0], PROMISE.search(text)[1]
-        minutes, memory = TAKES.search(text).groups()
-        link = f"[{source.stem[:2]} {title}](notebooks/{source.stem}.ipynb)"
-        rows.append({"notebook": link, "asks": promise, "takes": minutes, "memory": memory})
-    return table(rows)
+    return table(
+        [
+            {
+                "notebook": f"[{n.name[:2]} {n.title.partition(':')[0]}](notebooks/{n.name}.ipynb)",
+                "asks": n.promise,
+                "takes": n.minutes,
+                "memory": n.memory,
+            }
+            for n in map(read_source, sources)
+        ]
+    )
 
 
 def seen() -> str:
@@ -111,11 +140,8 @@ def results() -> str:
         scores = dice[name]
         if name in FILTERS and scores.keys() != neurons:
             continue  # the table above has them on all neurons
-        line = {
-            "method": name,
-            "n": len(scores),
-            "Dice (95 % t interval)": spread(by_neuron(scores), ".3f"),
-        }
+        line = {"method": name, "n": len(scores)}
+        line["Dice (95 % t interval)"] = spread(by_neuron(scores), ".3f")
         line["Hd95, voxels"] = spread(by_neuron(hd95[name]), ".0f")
         line[f"gain in Dice over {BASELINE}"], line["p"] = "", ""
         if name != BASELINE:
