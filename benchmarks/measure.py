@@ -17,6 +17,9 @@ from neurolib.swc import Tree
 
 # After this many seconds, `FEWEST` repeats are enough.
 PATIENCE, FEWEST = 40.0, 3
+COLUMNS = (
+    "task", "unit", "ours", "peer", "theirs", "ratio", "target", "verdict", "agreement", "repeats",
+)  # fmt: skip
 NETWORK, SMALL = NetworkSettings(), NetworkSettings(size=112)
 LEAST = NetworkSettings("vit_tiny_patch16_224.augreg_in21k", size=32, width=32)
 
@@ -88,28 +91,17 @@ def line(
     ours: float | str,
     peer: str = "",
     theirs: float | str = "",
-    agreement: str = "",
-    target: str = "",
     met: bool | None = None,
-    repeats: int | str = "",
+    **more: object,
 ) -> dict:
-    """One row of the table; its ratio says how many times better ours is."""
-    ratio = ""
+    """One row of the table (`COLUMNS`); its ratio says how many times better ours is."""
+    given = {"task": task, "unit": unit, "ours": ours, "peer": peer, "theirs": theirs}
+    row = dict.fromkeys(COLUMNS, "") | given | more
     if ours != "" and theirs != "":
-        ratio = ours / theirs if unit.endswith("/s") else theirs / ours
-    verdict = "" if met is None else "met" if met else "missed"
-    return {
-        "task": task,
-        "unit": unit,
-        "ours": ours,
-        "peer": peer,
-        "theirs": theirs,
-        "ratio": ratio,
-        "target": target,
-        "verdict": verdict,
-        "agreement": agreement,
-        "repeats": repeats,
-    }
+        row["ratio"] = ours / theirs if unit.endswith("/s") else theirs / ours
+    if met is not None:
+        row["verdict"] = "met" if met else "missed"
+    return row
 
 
 def compete(
@@ -144,7 +136,8 @@ def compete(
     values = [statistics.median(column) for column in zip(*times, strict=True)]
     if work is not None:
         values = [work / value for value in values]
-    row = line(task, unit, values[0], peer, values[1], compare(a, b), repeats=len(times))
+    row = line(task, unit, values[0], peer, values[1], repeats=len(times))
+    row["agreement"] = compare(a, b)
     if target is not None:
         met = row["ratio"] >= target and holds(a, b)
         row |= {"target": f">= {target:g}", "verdict": "met" if met else "missed"}

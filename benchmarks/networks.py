@@ -64,10 +64,8 @@ def monai_windows(network: nn.Module, image: np.ndarray, overlap: float, step: i
     overlaps = (1 - (step + 0.5) / depth, overlap, overlap)
     inferer = SlidingWindowInferer((depth, side, side), BATCH, overlaps, mode=_mode(overlap))
     with torch.inference_mode():
-        probability = inferer(
-            torch.from_numpy(image)[None, None],
-            lambda windows: network(windows)[:, None].float().sigmoid(),
-        )
+        tiles = torch.from_numpy(image)[None, None]
+        probability = inferer(tiles, lambda windows: network(windows)[:, None].float().sigmoid())
     return probability[0, 0].numpy()
 
 
@@ -90,6 +88,13 @@ def bench_stitching(scale: Scale, repeats: int) -> list[dict]:
         "MONAI, windows at each slice": ("centre slice", centre, monai_windows, every, {"step": 1}),
         "MONAI, windows every 3 slices": ("all slices", every, monai_windows, every, {"step": 3}),
     }
+
+    def error(probability: np.ndarray) -> float:
+        return float(np.abs(probability - truth).max())
+
+    def compare(a: np.ndarray, b: np.ndarray) -> str:
+        return f"identity to {error(a):.0e}, theirs {error(b):.0e}"
+
     rows = []
     for overlap, target in ((0.0, 3), (0.25, 2)):
         for peer, (kind, ours, function, theirs, options) in peers.items():
@@ -97,22 +102,12 @@ def bench_stitching(scale: Scale, repeats: int) -> list[dict]:
             if not installed("monai"):
                 rows.append(missing(task, peer))
                 continue
-
-            def error(probability: np.ndarray) -> float:
-                return float(np.abs(probability - truth).max())
-
-            rows.append(
-                compete(
-                    task,
-                    functools.partial(predict, ours, image, overlap, "cpu"),
-                    peer,
-                    functools.partial(function, theirs, image, overlap, **options),
-                    lambda a, b: f"identity to {error(a):.0e}, theirs {error(b):.0e}",
-                    repeats,
-                    target=target,
-                    holds=lambda a, b: error(a) < 1e-6,
-                )
+            calls = (
+                functools.partial(predict, ours, image, overlap, "cpu"),
+                functools.partial(function, theirs, image, overlap, **options),
             )
+            limits = {"target": target, "holds": lambda a, b: error(a) < 1e-6}
+            rows.append(compete(task, calls[0], peer, calls[1], compare, repeats, **limits))
     return rows
 
 
@@ -130,7 +125,6 @@ def random_network(settings: NetworkSettings) -> Segmenter:
 
 def bench_depth(scale: Scale, repeats: int) -> list[dict]:
     """Forward pass of the inflated network beside the 2D one: the paper's "no overhead"."""
-    rows = []
     flat = replace(scale.network, depth=1)
     costs = [cost(settings)["network"] for settings in (scale.network, flat)]
     extra = [f"{deep / shallow - 1:+.2%}" for deep, shallow in zip(*costs, strict=True)]
@@ -139,17 +133,9 @@ def bench_depth(scale: Scale, repeats: int) -> list[dict]:
         network = random_network(settings)
         blocks = torch.rand(2, 1, settings.depth, settings.block, settings.block)
         calls.append(functools.partial(torch.inference_mode()(network), blocks))
-    rows.append(
-        compete(
-            f"forward pass, {describe(scale.network)}, {scale.network.depth} slices",
-            calls[0],
-            "the same, 1 slice",
-            calls[1],
-            lambda a, b: f"parameters {extra[0]}, FLOPs {extra[1]}",
-            repeats,
-        )
-    )
-    return rows
+    task = f"forward pass, {describe(scale.network)}, {scale.network.depth} slices"
+    told = f"parameters {extra[0]}, FLOPs {extra[1]}"
+    return [compete(task, calls[0], "the same, 1 slice", calls[1], lambda a, b: told, repeats)]
 
 
 def describe(settings: NetworkSettings) -> str:
@@ -173,9 +159,8 @@ def bench_skipping(scale: Scale, repeats: int) -> list[dict]:
     ours = functools.partial(predict, network, image, tiling.overlap, "cpu")
     peers = {"every tile run": ours}
     if installed("monai"):
-        peers["MONAI, slices as batch"] = functools.partial(
-            monai_slices, network, image, tiling.overlap
-        )
+        monai = functools.partial(monai_slices, network, image, tiling.overlap)
+        peers["MONAI, slices as batch"] = monai
     skips = functools.partial(ours, skip_empty=True)
     return [
         compete(task, skips, peer, theirs, lambda a, b: told, repeats)
@@ -253,16 +238,13 @@ def bench_training(scale: Scale, repeats: int) -> list[dict]:
     peer = "eager float32"
     if not usable(scale):
         return [line(task, "blocks/s", "", peer, agreement=NO_GPU)]
-    row = compete(
-        task,
-        training_steps(scale, fast=True),
-        peer,
-        training_steps(scale, fast=False),
-        lambda a, b: f"loss after {scale.steps} steps {a:.3f}, theirs {b:.3f}",
-        repeats,
-        work=scale.steps * scale.batch,
-        unit="blocks/s",
-    )
+
+    def compare(a: float, b: float) -> str:
+        return f"loss after {scale.steps} steps {a:.3f}, theirs {b:.3f}"
+
+    ours, theirs = (training_steps(scale, fast) for fast in (True, False))
+    rate = {"work": scale.steps * scale.batch, "unit": "blocks/s"}
+    row = compete(task, ours, peer, theirs, compare, repeats, **rate)
     peak = matrix_rate(scale)
     used = PASSES * cost(scale.network)["network"][1] * row["ours"]
     row["agreement"] += f"; {used / peak:.0%} of {peak / 1e12:.0f} TFLOP/s of a matrix product"
@@ -284,15 +266,9 @@ def bench_inference(scale: Scale, repeats: int) -> list[dict]:
         with torch.autocast(scale.device, torch.bfloat16):
             return function(network, image, 0.25, scale.device)
 
-    return [
-        compete(
-            task,
-            functools.partial(cast, predict),
-            peer,
-            functools.partial(cast, monai_slices),
-            lambda a, b: f"probabilities within {np.abs(a - b).max():.0e}",
-            repeats,
-            work=image.size,
-            unit="voxels/s",
-        )
-    ]
+    def compare(a: np.ndarray, b: np.ndarray) -> str:
+        return f"probabilities within {np.abs(a - b).max():.0e}"
+
+    ours, theirs = (functools.partial(cast, way) for way in (predict, monai_slices))
+    rate = {"work": image.size, "unit": "voxels/s"}
+    return [compete(task, ours, peer, theirs, compare, repeats, **rate)]

@@ -63,18 +63,13 @@ def bench_pipeline(scale: Scale, repeats: int) -> list[dict]:
         exponent = float(np.polyfit(np.log(sizes), np.log(times), 1)[0])
         each = ", ".join(f"{t / s:.3f}" for t, s in zip(times, sizes, strict=True))
         limit = 1 + TOLERANCE
-        rows.append(
-            line(
-                f"pipeline with a stand-in network, growing {name}, "
-                f"{sizes[0]:.1f} to {sizes[-1]:.1f} million voxels",
-                "exponent",
-                exponent,
-                agreement=f"{each} s per million voxels; ESA {esa:.2f} voxels",
-                target=f"<= {limit:g}",
-                met=exponent <= limit,
-                repeats=min(repeats, 3),
-            )
+        task = (
+            f"pipeline with a stand-in network, growing {name}, {sizes[0]:.1f} to {sizes[-1]:.1f} "
+            "million voxels"
         )
+        told = {"agreement": f"{each} s per million voxels; ESA {esa:.2f} voxels"}
+        told |= {"target": f"<= {limit:g}", "met": exponent <= limit, "repeats": min(repeats, 3)}
+        rows.append(line(task, "exponent", exponent, **told))
     return rows
 
 

@@ -64,41 +64,25 @@ def bench_tracing(scale: Scale, repeats: int) -> list[dict]:
     def esa(traced: Tree) -> float:
         return evaluation.tree_distance(traced, tree).esa
 
-    rows = [
-        compete(
-            task,
-            ours,
-            "skeletonize (Lee)",
-            lambda: skeletonize(mask),
-            lambda a, _: f"ours: ESA {esa(a):.2f} voxels",
-            repeats,
-        )
-    ]
+    def compare(a: Tree, b: np.ndarray | dict) -> str:
+        if isinstance(b, np.ndarray):
+            return f"ours: ESA {esa(a):.2f} voxels"
+        return f"ESA: ours {esa(a):.2f} voxels, theirs {esa(as_tree(b[1])):.2f}"
+
+    theirs = functools.partial(skeletonize, mask)
+    rows = [compete(task, ours, "skeletonize (Lee)", theirs, compare, repeats)]
     kinds = {"kimimaro fast": False, "kimimaro default": True}
     if not installed("kimimaro"):
         return rows + [missing(task, name) for name in kinds]
     import kimimaro
 
+    labels, options = mask.astype(np.uint32), {"dust_threshold": 20, "progress": False}
+    wanted = {"target": 3, "holds": lambda a, b: esa(a) <= esa(as_tree(b[1]))}
     for name, fix in kinds.items():
-        rows.append(
-            compete(
-                task,
-                ours,
-                name,
-                functools.partial(
-                    kimimaro.skeletonize,
-                    mask.astype(np.uint32),
-                    INVALIDATION,
-                    dust_threshold=20,
-                    fix_branching=fix,
-                    progress=False,
-                ),
-                lambda a, b: f"ESA: ours {esa(a):.2f} voxels, theirs {esa(as_tree(b[1])):.2f}",
-                repeats,
-                target=None if fix else 3,
-                holds=lambda a, b: esa(a) <= esa(as_tree(b[1])),
-            )
-        )
+        options["fix_branching"] = fix
+        theirs = functools.partial(kimimaro.skeletonize, labels, INVALIDATION, **options)
+        limits = {} if fix else wanted
+        rows.append(compete(task, ours, name, theirs, compare, repeats, **limits))
     return rows
 
 
@@ -129,16 +113,8 @@ def bench_distance(scale: Scale, repeats: int) -> list[dict]:
     ours = lambda: evaluation.tree_distance(traced, tree).esa  # noqa: E731
     task = f"ESA, {len(traced.xyz)} and {len(tree.xyz)} nodes"
     brute = functools.partial(brute_force_esa, traced, tree)
-    rows = [
-        compete(
-            task,
-            ours,
-            "NumPy, all pairs",
-            brute,
-            lambda a, b: f"ours {a:.4f}, theirs {b:.4f}, {abs(a - b):.0e} apart",
-            repeats,
-        )
-    ]
+    compare = lambda a, b: f"ours {a:.4f}, theirs {b:.4f}, {abs(a - b):.0e} apart"  # noqa: E731
+    rows = [compete(task, ours, "NumPy, all pairs", brute, compare, repeats)]
     if not installed("pyneval"):
         return [*rows, missing(task, "PyNeval SSD")]
     from pyneval.metric.ssd_metric import ssd_metric

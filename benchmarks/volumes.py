@@ -36,18 +36,18 @@ def bench_target(scale: Scale, repeats: int) -> list[dict]:
 
         # Ours and SciPy's use one core.
         peers["edt, all cores"] = functools.partial(edt.edt, parallel=os.cpu_count())
-    rows = [
-        compete(
-            task,
-            lambda: blocking.make_target(tree, scale.shape)[1],
-            peer,
-            functools.partial(target_by_transform, tree, scale.shape, transform),
-            lambda a, b: f"Dice of both {evaluation.dice(a, b):.3f}",
-            repeats,
-            target=10 if peer == "SciPy EDT" else None,
-        )
-        for peer, transform in peers.items()
-    ]
+
+    def ours() -> np.ndarray:
+        return blocking.make_target(tree, scale.shape)[1]
+
+    def compare(a: np.ndarray, b: np.ndarray) -> str:
+        return f"Dice of both {evaluation.dice(a, b):.3f}"
+
+    rows = []
+    for peer, transform in peers.items():
+        theirs = functools.partial(target_by_transform, tree, scale.shape, transform)
+        target = 10 if peer == "SciPy EDT" else None
+        rows.append(compete(task, ours, peer, theirs, compare, repeats, target))
     return rows if installed("edt") else [*rows, missing(task, "edt, all cores")]
 
 
@@ -60,6 +60,13 @@ def bench_hd95(scale: Scale, repeats: int) -> list[dict]:
     task, other = f"Hd95, {size(scale.shape)}", np.roll(mask, 2, axis=2)
     other[:4, :4, :4] = True
     peers, rows = {}, []
+
+    def compare(a: float, b: float) -> str:
+        return f"ours {a:.4f}, theirs {b:.4f}"
+
+    def holds(a: float, b: float) -> bool:
+        return abs(a - b) < 1e-4
+
     if installed("monai"):
         import torch
         from monai.metrics import compute_hausdorff_distance
@@ -84,18 +91,8 @@ def bench_hd95(scale: Scale, repeats: int) -> list[dict]:
             rows.append(missing(task, peer))
             continue
         method = "medpy" if peer == "medpy" else "monai"
-        rows.append(
-            compete(
-                task,
-                functools.partial(evaluation.hd95, mask, other, method=method),
-                peer,
-                peers[peer],
-                lambda a, b: f"ours {a:.4f}, theirs {b:.4f}",
-                repeats,
-                target=target,
-                holds=lambda a, b: abs(a - b) < 1e-4,
-            )
-        )
+        ours = functools.partial(evaluation.hd95, mask, other, method=method)
+        rows.append(compete(task, ours, peer, peers[peer], compare, repeats, target, holds))
     return rows
 
 
@@ -168,7 +165,8 @@ def bench_blocks(scale: Scale, repeats: int) -> list[dict]:
             equal = sum(np.array_equal(a, b) for a, b in pairs)
             same = f"{equal} of {count} blocks equal"
             rows.append(compete(task, ours, peer, theirs, lambda a, b, same=same: same, repeats))
-            rows.append(line(task, "MB", peak_mb(ours), peer, peak_mb(theirs), same))
+            peaks = {"ours": peak_mb(ours), "theirs": peak_mb(theirs)}
+            rows.append(line(task, "MB", peer=peer, agreement=same, **peaks))
     return rows
 
 
