@@ -37,9 +37,9 @@ PAGE = """\
 """
 
 
-def notebooks() -> list[readme.Notebook]:
-    """All notebooks of the course, in order."""
-    return [readme.read_source(source) for source in build.sources()]
+def notebooks() -> dict[str, dict]:
+    """Facts about the notebooks of the course, by their numbers."""
+    return {source.name[:2]: readme.facts(source) for source in build.sources()}
 
 
 def stage(folder: Path) -> None:
@@ -92,12 +92,12 @@ class Notebooks(Written):
         return table(
             [
                 {
-                    "notebook": f"[{n.name[:2]} {n.title}](notebooks/{n.name}.ipynb)",
-                    "question": n.promise,
-                    "runs in": f"{n.minutes}, {n.memory}",
-                    "exercises": n.exercises,
+                    "notebook": f"[{number} {n['title']}](notebooks/{n['name']}.ipynb)",
+                    "question": n["promise"],
+                    "runs in": f"{n['minutes']}, {n['memory']}",
+                    "exercises": n["exercises"],
                 }
-                for n in notebooks()
+                for number, n in notebooks().items()
             ]
         )
 
@@ -121,22 +121,15 @@ class Schedule(Written):
 
     def text(self) -> str:
         clock = datetime.strptime(self.arguments[0], "%H:%M")
-        known = {n.name[:2]: n for n in notebooks()}
-        rows = []
+        known, rows = notebooks(), []
         for line in self.content:
             minutes, what = (part.strip() for part in line.split("|", 1))
-            used = [known[number] for number in re.findall(r"\{(\d\d)\}", what)]
-            for n in used:
-                link = f"[{n.name[:2]} {n.title.partition(':')[0]}](notebooks/{n.name}.ipynb)"
-                what = what.replace(f"{{{n.name[:2]}}}", f"{link}:")
-            rows.append(
-                {
-                    "at": f"{clock:%H:%M}",
-                    "minutes": int(minutes),
-                    "what": what,
-                    "the machine needs": "; ".join(n.minutes for n in used),
-                }
-            )
+            used = re.findall(r"\{(\d\d)\}", what)
+            for number in used:
+                what = what.replace(f"{{{number}}}", f"{known[number]['link']}:")
+            needs = "; ".join(known[number]["minutes"] for number in used)
+            row = {"at": f"{clock:%H:%M}", "minutes": int(minutes), "what": what}
+            rows.append(row | {"the machine needs": needs})
             clock += timedelta(minutes=int(minutes))
         return table([*rows, {"at": f"{clock:%H:%M}", "minutes": "", "what": "end"}])
 

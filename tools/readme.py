@@ -6,7 +6,6 @@
 import platform
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,30 +30,19 @@ HEADS = {
 # What must be beaten, then the paper's rows, in its order; other networks come after them.
 ORDER = (*FILTERS, "2D scratch", "2D pre-trained", "3D scratch", "3D average", "3D center")
 BASELINE = "3D scratch"
-TITLE = re.compile(r"(?m)^# # (.+)$")
-PROMISE = re.compile(r"(?m)^# \*([^*].*)\*$")
-TAKES = re.compile(r"(?m)^# \*\*Takes\*\* (.+?) and (.+?) of memory")
+FACTS = re.compile(
+    r"# # (?P<title>.+)\n#\n# \*(?P<promise>.+)\*\n(?:#.*\n)*?"
+    r"# \*\*Takes\*\* (?P<minutes>.+?) and (?P<memory>.+?) of memory"
+)
 
 
-@dataclass(frozen=True)
-class Notebook:
-    """What the text source of a notebook says of it."""
-
-    name: str
-    title: str
-    promise: str
-    minutes: str
-    memory: str
-    exercises: int
-
-
-def read_source(source: Path) -> Notebook:
-    """Read the facts at the top of a notebook's text source."""
+def facts(source: Path) -> dict:
+    """What the text source of a notebook says of it, and a link under its short title."""
     text = source.read_text(encoding="utf-8")
-    title, promise = TITLE.search(text)[1], PROMISE.search(text)[1]
-    return Notebook(
-        source.stem, title, promise, *TAKES.search(text).groups(), text.count('tags=["exercise"]')
-    )
+    found = FACTS.match(text[text.index("# # ") :]).groupdict()
+    link = f"[{source.stem[:2]} {found['title'].partition(':')[0]}](notebooks/{source.stem}.ipynb)"
+    exercises = text.count('tags=["exercise"]')
+    return found | {"name": source.stem, "link": link, "exercises": exercises}
 
 
 def write(sources: Sequence[Path]) -> None:
@@ -92,17 +80,9 @@ def fill(text: str, name: str, part: str) -> str:
 
 def notebooks(sources: Sequence[Path]) -> str:
     """A line per notebook: what it asks, and its minutes and memory."""
-    return table(
-        [
-            {
-                "notebook": f"[{n.name[:2]} {n.title.partition(':')[0]}](notebooks/{n.name}.ipynb)",
-                "asks": n.promise,
-                "takes": n.minutes,
-                "memory": n.memory,
-            }
-            for n in map(read_source, sources)
-        ]
-    )
+    heads = {"link": "notebook", "promise": "asks", "minutes": "takes", "memory": "memory"}
+    told = map(facts, sources)
+    return table([{head: of[key] for key, head in heads.items()} for of in told])
 
 
 def seen() -> str:

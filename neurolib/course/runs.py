@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 
@@ -36,13 +35,6 @@ from neurolib.files import CHECKPOINT, SHIPPED, SHIPPED_NAME
 from neurolib.parameters import check_range, read_as
 from neurolib.swc import Tree, check_frame, check_pair
 from neurolib.volume import INVERT, Volume, inverted, normalise, remarks
-
-# Imported where it is used, because it costs two seconds.
-if TYPE_CHECKING:
-    from nbformat import NotebookNode
-
-    from neurolib.network import NetworkSettings
-    from neurolib.training import TrainingSettings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -287,12 +279,11 @@ def choose_parameters(values: dict, defaults: dict[str, dict]) -> dict[str, dict
     }
 
 
-def check_settings(
-    values: dict, folder: str | Path = NOTEBOOKS
-) -> "tuple[NetworkSettings, TrainingSettings]":
-    """Refuse now what a stage would refuse hours later (SettingsError); return the settings.
+def check_settings(values: dict, folder: str | Path = NOTEBOOKS) -> tuple:
+    """Refuse now what a stage would refuse hours later (SettingsError).
 
-    `values` holds all parameters of the notebooks; their paths are relative to `folder`.
+    `values` holds all parameters of the notebooks; their paths are relative to `folder`. This
+    returns the settings of network and training.
     """
     from neurolib import blocking, devices, inflation, network, training
 
@@ -705,7 +696,7 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
     run.record("notebooks", records)
 
 
-def strip_live_outputs(outputs: "Iterable[NotebookNode]") -> "Iterable[NotebookNode]":
+def strip_live_outputs(outputs: Iterable[dict]) -> Iterator[dict]:
     """Remove progress bars, and replace widgets by their still pictures."""
     from nbformat import from_dict
 
