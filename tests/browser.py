@@ -20,13 +20,9 @@ needs_chromium = pytest.mark.skipif(
 )
 # Chromium itself must fetch nothing and show nothing.
 QUIET = (
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-)
+    "--disable-gpu", "--disable-quic", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--no-first-run",
+)  # fmt: skip
 SCREENSHOTS = Path(__file__).resolve().parents[1] / "build/screenshots"
 
 

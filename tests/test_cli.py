@@ -29,10 +29,17 @@ from neurolib.volume import Volume, read_volume, write_volume
 
 SWC = "1 3 10 10 4 1 -1\n2 3 20 12 4 1 1\n3 3 30 14 5 1 2\n"
 SHAPE = (8, 32, 48)
+# An untrained network is unsure everywhere: a low threshold takes the whole volume.
+ALL = ("--threshold", "0.0001")
 
 
 def image(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 255, SHAPE, dtype=np.uint8)
+
+
+def put(path, data, **options):
+    tifffile.imwrite(path, data, **options)
+    return path
 
 
 @pytest.fixture
@@ -49,6 +56,11 @@ def pairs(tmp_path):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     return faults.checkpoint(tmp_path_factory.mktemp("checkpoint") / "checkpoint.safetensors")
+
+
+@pytest.fixture(scope="module")
+def segment(checkpoint):
+    return ["segment", "--checkpoint", checkpoint]
 
 
 def with_value(value: float) -> np.ndarray:
@@ -80,23 +92,30 @@ BAD_TREES = {
 }
 
 
-def one_line(capsys, *words: str) -> None:
-    error = capsys.readouterr().err
-    assert error.startswith("neurolib: ")
-    assert error.count("\n") == 1, error
-    for word in words:
-        assert word in error
+@pytest.fixture
+def refused(capsys):
+    """Calls a command that must end with status 2 and one line, which has the words."""
+
+    def refused(*arguments, says=()):
+        capsys.readouterr()
+        assert call(*arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("neurolib: ")
+        assert error.count("\n") == 1, error
+        for word in [says] if isinstance(says, str) else says:
+            assert word in error
+
+    return refused
 
 
 @pytest.mark.parametrize("kind", [*BAD_IMAGES, *BAD_TREES])
-def test_run_refuses_bad_images_and_trees(kind, pairs, tmp_path, capsys):
+def test_run_refuses_bad_images_and_trees(kind, pairs, tmp_path, refused):
     if kind in BAD_IMAGES:
         BAD_IMAGES[kind](pairs / "cell1.tif")
     else:
         (pairs / "cell1.swc").write_text(BAD_TREES[kind])
     arguments = ["--data", pairs, "--folder", tmp_path / "runs", "--ignore-frames"]
-    assert call("run", *arguments) == 2
-    one_line(capsys, "cell1.tif" if kind in BAD_IMAGES else "cell1")
+    refused("run", *arguments, says="cell1.tif" if kind in BAD_IMAGES else "cell1")
     assert not (tmp_path / "runs").exists()
 
 
@@ -136,73 +155,61 @@ def test_run_refuses_bad_images_and_trees(kind, pairs, tmp_path, capsys):
         (["-p", "run_dir=x"], "--folder"),
     ],
 )
-def test_run_refuses_bad_settings(arguments, word, pairs, tmp_path, capsys):
+def test_run_refuses_bad_settings(arguments, word, pairs, tmp_path, refused):
     if "held_out" in str(arguments):
         arguments = [*arguments, "--data", pairs]
-    assert call("run", "--folder", tmp_path / "runs", *arguments) == 2
-    one_line(capsys, word)
+    refused("run", "--folder", tmp_path / "runs", *arguments, says=word)
     assert not (tmp_path / "runs").exists()
 
 
-def test_profile_with_a_misspelt_key(tmp_path, capsys):
+def test_profile_with_a_misspelt_key(tmp_path, refused):
     profile = tmp_path / "mine.yaml"
     profile.write_text("bach: 3\n")
-    assert call("run", "--profile", profile, "--folder", tmp_path / "runs") == 2
-    one_line(capsys, "'bach'", "'batch'")
+    refused("run", "--profile", profile, "--folder", tmp_path / "runs", says=("'bach'", "'batch'"))
 
 
-def test_too_few_neurons_are_refused(pairs, tmp_path, capsys):
+def test_too_few_neurons_are_refused(pairs, tmp_path, refused):
     for i in (1, 2):
         (pairs / f"cell{i}.swc").unlink()
-    status = call("run", "--data", pairs, "--folder", tmp_path / "runs", "-p", "steps=1")
-    assert status == 2
-    one_line(capsys, "1 neurons cannot be split")
+    arguments = ("--data", pairs, "--folder", tmp_path / "runs", "-p", "steps=1")
+    refused("run", *arguments, says="1 neurons cannot be split")
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("command", ["segment", "trace"])
 @pytest.mark.parametrize("kind", BAD_IMAGES)
-def test_segment_refuses_bad_images(kind, checkpoint, tmp_path, capsys):
-    path, out = tmp_path / "scan.tif", tmp_path / "scan.swc"
-    BAD_IMAGES[kind](path)
-    assert call("segment", path, "--checkpoint", checkpoint, "--out", out) == 2
-    one_line(capsys, "scan.tif")
+def test_bad_images_are_refused(kind, command, segment, tmp_path, refused):
+    start = segment if command == "segment" else ["trace"]
+    BAD_IMAGES[kind](tmp_path / "scan.tif")
+    says = "scan.tif" if command == "segment" or kind != "constant" else "foreground"
+    refused(*start, tmp_path / "scan.tif", "--out", tmp_path / "scan.swc", says=says)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["scan.tif"]
 
 
-def test_segment_refuses_missing_and_foreign_files(checkpoint, tmp_path, capsys):
-    path = tmp_path / "scan.tif"
-    tifffile.imwrite(path, image())
-    out = tmp_path / "scan.swc"
-    assert call("segment", tmp_path / "no.tif", "--checkpoint", checkpoint, "--out", out) == 2
-    one_line(capsys, "no.tif")
+def test_missing_and_foreign_files_are_refused(segment, tmp_path, refused):
+    path, out = put(tmp_path / "scan.tif", image()), tmp_path / "scan.swc"
+    for start in (segment, ["trace"]):
+        refused(*start, tmp_path / "no.tif", "--out", out, says="no.tif")
+        refused(*start, path, "--out", tmp_path / "x.txt", says=".swc")
+        refused(*start, path, "--out", path / "x.swc", says="x.swc")
     for missing in (tmp_path / "no.safetensors", tmp_path):
-        assert call("segment", path, "--checkpoint", missing, "--out", out) == 2
-        one_line(capsys, "no such checkpoint")
-    assert call("segment", path, "--checkpoint", path, "--out", out) == 2
-    one_line(capsys, "scan.tif")
-    assert call("segment", path, "--checkpoint", checkpoint, "--out", tmp_path / "x.txt") == 2
-    one_line(capsys, ".swc")
-    assert call("segment", path, "--checkpoint", checkpoint, "--out", path / "x.swc") == 2
-    one_line(capsys, "x.swc")
+        refused("segment", path, "--checkpoint", missing, "--out", out, says="no such checkpoint")
+    refused("segment", path, "--checkpoint", path, "--out", out, says="scan.tif")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["scan.tif"]
 
 
-def test_segment_with_nothing_above_the_threshold(checkpoint, tmp_path, capsys):
-    path, out = tmp_path / "scan.tif", tmp_path / "scan.swc"
-    tifffile.imwrite(path, image())
-    arguments = ["--checkpoint", checkpoint, "--out", out, "--threshold", "0.999"]
-    assert call("segment", path, *arguments) == 2
+def test_segment_with_nothing_above_the_threshold(tmp_path, capsys, segment):
+    path, out = put(tmp_path / "scan.tif", image()), tmp_path / "scan.swc"
+    assert call(*segment, path, "--out", out, "--threshold", "0.999") == 2
     assert "threshold" in capsys.readouterr().err.splitlines()[-1]
     assert not out.exists()
 
 
 def test_segment_writes_a_valid_tree(checkpoint, tmp_path, capsys):
-    path, out, mask = tmp_path / "scan.tif", tmp_path / "scan.swc", tmp_path / "mask.tif"
-    tifffile.imwrite(path, image())
-    # An untrained network is unsure everywhere: a low threshold takes the whole volume.
+    path, out, mask = put(tmp_path / "scan.tif", image()), tmp_path / "a.swc", tmp_path / "mask.tif"
     # The folder of a run stands for its checkpoint.
     arguments = ["--checkpoint", checkpoint.parent, "--out", out, "--mask", mask]
-    assert call("segment", path, *arguments, "--threshold", "0.0001") == 0
+    assert call("segment", path, *arguments, *ALL) == 0
     tree = read_swc(out)
     assert not tree.repairs
     assert (tree.parent < np.arange(len(tree.parent))).all()
@@ -210,18 +217,17 @@ def test_segment_writes_a_valid_tree(checkpoint, tmp_path, capsys):
     assert str(out) in capsys.readouterr().out
 
 
-def test_the_mask_loses_the_pieces_that_the_tree_loses(checkpoint, tmp_path, capsys):
+def test_the_mask_loses_the_pieces_that_the_tree_loses(tmp_path, capsys, segment):
     path, mask, probability = (tmp_path / name for name in ("scan.tif", "mask.tif", "p.tif"))
-    tifffile.imwrite(path, image())
+    put(path, image())
     outputs = ["--mask", mask, "--probability", probability]
-    assert call("segment", path, "--checkpoint", checkpoint, "--probability", probability) == 0
+    assert call(*segment, path, "--probability", probability) == 0
     cut = float(np.quantile(tifffile.imread(probability), 0.97))
     label, count = ndimage.label(tifffile.imread(probability) >= cut, np.ones((3, 3, 3)))
     sizes = np.bincount(label.ravel())[1:]
     size = int(sizes.max())
-    arguments = ["--checkpoint", checkpoint, "--threshold", repr(cut), "--min-size", size]
     assert count > 1
-    assert call("segment", path, *arguments, *outputs) == 0
+    assert call(*segment, path, "--threshold", repr(cut), "--min-size", size, *outputs) == 0
     wanted = np.isin(label, 1 + np.flatnonzero(sizes >= size))
     np.testing.assert_array_equal(tifffile.imread(mask) > 0, wanted)
     assert f"in pieces of at least {size}" in capsys.readouterr().out
@@ -263,7 +269,9 @@ def test_the_smallest_piece_of_a_checkpoint_is_a_volume(spacing, voxels, least, 
         assert choose_size({"min_size": 800_000}, stack, 0.5, "cell.tif") == least // 4
 
 
-def test_calibrate_chooses_the_cut_that_is_best_on_the_pairs(checkpoint, pairs, tmp_path, capsys):
+def test_calibrate_chooses_the_cut_that_is_best_on_the_pairs(
+    checkpoint, pairs, tmp_path, capsys, refused
+):
     out = tmp_path / "mine.safetensors"
     noise = "--ignore-frames"  # the images of these pairs are noise
     assert call("calibrate", pairs, "--checkpoint", checkpoint, "--out", out, noise) == 0
@@ -282,22 +290,15 @@ def test_calibrate_chooses_the_cut_that_is_best_on_the_pairs(checkpoint, pairs, 
     with pytest.raises(DataError, match="cell1"):
         check_unseen(facts, samples[1:], out)
     assert load_checkpoint(checkpoint)[1].get("seen", {}) == {}
-    assert call("calibrate", tmp_path / "none", "--out", tmp_path / "x.safetensors") == 2
-    one_line(capsys, "none")
+    refused("calibrate", tmp_path / "none", "--out", tmp_path / "x.safetensors", says="none")
     for option, value, said in (("--spacing", "1,2", "spacing"), ("--channel", 5, "channel 5")):
         given = (option, value, "--out", tmp_path / "x.safetensors")
-        assert call("calibrate", pairs, "--checkpoint", checkpoint, *given) == 2
-        one_line(capsys, said)
+        refused("calibrate", pairs, "--checkpoint", checkpoint, *given, says=said)
     assert not (tmp_path / "x.safetensors").exists()
 
 
 BAR = np.zeros((9, 24, 48), np.uint8)
 BAR[3:6, 9:12, 4:44] = 1
-
-
-def put(path, data, **options):
-    tifffile.imwrite(path, data, **options)
-    return path
 
 
 @pytest.mark.parametrize(
@@ -343,11 +344,10 @@ def test_trace_takes_the_spacing_of_the_file_or_the_one_given(tmp_path):
     assert radius[0] == radius[1] > 1.5 * radius[2]
 
 
-def test_trace_of_one_slice_and_of_one_voxel(tmp_path, capsys):
+def test_trace_of_one_slice_and_of_one_voxel(tmp_path, refused):
     out = tmp_path / "cell.swc"
     np.save(tmp_path / "slice.npy", BAR[4:5])
-    assert call("trace", tmp_path / "slice.npy", "--out", out) == 2
-    one_line(capsys, "a single slice is not a volume")
+    refused("trace", tmp_path / "slice.npy", "--out", out, says="a single slice is not a volume")
     voxel = np.zeros((3, 4, 5), np.uint8)
     voxel[1, 2, 3] = 9
     path = put(tmp_path / "voxel.tif", voxel, photometric="minisblack")
@@ -379,50 +379,34 @@ def test_trace_of_one_slice_and_of_one_voxel(tmp_path, capsys):
         (BAR, ["--channel", "1"], "channel"),
     ],
 )
-def test_trace_refuses_in_one_line(data, arguments, word, tmp_path, capsys):
+def test_trace_refuses_in_one_line(data, arguments, word, tmp_path, refused):
     path = put(tmp_path / "cell.tif", data)
-    assert call("trace", path, "--out", tmp_path / "cell.swc", *arguments) == 2
-    one_line(capsys, word)
+    refused("trace", path, "--out", tmp_path / "cell.swc", *arguments, says=word)
     assert [p.name for p in tmp_path.iterdir()] == ["cell.tif"]
 
 
-@pytest.mark.parametrize("kind", ["empty", "text", "truncated", "2D", "RGB", "NaN"])
-def test_trace_refuses_bad_images(kind, tmp_path, capsys):
-    BAD_IMAGES[kind](tmp_path / "cell.tif")
-    assert call("trace", tmp_path / "cell.tif", "--out", tmp_path / "cell.swc") == 2
-    one_line(capsys, "cell.tif")
-    assert call("trace", tmp_path / "no.tif", "--out", tmp_path / "cell.swc") == 2
-    one_line(capsys, "no.tif")
-    assert call("trace", tmp_path / "cell.tif", "--out", tmp_path / "cell.txt") == 2
-    one_line(capsys, ".swc")
-
-
-def test_segment_writes_ome_zarr_and_no_tree_where_none_is_asked_for(checkpoint, tmp_path, capsys):
+def test_segment_writes_ome_zarr_and_no_tree_where_none_is_asked_for(tmp_path, refused, segment):
     path, mask, prob = (tmp_path / name for name in ("scan.tif", "mask.zarr", "p.zarr"))
     tifffile.imwrite(path, image(), imagej=True, metadata={"axes": "ZYX", "spacing": 2.0})
-    arguments = ["--checkpoint", checkpoint, "--mask", mask, "--probability", prob, "--flips"]
-    assert call("segment", path, *arguments, "--threshold", "0.5") == 0
+    arguments = ["--mask", mask, "--probability", prob, "--flips", "--threshold", "0.5"]
+    assert call(*segment, path, *arguments) == 0
     predicted, binary = read_volume(prob, check=False), read_volume(mask, check=False)
     assert predicted.spacing == binary.spacing == (2.0, 1.0, 1.0)
     np.testing.assert_array_equal(binary.data[:], (predicted.data[:] >= 0.5) * 255)
     # OME-Zarr goes part by part, with the same result; other folders are never replaced.
     again = tmp_path / "again.zarr"
     source = write_volume(tmp_path / "scan.zarr", image(), (2.0, 1.0, 1.0))
-    arguments = ["--checkpoint", checkpoint, "--probability"]
     given = tmp_path / "given.zarr"
-    assert call("segment", source, *arguments, given, "--spacing", "3,0.5,0.5") == 0
+    assert call(*segment, source, "--probability", given, "--spacing", "3,0.5,0.5") == 0
     stored = read_volume(given, check=False)
     assert (stored.spacing, stored.unknown) == ((3.0, 0.5, 0.5), "")
     swc, traced = tmp_path / "again.swc", tmp_path / "traced.swc"
-    options = ["--checkpoint", checkpoint, "--flips", "--threshold", "0.0001"]
-    assert call("segment", source, *options, "--out", again, "--swc", swc) == 0
-    assert call("trace", prob, "--threshold", "0.0001", "--out", traced) == 0
+    assert call(*segment, source, "--flips", *ALL, "--out", again, "--swc", swc) == 0
+    assert call("trace", prob, *ALL, "--out", traced) == 0
     assert read_swc(swc).radius.max() == pytest.approx(read_swc(traced).radius.max(), abs=0.2)
     np.testing.assert_allclose(read_volume(again).data[:], predicted.data[:], atol=1e-5)
     (tmp_path / "mine.zarr").mkdir()
-    capsys.readouterr()
-    assert call("segment", path, *arguments, tmp_path / "mine.zarr") == 2
-    one_line(capsys, "mine.zarr")
+    refused(*segment, path, "--probability", tmp_path / "mine.zarr", says="mine.zarr")
 
 
 @pytest.mark.parametrize(
@@ -435,22 +419,33 @@ def test_segment_writes_ome_zarr_and_no_tree_where_none_is_asked_for(checkpoint,
         (["--out", "x.swc", "--swc", "y.swc"], "give one of them"),
         (["--out", "x.zarr", "--probability", "p.zarr"], "give one of them"),
         (["--mask", "m.tif", "--scheduler", "tcp://x:1"], "--probability NAME.zarr"),
+        *(
+            (["--mask", "m.tif", f"--{option}", value], option)
+            for option, *values in (
+                ("threshold", "50", "-1", "nan", "0"), ("min-size", "-1", "2.5"),
+                ("overlap", "1", "nan", "half"), ("channel", "-1"), ("workers", "-2"),
+                ("device", "abacus"),
+            )
+            for value in values
+        ),
     ],
-)
-def test_segment_refuses_outputs_that_do_not_fit(arguments, words, checkpoint, tmp_path, capsys):
-    path = tmp_path / "scan.tif"
-    tifffile.imwrite(path, image())
-    assert call("segment", path, "--checkpoint", checkpoint, *arguments) == 2
-    one_line(capsys, words)
+)  # fmt: skip
+def test_segment_refuses_options_before_the_work(
+    arguments, words, segment, tmp_path, refused, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    put("cell.tif", image())
+    monkeypatch.setattr("neurolib.volume.read_volume", lambda *_, **__: pytest.fail("work"))
+    refused(*segment, "cell.tif", *arguments, says=words)
+    assert [p.name for p in tmp_path.iterdir()] == ["cell.tif"]
 
 
-def test_segment_refuses_what_does_not_fit_in_memory(checkpoint, tmp_path, capsys, monkeypatch):
+def test_segment_refuses_what_does_not_fit_in_memory(segment, tmp_path, refused, monkeypatch):
     free = SimpleNamespace(available=8 * image().size - 1)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    path = tmp_path / "scan.tif"
-    tifffile.imwrite(path, image())
-    assert call("segment", path, "--checkpoint", checkpoint, "--out", tmp_path / "x.swc") == 2
-    one_line(capsys, "scan.tif", "--probability NAME.zarr")
+    path = put(tmp_path / "scan.tif", image())
+    says = "scan.tif", "--probability NAME.zarr"
+    refused(*segment, path, "--out", tmp_path / "x.swc", says=says)
 
 
 def test_help_names_every_command(capsys):
@@ -483,64 +478,59 @@ def link_of(kind, path):
 @pytest.mark.parametrize("kind", ["same", "symbolic", "folder", "dotted", "hard"])
 @pytest.mark.parametrize("option", ["--mask", "--probability", "--out"])
 @pytest.mark.parametrize("suffix", [".tif", ".zarr"])
-def test_an_output_that_is_an_input_is_refused(kind, option, suffix, checkpoint, tmp_path, capsys):
+def test_an_output_that_is_an_input_is_refused(kind, option, suffix, segment, tmp_path, refused):
     if (kind, suffix) == ("hard", ".zarr") or (option, suffix) == ("--out", ".tif"):
         pytest.skip("no such case")
     path = write_volume(tmp_path / f"cell{suffix}", image())
     out, before = link_of(kind, path), content(tmp_path)
     for more in ([], ["--overwrite"]):
-        assert call("segment", path, "--checkpoint", checkpoint, option, out, *more) == 2
-        one_line(capsys, "is, or lies inside, the input")
+        refused(*segment, path, option, out, *more, says="is, or lies inside, the input")
     assert content(tmp_path) == before
 
 
 @pytest.mark.parametrize("option", ["--mask", "--probability"])
-def test_an_output_of_the_set_of_files_that_is_read_is_refused(
-    option, checkpoint, tmp_path, capsys
-):
+def test_an_output_of_the_set_of_files_that_is_read_is_refused(option, segment, tmp_path, refused):
     ome_set(tmp_path, image())
     before = content(tmp_path)
-    arguments = ["segment", tmp_path / "s0.ome.tif", "--checkpoint", checkpoint, "--overwrite"]
-    assert call(*arguments, option, tmp_path / "s3.ome.tif") == 2
-    one_line(capsys, "s3.ome.tif: is, or lies inside, the input")
+    arguments = [*segment, tmp_path / "s0.ome.tif", "--overwrite"]
+    says = "s3.ome.tif: is, or lies inside, the input"
+    refused(*arguments, option, tmp_path / "s3.ome.tif", says=says)
     assert content(tmp_path) == before
 
 
-def test_an_output_inside_an_input_or_an_output_is_refused(checkpoint, tmp_path, capsys):
+def test_an_output_inside_an_input_or_an_output_is_refused(segment, tmp_path, refused):
     path = write_volume(tmp_path / "cell.zarr", image())
     before = content(tmp_path)
-    arguments = ["segment", path, "--checkpoint", checkpoint]
+    arguments = [*segment, path]
     inside = ["--mask", path / "mask.tif"], ["--out", path / "0" / "a.swc"]
     both = ["--mask", tmp_path / "p.tif", "--probability", tmp_path / "p.tif"]
     nested = ["--probability", tmp_path / "p.zarr", "--mask", tmp_path / "p.zarr" / "m.tif"]
     for options in (*inside, both, nested):
-        assert call(*arguments, *options) == 2
-        one_line(capsys, "is, or lies inside")
+        refused(*arguments, *options, says="is, or lies inside")
     # Conversely, the image lies in the folder to replace.
     (path / "in.zarr").mkdir()
     inner = write_volume(path / "in.zarr" / "x.zarr", image())
     before = content(tmp_path)
     assert call("trace", inner, "--out", path / "x.swc") in (0, 2)
-    assert call("segment", inner, "--checkpoint", checkpoint, "--mask", path) == 2
+    assert call(*segment, inner, "--mask", path) == 2
     assert content(tmp_path).items() >= before.items()
 
 
 @pytest.mark.parametrize("tree", ["cell.swc", "Cell.SWC", "cell.CNG.swc", "cell.ome.swc"])
-def test_the_tree_of_an_image_is_never_replaced(tree, checkpoint, tmp_path, capsys):
+def test_the_tree_of_an_image_is_never_replaced(tree, tmp_path, refused, segment):
     path = put(tmp_path / "cell.ome.tif", image())
     (tmp_path / tree).write_text(SWC)
-    arguments = ["--checkpoint", checkpoint, "--out", tmp_path / tree, "--threshold", "0.0001"]
     for more in ([], ["--overwrite"]):
-        assert call("segment", path, *arguments, *more) == 2
-        one_line(capsys, "the tree of the image beside it")
+        arguments = [*segment, path, "--out", tmp_path / tree, *ALL, *more]
+        refused(*arguments, says="the tree of the image beside it")
     assert (tmp_path / tree).read_text() == SWC
 
 
-def test_what_neurolib_did_not_write_is_replaced_only_if_asked(checkpoint, tmp_path, capsys):
+def test_what_neurolib_did_not_write_is_replaced_only_if_asked(segment, tmp_path, refused):
     path = put(tmp_path / "cell.tif", image())
     names = ("a.swc", "mask.tif", "p.tif", "mask.zarr")
     out, mask, prob, lazy = (tmp_path / name for name in names)
-    arguments = ["segment", path, "--checkpoint", checkpoint, "--threshold", "0.0001"]
+    arguments = [*segment, path, *ALL]
     outputs = [["--out", out], ["--mask", mask], ["--probability", prob], ["--mask", lazy]]
     foreign = [
         lambda: out.write_text(SWC),
@@ -551,24 +541,21 @@ def test_what_neurolib_did_not_write_is_replaced_only_if_asked(checkpoint, tmp_p
     for option, make in zip(outputs, foreign, strict=True):
         make()
         before = content(tmp_path)
-        assert call(*arguments, *option) == 2
-        one_line(capsys, str(option[1]), "--overwrite")
+        refused(*arguments, *option, says=(str(option[1]), "--overwrite"))
         assert content(tmp_path) == before
         assert call(*arguments, *option, "--overwrite") == 0
         # It replaces its own results.
         assert call(*arguments, *option) == 0
-        capsys.readouterr()
     # A tree corrected by hand belongs to the user.
     text = out.read_text()
     out.write_text(text[: text.rindex("\n", 0, -1)] + "\n")
-    assert call("trace", mask, "--out", out) == 2
-    one_line(capsys, "a.swc", "--overwrite")
+    refused("trace", mask, "--out", out, says=("a.swc", "--overwrite"))
 
 
-def test_results_say_what_they_were_made_with(checkpoint, tmp_path):
+def test_results_say_what_they_were_made_with(checkpoint, tmp_path, segment):
     path = put(tmp_path / "cell.tif", image())
     out, mask, lazy, prob = (tmp_path / n for n in ("a.swc", "m.tif", "m.zarr", "p.zarr"))
-    arguments = ["segment", path, "--checkpoint", checkpoint, "--threshold", "0.0001"]
+    arguments = [*segment, path, *ALL]
     assert call(*arguments, "--out", out, "--mask", mask, "--probability", prob) == 0
     assert call(*arguments, "--mask", lazy) == 0
     with tifffile.TiffFile(mask) as file:
@@ -586,47 +573,26 @@ def test_results_say_what_they_were_made_with(checkpoint, tmp_path):
     assert "# min_size: 7" in traced.read_text()
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("threshold", "50"), ("threshold", "-1"), ("threshold", "nan"), ("threshold", "0"),
-        ("min-size", "-1"), ("overlap", "1"), ("overlap", "nan"),
-        ("channel", "-1"), ("workers", "-2"),
-        ("device", "abacus"), ("min-size", "2.5"), ("overlap", "half"),
-    ],
-)  # fmt: skip
-def test_segment_checks_options_before_the_work(
-    option, value, checkpoint, tmp_path, capsys, monkeypatch
-):
-    path = put(tmp_path / "cell.tif", image())
-    monkeypatch.setattr("neurolib.volume.read_volume", lambda *_, **__: pytest.fail("work"))
-    arguments = ["--checkpoint", checkpoint, "--mask", tmp_path / "m.tif"]
-    assert call("segment", path, *arguments, f"--{option}", value) == 2
-    one_line(capsys, option)
-    assert [p.name for p in tmp_path.iterdir()] == ["cell.tif"]
-
-
-def test_a_name_that_is_no_utf8(checkpoint, tmp_path, capsys):
+def test_a_name_that_is_no_utf8(tmp_path, segment):
     strange = os.fsdecode(os.fsencode(tmp_path) + b"/zelle_\xe4")
     image_path, mask, out = (f"{strange}{end}" for end in (".tif", "_mask.tif", ".swc"))
     put(tmp_path / "a.tif", BAR * 255).rename(image_path)
     assert call("trace", image_path, "--out", out) == 0
     assert r"zelle_\udce4.tif" in Path(out).read_text()
-    arguments = ["--checkpoint", checkpoint, "--threshold", "0.0001"]
-    assert call("segment", image_path, *arguments, "--out", out, "--mask", mask) == 0
+    assert call(*segment, image_path, *ALL, "--out", out, "--mask", mask) == 0
     assert Path(mask).is_file()
     assert len(read_swc(out).xyz)
 
 
-def test_folders_and_patterns_give_a_tree_each(checkpoint, tmp_path, capsys):
+def test_folders_and_patterns_give_a_tree_each(tmp_path, capsys, segment):
     folder, out, masks = (tmp_path / name for name in ("in", "trees", "masks"))
     folder.mkdir()
     for name in ("a.tif", "b.x.tif", "c.npy"):
         put(folder / name, image()) if "tif" in name else np.save(folder / name, image())
     (folder / "bad.tif").write_text("no image")
     (folder / "notes.txt").write_text("mine")
-    arguments = ["--checkpoint", checkpoint, "--threshold", "0.0001", "--out", out]
-    assert call("segment", folder, *arguments, "--mask", masks) == 1
+    arguments = [*segment, *ALL, "--out", out]
+    assert call(*arguments, folder, "--mask", masks) == 1
     said = capsys.readouterr()
     assert said.err.splitlines()[-1].startswith(f"neurolib: {folder / 'bad.tif'}: ")
     assert "3 of 4 images segmented" in said.out
@@ -635,31 +601,30 @@ def test_folders_and_patterns_give_a_tree_each(checkpoint, tmp_path, capsys):
     assert sorted(p.name for p in trees) == ["a.swc", "b.x.swc", "c.swc"]
     # One by one, and by a pattern, the results are the same.
     single = tmp_path / "single.swc"
-    assert call("segment", folder / "a.tif", *arguments[:-1], single) == 0
+    assert call(*segment, *ALL, "--out", single, folder / "a.tif") == 0
     assert single.read_bytes() == trees[out / "a.swc"]
-    assert call("segment", folder / "?.*", *arguments) == 0
+    assert call(*arguments, folder / "?.*") == 0
     assert {path: trees[path] for path in (out / "a.swc", out / "c.swc")}.items() <= trees.items()
     assert content(out) == trees
     (folder / "bad.tif").unlink()
-    assert call("segment", folder, folder / "a.tif", *arguments) == 0
+    assert call(*arguments, folder, folder / "a.tif") == 0
     assert "3 of 3 images" in capsys.readouterr().out
     # Results among the images are no images.
-    assert call("segment", folder / "a.tif", *arguments[:-2], "--mask", folder / "m.tif") == 0
-    assert call("segment", folder, *arguments) == 0
+    assert call(*segment, *ALL, folder / "a.tif", "--mask", folder / "m.tif") == 0
+    assert call(*arguments, folder) == 0
     said = capsys.readouterr().out
     assert "1 results of earlier calls left out" in said
     assert "3 of 3 images" in said
 
 
 @pytest.mark.parametrize("pattern", ["", "*.tif"])
-def test_a_set_of_ome_files_is_one_image(pattern, checkpoint, tmp_path):
+def test_a_set_of_ome_files_is_one_image(pattern, tmp_path, segment):
     folder = tmp_path / "in"
     folder.mkdir()
     ome_set(folder, image())
     put(folder / "t.tif", image())
     out = tmp_path / "out"
-    arguments = ["--checkpoint", checkpoint, "--threshold", "0.0001"]
-    assert call("segment", folder / pattern, *arguments, "--out", out) == 0
+    assert call(*segment, folder / pattern, *ALL, "--out", out) == 0
     assert sorted(path.name for path in out.iterdir()) == ["s0.ome.swc", "t.swc"]
 
 
@@ -669,26 +634,24 @@ def test_a_set_of_ome_files_is_one_image(pattern, checkpoint, tmp_path):
         (["in"], "a.swc", "--out a.swc: expected a folder"),
         (["empty"], "trees", "no image"),
         (["none*.tif"], "trees", "no image"),
-        (["in", "more"], "trees", "two outputs"),
+        (["in", "more"], "trees", "the output"),
     ],
 )
 def test_several_images_are_refused_before_the_work(
-    images, out, words, checkpoint, tmp_path, capsys, monkeypatch
+    images, out, words, segment, tmp_path, refused, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     for folder in ("in", "more", "empty"):
         (tmp_path / folder).mkdir()
         for name in ("a.tif", "b.tif") if folder != "empty" else ():
             put(tmp_path / folder / name, image())
-    assert call("segment", *images, "--checkpoint", checkpoint, "--out", out) == 2
-    one_line(capsys, words.replace("two outputs", "the output"))
+    refused(*segment, *images, "--out", out, says=words)
     assert not (tmp_path / "trees").exists()
 
 
-def test_from_an_image_to_a_tree_in_one_call(checkpoint, tmp_path):
+def test_from_an_image_to_a_tree_in_one_call(checkpoint, tmp_path, segment):
     path, out = put(tmp_path / "cell.tif", image()), tmp_path / "a.swc"
-    arguments = ["--checkpoint", checkpoint, "--threshold", "0.0001"]
-    assert call("segment", path, *arguments, "--out", out) == 0
+    assert call(*segment, path, *ALL, "--out", out) == 0
     told = read_swc(out)
     for given, where in ((path, checkpoint), (image(), checkpoint.parent), (str(path), checkpoint)):
         tree = neurolib.segment(given, where, threshold=0.0001, progress=False)
@@ -702,9 +665,8 @@ def test_from_an_image_to_a_tree_in_one_call(checkpoint, tmp_path):
     "arguments",
     [["segmnt"], ["segment"], ["trace", "--ou", "x"], ["run", "x"], ["fetch", "no_such_model"]],
 )
-def test_a_wrong_command_is_one_line(arguments, capsys):
-    assert call(*arguments) == 2
-    one_line(capsys)
+def test_a_wrong_command_is_one_line(arguments, refused):
+    refused(*arguments)
 
 
 def test_interrupts_say_how_to_resume(tmp_path, capsys, monkeypatch):
@@ -750,7 +712,7 @@ def test_an_swc_in_micrometres_is_the_tree_that_others_read(tmp_path, capsys, op
     assert theirs == pytest.approx(length, rel=1e-3)
 
 
-def test_a_folder_gets_a_tree_of_every_label(tmp_path, capsys):
+def test_a_folder_gets_a_tree_of_every_label(tmp_path, capsys, refused):
     labels = np.zeros((9, 24, 48), np.uint16)
     labels[3:6, 3:6, 4:44], labels[3:6, 12:15, 4:24], labels[4, 20, 4:9] = 7, 300, 8
     path, trees = put(tmp_path / "cells.tif", labels), tmp_path / "trees"
@@ -762,17 +724,13 @@ def test_a_folder_gets_a_tree_of_every_label(tmp_path, capsys):
     assert np.ptp(read_swc(trees / "cells_7.swc").xyz, axis=0) == pytest.approx([37, 0, 0], abs=2)
     assert np.allclose(read_swc(trees / "cells_300.swc").xyz[:, 1], 13, atol=0.5)
     (trees / "cells_7.swc").write_text(SWC)
-    assert call("trace", path, "--out-dir", trees) == 2
-    one_line(capsys, "cells_7.swc", "--overwrite")
+    refused("trace", path, "--out-dir", trees, says=("cells_7.swc", "--overwrite"))
     for wrong in ([], ["--out-dir", trees, "--out", tmp_path / "a.swc"]):
-        assert call("trace", path, *wrong) == 2
-        one_line(capsys, "--out-dir")
-    assert call("trace", path, "--out-dir", trees, "--label", 7) == 2
-    one_line(capsys, "--label")
-    assert call("trace", put(tmp_path / "p.tif", BAR / np.float32(2)), "--out-dir", trees) == 2
-    one_line(capsys, "float32", "labels")
-    assert call("trace", put(tmp_path / "empty.tif", 0 * labels), "--out-dir", trees) == 2
-    one_line(capsys, "empty.tif: every voxel is 0")
+        refused("trace", path, *wrong, says="--out-dir")
+    refused("trace", path, "--out-dir", trees, "--label", 7, says="--label")
+    chance, empty = put(tmp_path / "p.tif", BAR / np.float32(2)), tmp_path / "empty.tif"
+    refused("trace", chance, "--out-dir", trees, says=("float32", "labels"))
+    refused("trace", put(empty, 0 * labels), "--out-dir", trees, says="empty.tif: every voxel is 0")
 
 
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.npz", "a.h5", "a_seg.npy"])
@@ -798,35 +756,32 @@ def test_what_other_programs_write_is_converted_by_the_line_that_is_told(
     assert call("trace", "out.npy", "--out", "a.swc") == 0
 
 
-def test_units_that_cannot_be_written_are_refused_before_tracing(tmp_path, capsys):
+def test_units_that_cannot_be_written_are_refused_before_tracing(tmp_path, capsys, refused):
     path, out = put(tmp_path / "cell.tif", BAR), tmp_path / "a.swc"
-    assert call("trace", path, "--out", out, "--units", "um") == 2
-    one_line(capsys, "cell.tif", "voxel size", "--spacing")
-    assert call("trace", path, "--out", out, "--units", "inch") == 2
-    one_line(capsys, "--units inch", "voxels or um")
+    arguments = ["trace", path, "--out", out, "--units"]
+    refused(*arguments, "um", says=("cell.tif", "voxel size", "--spacing"))
+    refused(*arguments, "inch", says=("--units inch", "voxels or um"))
     assert not out.exists()
-    assert call("trace", path, "--out", out, "--units", "um", "--spacing", "1,1,1") == 0
+    assert call(*arguments, "um", "--spacing", "1,1,1") == 0
     assert "voxels long" in capsys.readouterr().out
 
 
-def test_a_corrected_zarr_is_not_replaced(checkpoint, tmp_path, capsys):
+def test_a_corrected_zarr_is_not_replaced(segment, tmp_path, refused):
     image, mask = tmp_path / "cell.npy", tmp_path / "mask.zarr"
     np.save(image, np.random.default_rng(0).random(SHAPE))
-    arguments = ["segment", image, "--checkpoint", checkpoint, "--mask", mask]
+    arguments = [*segment, image, "--mask", mask]
     assert call(*arguments) == 0
     assert call(*arguments) == 0  # what neurolib wrote it may write again
     zarr = pytest.importorskip("zarr")
     array = zarr.open_array(mask / "0", mode="r+")
     array[:4] = 1
-    capsys.readouterr()
-    assert call(*arguments) == 2
-    one_line(capsys, "may hold work of yours")
+    refused(*arguments, says="may hold work of yours")
     assert (zarr.open_array(mask / "0", mode="r")[:4] == 1).all()
     assert call(*arguments, "--overwrite") == 0
 
 
 @pytest.mark.parametrize(("dark", "y"), [(False, 38), (True, 21)])
-def test_calibrate_refuses_trees_beside_their_neurites(checkpoint, tmp_path, capsys, dark, y):
+def test_calibrate_refuses_trees_beside_their_neurites(checkpoint, tmp_path, refused, dark, y):
     """A flipped tree, or an image whose neurites are dark."""
     for name in ("a", "b"):
         image = np.zeros((12, 60, 70), np.uint8)
@@ -836,8 +791,8 @@ def test_calibrate_refuses_trees_beside_their_neurites(checkpoint, tmp_path, cap
         (tmp_path / f"{name}.swc").write_text("\n".join(lines))
     out = tmp_path / "mine.safetensors"
     arguments = ["calibrate", tmp_path, "--checkpoint", checkpoint, "--out", out]
-    assert call(*arguments) == 2
-    one_line(capsys, "--ignore-frames", "invert it" if dark else "does not lie on the neurites")
+    refused(*arguments, says="invert it" if dark else "does not lie on the neurites")
+    refused(*arguments, says="--ignore-frames")
     assert not out.exists()
     assert call(*arguments, "--ignore-frames") == 0
 
@@ -851,19 +806,15 @@ def test_calibrate_refuses_trees_beside_their_neurites(checkpoint, tmp_path, cap
         (["trace", "x.tif", "--label", "0", "--out", "x.swc"], "--label 0"),
     ],
 )
-def test_unusable_names_and_numbers_are_named(arguments, said, tmp_path, monkeypatch, capsys):
+def test_unusable_names_and_numbers_are_named(arguments, said, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
-    assert call(*arguments) == 2
-    one_line(capsys, said)
+    refused(*arguments, says=said)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_workers_without_dask_are_refused_before_the_work(
-    checkpoint, tmp_path, monkeypatch, capsys
-):
+def test_workers_without_dask_are_refused_before_the_work(segment, tmp_path, monkeypatch, refused):
     np.save(tmp_path / "cell.npy", np.random.default_rng(0).random(SHAPE))
     monkeypatch.setattr("neurolib.course.cluster.find_spec", lambda name: None)
-    arguments = ["segment", tmp_path / "cell.npy", "--checkpoint", checkpoint, "--workers", 2]
-    assert call(*arguments, "--probability", tmp_path / "p.zarr") == 2
-    one_line(capsys, "pip install -e .[cluster]")
+    arguments = [*segment, tmp_path / "cell.npy", "--workers", 2]
+    refused(*arguments, "--probability", tmp_path / "p.zarr", says="pip install -e .[cluster]")
     assert [path.name for path in tmp_path.iterdir()] == ["cell.npy"]

@@ -33,6 +33,40 @@ folds: [a]
 common: {steps: 3}
 networks: {one: {depth: 1}}
 """
+COMMON = """\
+data: {data}
+results: {results}
+seeds: [0]
+folds: [cell0]
+common:
+  encoder: test_vit.r160_in1k
+  initialisation: scratch
+  validate_on: cell1
+  size: 96
+  steps: 2
+  batch: 2
+  validate_every: 1
+  validation_blocks: 4
+networks:
+"""
+SMALL = f"""\
+measure: validation
+{COMMON}\
+  slow: {{{{encoder_rate: 1.0e-5}}}}
+  wrong: {{{{initialisation: center, weights_file: {{bad}}}}}}
+"""
+MENDED = re.compile(r"\{initialisation: center, weights.*\}")
+PAIR = f"""\
+{COMMON.replace("steps: 2", "steps: 1")}\
+  thin, 2D: {{{{depth: 1}}}}
+  thick: {{{{depth: 3}}}}
+"""
+
+
+def write_grid(folder: Path, text: str) -> Path:
+    path = folder / "grid.yaml"
+    path.write_text(text)
+    return path
 
 
 def row(network: str, neuron: str, seed: int, dice: float) -> dict:
@@ -97,27 +131,31 @@ def test_damaged_metrics_are_one_line(data, tmp_path, text):
 
 
 def test_a_grid_is_read(tmp_path):
-    path = tmp_path / "grid.yaml"
-    path.write_text(GRID)
-    grid = sweeps.read_grid(path)
+    grid = sweeps.read_grid(write_grid(tmp_path, GRID))
     assert grid["seeds"] == [0, 1]
     assert grid["networks"] == {"one": {"depth": "1"}}  # the notebook says what it is
 
 
 def test_a_fold_may_name_its_own_validation_neurons(tmp_path):
-    path = tmp_path / "grid.yaml"
     change = "folds: [cell0]", "folds: [cell0, {held_out: cell2, validate_on: cell0}]"
-    path.write_text(SMALL.format(results="x.csv", data="x", bad="").replace(*change))
+    text = SMALL.format(results="x.csv", data="x", bad="").replace(*change)
+    path = write_grid(tmp_path, text)
     cells = list(sweeps._cells(sweeps.read_grid(path), "grid", ()))
     named = {(c.fold, c.parameters["held_out"], c.parameters["validate_on"]) for c in cells}
     assert named == {(0, "cell0", "cell1"), (1, "cell2", "cell0")}
 
 
-def test_a_grid_with_an_unknown_parameter_fails_before_anything_runs(tmp_path):
-    path = tmp_path / "grid.yaml"
-    path.write_text(GRID.replace("depth", "dept"))
-    with pytest.raises(SettingsError, match="did you mean 'depth'"):
-        sweeps.run_sweep(path, tmp_path / "runs")
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GRID.replace("depth", "dept"), "did you mean 'depth'"),
+        (GRID.replace("{steps: 3}", "{every: 3}") + "measure: tree\n", "tree needs all slices"),
+        (GRID.replace("{one: {", "{a b: {}, a/b: {"), "share the folder grid/a-b-s0-f0"),
+    ],
+)
+def test_a_grid_that_cannot_be_run_fails_before_anything_runs(text, message, tmp_path):
+    with pytest.raises(SettingsError, match=message):
+        sweeps.run_sweep(write_grid(tmp_path, text), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
 
 
@@ -199,30 +237,6 @@ def test_a_run_split_from_other_data_is_no_run_of_these(tmp_path):
         runs.split_of(run, str(tmp_path / "theirs"))
 
 
-SMALL = """\
-measure: validation
-data: {data}
-results: {results}
-seeds: [0]
-folds: [cell0]
-common:
-  encoder: test_vit.r160_in1k
-  initialisation: scratch
-  validate_on: cell1
-  size: 96
-  steps: 2
-  batch: 2
-  validate_every: 1
-  validation_blocks: 4
-networks:
-  slow: {{encoder_rate: 1.0e-5}}
-  wrong: {{initialisation: center, weights_file: {bad}}}
-"""
-
-
-MENDED = re.compile(r"\{initialisation: center, weights.*\}")
-
-
 @pytest.fixture
 def data(tmp_path):
     folder = tmp_path / "data"
@@ -236,11 +250,10 @@ def data(tmp_path):
 
 
 def test_a_sweep_with_two_workers_keeps_what_succeeds_and_goes_on(data, tmp_path, capfd):
-    grid, results = tmp_path / "grid.yaml", tmp_path / "results.csv"
-    bad = tmp_path / "bad.pth"
+    bad, results = tmp_path / "bad.pth", tmp_path / "results.csv"
     bad.write_text("no weights")
     text = SMALL.format(results=results, data=data, bad=bad)
-    grid.write_text(text)
+    grid = write_grid(tmp_path, text)
     with pytest.raises(runs.NotebookError, match=r"1 of 2 runs failed .*bad\.pth"):
         sweeps.run_sweep(grid, tmp_path / "runs", workers=2)
     rows = sweeps.read_results(results, "validation")
@@ -259,14 +272,6 @@ def test_a_sweep_with_two_workers_keeps_what_succeeds_and_goes_on(data, tmp_path
     assert page.count("<td>done</td>") == 2
     assert '<a href="slow-s0-f0/report.html">slow</a>' in page
     assert (tmp_path / "runs" / "grid" / "slow-s0-f0" / "report.html").is_file()
-
-
-def test_networks_whose_folders_would_be_the_same_are_refused(tmp_path):
-    path = tmp_path / "grid.yaml"
-    text = MENDED.sub("{}", SMALL.format(results="x.csv", data="x", bad=""))
-    path.write_text(text.replace("  slow:", "  a b:").replace("  wrong:", "  a/b:"))
-    with pytest.raises(SettingsError, match="share the folder grid/a-b-s0-f0"):
-        sweeps.run_sweep(path, tmp_path / "runs")
 
 
 @pytest.mark.parametrize(
@@ -293,13 +298,6 @@ def test_unusable_grids_say_why(change, message, tmp_path):
     path.write_text(SMALL.format(results="x.csv", data="x", bad="").replace(*change))
     with pytest.raises(SettingsError, match=message):
         sweeps.read_grid(path)
-
-
-def test_a_sample_of_the_slices_gives_no_tree(tmp_path):
-    path = tmp_path / "grid.yaml"
-    path.write_text(GRID.replace("{steps: 3}", "{every: 3}") + "measure: tree\n")
-    with pytest.raises(SettingsError, match="measure tree needs all slices"):
-        sweeps.run_sweep(path, tmp_path / "runs")
 
 
 def test_a_run_that_traces_gives_rows_with_the_scores_of_its_trees(tmp_path):
@@ -347,30 +345,10 @@ def test_results_of_other_seeds_stay_if_all_else_is_equal(tmp_path):
     assert np.isnan(stored[0]["cldice"])
 
 
-PAIR = """\
-data: {data}
-results: {results}
-seeds: [0]
-folds: [cell0]
-common:
-  encoder: test_vit.r160_in1k
-  initialisation: scratch
-  validate_on: cell1
-  size: 96
-  steps: 1
-  batch: 2
-  validate_every: 1
-  validation_blocks: 4
-networks:
-  thin, 2D: {{depth: 1}}
-  thick: {{depth: 3}}
-"""
-
-
 def test_a_grid_that_measures_masks_runs_in_parts_to_one_file(data, tmp_path, capfd):
     """Real records of notebooks 03 and 04 become rows, and a later part keeps the others."""
-    grid, results = tmp_path / "grid.yaml", tmp_path / "results.csv"
-    grid.write_text(PAIR.format(results=results, data=data))
+    results = tmp_path / "results.csv"
+    grid = write_grid(tmp_path, PAIR.format(results=results, data=data))
     sweeps.run_sweep(grid, tmp_path / "runs", rows=["thick"])
     first = sweeps.read_results(results)
     sweeps.run_sweep(grid, tmp_path / "runs", rows=["thin, 2D"], folds=[0])
@@ -438,9 +416,9 @@ def test_a_run_that_kills_its_worker_fails_alone(monkeypatch):
 )
 def test_a_sweep_on_a_cluster_outlives_a_killed_worker(data, tmp_path):
     distributed = pytest.importorskip("distributed")
-    grid, results, folder = (tmp_path / name for name in ("grid.yaml", "results.csv", "runs"))
+    results, folder = tmp_path / "results.csv", tmp_path / "runs"
     text = SMALL.format(results=results, data=data, bad="")
-    grid.write_text(MENDED.sub("{encoder_rate: 1e-5}", text))
+    grid = write_grid(tmp_path, MENDED.sub("{encoder_rate: 1e-5}", text))
     sweeps.run_sweep(grid, tmp_path / "alone", workers=2)
     alone = sweeps.read_results(results, "validation")
     results.unlink()
@@ -503,8 +481,8 @@ def test_a_folder_of_other_things_does_not_become_a_run(data, tmp_path):
 
 
 def test_a_file_that_is_no_results_is_not_replaced(data, tmp_path):
-    grid, results = tmp_path / "grid.yaml", tmp_path / "mine.csv"
-    grid.write_text(PAIR.format(results=results, data=data))
+    results = tmp_path / "mine.csv"
+    grid = write_grid(tmp_path, PAIR.format(results=results, data=data))
     results.write_text("name,neuron\n")
     with pytest.raises(SettingsError, match=r"mine\.csv: not a file of results"):
         sweeps.run_sweep(grid, tmp_path / "runs")
@@ -519,9 +497,8 @@ def test_paths_are_where_the_user_stands(data, tmp_path, monkeypatch):
     assert (runs.NOTEBOOKS / moved["weights_file"]).resolve() == tmp_path / "w.pth"
     assert moved["steps"] == 3
     assert moved["gold"] == ""
-    grid = tmp_path / "grid.yaml"
     text = PAIR.format(results="mine.csv", data="data")
-    grid.write_text(text.replace("steps: 1", "steps: 0"))
+    grid = write_grid(tmp_path, text.replace("steps: 1", "steps: 0"))
     with pytest.raises(SettingsError, match="steps=0: expected at least 1"):
         sweeps.run_sweep(grid, tmp_path / "runs")
     (tmp_path / "mine.csv").write_text("mine\n")

@@ -309,14 +309,11 @@ def _outputs(
     images: list[Path], options: dict[str, Path | None]
 ) -> dict[Path, tuple[Path | None, ...]]:
     """The outputs of each image, in the order of `options`; unusable ones are refused."""
-    from neurolib.volume import SUFFIXES
-
     inputs, several = _expand(images)
     several = several or len(inputs) > 1
     outputs = {}
     for image in inputs:
-        suffix = next((s for s in SUFFIXES if image.name.lower().endswith(s)), image.suffix)
-        name, paths = image.name.removesuffix(image.name[-len(suffix) :] or " "), []
+        paths = []
         for option, path in options.items():
             suffixes = (".swc",) if option == "--out" else (".tif", ".zarr")
             if path is not None and (several or (not path.suffix and path.is_dir())):
@@ -324,7 +321,7 @@ def _outputs(
                     raise SettingsError(
                         f"{option} {path}: expected a folder, since there are {len(inputs)} images"
                     )
-                path = path / f"{name}{suffixes[0]}"
+                path = path / f"{image.stem}{suffixes[0]}"
             _check_output(path, *suffixes)
             paths.append(path)
         outputs[image] = tuple(paths)
