@@ -36,9 +36,8 @@ def identity(row):
 
 
 def test_every_benchmark_runs(tiny, load):
-    assert (
-        set(tiny["about"]) == {row["benchmark"] for row in tiny["rows"]} == {*load("bench").TASKS}
-    )
+    ran = {row["benchmark"] for row in tiny["rows"]}
+    assert set(tiny["about"]) == ran == {*load("bench").TASKS}
     for row in tiny["rows"]:
         assert row["agreement"], row["task"]
         if row["agreement"] != "not installed":
@@ -71,13 +70,9 @@ def test_the_stored_table_is_what_the_benchmarks_give(tiny):
         if row["theirs"] != "":
             better = (row["theirs"], row["ours"])[:: -1 if row["unit"].endswith("/s") else 1]
             assert row["ratio"] == pytest.approx(better[0] / better[1])
-        limit = row["target"].split()
         if row["verdict"] == "met":
-            met = (
-                row["ratio"] >= float(limit[1])
-                if limit[0] == ">="
-                else row["ours"] <= float(limit[1])
-            )
+            sign, limit = row["target"].split()
+            met = row["ratio"] >= float(limit) if sign == ">=" else row["ours"] <= float(limit)
             assert met, row["task"]
 
 
@@ -90,16 +85,8 @@ def test_a_target_needs_the_ratio_and_the_result(load, monkeypatch, target, hold
     times = {ours: iter([1, 9, 2, 1]), theirs: iter([5, 6, 6, 9])}
     monkeypatch.setattr(measure, "seconds", lambda function: next(times[function]))
     told = []
-    row = measure.compete(
-        "t",
-        ours,
-        "p",
-        theirs,
-        lambda a, b: f"{a} {b}",
-        3,
-        target=target,
-        holds=lambda a, b: told.append((a, b)) or holds,
-    )
+    limits = {"target": target, "holds": lambda a, b: told.append((a, b)) or holds}
+    row = measure.compete("t", ours, "p", theirs, lambda a, b: f"{a} {b}", 3, **limits)
     assert (row["ours"], row["theirs"], row["ratio"]) == (2, 6, 3)
     assert (row["verdict"], row["agreement"], row["repeats"]) == (verdict, "1 2", 3)
     assert set(told) <= {(1, 2)}
@@ -108,12 +95,11 @@ def test_a_target_needs_the_ratio_and_the_result(load, monkeypatch, target, hold
 def test_slow_rows_are_repeated_less_and_rates_are_the_other_way_round(load, monkeypatch):
     measure = load("measure")
     monkeypatch.setattr(measure, "seconds", lambda function: function())
-    slow = measure.compete(
-        "t", lambda: 10, "p", lambda: 20, lambda a, b: "", 9, work=40, unit="x/s"
-    )
+    compare, rate = lambda a, b: "", {"work": 40, "unit": "x/s"}
+    slow = measure.compete("t", lambda: 10, "p", lambda: 20, compare, 9, **rate)
     assert slow["repeats"] == measure.FEWEST
     assert (slow["ours"], slow["theirs"], slow["ratio"]) == (4, 2, 2)
-    assert measure.compete("t", lambda: 1, "p", lambda: 2, lambda a, b: "", 9)["repeats"] == 9
+    assert measure.compete("t", lambda: 1, "p", lambda: 2, compare, 9)["repeats"] == 9
 
 
 def test_brute_force_distance_by_hand(load):

@@ -96,13 +96,9 @@ def test_every_dependency_is_pinned(python, platform):
 
 # Distributions whose module has another name, or that a declared one installs.
 MODULES = {
-    "IPython": "ipykernel",
-    "PIL": "matplotlib",
-    "mpl_toolkits": "matplotlib",
-    "numcodecs": "zarr",
-    "skimage": "scikit-image",
-    "yaml": "pyyaml",
-}
+    "IPython": "ipykernel", "PIL": "matplotlib", "mpl_toolkits": "matplotlib",
+    "numcodecs": "zarr", "skimage": "scikit-image", "yaml": "pyyaml",
+}  # fmt: skip
 
 
 def imported_modules(source):
@@ -191,14 +187,10 @@ def test_conda_environment_takes_the_same_pins():
 
 
 def test_binder_takes_the_same_pins_and_torch_without_cuda():
-    assert lines_of("binder/requirements.txt") == [
-        "-r torch-cpu.txt",
-        "-c ../constraints.txt",
-        "-e .",
-    ]
-    assert lines_of("binder/torch-cpu.txt") == [
-        "--extra-index-url https://download.pytorch.org/whl/cpu"
-    ]
+    required = ["-r torch-cpu.txt", "-c ../constraints.txt", "-e ."]
+    assert lines_of("binder/requirements.txt") == required
+    (index,) = lines_of("binder/torch-cpu.txt")
+    assert index == "--extra-index-url https://download.pytorch.org/whl/cpu"
     assert lines_of("binder/runtime.txt")[0].removeprefix("python-") in PYTHONS
     assert os.access(ROOT / "binder/postBuild", os.X_OK)
     # With an environment.yml beside it, requirements.txt would not be read.
@@ -278,14 +270,8 @@ def make(folder, *arguments):
     log = folder / "log"
     log.unlink(missing_ok=True)
     clean = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
-    done = subprocess.run(
-        ["make", "PYTHON=./stub", *arguments],
-        cwd=folder,
-        env=clean,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command, options = ["make", "PYTHON=./stub", *arguments], {"cwd": folder, "env": clean}
+    done = subprocess.run(command, **options, capture_output=True, text=True, check=False)
     said = log.read_text().splitlines() if log.exists() else []
     return done.returncode, done.stdout + done.stderr, said
 
@@ -300,9 +286,8 @@ def test_make_course_installs_once_and_runs(clone):
     install = "-m pip install -c constraints.txt -e .[test]"
     run = "run --data my pairs --profile course --name "
     assert said == ["venv", install, run]
-    assert make(clone, "course", "PROFILE=smoke", "NAME=x")[2] == [
-        "run --data synthetic --profile smoke --name x"
-    ]
+    (said,) = make(clone, "course", "PROFILE=smoke", "NAME=x")[2]
+    assert said == "run --data synthetic --profile smoke --name x"
     stamp = (clone / ".venv/.installed").stat().st_mtime
     os.utime(clone / "constraints.txt", (stamp + 10, stamp + 10))
     assert make(clone, ".venv/.installed")[2] == [install]
@@ -412,6 +397,14 @@ def stream(text, name="stdout"):
     return nbformat.v4.new_output("stream", name=name, text=text)
 
 
+ERROR = nbformat.v4.new_output("error", ename="E", evalue="no", traceback=[])
+
+
+def shows(output):
+    """Gives the last cell of a notebook this output."""
+    return lambda notebook: notebook.cells[3].update(outputs=[output])
+
+
 def problems_of(folder):
     return build.check(build.sources(folder=folder))
 
@@ -457,24 +450,10 @@ def test_a_broken_rule_is_reported(course, old, new, message):
         (lambda nb: nb.metadata.update(kernelspec={"name": "mine"}), "its metadata differ"),
         (lambda nb: nb.cells[2].update(execution_count=7), "cell 2: execution count 7, expected 2"),
         (lambda nb: nb.cells[3].update(execution_count=None), "execution count None"),
-        (
-            lambda nb: nb.cells[3].update(
-                outputs=[nbformat.v4.new_output("error", ename="E", evalue="no", traceback=[])]
-            ),
-            "cell 3: holds the error E: no",
-        ),
-        (
-            lambda nb: nb.cells[3].update(outputs=[stream("in /tmp/x/run\n")]),
-            "cell 3: prints the absolute path /tmp/x/run",
-        ),
-        (
-            lambda nb: nb.cells[3].update(outputs=[stream(f"{Path.home()}/x\n")]),
-            "cell 3: prints the absolute path",
-        ),
-        (
-            lambda nb: nb.cells[3].update(outputs=[stream("50%|## | 1/2 [00:01]", "stderr")]),
-            "cell 3: holds a bar",
-        ),
+        (shows(ERROR), "cell 3: holds the error E: no"),
+        (shows(stream("in /tmp/x/run\n")), "cell 3: prints the absolute path /tmp/x/run"),
+        (shows(stream(f"{Path.home()}/x\n")), "cell 3: prints the absolute path"),
+        (shows(stream("50%|## | 1/2 [00:01]", "stderr")), "cell 3: holds a bar"),
     ],
 )
 def test_drift_is_reported(course, change, message):
@@ -600,17 +579,13 @@ for folder in {places!r}:
 """
     path = f"{git.parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "IPYTHONDIR": str(tmp_path / "ipython")}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    call = {"args": [sys.executable, "-c", code], "cwd": tmp_path, "env": environment}
+    call |= {"capture_output": True, "text": True}
+    done = subprocess.run(**call, check=True)
     places = [line for line in done.stdout.splitlines() if line.startswith("at ")]
     # In neurolib the modules are beside it, and relative paths mean the same.
     assert places[:-1] == [f"at {tmp_path / 'neurite-vit-course' / 'notebooks'}"] * 6
     assert (tmp_path / "log").read_text() == "cloned\n"
     git.write_text("#!/bin/sh\nexit 128\n")  # no network
-    failed = subprocess.run(
-        [sys.executable, "-c", code], cwd=beside.parent.parent, env=environment, text=True,
-        capture_output=True, check=False,
-    )  # fmt: skip
+    failed = subprocess.run(**call | {"cwd": tmp_path.parent}, check=False)
     assert "FileNotFoundError" in failed.stdout + failed.stderr
