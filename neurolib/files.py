@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from neurolib import __version__
-from neurolib.errors import SettingsError
+from neurolib.errors import NeurolibError, SettingsError
 
 try:
     import fcntl
@@ -253,6 +253,15 @@ def decode(raw: bytes) -> str:
             with contextlib.suppress(UnicodeDecodeError):
                 text = raw.decode(encoding)
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Begin the message of any `NeurolibError` with the name of the file in question."""
+    try:
+        yield
+    except NeurolibError as error:
+        raise type(error)(f"{name}: {error}") from error.__cause__
 
 
 def check_name(*paths: str | Path) -> None:

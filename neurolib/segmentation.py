@@ -12,7 +12,7 @@ import psutil
 from neurolib.data.formats import check_spacing
 from neurolib.errors import NeurolibWarning, SettingsError
 from neurolib.evaluation import label_pieces
-from neurolib.files import SHIPPED, checkpoint_file
+from neurolib.files import SHIPPED, checkpoint_file, naming
 from neurolib.inference import Tiling, predict_volume, smallest_piece
 from neurolib.network import Segmenter
 from neurolib.parameters import check_range
@@ -89,7 +89,8 @@ def predict_image(
     if isinstance(image, np.ndarray):
         image = Volume(image)
     volume = image if isinstance(image, Volume) else read_volume(image, **reading)
-    check_spacing(volume.spacing, name)
+    with naming(name):
+        check_spacing(volume.spacing)
     _check_fits(name, volume.data.shape)
     scaled = normalise(volume.data)
     if inverted(scaled):

@@ -6,7 +6,7 @@
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from scipy.ndimage import gaussian_filter, uniform_filter1d
 from neurolib.data import formats
 from neurolib.data.formats import LazyStack, check_memory, check_spacing, check_type
 from neurolib.errors import NeurolibWarning, VolumeError
-from neurolib.files import atomic_path, seal_zarr
+from neurolib.files import atomic_path, naming, seal_zarr
 
 # Code that turns masks and probabilities of NIfTI, nnU-Net and ilastik into .npy.
 CONVERT = {
@@ -109,48 +109,52 @@ def read_volume(
     """
     path = Path(path)
     name = path.name
-    suffix = path.suffix.lower()
-    # path.exists() would raise where a parent folder may not be read.
-    if not os.path.exists(path):
-        raise VolumeError(f"{name}: not found; check {path}")
-    if suffix not in SUFFIXES and is_image(path):
-        suffix = ".zarr"  # a group within an image, such as labels
-    if suffix not in SUFFIXES:
-        convert = next((code for end, code in CONVERT.items() if name.lower().endswith(end)), "")
-        raise VolumeError(
-            f"{name}: suffix {suffix or 'missing'!r}, expected one of {', '.join(SUFFIXES)}"
-            + (f"; convert it in Python: {convert.format(name)}" if convert else "")
-            + ("; unpack it first" if suffix in (".gz", ".zip", ".bz2") and not convert else "")
-            + ("; save it as TIFF, as Fiji can" if suffix in PROPRIETARY else "")
-        )
-    try:
-        read = formats.read_zarr if suffix == ".zarr" else formats.read_file
-        stack = read(path, channel)
-        data = stack.data
-        if not data.dtype.isnative:
-            data = np.asarray(data).astype(data.dtype.newbyteorder("="))
-    except MemoryError as error:
-        raise VolumeError(
-            f"{name}: does not fit in memory; convert it to OME-Zarr or an uncompressed TIFF"
-        ) from error
-    except OSError as error:
-        raise VolumeError(
-            f"{name}: cannot be read ({error.strerror or error}); check {path}"
-        ) from None
-    size = stack.spacing
-    if spacing is not None:
-        size = formats.Spacing(tuple(check_spacing(spacing, name).tolist()), "")
-    elif max(size.lengths) > ANISOTROPY * min(size.lengths):
+    with naming(name):
+        stack = _read(path, channel)
+        size = stack.spacing
+        if spacing is not None:
+            size = formats.Spacing(tuple(check_spacing(spacing).tolist()), "")
+    if spacing is None and max(size.lengths) > ANISOTROPY * min(size.lengths):
         warnings.warn(
             f"{name}: voxels are more than {ANISOTROPY} times longer along one axis than along "
             f"another ({size.source}); if that is wrong, give --spacing Z,Y,X in µm",
             NeurolibWarning,
             stacklevel=2,
         )
-    volume = Volume(data, size.lengths, size.unknown, stack.notes)
+    volume = Volume(stack.data, size.lengths, size.unknown, stack.notes)
     if check:
         check_values(volume, name)
     return volume
+
+
+def _read(path: Path, channel: int | None) -> formats.Stack:
+    """Choose the reader by the suffix; return its result in native byte order."""
+    name, suffix = path.name, path.suffix.lower()
+    # path.exists() would raise where a parent folder may not be read.
+    if not os.path.exists(path):
+        raise VolumeError(f"not found; check {path}")
+    if suffix not in SUFFIXES and is_image(path):
+        suffix = ".zarr"  # a group within an image, such as labels
+    if suffix not in SUFFIXES:
+        convert = next((code for end, code in CONVERT.items() if name.lower().endswith(end)), "")
+        raise VolumeError(
+            f"suffix {suffix or 'missing'!r}, expected one of {', '.join(SUFFIXES)}"
+            + (f"; convert it in Python: {convert.format(name)}" if convert else "")
+            + ("; unpack it first" if suffix in (".gz", ".zip", ".bz2") and not convert else "")
+            + ("; save it as TIFF, as Fiji can" if suffix in PROPRIETARY else "")
+        )
+    try:
+        stack = (formats.read_zarr if suffix == ".zarr" else formats.read_file)(path, channel)
+        data = stack.data
+        if not data.dtype.isnative:
+            stack = replace(stack, data=np.asarray(data).astype(data.dtype.newbyteorder("=")))
+        return stack
+    except MemoryError as error:
+        raise VolumeError(
+            "does not fit in memory; convert it to OME-Zarr or an uncompressed TIFF"
+        ) from error
+    except OSError as error:
+        raise VolumeError(f"cannot be read ({error.strerror or error}); check {path}") from None
 
 
 def remarks(volume: Volume, name: str) -> Iterator[str]:
@@ -404,22 +408,22 @@ def write_volume(
         info; ``.npy`` cannot hold it.
     """
     path = Path(path)
-    name, suffix = path.name, path.suffix.lower()
-    if suffix not in (".tif", ".tiff", ".npy", ".zarr"):
-        raise VolumeError(
-            f"{name}: suffix {suffix or 'missing'!r}, expected .tif, .tiff, .npy or .zarr"
-        )
-    if suffix != ".zarr" or not hasattr(data, "shape"):
-        data = np.asarray(data)
-    if len(data.shape) != 3 or not prod(data.shape):
-        raise VolumeError(f"{name}: expected an array (z, y, x), got shape {data.shape}")
-    lengths = tuple(check_spacing(spacing or (1, 1, 1), name).tolist())
-    known = known and spacing is not None
-    if suffix in (".npy", ".zarr"):
-        check_type(name, data.dtype)
-    else:
-        data = data.astype(np.uint8) * np.uint8(255) if data.dtype == bool else data
-        options = _tiff_options(name, data, lengths, known, about)
+    suffix, known = path.suffix.lower(), known and spacing is not None
+    with naming(path.name):
+        if suffix not in (".tif", ".tiff", ".npy", ".zarr"):
+            raise VolumeError(
+                f"suffix {suffix or 'missing'!r}, expected .tif, .tiff, .npy or .zarr"
+            )
+        if suffix != ".zarr" or not hasattr(data, "shape"):
+            data = np.asarray(data)
+        if len(data.shape) != 3 or not prod(data.shape):
+            raise VolumeError(f"expected an array (z, y, x), got shape {data.shape}")
+        lengths = tuple(check_spacing(spacing or (1, 1, 1)).tolist())
+        if suffix in (".npy", ".zarr"):
+            check_type(data.dtype)
+        else:
+            data = data.astype(np.uint8) * np.uint8(255) if data.dtype == bool else data
+            options = _tiff_options(data, lengths, known, about)
     with atomic_path(path) as temporary:
         if suffix == ".zarr":
             _write_zarr(temporary, data, lengths, known=known, about=about)
@@ -427,25 +431,24 @@ def write_volume(
         elif suffix == ".npy":
             np.save(temporary, data, allow_pickle=False)
         else:
-            tifffile.imwrite(
-                temporary, data, photometric="minisblack", compression="zlib", **options
-            )
+            tifffile.imwrite(temporary, data, **options)
     return path
 
 
 def _tiff_options(
-    name: str, data: np.ndarray, lengths: tuple[float, float, float], known: bool, about: str
+    data: np.ndarray, lengths: tuple[float, float, float], known: bool, about: str
 ) -> dict[str, Any]:
     """Options of tifffile that write a stack for ImageJ, or as OME-TIFF."""
     dz, dy, dx = lengths
-    options = {"software": about.splitlines()[0]} if about else {}
+    options = {"photometric": "minisblack", "compression": "zlib"}
+    options |= {"software": about.splitlines()[0]} if about else {}
     # tifffile writes an ImageJ stack of single columns as one page, which cannot be read back.
     if data.dtype.name in IMAGEJ_TYPES and data.nbytes < IMAGEJ_BYTES and data.shape[2] > 1:
         metadata = {"axes": "ZYX", "spacing": dz} | ({"unit": "micron"} if known else {})
         metadata |= {"Info": about} if about else {}
         return options | {"imagej": True, "resolution": (1 / dx, 1 / dy), "metadata": metadata}
     if data.dtype.name not in (*IMAGEJ_TYPES, *OME_TYPES):
-        raise VolumeError(f"{name}: TIFF cannot hold {data.dtype}; convert it or write .npy")
+        raise VolumeError(f"TIFF cannot hold {data.dtype}; convert it or write .npy")
     metadata = {f"PhysicalSize{a}": d for a, d in zip("ZYX", lengths, strict=True)}
     metadata |= {} if known else {f"PhysicalSize{a}Unit": "pixel" for a in "ZYX"}
     metadata |= {"Description": about} if about else {}

@@ -32,8 +32,8 @@ from neurolib.data.pairs import (
     stand_in,
     trees_by_name,
 )
-from neurolib.errors import DataError, NeurolibError, SwcError
-from neurolib.files import atomic_path, cache_folder, sha256, text_key, write_text
+from neurolib.errors import DataError
+from neurolib.files import atomic_path, cache_folder, naming, sha256, text_key, write_text
 from neurolib.parameters import three_numbers
 from neurolib.swc import Tree, read_swc, write_swc
 from neurolib.volume import SUFFIXES, read_volume, write_volume
@@ -339,10 +339,8 @@ def rendered_pairs(folder: str | Path, style: str = "flylight") -> list[Pair]:
 
 def _read_to_render(path: Path) -> Tree:
     tree = read_swc(path)
-    try:
+    with naming(path.name):
         synthesis.extract_box(tree)
-    except SwcError as error:
-        raise SwcError(f"{path.name}: {error}") from None
     return tree
 
 
@@ -378,8 +376,6 @@ def measure(data: list[Pair] | str | Path) -> list[dict[str, float]]:
 def _measured(swc: Path, image: Path | None = None) -> dict[str, float]:
     volume = read_volume(image) if image else None
     tree = read_swc(swc, volume and volume.known_spacing)
-    try:
-        tree_facts = synthesis.statistics(tree)
-        return tree_facts | (synthesis.image_statistics(volume, tree) if volume else {})
-    except NeurolibError as error:
-        raise type(error)(f"{(image or swc).name}: {error}") from None
+    with naming((image or swc).name):
+        facts = synthesis.statistics(tree)
+        return facts | synthesis.image_statistics(volume, tree) if volume else facts

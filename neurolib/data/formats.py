@@ -2,7 +2,7 @@
 
 Before a reader allocates memory, it checks that the file can hold what its header claims. Where
 the format allows, it maps the file into memory or reads it piece by piece. `neurolib.volume`
-chooses the reader and checks the result.
+chooses the reader, adds the file's name to errors, and checks the result.
 """
 
 import functools
@@ -64,8 +64,8 @@ class Stack:
 class Header:
     """The header of a file with one array.
 
-    shape: slowest axis first; axis: that of the channels, or None; unpack: returns the voxels if
-    they are packed, else they lie in the file from byte `offset` on.
+    shape: slowest axis first; axis: that of the channels, or None; offset: where the voxels begin;
+    unpack: makes them of the path and this header if they are packed.
     """
 
     shape: tuple[int, ...]
@@ -74,7 +74,7 @@ class Header:
     offset: int = 0
     order: str = "C"
     spacing: Spacing = Spacing()
-    unpack: Callable[[], np.ndarray] | None = None
+    unpack: Callable[..., np.ndarray] | None = None
 
 
 # Units of length ------------------------------------------------------------------------------
@@ -153,27 +153,25 @@ def _number(value: Any) -> float:
 # Checks of all formats ------------------------------------------------------------------------
 
 
-def check_shape(name: str, shape: Sequence[int]) -> None:
+def check_shape(shape: Sequence[int]) -> None:
     """Refuse shapes other than three dimensions with more than one slice."""
-    if len(shape) == 2 or (len(shape) == 3 and shape[0] == 1):
-        raise VolumeError(
-            f"{name}: expected a 3D stack, got shape {tuple(shape)}; a single slice is not a volume"
-        )
-    if len(shape) != 3 or not all(n > 0 for n in shape):
-        raise VolumeError(f"{name}: expected a 3D stack, got shape {tuple(shape)}; convert it")
+    flat = len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)
+    if flat or len(shape) != 3 or min(shape) < 1:
+        remedy = "a single slice is not a volume" if flat else "convert it"
+        raise VolumeError(f"expected a 3D stack, got shape {tuple(shape)}; {remedy}")
 
 
-def check_type(name: str, dtype: np.dtype) -> None:
+def check_type(dtype: np.dtype) -> None:
     if dtype.kind not in "biuf" or dtype.itemsize > 8:
-        raise VolumeError(f"{name}: voxel type {dtype}, expected integers or floats; convert it")
+        raise VolumeError(f"voxel type {dtype}, expected integers or floats; convert it")
 
 
-def check_size(name: str, shape: Sequence[int], dtype: np.dtype, available: int) -> None:
+def check_size(shape: Sequence[int], dtype: np.dtype, available: int) -> None:
     """Refuse a header that claims more bytes than there are."""
     claimed = prod(shape) * dtype.itemsize
     if claimed > available:
         raise VolumeError(
-            f"{name}: header claims {tuple(shape)} voxels of {dtype} ({claimed} bytes), "
+            f"header claims {tuple(shape)} voxels of {dtype} ({claimed} bytes), "
             f"found {max(available, 0)} bytes; the file is truncated or damaged"
         )
 
@@ -188,33 +186,28 @@ def check_memory(name: str, shape: Sequence[int], dtype: np.dtype) -> None:
         )
 
 
-def choose_channel(name: str, channels: int, channel: int | None) -> int:
+def choose_channel(channels: int, channel: int | None) -> int:
     """Index of the channel to take, or an error that lists the channels."""
     if channel is None and channels > 1:
         raise VolumeError(
-            f"{name}: {channels} channels (0 to {channels - 1}), expected one; "
+            f"{channels} channels (0 to {channels - 1}), expected one; "
             "say which with channel= (--channel)"
         )
     if not 0 <= (channel or 0) < channels:
         raise VolumeError(
-            f"{name}: channel {channel} asked for, but there are channels 0 to {channels - 1}"
+            f"channel {channel} asked for, but there are channels 0 to {channels - 1}"
         )
     return channel or 0
 
 
-def check_spacing(spacing: Sequence[float], name: str = "") -> np.ndarray:
-    """A spacing as (3,) float64; `name` is that of the file, for the error."""
+def check_spacing(spacing: Sequence[float]) -> np.ndarray:
+    """A spacing as (3,) float64."""
     values = np.asarray(spacing, dtype=float)
     low, high = LENGTHS
-    if (
-        values.shape != (3,)
-        or not np.all((values >= low) & (values <= high))
-        or values.max() > LONGEST * values.min()
-    ):
+    usable = values.shape == (3,) and np.all((values >= low) & (values <= high))
+    if not usable or values.max() > LONGEST * values.min():
         raise VolumeError(
-            f"{name}: "
-            * bool(name)
-            + f"spacing is {tuple(spacing)}, expected three positive numbers (dz, dy, dx), the "
+            f"spacing is {tuple(spacing)}, expected three positive numbers (dz, dy, dx), the "
             f"largest at most {LONGEST} times the smallest; give the lengths of a voxel's edges"
         )
     return values
@@ -236,16 +229,15 @@ def _first_line(error: Exception) -> str:
 def read_file(path: Path, channel: int | None) -> Stack:
     """Read a file by its suffix; see `FORMATS`."""
     if path.is_dir():
-        raise VolumeError(f"{path.name}: is a folder, expected a file; give one image stack")
+        raise VolumeError("is a folder, expected a file; give one image stack")
     with open(path, "rb") as file:
         begin = file.read(1 << 16)
     if not begin:
-        raise VolumeError(f"{path.name}: the file is empty (0 bytes); copy or download it again")
+        raise VolumeError("the file is empty (0 bytes); copy or download it again")
     signs, read = FORMATS[path.suffix.lower()]
     if not begin.startswith(signs):
         raise VolumeError(
-            f"{path.name}: does not begin like a {path.suffix} file; it is damaged or has the "
-            "wrong suffix"
+            f"does not begin like a {path.suffix} file; it is damaged or has the wrong suffix"
         )
     if read is read_tiff:
         return read_tiff(path, channel)
@@ -254,16 +246,16 @@ def read_file(path: Path, channel: int | None) -> Stack:
 
 def _load(path: Path, header: Header, channel: int | None) -> Stack:
     """Check a header, then map or unpack the voxels."""
-    name, shape, axis = path.name, header.shape, header.axis
-    check_type(name, header.dtype)
+    shape, axis = header.shape, header.axis
+    check_type(header.dtype)
     if not all(n > 0 for n in shape):
-        raise VolumeError(f"{name}: shape {shape}, expected positive numbers; it is damaged")
-    check_shape(name, [n for k, n in enumerate(shape) if k != axis])
-    index = choose_channel(name, 1 if axis is None else shape[axis], channel)
+        raise VolumeError(f"shape {shape}, expected positive numbers; it is damaged")
+    check_shape([n for k, n in enumerate(shape) if k != axis])
+    index = choose_channel(1 if axis is None else shape[axis], channel)
     if header.unpack:
-        data = header.unpack()
+        data = header.unpack(path, header)
     else:
-        check_size(name, shape, header.dtype, path.stat().st_size - header.offset)
+        check_size(shape, header.dtype, path.stat().st_size - header.offset)
         data = np.memmap(path, header.dtype, "r", header.offset, shape, header.order)
     return Stack(data if axis is None else np.moveaxis(data, axis, 0)[index], header.spacing)
 
@@ -279,16 +271,16 @@ EXPANSION_OTHER = 1 << 15
 def read_tiff(path: Path, channel: int | None) -> Stack:
     try:
         with tifffile.TiffFile(path) as tif:
-            _check_directories(path.name, tif)
+            _check_directories(tif)
             return _read_series(path, tif, channel)
     except (VolumeError, MemoryError):
         raise
     except Exception as error:
         # Damaged files make tifffile and its codecs raise almost any error.
-        raise VolumeError(f"{path.name}: cannot be read as TIFF: {_first_line(error)}") from error
+        raise VolumeError(f"cannot be read as TIFF: {_first_line(error)}") from error
 
 
-def _check_directories(name: str, tif: tifffile.TiffFile) -> None:
+def _check_directories(tif: tifffile.TiffFile) -> None:
     """Follow the directories of all pages; refuse a chain or a tag that leaves the file.
 
     tifffile stops at the first page that it cannot reach, so that a truncated file would pass for
@@ -300,9 +292,7 @@ def _check_directories(name: str, tif: tifffile.TiffFile) -> None:
     while at:
         page = len(seen)
         if at in seen or not 8 <= at < file.size:
-            raise VolumeError(
-                f"{name}: page {page} is not within the file of {file.size} bytes; {remedy}"
-            )
+            raise VolumeError(f"page {page} is not within the file of {file.size} bytes; {remedy}")
         seen.add(at)
         file.seek(at)
         try:
@@ -310,42 +300,40 @@ def _check_directories(name: str, tif: tifffile.TiffFile) -> None:
             tags = file.read(min(count * form.tagsize, file.size))
             (at,) = struct.unpack(form.offsetformat, file.read(form.offsetsize))
         except struct.error:
-            raise VolumeError(f"{name}: ends within a page directory; {remedy}") from None
+            raise VolumeError(f"ends within a page directory; {remedy}") from None
         # Tag, type, number of values, then the values or their place.
         for tag, kind, values, _ in struct.iter_unpack(form.tagformat1 + form.tagformat2[1:], tags):
             if values * struct.calcsize(tifffile.TIFF.DATA_FORMATS.get(kind, "B")) > file.size:
                 raise VolumeError(
-                    f"{name}: tag {tag} of page {page} claims {values} values in a file of "
+                    f"tag {tag} of page {page} claims {values} values in a file of "
                     f"{file.size} bytes; {remedy}"
                 )
 
 
 def _read_series(path: Path, tif: tifffile.TiffFile, channel: int | None) -> Stack:
-    name = path.name
     described = re.search(r'<BinaryOnly [^>]*MetadataFile="([^"]*)"', tif.ome_metadata or "")
     if described:
         readable = described[1].lower().endswith((".tif", ".tiff"))
         raise VolumeError(
-            f"{name}: only a part of the OME set that {described[1]} describes; "
+            f"only a part of the OME set that {described[1]} describes; "
             f"{'read that file, or ' * readable}save the set as one file, as with Fiji"
         )
-    chosen, notes = _choose_images(name, tif)
-    first = chosen[0]
+    chosen, notes = _choose_images(tif)
+    first, axes = chosen[0], "ZYX"
     # Slices that were written separately are one series each.
-    several = len(chosen) > 1
-    axes, shape = (
-        ("ZYX", (len(chosen), *first.shape)) if several else _axes(name, first.axes, first.shape)
-    )
-    check_type(name, first.dtype)
-    _check_imagej(name, tif, prod(shape) // prod(shape[axes.index(axis)] for axis in "YX"))
-    index = choose_channel(name, shape[axes.index("C")] if "C" in axes else 1, channel)
+    shape, several = (len(chosen), *first.shape), len(chosen) > 1
+    if not several:
+        axes, shape = _axes(first.axes, first.shape)
+    check_type(first.dtype)
+    _check_imagej(tif, prod(shape) // prod(shape[axes.index(axis)] for axis in "YX"))
+    index = choose_channel(shape[axes.index("C")] if "C" in axes else 1, channel)
     spacing = _ome_spacing(tif, first) if tif.is_ome else _imagej_spacing(tif)
     if not several and first.dataoffset is not None:
-        check_size(name, shape, first.dtype, tif.filehandle.size - first.dataoffset)
+        check_size(shape, first.dtype, tif.filehandle.size - first.dataoffset)
         dtype = first.dtype.newbyteorder(tif.byteorder)
         data = np.memmap(path, dtype, "r", first.dataoffset, shape)
     else:
-        _check_pages(path, tif, chosen, shape)
+        _check_pages(tif, chosen, shape)
         loaded = [series.asarray() for series in chosen]
         data = (np.stack(loaded) if several else loaded[0]).reshape(shape)
     data = data.transpose([axes.index(axis) for axis in "CZYX" if axis in axes])
@@ -363,13 +351,13 @@ def _read_series(path: Path, tif: tifffile.TiffFile, channel: int | None) -> Sta
             # tifffile marks boolean arrays so, but stores them as they are.
             notes += ("a mask marked MinIsWhite by tifffile, kept as it is",)
         else:
-            data = _negative(name, data, page.bitspersample)
+            data = _negative(data, page.bitspersample)
             notes += ("stored with 0 as white (MinIsWhite), inverted",)
     return Stack(data, spacing, notes)
 
 
 def _choose_images(
-    name: str, tif: tifffile.TiffFile
+    tif: tifffile.TiffFile,
 ) -> tuple[list[tifffile.TiffPageSeries], tuple[str, ...]]:
     """The series of the largest stack, or of its slices, and a note if there are others."""
     groups: dict[tuple, list] = {}
@@ -384,12 +372,12 @@ def _choose_images(
     main = max(groups.values(), key=weight)
     first = main[0]
     if first.dtype is None:
-        raise VolumeError(f"{name}: its voxel type is none that TIFF defines; convert it")
+        raise VolumeError("its voxel type is none that TIFF defines; convert it")
     # Thumbnails, labels and smaller copies have other rows and columns than the image.
     alike = [s for s in tif.series if s.shape[-2:] == first.shape[-2:]]
     if len(alike) > 1 and (len(first.shape) != 2 or len(alike) > len(main)):
         raise VolumeError(
-            f"{name}: {len(alike)} separate images, the first of shape {alike[0].shape}, expected "
+            f"{len(alike)} separate images, the first of shape {alike[0].shape}, expected "
             "one 3D stack; save it as one, or each as a file"
         )
     if len(main) == len(tif.series):
@@ -398,13 +386,13 @@ def _choose_images(
     return main, (f"{len(tif.series)} images, of shapes {shapes}; the largest stack is used",)
 
 
-def _axes(name: str, axes: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
+def _axes(axes: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
     """Axes and shape without axes of length 1; the stack axis is named Z."""
     kept = [(a, n) for a, n in zip(axes, shape, strict=True) if n != 1 or a in "YX"]
     axes, shape = "".join(a for a, _ in kept), tuple(n for _, n in kept)
     if "S" in axes:
         raise VolumeError(
-            f"{name}: colour image with {shape[axes.index('S')]} samples per pixel, expected "
+            f"colour image with {shape[axes.index('S')]} samples per pixel, expected "
             "grey values; split its channels first, or, if they are slices, save it as grey "
             "(tifffile: photometric='minisblack')"
         )
@@ -413,16 +401,16 @@ def _axes(name: str, axes: str, shape: Sequence[int]) -> tuple[str, tuple[int, .
     if "Z" not in axes and len(unnamed) == 1:
         axes = axes.replace(unnamed[0], "Z")
     if len(shape) == 2:
-        check_shape(name, shape)
+        check_shape(shape)
     if sorted(axes) not in (sorted("ZYX"), sorted("CZYX")):
         raise VolumeError(
-            f"{name}: axes {axes} of shape {shape}, expected ZYX or CZYX; if its frames or "
+            f"axes {axes} of shape {shape}, expected ZYX or CZYX; if its frames or "
             "channels are slices, say so in the image's properties (ImageJ: Image > Properties)"
         )
     return axes, shape
 
 
-def _check_imagej(name: str, tif: tifffile.TiffFile, slices: int) -> None:
+def _check_imagej(tif: tifffile.TiffFile, slices: int) -> None:
     """Refuse a file with fewer images than ImageJ's header claims."""
     if not tif.is_imagej:
         return
@@ -431,42 +419,38 @@ def _check_imagej(name: str, tif: tifffile.TiffFile, slices: int) -> None:
     if claimed > slices or 1 < claimed < pages:
         laid = f" as {slices} channels times slices" if claimed == pages else ""
         raise VolumeError(
-            f"{name}: ImageJ's header claims {claimed:.0f} slices{laid}, found "
-            f"{max(slices, pages)}; the file is truncated, or the header another stack's: save it "
-            "again with ImageJ"
+            f"ImageJ's header claims {claimed:.0f} slices{laid}, found {max(slices, pages)}; the "
+            "file is truncated, or the header another stack's: save it again with ImageJ"
         )
 
 
 def _check_pages(
-    path: Path,
-    tif: tifffile.TiffFile,
-    chosen: Sequence[tifffile.TiffPageSeries],
-    shape: Sequence[int],
+    tif: tifffile.TiffFile, chosen: Sequence[tifffile.TiffPageSeries], shape: Sequence[int]
 ) -> None:
     """Refuse pages whose data are missing, leave their file, or are too few for `shape`."""
-    available, name = 0, path.name
-    for number, page in enumerate(page for series in chosen for page in series.pages):
+    available, pages = 0, [page for series in chosen for page in series.pages]
+    for number, page in enumerate(pages):
         if page is None and tif.is_ome:
-            lost = [file for file in _set_of(tif) if not _is_tiff(path.parent / file)]
+            found = {page.parent.filehandle.name for page in pages if page is not None}
+            lost = ", ".join(file for file in _set_of(tif) if file not in found)
             raise VolumeError(
-                f"{name}: slice {number} of its set of files is missing: {', '.join(lost)} not "
-                "found, or no TIFF; put all files of the set into one folder"
+                f"slice {number} of its set of files is missing: {lost} not found, or no TIFF; put "
+                "all files of the set into one folder"
             )
         # In a set of OME files, most pages are in other files.
-        file = (tif.pages.first if page is None else page).parent.filehandle
+        file = (tif if page is None else page.parent).filehandle
         if page is not None and page.parent is not tif:
-            _check_member(name, tif, page)
-        counts = () if page is None else page.databytecounts
-        offsets = () if page is None else page.dataoffsets
+            _check_member(tif, page)
+        counts, offsets = ((), ()) if page is None else (page.databytecounts, page.dataoffsets)
         ends = [o + n for o, n in zip(offsets, counts, strict=False)]
         if not ends or min(counts) <= 0 or max(ends) > file.size:
             raise VolumeError(
-                f"{name}: the data of page {number} are not within {file.name}, of {file.size} "
+                f"the data of page {number} are not within {file.name}, of {file.size} "
                 "bytes; it is truncated or damaged"
             )
         compression = int(page.keyframe.compression)
         available += sum(counts) * EXPANSION.get(compression, EXPANSION_OTHER)
-    check_size(name, shape, chosen[0].dtype, available)
+    check_size(shape, chosen[0].dtype, available)
 
 
 def files_read(path: Path) -> list[Path]:
@@ -484,7 +468,7 @@ def _set_of(tif: tifffile.TiffFile) -> dict[str, str]:
     return {html.unescape(file): uuid.strip() for file, uuid in named}
 
 
-def _check_member(name: str, tif: tifffile.TiffFile, page: tifffile.TiffPage) -> None:
+def _check_member(tif: tifffile.TiffFile, page: tifffile.TiffPage) -> None:
     """Refuse a page of another file if the set does not name this file."""
     file, first = page.parent.filehandle.name, tif.pages.first
     own = re.search(r'<OME\b[^>]* UUID="([^"]*)"', page.parent.ome_metadata or "")
@@ -492,24 +476,16 @@ def _check_member(name: str, tif: tifffile.TiffFile, page: tifffile.TiffPage) ->
     other = page.parent.pages.first
     if (own and wanted and own[1] != wanted) or other.shape != first.shape:
         raise VolumeError(
-            f"{name}: {file}, in its set of files, is another's (shape {other.shape}); "
+            f"{file}, in its set of files, is another's (shape {other.shape}); "
             "expected the file that was saved with it: copy the set again"
         )
 
 
-def _is_tiff(path: Path) -> bool:
-    try:
-        tifffile.TiffFile(path).close()
-    except (OSError, tifffile.TiffFileError):
-        return False
-    return True
-
-
-def _negative(name: str, data: np.ndarray, bits: Any) -> np.ndarray:
+def _negative(data: np.ndarray, bits: Any) -> np.ndarray:
     """Invert pixels whose 0 is white."""
     if data.dtype.kind == "f":
         raise VolumeError(
-            f"{name}: 0 is white (MinIsWhite) in voxels of {data.dtype}, which have no black; "
+            f"0 is white (MinIsWhite) in voxels of {data.dtype}, which have no black; "
             "invert and save it as MinIsBlack"
         )
     if data.dtype.kind != "u":
@@ -563,12 +539,12 @@ def read_npy(path: Path, begin: bytes) -> Header:
     except Exception as error:
         # Parsing a damaged header, a Python literal, fails in many ways.
         raise VolumeError(
-            f"{path.name}: its NumPy header cannot be read ({type(error).__name__}); save it again "
+            f"its NumPy header cannot be read ({type(error).__name__}); save it again "
             "with numpy.save"
         ) from error
     if dtype.hasobject or dtype.names:
         raise VolumeError(
-            f"{path.name}: holds Python objects or records, expected an array of numbers; if it is "
+            f"holds Python objects or records, expected an array of numbers; if it is "
             "Cellpose's, and you trust it, convert it in Python: import numpy; "
             f"numpy.save('out.npy', numpy.load({path.name!r}, allow_pickle=True).item()['masks'])"
         )
@@ -582,54 +558,43 @@ V3DRAW, V3DRAW5 = b"raw_image_stack_by_hpeng", b"raw5image_stack_by_hpeng"
 V3DPBD = b"v3d_volume_pkbitdf_encod"
 
 
-def _vaa3d_header(name: str, begin: bytes, code: str = "i") -> Header:
+def _vaa3d_header(begin: bytes, code: str = "i") -> Header:
     """A Vaa3D header with sizes of struct type `code`."""
     order = {b"L": "<", b"B": ">"}.get(begin[24:25])
     if order is None:
         raise VolumeError(
-            f"{name}: byte order {begin[24:25]!r}, expected b'L' or b'B'; the file is damaged"
+            f"byte order {begin[24:25]!r}, expected b'L' or b'B'; the file is damaged"
         )
     fields = struct.Struct(f"{order}h{5 if begin.startswith(V3DRAW5) else 4}{code}")
     if len(begin) < 25 + fields.size:
-        raise VolumeError(f"{name}: ends within its header; the file is truncated")
+        raise VolumeError("ends within its header; the file is truncated")
     kind, *sizes = fields.unpack_from(begin, 25)
     widths = {1: "u1", 2: "u2"} | ({} if begin.startswith(V3DPBD) else {4: "f4"})
     if kind not in widths:
         raise VolumeError(
-            f"{name}: voxel type {kind}, expected one of {', '.join(map(str, widths))} bytes; save "
+            f"voxel type {kind}, expected one of {', '.join(map(str, widths))} bytes; save "
             "it as .v3draw, 8 or 16 bit, with Vaa3D"
         )
     return Header(tuple(sizes[::-1]), np.dtype(order + widths[kind]), 0, 25 + fields.size)
 
 
 def read_v3draw(path: Path, begin: bytes) -> Header:
-    size, header = path.stat().st_size, _vaa3d_header(path.name, begin)
-
     def fills(header: Header) -> bool:
         claimed = prod(header.shape) * header.dtype.itemsize + header.offset
-        return claimed == size and min(header.shape) > 0
+        return claimed == path.stat().st_size and min(header.shape) > 0
 
-    if not fills(header):
-        # Early versions of Vaa3D wrote the sizes as 2-byte integers.
-        short = _vaa3d_header(path.name, begin, "h")
-        header = short if fills(short) else header
+    # Early versions of Vaa3D wrote the sizes as 2-byte integers.
+    headers = [_vaa3d_header(begin, code) for code in "ih"]
+    header = next(filter(fills, headers), headers[0])
     if len(header.shape) == 4:
         return header
     if header.shape[0] != 1:
-        raise VolumeError(
-            f"{path.name}: a series of {header.shape[0]} time points, expected one 3D stack"
-        )
+        raise VolumeError(f"a series of {header.shape[0]} time points, expected one 3D stack")
     return replace(header, shape=header.shape[1:])
 
 
 def read_v3dpbd(path: Path, begin: bytes) -> Header:
-    header = _vaa3d_header(path.name, begin)
-
-    def unpack() -> np.ndarray:
-        packed = path.read_bytes()[header.offset :]
-        return _pbd_unpack(path.name, packed, header.dtype, header.shape)
-
-    return replace(header, unpack=unpack)
+    return replace(_vaa3d_header(begin), unpack=_pbd_unpack)
 
 
 # For voxels of 1 and 2 bytes: the first code of each class of runs, and its bits per difference.
@@ -639,25 +604,26 @@ _PBD = {1: ((0, 33, 128), (0, 2, 0)), 2: ((0, 32, 80, 183, 223), (0, 3, 4, 5, 0)
 _PBD_RUNS = 1 << 16
 
 
-def _pbd_unpack(name: str, packed: bytes, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+def _pbd_unpack(path: Path, header: Header) -> np.ndarray:
     """Voxels of a packed stream, in native byte order.
 
     A code byte starts a run of literals, of differences to the previous voxel, or of one repeated
     value. All codes are read before anything is allocated.
     """
-    kind, total = dtype.itemsize, prod(shape)
+    packed = path.read_bytes()[header.offset :]
+    shape, kind, total = header.shape, header.dtype.itemsize, prod(header.shape)
     begins, widths = (np.array(part) for part in _PBD[kind])
     group = np.searchsorted(begins, np.arange(256), side="right") - 1
     lengths, bits = np.arange(1, 257) - begins[group], widths[group]
     literal, difference = group == 0, bits > 0
-    at = _pbd_codes(name, packed, np.where(literal, lengths * kind, kind), lengths * bits)
+    at = _pbd_codes(packed, np.where(literal, lengths * kind, kind), lengths * bits)
     data = np.frombuffer(packed + bytes(2), np.uint8)
     codes = data[at]
     if len(codes) and difference[codes[0]]:
-        raise VolumeError(f"{name}: begins with a difference to no voxel; the file is damaged")
+        raise VolumeError("begins with a difference to no voxel; the file is damaged")
     if (unpacked := int(lengths[codes].sum())) != total:
         raise VolumeError(
-            f"{name}: header claims {shape} (c, z, y, x) = {total} voxels, its data unpack to "
+            f"header claims {shape} (c, z, y, x) = {total} voxels, its data unpack to "
             f"{unpacked}; the file is truncated or damaged"
         )
     voxels, done = np.empty(total, f"u{kind}"), 0
@@ -671,7 +637,7 @@ def _pbd_unpack(name: str, packed: bytes, dtype: np.dtype, shape: tuple[int, ...
         first = begin + np.where(literal[code], place * kind, 0)
         value = data[first].astype(np.int64)
         if kind == 2:
-            low, high = (first + 1, first) if dtype.str[0] == ">" else (first, first + 1)
+            low, high = (first + 1, first) if header.dtype.str[0] == ">" else (first, first + 1)
             value = data[low] | data[high].astype(np.int64) << 8
         # Differences fill a byte from the lowest bits (1-byte voxels) or the highest (2-byte).
         # Numbers above half of the range are negative.
@@ -689,7 +655,7 @@ def _pbd_unpack(name: str, packed: bytes, dtype: np.dtype, shape: tuple[int, ...
     return voxels.reshape(shape)
 
 
-def _pbd_codes(name: str, packed: bytes, stored: np.ndarray, bits: np.ndarray) -> np.ndarray:
+def _pbd_codes(packed: bytes, stored: np.ndarray, bits: np.ndarray) -> np.ndarray:
     """Place of each run's code; by code, a run has `bits`, or if 0 `stored` bytes."""
     sizes = (1 + np.where(bits > 0, -(-bits // 8), stored)).tolist()
     starts, position, end = [], 0, len(packed)
@@ -697,7 +663,7 @@ def _pbd_codes(name: str, packed: bytes, stored: np.ndarray, bits: np.ndarray) -
         starts.append(position)
         position += sizes[packed[position]]
     if position > end:
-        raise VolumeError(f"{name}: ends within a run of voxels; the file is truncated")
+        raise VolumeError("ends within a run of voxels; the file is truncated")
     return np.array(starts, np.int64)
 
 
@@ -711,11 +677,10 @@ NRRD_TYPES |= {f"{sign}long{gap}long": f"{sign or 'i'}8" for sign in ("", "u") f
 
 def read_nrrd(path: Path, begin: bytes) -> Header:
     """Read a NRRD with attached data, raw or gzip (http://teem.sourceforge.net/nrrd/)."""
-    name = path.name
     head = re.match(rb".*?\n(?=[ \t]*\r?\n)", begin, re.DOTALL)
     if not head:
         raise VolumeError(
-            f"{name}: no empty line after the header; its data are in another file or "
+            "no empty line after the header; its data are in another file or "
             "cut off, expected both in one .nrrd file"
         )
     offset = begin.index(b"\n", head.end()) + 1
@@ -724,8 +689,7 @@ def read_nrrd(path: Path, begin: bytes) -> Header:
     for key in ("data file", "datafile", "line skip", "lineskip", "byte skip", "byteskip"):
         if fields.get(key, "0") != "0":
             raise VolumeError(
-                f"{name}: header with {key!r}, expected header and data in one .nrrd file; "
-                "save it attached"
+                f"header with {key!r}, expected header and data in one .nrrd file; save it attached"
             )
     try:
         shape = tuple(int(n) for n in fields["sizes"].split())[::-1]
@@ -734,21 +698,19 @@ def read_nrrd(path: Path, begin: bytes) -> Header:
         encoding = fields["encoding"].lower()
     except (KeyError, ValueError) as error:
         raise VolumeError(
-            f"{name}: NRRD header lacks a usable sizes, type or encoding ({error}); export it again"
+            f"NRRD header lacks a usable sizes, type or encoding ({error}); export it again"
         ) from error
     if encoding not in ("raw", "gzip", "gz"):
-        raise VolumeError(f"{name}: encoding {encoding!r}, expected raw or gzip; save it as raw")
+        raise VolumeError(f"encoding {encoding!r}, expected raw or gzip; save it as raw")
     dtype = np.dtype({"big": ">"}.get(fields.get("endian", "little").lower(), "<") + code)
     axis, spacing = _nrrd_axes(fields, len(shape))
-    header = Header(shape, dtype, axis, offset, spacing=spacing)
-    if encoding == "raw":
-        return header
-    return replace(header, unpack=lambda: _gunzip(path, header))
+    unpack = None if encoding == "raw" else _gunzip
+    return Header(shape, dtype, axis, offset, spacing=spacing, unpack=unpack)
 
 
 def _gunzip(path: Path, header: Header) -> np.ndarray:
     available = (path.stat().st_size - header.offset) * EXPANSION[8]
-    check_size(path.name, header.shape, header.dtype, available)
+    check_size(header.shape, header.dtype, available)
     try:
         with open(path, "rb") as file:
             file.seek(header.offset)
@@ -761,8 +723,8 @@ def _gunzip(path: Path, header: Header) -> np.ndarray:
                 if "CRC" in str(error):
                     raise  # other bytes after the data do not matter
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise VolumeError(f"{path.name}: gzip data are damaged ({error}); export again") from error
-    check_size(path.name, header.shape, header.dtype, len(unpacked))
+        raise VolumeError(f"gzip data are damaged ({error}); export again") from error
+    check_size(header.shape, header.dtype, len(unpacked))
     return np.frombuffer(unpacked, header.dtype).reshape(header.shape)
 
 
@@ -906,7 +868,6 @@ def _chunk_files(folder: Path, ndim: int) -> Iterator[tuple[int, ...]]:
 
 def read_zarr(path: Path, channel: int | None) -> Stack:
     """Open the largest level of an OME-Zarr image (NGFF 0.4, 0.5; ngff.openmicroscopy.org)."""
-    name = path.name
     try:
         array, axes, spacing, images = _open_multiscale(path)
         shape, chunks, dtype = tuple(array.shape), tuple(array.chunks), np.dtype(array.dtype)
@@ -915,30 +876,30 @@ def read_zarr(path: Path, channel: int | None) -> Stack:
     except Exception as error:
         # Metadata are any JSON, and zarr has its own errors.
         raise VolumeError(
-            f"{name}: not an OME-Zarr image ({type(error).__name__}: {_first_line(error)}); "
+            f"not an OME-Zarr image ({type(error).__name__}: {_first_line(error)}); "
             f"expected multiscales with axes and datasets{_inside(path)}"
         ) from error
     if axes[-3:] != ["z", "y", "x"] or len(axes) != len(shape) or axes.count("c") > 1:
         raise VolumeError(
-            f"{name}: axes {axes} of shape {shape}, expected them to end with z, y, x; export it "
+            f"axes {axes} of shape {shape}, expected them to end with z, y, x; export it "
             "as (channel, z, y, x)"
         )
-    check_type(name, dtype)
+    check_type(dtype)
     for axis, n in zip(axes[:-3], shape, strict=False):
         if n < 1 or (axis != "c" and n != 1):
             what = "time points" if axis == "t" else f"images along {axis!r}"
-            raise VolumeError(f"{name}: a series of {n} {what}, expected one 3D stack")
-    check_shape(name, shape[-3:])
+            raise VolumeError(f"a series of {n} {what}, expected one 3D stack")
+    check_shape(shape[-3:])
     smallest = min(*chunks, *(getattr(array, "shards", None) or chunks))
     if smallest < 1 or prod(chunks) * dtype.itemsize > CHUNK_BYTES:
         raise VolumeError(
-            f"{name}: chunks of {chunks} voxels, expected 1 byte to 2 GiB each; it is damaged, or "
+            f"chunks of {chunks} voxels, expected 1 byte to 2 GiB each; it is damaged, or "
             "write it again in other chunks"
         )
-    index = choose_channel(name, shape[axes.index("c")] if "c" in axes else 1, channel)
+    index = choose_channel(shape[axes.index("c")] if "c" in axes else 1, channel)
     fixed = tuple(index if axis == "c" else 0 for axis in axes[:-3])
     notes = () if images == 1 else (f"{images} images; the first is used",)
-    return Stack(LazyStack(name, array, fixed, path / array.path), spacing, notes)
+    return Stack(LazyStack(path.name, array, fixed, path / array.path), spacing, notes)
 
 
 def _inside(path: Path) -> str:
@@ -960,9 +921,7 @@ def _open_multiscale(path: Path) -> tuple[Any, list[str], Spacing, int]:
     if "bioformats2raw.layout" in attributes.get("ome", attributes):
         # The converter's folder of images, usually with one.
         if "1" in group:
-            raise VolumeError(
-                f"{path.name}: several images, expected one; name it, as {path.name}/0"
-            )
+            raise VolumeError(f"several images, expected one; name it, as {path.name}/0")
         group = group["0"]
         attributes = dict(group.attrs)
     images = attributes.get("ome", attributes)["multiscales"]
