@@ -57,45 +57,34 @@ def v3dpbd(seed, shape, kind, order="<"):
     """Bytes of a .v3dpbd file made of random runs, and the voxels (c, z, y, x) they stand for."""
     rng = np.random.default_rng(seed)
     total, packed, voxels = int(np.prod(shape)), bytearray(), []
-    top = 256**kind
+    top, letter = 256**kind, "BH"[kind - 1]
     while len(voxels) < total:
-        room = total - len(voxels)
         choice = rng.integers(3) if voxels else 0
+        n = min(total - len(voxels), int(rng.integers(1, (33, 30, 40)[choice])))
         if choice == 0:
-            n = min(room, int(rng.integers(1, 33)))
             values = rng.integers(0, top, n).tolist()
             packed.append(n - 1)
-            for value in values:
-                packed += struct.pack(order + ("B" if kind == 1 else "H"), value)
+            packed += struct.pack(f"{order}{n}{letter}", *values)
         elif choice == 1:
-            n = min(room, int(rng.integers(1, 30)))
-            value = int(rng.integers(0, top))
-            values = [value] * n
+            values = [int(rng.integers(0, top))] * n
             packed.append((127 if kind == 1 else 222) + n)
-            packed += struct.pack(order + ("B" if kind == 1 else "H"), value)
+            packed += struct.pack(order + letter, values[0])
         else:
-            n = min(room, int(rng.integers(1, 48)))
+            # Three bits a step, first step highest: 0 to 4, and 5, 6, 7 for -1, -2, -3. Two, four
+            # and five bits alike; but of two, for 1-byte voxels, the first step is lowest.
+            width = 2 if kind == 1 else int(rng.integers(3, 6))
+            half, codes = 1 << width - 1, rng.integers(0, 1 << width, n).tolist()
+            packed.append({2: 32, 3: 31, 4: 79, 5: 182}[width] + n)
+            words = [f"{code:0{width}b}" for code in codes]
             if kind == 1:
-                # Two bits a step, first step lowest: 0, 1, 2 and 3 for -1.
-                codes = rng.integers(0, 4, n).tolist()
-                steps = [-1 if c == 3 else c for c in codes]
-                packed.append(32 + n)
-                for at in range(0, n, 4):
-                    packed.append(sum(c << 2 * k for k, c in enumerate(codes[at : at + 4])))
-            else:
-                # Three bits a step, first step highest: 0 to 4, and 5, 6, 7 for -1, -2, -3. Four
-                # and five bits alike.
-                width, n = int(rng.integers(3, 6)), min(n, 40)
-                half = 1 << width - 1
-                codes = rng.integers(0, 2 * half, n).tolist()
-                steps = [half - c if c > half else c for c in codes]
-                packed.append({3: 31, 4: 79, 5: 182}[width] + n)
-                bits = "".join(f"{c:0{width}b}" for c in codes)
-                bits += "0" * (-len(bits) % 8)
-                packed += bytes(int(bits[k : k + 8], 2) for k in range(0, len(bits), 8))
-            values = []
-            for step in steps:
-                values.append(((values or voxels)[-1] + step) % top)
+                words = ["".join(words[k : k + 4][::-1]).rjust(8, "0") for k in range(0, n, 4)]
+            bits = "".join(words)
+            bits += "0" * (-len(bits) % 8)
+            packed += int(bits, 2).to_bytes(len(bits) // 8, "big")
+            values = voxels[-1:]
+            for code in codes:
+                values.append((values[-1] + (half - code if code > half else code)) % top)
+            del values[0]
         voxels += values
     head = b"v3d_volume_pkbitdf_encod" + (b"L" if order == "<" else b"B")
     head += struct.pack(f"{order}h4i", kind, *shape[::-1])
@@ -120,6 +109,31 @@ def save(folder, content, name):
     return path
 
 
+def reads(path, data, spacing=None, **options):
+    """The volume read from a file, after a comparison with its voxels and perhaps its spacing."""
+    volume = read_volume(path, **options)
+    assert np.array_equal(volume.data[:], data)
+    assert volume.data.dtype == data.dtype.newbyteorder("=")
+    assert volume.data.dtype.isnative
+    assert spacing is None or volume.spacing == pytest.approx(spacing)
+    return volume
+
+
+def tiff(path, data, **options):
+    tifffile.imwrite(path, data, **{"photometric": "minisblack"} | options)
+    return path
+
+
+def peak_of(call, *arguments, **options):
+    """Peak of the memory that Python allocates in a call."""
+    tracemalloc.start()
+    try:
+        call(*arguments, **options)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
 def refused(path, words, **options):
     """Assert that reading fails with one line that begins with the file's name."""
     with pytest.raises(VolumeError, match=words) as caught:
@@ -136,13 +150,8 @@ def refused(path, words, **options):
 @pytest.mark.parametrize("compression", [None, "zlib"])
 def test_plain_tiff(tmp_path, dtype, order, compression):
     data = stack(dtype)
-    path = tmp_path / "a.tif"
-    tifffile.imwrite(path, data, byteorder=order, compression=compression, photometric="minisblack")
-    volume = read_volume(path)
-    assert np.array_equal(volume.data, data)
-    assert volume.data.dtype == np.dtype(dtype)
-    assert volume.data.dtype.isnative
-    assert volume.spacing == (1, 1, 1)
+    path = tiff(tmp_path / "a.tif", data, byteorder=order, compression=compression)
+    volume = reads(path, data, (1, 1, 1))
     mapped = compression is None and np.dtype(order + data.dtype.str[1:]).isnative
     assert isinstance(volume.data, np.memmap) == mapped
 
@@ -153,57 +162,47 @@ def test_tiff_of_slices_written_one_by_one(tmp_path):
         with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
             for page in data:
                 writer.write(page, contiguous=False, metadata=metadata, photometric="minisblack")
-        assert np.array_equal(read_volume(tmp_path / "a.tif").data, data)
+        reads(tmp_path / "a.tif", data)
 
 
-def test_imagej_negative_spacing_is_a_distance(tmp_path):
-    path = tmp_path / "a.tif"
+def test_a_negative_spacing_is_a_distance_and_a_printing_resolution_none(tmp_path):
     metadata = {"axes": "ZYX", "spacing": -2.0, "unit": "um"}
-    tifffile.imwrite(path, stack(), imagej=True, metadata=metadata)
+    path = tiff(tmp_path / "a.tif", stack(), imagej=True, metadata=metadata)
     assert read_volume(path).spacing == (2, 1, 1)
-
-
-def test_printing_resolution_is_no_spacing(tmp_path):
-    path = tmp_path / "a.tif"
-    tifffile.imwrite(
-        path, stack(), resolution=(72, 72), resolutionunit="INCH", photometric="minisblack"
-    )
+    tiff(path, stack(), resolution=(72, 72), resolutionunit="INCH")
     assert read_volume(path).spacing == (1, 1, 1)
 
 
 @pytest.mark.parametrize("axes", ["ZCYX", "CZYX"])
 def test_channels_of_tiff(tmp_path, axes):
     data = np.stack([stack("uint16", seed=k) for k in range(3)], axis=axes.index("C"))
-    path = tmp_path / "a.ome.tif"
-    tifffile.imwrite(path, data, metadata={"axes": axes}, photometric="minisblack")
+    path = tiff(tmp_path / "a.ome.tif", data, metadata={"axes": axes})
     refused(path, r"3 channels \(0 to 2\)")
-    refused(path, "channel 3 asked for", channel=3)
-    refused(path, "channel -1 asked for", channel=-1)
+    for channel in (3, -1):
+        refused(path, f"channel {channel} asked for", channel=channel)
     for k in range(3):
-        assert np.array_equal(read_volume(path, channel=k).data, stack("uint16", seed=k))
-
-
-def test_single_channel_accepts_channel_zero_only(tmp_path):
-    path = tmp_path / "a.tif"
-    tifffile.imwrite(path, stack(), photometric="minisblack")
-    assert np.array_equal(read_volume(path, channel=0).data, stack())
+        reads(path, stack("uint16", seed=k), channel=k)
+    # A single channel has the number 0.
+    reads(tiff(path, stack()), stack(), channel=0)
     refused(path, "channel 1 asked for", channel=1)
 
 
-def test_tiffs_that_are_no_volume(tmp_path):
-    path = tmp_path / "a.tif"
-    tifffile.imwrite(path, stack()[0])
-    refused(path, r"expected a 3D stack, got shape \(5, 6\); a single slice is not a volume")
-    tifffile.imwrite(path, stack(shape=(4, 5, 6, 3)), photometric="rgb")
-    refused(path, "colour image with 3 samples")
-    tifffile.imwrite(path, stack(shape=(5, 6, 3)), photometric="rgb")
-    refused(path, "colour image with 3 samples")
-    tifffile.imwrite(path, stack(shape=(2, 4, 5, 6)), imagej=True, metadata={"axes": "TZYX"})
-    refused(path, "axes TZYX")
-    tifffile.imwrite(path, stack(), imagej=True, metadata={"axes": "CYX"})
-    refused(path, "channels are slices")
-    tifffile.imwrite(path, stack().astype(complex), photometric="minisblack")
-    refused(path, "complex")
+SINGLE = r"expected a 3D stack, got shape \(5, 6\); a single slice is not a volume"
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "words"),
+    [
+        (stack()[0], {}, SINGLE),
+        (stack(shape=(4, 5, 6, 3)), {"photometric": "rgb"}, "colour image with 3 samples"),
+        (stack(shape=(5, 6, 3)), {"photometric": "rgb"}, "colour image with 3 samples"),
+        (stack(shape=(2, 4, 5, 6)), {"imagej": True, "metadata": {"axes": "TZYX"}}, "axes TZYX"),
+        (stack(), {"imagej": True, "metadata": {"axes": "CYX"}}, "channels are slices"),
+        (stack().astype(complex), {}, "complex"),
+    ],
+)
+def test_tiffs_that_are_no_volume(tmp_path, data, options, words):
+    refused(tiff(tmp_path / "a.tif", data, **options), words)
 
 
 def test_tiff_of_several_images(tmp_path):
@@ -217,17 +216,14 @@ def test_tiff_of_several_images(tmp_path):
         with tifffile.TiffWriter(path) as writer:
             for shape in shapes:
                 writer.write(stack(shape=shape), photometric="minisblack")
-        volume = read_volume(path)
-        assert np.array_equal(volume.data, stack(shape=(4, 5, 6)))
-        assert "3 images" in volume.notes[0]
+        assert "3 images" in reads(path, stack(shape=(4, 5, 6))).notes[0]
     # Neither is a colour overview or a single picture with more pixels than the stack.
     with tifffile.TiffWriter(path) as writer:
         writer.write(stack(shape=(30, 40, 3)), photometric="rgb")
         writer.write(stack(shape=(50, 60)), photometric="minisblack")
         for page in stack(shape=(4, 5, 6)):
             writer.write(page, contiguous=False, metadata=None, photometric="minisblack")
-    volume = read_volume(path)
-    assert np.array_equal(volume.data, stack(shape=(4, 5, 6)))
+    volume = reads(path, stack(shape=(4, 5, 6)))
     assert "(30, 40, 3), (50, 60), (4, 5, 6); the largest stack is used" in volume.notes[0]
 
 
@@ -235,12 +231,9 @@ def test_several_ome_images_have_each_their_own_spacing(tmp_path):
     path = tmp_path / "a.ome.tif"
     with tifffile.TiffWriter(path, ome=True) as writer:
         for shape, size in (((2, 3, 4), 8.0), ((4, 5, 6), 2.0)):
-            sizes = {f"PhysicalSize{axis}": size for axis in "XYZ"}
-            metadata = {"axes": "ZYX", **sizes}
+            metadata = {"axes": "ZYX"} | {f"PhysicalSize{axis}": size for axis in "XYZ"}
             writer.write(stack(shape=shape), photometric="minisblack", metadata=metadata)
-    volume = read_volume(path)
-    assert volume.data.shape == (4, 5, 6)
-    assert volume.spacing == (2, 2, 2)
+    reads(path, stack(shape=(4, 5, 6)), (2, 2, 2))
 
 
 def ome_set(folder, data, binary_only=False):
@@ -270,24 +263,25 @@ def test_sets_of_ome_files(tmp_path):
     data = stack("uint16", (5, 60, 70))
     data[0] = 0  # compressed, far smaller than the others
     ome_set(tmp_path, data)
-    for k in range(5):
-        assert np.array_equal(read_volume(tmp_path / f"s{k}.ome.tif").data, data)
-    content = (tmp_path / "s3.ome.tif").read_bytes()
-    (tmp_path / "s3.ome.tif").unlink()
-    refused(tmp_path / "s1.ome.tif", r"slice 3 .* missing: s3\.ome\.tif not found")
-    (tmp_path / "s3.ome.tif").write_bytes(content[: len(content) // 2])
-    refused(tmp_path / "s1.ome.tif", "slice 3|page 3|cannot be read")
+    files = [tmp_path / f"s{k}.ome.tif" for k in range(5)]
+    for file in files:
+        reads(file, data)
+    content = files[3].read_bytes()
+    files[3].unlink()
+    refused(files[1], r"slice 3 .* missing: s3\.ome\.tif not found")
+    files[3].write_bytes(content[: len(content) // 2])
+    refused(files[1], "slice 3|page 3|cannot be read")
     for wrong in (b"", b"no TIFF at all"):
-        (tmp_path / "s3.ome.tif").write_bytes(wrong)
-        refused(tmp_path / "s1.ome.tif", r"slice 3 .* missing: s3\.ome\.tif not found, or no TIFF")
+        files[3].write_bytes(wrong)
+        refused(files[1], r"slice 3 .* missing: s3\.ome\.tif not found, or no TIFF")
     # Another slice of the set under its name, and an image of another size.
-    (tmp_path / "s3.ome.tif").write_bytes((tmp_path / "s4.ome.tif").read_bytes())
-    refused(tmp_path / "s1.ome.tif", r"s3\.ome\.tif, in its set of files, is another's")
-    tifffile.imwrite(tmp_path / "s3.ome.tif", data[3, :9, :9].copy())
-    refused(tmp_path / "s1.ome.tif", r"s3\.ome\.tif, in its set of files, .*shape \(9, 9\)")
+    files[3].write_bytes(files[4].read_bytes())
+    refused(files[1], r"s3\.ome\.tif, in its set of files, is another's")
+    tifffile.imwrite(files[3], data[3, :9, :9].copy())
+    refused(files[1], r"s3\.ome\.tif, in its set of files, .*shape \(9, 9\)")
     ome_set(tmp_path, data, binary_only=True)
-    assert np.array_equal(read_volume(tmp_path / "s0.ome.tif").data, data)
-    refused(tmp_path / "s2.ome.tif", r"that s0\.ome\.tif describes; read that file")
+    reads(files[0], data)
+    refused(files[2], r"that s0\.ome\.tif describes; read that file")
 
 
 @given(
@@ -306,25 +300,20 @@ def test_min_is_white_is_inverted_unless_imagej_wrote_it(
     options = {"plain": {}, "ome": {"ome": True}, "imagej": {"imagej": True}}[writer]
     options |= {"byteorder": order, "compression": compression, "metadata": {"axes": "ZYX"}}
     options |= {"software": "another"}
-    tifffile.imwrite(path, data, photometric="miniswhite", **options)
-    volume = read_volume(path)
+    tiff(path, data, photometric="miniswhite", **options)
     if writer == "imagej":
-        assert np.array_equal(volume.data, data)
-        assert volume.notes == ()
+        assert reads(path, data).notes == ()
     else:
         top = 1 if dtype == "bool" else np.iinfo(dtype).max + np.iinfo(dtype).min
-        assert np.array_equal(volume.data.astype(np.int64), top - data.astype(np.int64))
-        assert "MinIsWhite" in volume.notes[0]
-    tifffile.imwrite(path, data, photometric="minisblack", **options)
-    assert np.array_equal(read_volume(path).data, data)
+        expected = (top - data.astype(np.int64)).astype(dtype)
+        assert "MinIsWhite" in reads(path, expected).notes[0]
+    reads(tiff(path, data, **options), data)
 
 
 def test_masks_of_tifffile_are_kept(tmp_path):
     """tifffile marks boolean arrays as MinIsWhite and stores 1 for True."""
     tifffile.imwrite(tmp_path / "a.tif", stack() > 90)
-    volume = read_volume(tmp_path / "a.tif")
-    assert np.array_equal(volume.data, stack() > 90)
-    assert "kept" in volume.notes[0]
+    assert "kept" in reads(tmp_path / "a.tif", stack() > 90).notes[0]
 
 
 def test_min_is_white_as_pillow_shows_it(tmp_path):
@@ -334,8 +323,7 @@ def test_min_is_white_as_pillow_shows_it(tmp_path):
         pages[0].save(path, save_all=True, append_images=pages[1:], tiffinfo={262: white})
         shown = [np.asarray(frame.copy()) for frame in ImageSequence.Iterator(Image.open(path))]
         assert np.array_equal(read_volume(path).data, shown)
-    tifffile.imwrite(tmp_path / "f.tif", stack("float32"), photometric="miniswhite")
-    refused(tmp_path / "f.tif", "MinIsWhite")
+    refused(tiff(tmp_path / "f.tif", stack("float32"), photometric="miniswhite"), "MinIsWhite")
 
 
 def test_a_table_of_greys_that_falls_is_used(tmp_path):
@@ -358,14 +346,13 @@ def test_compressions_of_other_writers(tmp_path, compression):
     pages = [Image.fromarray(page) for page in data]
     path = tmp_path / "a.tif"
     pages[0].save(path, save_all=True, append_images=pages[1:], compression=compression)
-    assert np.array_equal(read_volume(path).data, data)
+    reads(path, data)
 
 
 @pytest.mark.parametrize("compression", ["zstd", "lzma", "jpeg2000", "lerc"])
 def test_other_compressions_of_tifffile(tmp_path, compression):
     data = stack("uint8", (5, 40, 50))
-    tifffile.imwrite(tmp_path / "a.tif", data, compression=compression, photometric="minisblack")
-    assert np.array_equal(read_volume(tmp_path / "a.tif").data, data)
+    reads(tiff(tmp_path / "a.tif", data, compression=compression), data)
 
 
 def test_imagejs_header_and_pages_belong_together(tmp_path, capfd):
@@ -378,10 +365,9 @@ def test_imagejs_header_and_pages_belong_together(tmp_path, capfd):
                 description = None if k else text
                 writer.write(page, description=description, metadata=None, contiguous=contiguous)
         refused(path, rf"claims {images} slices, found 5")
-    tifffile.imwrite(
-        path, stack(shape=(5, 20, 30)), description="ImageJ=1.54f\nimages=5\nslices=2\n",
-        metadata=None, contiguous=False,
-    )  # fmt: skip
+    text = "ImageJ=1.54f\nimages=5\nslices=2\n"
+    options = {"description": text, "metadata": None, "contiguous": False}
+    tifffile.imwrite(path, stack(shape=(5, 20, 30)), **options)
     refused(path, "claims 5 slices as 2 channels times slices, found 5")
     assert capfd.readouterr().err == ""
 
@@ -405,8 +391,7 @@ RATIO = ["pixel", "pixels"]
 def ome_with(path, values, units):
     fields = {f"PhysicalSize{a}": v for a, v in zip("ZYX", values, strict=True) if v is not None}
     fields |= {f"PhysicalSize{a}Unit": u for a, u in zip("ZYX", units, strict=True)}
-    options = {"photometric": "minisblack", "metadata": {"axes": "ZYX", **fields}}
-    tifffile.imwrite(path, stack(), ome=True, **options)
+    tiff(path, stack(), ome=True, metadata={"axes": "ZYX", **fields})
 
 
 def imagej_with(path, values, units):
@@ -416,8 +401,7 @@ def imagej_with(path, values, units):
     per_unit = [0 if d is None else 1 / d for d in (dx, dy)]
     text = text.replace("µ", "\\u00B5").replace("\u03bc", "\\u00B5")
     options = {"resolution": per_unit, "resolutionunit": 1, "metadata": None}
-    options["description"] = text.encode("ascii")
-    tifffile.imwrite(path, stack(), photometric="minisblack", **options)
+    tiff(path, stack(), description=text.encode("ascii"), **options)
 
 
 def nrrd_with(path, values, units):
@@ -495,14 +479,11 @@ def test_without_a_unit_the_ratio_is_kept_and_said(tmp_path, name):
 
 
 def test_imagej_without_unit_and_spacing_invents_no_ratio(tmp_path):
-    path = tmp_path / "a.tif"
-    tifffile.imwrite(path, stack(), imagej=True, resolution=(10, 10), metadata={"axes": "ZYX"})
-    volume = read_volume(path)
-    assert volume.spacing == (1, 1, 1)
-    assert "spacing missing" in volume.unknown
+    path, metadata = tmp_path / "a.tif", {"axes": "ZYX"}
+    tiff(path, stack(), imagej=True, resolution=(10, 10), metadata=metadata)
+    assert "spacing missing" in reads(path, stack(), (1, 1, 1)).unknown
     # With a unit, ImageJ leaves out a spacing of 1.
-    metadata = {"axes": "ZYX", "unit": "micron"}
-    tifffile.imwrite(path, stack(), imagej=True, resolution=(4, 4), metadata=metadata)
+    tiff(path, stack(), imagej=True, resolution=(4, 4), metadata=metadata | {"unit": "micron"})
     assert read_volume(path).spacing == (1, 0.25, 0.25)
 
 
@@ -533,19 +514,16 @@ def test_tiff_truncated_anywhere_is_refused(tmp_path):
         "big.tif": {"bigtiff": True},
         "ij.tif": {"imagej": True, "metadata": {"axes": "ZYX"}},
     }.items():
-        path = tmp_path / name
-        tifffile.imwrite(path, stack("uint16"), photometric="minisblack", **options)
+        path = tiff(tmp_path / name, stack("uint16"), **options)
         content = path.read_bytes()
         refusals = 0
         for size in range(0, len(content), 7):
             path.write_bytes(content[:size])
             try:
-                volume = read_volume(path)
+                # Without the bytes after the last voxel the volume is still whole.
+                reads(path, stack("uint16"))
             except VolumeError:
                 refusals += 1
-                continue
-            # Without the bytes after the last voxel the volume is still whole.
-            assert np.array_equal(volume.data, stack("uint16"))
         assert refusals > (len(content) - 20) // 7 - 2
 
 
@@ -557,25 +535,22 @@ def test_tiff_truncated_anywhere_is_refused(tmp_path):
 def test_npy(tmp_path, order, dtype):
     data = np.asarray(stack("uint16") % 7, order=order).astype(dtype)
     np.save(tmp_path / "a.npy", data)
-    volume = read_volume(tmp_path / "a.npy")
-    assert np.array_equal(volume.data, data)
-    assert volume.data.dtype.isnative
+    volume = reads(tmp_path / "a.npy", data)
     assert isinstance(volume.data, np.memmap) == data.dtype.isnative
 
 
 def test_npy_refusals(tmp_path):
     path = tmp_path / "a.npy"
-    np.save(path, np.array([[[{}]]] * 3), allow_pickle=True)
-    refused(path, "Python objects")
-    np.save(path, stack()[0])
-    refused(path, "single slice")
-    np.save(path, stack(shape=(2, 4, 5, 6)))
-    refused(path, r"2 channels \(0 to 1\)")
-    assert read_volume(path, channel=1).data.shape == (4, 5, 6)
-    np.save(path, stack()[:, :0])
-    refused(path, "expected positive numbers")
-    np.save(path, stack().astype(complex))
-    refused(path, "complex")
+    for data, words in (
+        (np.array([[[{}]]] * 3), "Python objects"),
+        (stack()[0], "single slice"),
+        (stack()[:, :0], "expected positive numbers"),
+        (stack().astype(complex), "complex"),
+        (stack(shape=(2, 4, 5, 6)), r"2 channels \(0 to 1\)"),
+    ):
+        np.save(path, data, allow_pickle=True)
+        refused(path, words)
+    reads(path, data[1], channel=1)
     path.write_bytes(b"not numpy at all, but long enough to hold a header")
     refused(path, "does not begin like a .npy file")
     path.write_bytes(b"\x93NUMPY\x01\x00\x10\x00not a dictionary")
@@ -590,11 +565,7 @@ def test_npy_refusals(tmp_path):
 @pytest.mark.parametrize(("code", "dims"), [("i", 4), ("h", 4), ("i", 5)])
 def test_v3draw(tmp_path, dtype, order, code, dims):
     data = stack(dtype)
-    path = save(tmp_path, v3draw(data, order, code, dims), "a.v3draw")
-    volume = read_volume(path)
-    assert np.array_equal(volume.data, data)
-    assert volume.data.dtype == np.dtype(dtype)
-    assert volume.data.dtype.isnative
+    volume = reads(save(tmp_path, v3draw(data, order, code, dims), "a.v3draw"), data)
     if order == "<" or dtype == "uint8":
         assert isinstance(volume.data, np.memmap)
 
@@ -604,7 +575,7 @@ def test_v3draw_agrees_with_v3dpy(tmp_path):
     data = np.stack([stack("uint16", seed=k) for k in range(2)])
     loaders.Raw().save(str(tmp_path / "a.v3draw"), data)
     refused(tmp_path / "a.v3draw", r"2 channels")
-    assert np.array_equal(read_volume(tmp_path / "a.v3draw", channel=1).data, data[1])
+    reads(tmp_path / "a.v3draw", data[1], channel=1)
     path = save(tmp_path, v3draw(data), "b.v3draw")
     assert np.array_equal(loaders.Raw().load(str(path)), data)
 
@@ -616,10 +587,7 @@ def test_v3dpbd_of_random_runs(tmp_path, kind, order, monkeypatch):
     monkeypatch.setattr(formats, "_PBD_RUNS", 7)
     for seed in range(10):
         content, voxels = v3dpbd(seed, (1, 3, 17, 23), kind, order)
-        volume = read_volume(save(tmp_path, content, "a.v3dpbd"))
-        assert np.array_equal(volume.data, voxels[0]), seed
-        assert volume.data.dtype == voxels.dtype
-        assert volume.data.dtype.isnative
+        reads(save(tmp_path, content, "a.v3dpbd"), voxels[0])
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
@@ -630,31 +598,30 @@ def test_v3dpbd_written_by_v3dpy(tmp_path, dtype):
     data = (smooth % np.iinfo(dtype).max).astype(dtype)
     loaders.PBD().save(str(tmp_path / "a.v3dpbd"), data)
     for channel in range(2):
-        volume = read_volume(tmp_path / "a.v3dpbd", channel=channel)
-        assert np.array_equal(volume.data, data[channel])
+        reads(tmp_path / "a.v3dpbd", data[channel], channel=channel)
 
 
-def test_v3dpbd_refusals(tmp_path):
-    content, _ = v3dpbd(0, (1, 3, 17, 23), 1)
-    refused(save(tmp_path, content[:-1], "a.v3dpbd"), "truncated")
-    refused(save(tmp_path, content + b"\x80\x01", "a.v3dpbd"), "unpack to")
-    three_bit = content[:25] + struct.pack("<h", 33) + content[27:]
-    refused(save(tmp_path, three_bit, "a.v3dpbd"), r"voxel type 33.*\.v3draw")
-    started = content[:43] + bytes([40]) + content[44:]
-    refused(save(tmp_path, started, "a.v3dpbd"), "difference to no voxel")
+PBD, RAW = v3dpbd(0, (1, 3, 17, 23), 1)[0], v3draw(stack())
 
 
-def test_v3d_refusals(tmp_path):
-    content = v3draw(stack())
-    refused(save(tmp_path, content[:-1], "a.v3draw"), "truncated or damaged")
-    refused(save(tmp_path, content[:30], "a.v3draw"), "truncated")
-    refused(save(tmp_path, b"x" + content[1:], "a.v3draw"), "does not begin like")
-    refused(save(tmp_path, content[:24] + b"?" + content[25:], "a.v3draw"), "byte order")
-    wrong_type = content[:25] + struct.pack("<h", 8) + content[27:]
-    refused(save(tmp_path, wrong_type, "a.v3draw"), "voxel type 8")
-    negative = content[:27] + struct.pack("<i", -6) + content[31:]
-    refused(save(tmp_path, negative, "a.v3draw"), "expected positive")
-    refused(save(tmp_path, v3draw(stack()[:1]), "a.v3draw"), "single slice")
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (PBD[:-1], "truncated"),
+        (PBD + b"\x80\x01", "unpack to"),
+        (PBD[:25] + struct.pack("<h", 33) + PBD[27:], r"voxel type 33.*\.v3draw"),
+        (PBD[:43] + bytes([40]) + PBD[44:], "difference to no voxel"),
+        (RAW[:-1], "truncated or damaged"),
+        (RAW[:30], "truncated"),
+        (b"x" + RAW[1:], "does not begin like"),
+        (RAW[:24] + b"?" + RAW[25:], "byte order"),
+        (RAW[:25] + struct.pack("<h", 8) + RAW[27:], "voxel type 8"),
+        (RAW[:27] + struct.pack("<i", -6) + RAW[31:], "expected positive"),
+        (v3draw(stack()[:1]), "single slice"),
+    ],
+)
+def test_v3d_refusals(tmp_path, content, words):
+    refused(save(tmp_path, content, "a.v3dpbd" if content[:3] == b"v3d" else "a.v3draw"), words)
 
 
 # NRRD ---------------------------------------------------------------------------------------
@@ -665,10 +632,7 @@ def test_v3d_refusals(tmp_path):
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_nrrd(tmp_path, encoding, dtype, order):
     data = stack(dtype)
-    volume = read_volume(save(tmp_path, nrrd(data, encoding, order=order), "a.nrrd"))
-    assert np.array_equal(volume.data, data)
-    assert volume.data.dtype == np.dtype(dtype)
-    assert volume.spacing == (1, 1, 1)
+    reads(save(tmp_path, nrrd(data, encoding, order=order), "a.nrrd"), data, (1, 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -682,8 +646,7 @@ def test_nrrd(tmp_path, encoding, dtype, order):
     ],
 )
 def test_nrrd_spacing(tmp_path, extra, spacing):
-    volume = read_volume(save(tmp_path, nrrd(stack(), extra=extra), "a.nrrd"))
-    assert volume.spacing == pytest.approx(spacing)
+    reads(save(tmp_path, nrrd(stack(), extra=extra), "a.nrrd"), stack(), spacing)
 
 
 def test_nrrd_channels(tmp_path):
@@ -691,18 +654,16 @@ def test_nrrd_channels(tmp_path):
     slow = "space directions: (1,0,0) (0,1,0) (0,0,3) none\n"
     path = save(tmp_path, nrrd(data, extra=slow), "a.nrrd")
     refused(path, r"2 channels \(0 to 1\)")
-    volume = read_volume(path, channel=1)
-    assert np.array_equal(volume.data, data[1])
-    assert volume.spacing == (3, 1, 1)
+    reads(path, data[1], (3, 1, 1), channel=1)
     fast = "space directions: none (1,0,0) (0,1,0) (0,0,3)\n"
     path = save(tmp_path, nrrd(np.moveaxis(data, 0, -1), extra=fast), "a.nrrd")
-    assert np.array_equal(read_volume(path, channel=1).data, data[1])
+    reads(path, data[1], channel=1)
     # Without spacings, the kinds of axes tell; without these, it is the slowest axis.
     for kinds in ("", "kinds: vector domain domain domain\n"):
         shown = np.moveaxis(data, 0, -1) if kinds else data
         path = save(tmp_path, nrrd(shown, "gzip", extra=kinds), "a.nrrd")
         refused(path, r"2 channels \(0 to 1\)")
-        assert np.array_equal(read_volume(path, channel=1).data, data[1])
+        reads(path, data[1], channel=1)
 
 
 def test_nrrd_of_several_gzip_members(tmp_path):
@@ -712,26 +673,25 @@ def test_nrrd_of_several_gzip_members(tmp_path):
     for ends in ((100,), (1, 2, 200), ()):
         parts = [raw[i:j] for i, j in zip((0, *ends), (*ends, len(raw)), strict=True)]
         body = b"".join(map(gzip.compress, parts))
-        path = save(tmp_path, head + body, "a.nrrd")
-        assert np.array_equal(read_volume(path).data, data)
+        reads(save(tmp_path, head + body, "a.nrrd"), data)
         refused(save(tmp_path, head + body[:-30], "a.nrrd"), "truncated|damaged")
     # An empty last member, as from bgzip, and padding.
-    path = save(tmp_path, head + gzip.compress(raw) + gzip.compress(b"") + bytes(9), "a.nrrd")
-    assert np.array_equal(read_volume(path).data, data)
-    path = save(tmp_path, head + gzip.compress(raw) + b"a note behind the data", "a.nrrd")
-    assert np.array_equal(read_volume(path).data, data)
+    for end in (gzip.compress(b"") + bytes(9), b"a note behind the data"):
+        reads(save(tmp_path, head + gzip.compress(raw) + end, "a.nrrd"), data)
     # All voxels are there, but the checksum says that they are others.
     refused(save(tmp_path, head + gzip.compress(raw)[:-8] + bytes(8), "a.nrrd"), "CRC")
 
 
 def test_nrrd_refusals(tmp_path):
-    detached = nrrd(stack(), extra="data file: a.raw\n")
-    refused(save(tmp_path, detached, "a.nrrd"), "data file.*attached")
-    refused(save(tmp_path, nrrd(stack(), "bzip2"), "a.nrrd"), "encoding 'bzip2'")
-    refused(save(tmp_path, nrrd(stack())[:-1], "a.nrrd"), "truncated")
-    refused(save(tmp_path, nrrd(stack(), "gzip")[:-20], "a.nrrd"), "truncated|damaged")
-    refused(save(tmp_path, b"NRRD0004\ntype: uchar\n\n", "a.nrrd"), "lacks")
-    refused(save(tmp_path, b"something else", "a.nrrd"), "does not begin like")
+    for content, words in (
+        (nrrd(stack(), extra="data file: a.raw\n"), "data file.*attached"),
+        (nrrd(stack(), "bzip2"), "encoding 'bzip2'"),
+        (nrrd(stack())[:-1], "truncated"),
+        (nrrd(stack(), "gzip")[:-20], "truncated|damaged"),
+        (b"NRRD0004\ntype: uchar\n\n", "lacks"),
+        (b"something else", "does not begin like"),
+    ):
+        refused(save(tmp_path, content, "a.nrrd"), words)
 
 
 # OME-Zarr -----------------------------------------------------------------------------------

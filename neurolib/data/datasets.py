@@ -198,33 +198,29 @@ def _asked(
         # YAML reads 007 as a number.
         numbers = [name for name in known if name.isdecimal() and int(name) == asked]
         asked = numbers if len(numbers) == 1 else str(asked)
-    lists = [[name] for name in asked] if not isinstance(asked, str) else [asked.split(",")]
     chosen = []
-    for rest in lists:
-        while any(word.strip() for word in rest):
+    for rest in [asked.split(",")] if isinstance(asked, str) else [[name] for name in asked]:
+        while rest:
             # Names may contain commas: try the longest run of words first.
             ends = range(len(rest), 0, -1)
             hits = ((end, find_name(",".join(rest[:end]), known)) for end in ends)
-            end, name = next((hit for hit in hits if hit[1] is not None), (1, None))
-            if name is None and rest[0].strip():
-                raise DataError(
-                    f"{key}: no neuron {rest[0].strip()!r}; there are {', '.join(neurons)}"
-                )
-            chosen += [name] if name is not None else []
-            rest = rest[end:]
+            end, name = next((hit for hit in hits if hit[1] is not None), (1, ""))
+            word, rest = rest[0].strip(), rest[end:]
+            if word and not name:
+                raise DataError(f"{key}: no neuron {word!r}; there are {', '.join(neurons)}")
+            chosen += [name] if name else []
     return chosen
 
 
 def write_manifest(path: str | Path, split: Split, seed: int) -> Path:
     """Write a split as JSON, with the hash of each file and the seed."""
     entries = []
-    for role, pairs in zip(("train", "validation", "test"), split, strict=True):
+    for role, pairs in vars(split).items():
         for pair in pairs:
             entry = {"name": pair.name, "neuron": pair.neuron, "split": role, "style": pair.style}
             for kind, file in (("image", pair.image), ("swc", pair.swc)):
                 entry |= {kind: str(file), f"{kind}_sha256": _digest(file)}
-            entry |= {"channel": pair.channel, "spacing": pair.spacing}
-            entries.append(entry)
+            entries.append(entry | {"channel": pair.channel, "spacing": pair.spacing})
     return write_text(path, json.dumps({"seed": seed, "pairs": entries}, indent=1))
 
 
@@ -246,8 +242,8 @@ def read_manifest(path: str | Path) -> Split:
             files = Path(entry["image"]), Path(entry["swc"])
             # Old splits have neither.
             channel, spacing = entry.get("channel"), entry.get("spacing")
-            pair = Pair(entry["name"], entry["neuron"], *files, entry["style"], channel)
-            pair = replace(pair, spacing=tuple(spacing)) if spacing else pair
+            options = entry["style"], channel, tuple(spacing) if spacing else None
+            pair = Pair(entry["name"], entry["neuron"], *files, *options)
             for kind, file in zip(("image", "swc"), files, strict=True):
                 if not file.exists() or _digest(file) != entry[f"{kind}_sha256"]:
                     raise DataError(
@@ -273,15 +269,14 @@ def synthetic_pairs() -> list[Pair]:
     The hash of the generator's source names the cache folder, so that a changed generator never
     uses old data.
     """
-    source, count, shape = sha256(synthesis.__file__)[:12], SYNTHETIC_COUNT, SYNTHETIC_SHAPE
-    size = "x".join(map(str, shape))
-    folder = cache_folder() / f"synthetic-confocal-{size}-n{count}-s0-{source}"
+    source, size = sha256(synthesis.__file__)[:12], "x".join(map(str, SYNTHETIC_SHAPE))
+    folder = cache_folder() / f"synthetic-confocal-{size}-n{SYNTHETIC_COUNT}-s0-{source}"
     if not folder.is_dir():
         with atomic_path(folder) as temporary:
             temporary.mkdir()
-            for i in range(count):
-                tree = synthesis.grow(i, shape)
-                volume = synthesis.render(tree, shape, style="confocal", seed=i)
+            for i in range(SYNTHETIC_COUNT):
+                tree = synthesis.grow(i, SYNTHETIC_SHAPE)
+                volume = synthesis.render(tree, SYNTHETIC_SHAPE, style="confocal", seed=i)
                 write_volume(temporary / f"synthetic_{i}.tif", volume.data, volume.spacing)
                 write_swc(temporary / f"synthetic_{i}.swc", tree, "generated, not a real neuron")
     return folder_pairs(folder, style="synthetic")
@@ -309,19 +304,15 @@ def rendered_pairs(folder: str | Path, style: str = "flylight") -> list[Pair]:
         )
     folder = Path(folder)
     files = trees_by_name(folder)
-    if not files:
-        raise DataError(f"{folder}: found no SWC file; expected trees to render, as cell1.swc")
     neurons = neurons_of(folder, files)
     shelf = cache_folder() / f"rendered-{style}-{sha256(synthesis.__file__)[:12]}"
     places = {}
     for name, path in files.items():
         try:
-            content = sha256(path)
+            key = text_key(f"{name}\0{sha256(path)}")
         except OSError as error:
-            raise DataError(
-                f"{path}: cannot be read ({error.strerror}); expected an SWC file"
-            ) from None
-        key = text_key(f"{name}\0{content}")
+            reason = f"cannot be read ({error.strerror}); expected an SWC file"
+            raise DataError(f"{path}: {reason}") from None
         # The name of a file may be just as long as a name may be.
         places[name] = shelf / f"{name[:40]}-{key}"
     missing = [name for name, place in places.items() if not place.is_dir()]
@@ -365,8 +356,6 @@ def measure(data: list[Pair] | str | Path) -> list[dict[str, float]]:
     """
     if not isinstance(data, list):
         trees = trees_by_name(Path(data))
-        if not trees:
-            raise DataError(f"{data}: found no SWC file; expected trees to measure")
         if not pair_files(files_of(Path(data), SUFFIXES), list(trees.values())):
             return [_measured(path) for path in trees.values()]
         data = folder_pairs(data)

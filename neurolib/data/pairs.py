@@ -113,13 +113,13 @@ def pair_files(images: Sequence[Path], trees: Sequence[Path]) -> dict[str, tuple
             for file in files:
                 if file not in used:
                     groups.setdefault(key(file.name), ([], []))[kind].append(file)
-        for name, (some_images, some_trees) in groups.items():
-            if not (some_images and some_trees):
+        for name, found in groups.items():
+            if not all(found):
                 continue
-            image, tree = some_images[0], some_trees[0]
+            image, tree = (files[0] for files in found)
             # If the cases differ, the image's counts.
             name = stem(image.name) if key is same_name else name
-            for kind, files in (("images", some_images), ("trees", some_trees)):
+            for kind, files in zip(("images", "trees"), found, strict=True):
                 if len(files) > 1 or name in pairs:
                     names = ", ".join(file.name for file in [*files, *pairs.get(name, ())])
                     raise DataError(
@@ -133,17 +133,15 @@ def alone(
     images: Iterable[Path], trees: Iterable[Path], pairs: Iterable[tuple[Path, Path]]
 ) -> dict[Path, str]:
     """The files that are in no pair, and why."""
-    pairs = list(pairs)
-    used = {file for pair in pairs for file in pair}
-    # The trees, then the images of the pairs, by the name of their partner.
-    taken = [{same_name(pair[kind].name): pair[kind].name for pair in pairs} for kind in (1, 0)]
-    left = {}
-    for kind, files, others in (("tree", images, taken[0]), ("image", trees, taken[1])):
+    pairs, left = list(pairs), {}
+    for kind, files, partner in (("tree", images, 1), ("image", trees, 0)):
+        taken = {same_name(pair[partner].name): pair[partner].name for pair in pairs}
+        used = {pair[1 - partner] for pair in pairs}
         for file in files:
-            other = others.get(same_name(file.name))
-            why = f"{other} is in another pair" if other else f"no {kind} named {stem(file.name)}"
+            other = taken.get(same_name(file.name))
             if file not in used:
-                left[file] = why
+                why = f"{other} is in another pair"
+                left[file] = why if other else f"no {kind} named {stem(file.name)}"
     return left
 
 
@@ -203,6 +201,8 @@ def trees_by_name(folder: Path) -> dict[str, Path]:
         if name in files:
             raise DataError(f"{folder}: two trees named {name}; keep one of them")
         files[name] = path
+    if not files:
+        raise DataError(f"{folder}: found no SWC file; expected trees, as cell1.swc")
     return dict(sorted(files.items()))
 
 
