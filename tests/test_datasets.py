@@ -13,6 +13,7 @@ import pytest
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_formats import DATA, needs_data
 
 from neurolib.blocking import Sample, every_slice, make_target, read_sample
 from neurolib.data import datasets, synthesis
@@ -32,8 +33,6 @@ from neurolib.files import sha256
 from neurolib.swc import Tree, read_swc, write_swc
 from neurolib.volume import normalise, read_volume, write_volume
 
-DATA = Path(__file__).parents[1].parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data at {DATA}")
 steady = settings(deadline=None, max_examples=100, derandomize=True)
 SHAPE = (8, 30, 40)
 
@@ -47,18 +46,25 @@ def tree_of(*points):
 TREE = tree_of((5, 6, 2), (20, 14, 4), (35, 22, 5))
 
 
-def write_pair(folder, name, tree=TREE, seed=0, spacing=(2.0, 0.5, 0.5), suffix=".tif"):
-    data = np.random.default_rng(seed).integers(0, 200, SHAPE, np.uint8)
-    write_volume(folder / f"{name}{suffix}", data, spacing)
+def write_pair(folder, name, tree=TREE, seed=0, spacing=(2.0, 0.5, 0.5), shape=SHAPE):
+    data = np.random.default_rng(seed).integers(0, 200, shape, np.uint8)
+    write_volume(folder / f"{name}.tif", data, spacing)
     write_swc(folder / f"{name}.swc", tree)
 
 
-def empty_pairs(folder, *names):
-    """Files of which only the names matter."""
+def touch(folder, *names):
+    """Make files of which only the names matter."""
     for name in names:
-        (folder / f"{name}.tif").touch()
-        (folder / f"{name}.swc").touch()
+        (folder / name).touch()
     return folder
+
+
+def empty_pairs(folder, *names):
+    return touch(folder, *(f"{name}{suffix}" for name in names for suffix in (".tif", ".swc")))
+
+
+def neurons_in(folder):
+    return {pair.name: pair.neuron for pair in folder_pairs(folder)}
 
 
 def refused(error, call, *args, **kwargs):
@@ -73,13 +79,9 @@ def refused(error, call, *args, **kwargs):
 
 @pytest.mark.filterwarnings("ignore:.*left out")
 def test_pairs_have_equal_names_and_everything_else_is_left_alone(tmp_path):
-    empty_pairs(tmp_path, "b", "a")
-    for name in ("c.tif", "d.swc", ".hidden.tif", ".hidden.swc", "notes.txt", "a.png"):
-        (tmp_path / name).touch()
-    (tmp_path / "E.V3DPBD").touch()
-    (tmp_path / "E.SWC").touch()
+    empty_pairs(tmp_path, "b", "a", ".hidden")
+    touch(tmp_path, "c.tif", "d.swc", "notes.txt", "a.png", "E.V3DPBD", "E.SWC", "f.eswc")
     (tmp_path / "f.zarr").mkdir()
-    (tmp_path / "f.eswc").touch()
     pairs = folder_pairs(tmp_path, style="mine")
     assert [pair.name for pair in pairs] == ["E", "a", "b", "f"]
     assert pairs[1] == Pair("a", "a", tmp_path / "a.tif", tmp_path / "a.swc", "mine")
@@ -99,16 +101,14 @@ def test_pairs_have_equal_names_and_everything_else_is_left_alone(tmp_path):
     ],
 )
 def test_crops_of_one_neuron_are_one_neuron(tmp_path, names, neuron):
-    neurons = {pair.name: pair.neuron for pair in folder_pairs(empty_pairs(tmp_path, *names))}
-    assert neurons == dict.fromkeys(names, neuron)
+    assert neurons_in(empty_pairs(tmp_path, *names)) == dict.fromkeys(names, neuron)
 
 
 @pytest.mark.parametrize(
     "name", ["sensory_I4-2", "class1_sn23", "cell_1", "nobody", "body", "_body"]
 )
 def test_names_without_a_part_word_are_neurons_of_their_own(tmp_path, name):
-    (pair,) = folder_pairs(empty_pairs(tmp_path, name))
-    assert pair.neuron == name
+    assert neurons_in(empty_pairs(tmp_path, name)) == {name: name}
 
 
 @pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "saved-by-a-spreadsheet"])
@@ -116,8 +116,7 @@ def test_neurons_file_goes_before_names(tmp_path, mark):
     empty_pairs(tmp_path, "x1", "x2", "y_body", "z_body")
     table = "name,remark,neuron\nx1,,X\nx2,ok,X\ny_body,,Y2\n"
     (tmp_path / "neurons.csv").write_text(mark + table, encoding="utf-8")
-    neurons = {pair.name: pair.neuron for pair in folder_pairs(tmp_path)}
-    assert neurons == {"x1": "X", "x2": "X", "y_body": "Y2", "z_body": "z"}
+    assert neurons_in(tmp_path) == {"x1": "X", "x2": "X", "y_body": "Y2", "z_body": "z"}
 
 
 IMAGE_ENDS = [".tif", ".TIF", ".ome.tif", ".ome.tiff", ".v3draw", ".npy"]
@@ -136,22 +135,21 @@ def test_names_pair_whatever_their_suffixes_case_and_unicode_form(tmp_path_facto
     names = list({name.strip(" .").casefold(): name.strip(" .") for name in names}.values())
     folder = tmp_path_factory.mktemp("pairs")
     twin, lonely = {}, set()
+
+    def one_of(*choices):
+        return data.draw(st.sampled_from(choices))
+
     for name in filter(None, names):
-        form = (
-            data.draw(st.sampled_from(["NFC", "NFD"])),
-            data.draw(st.sampled_from(["NFC", "NFD"])),
-        )
-        case = data.draw(st.sampled_from([str, str.upper, str.lower]))
-        image = normalize(form[0], case(name)) + data.draw(st.sampled_from(IMAGE_ENDS))
-        tree = normalize(form[1], name) + data.draw(st.sampled_from(TREE_ENDS))
-        kinds = data.draw(st.sampled_from(["both", "both", "image", "tree"]))
-        for kind, file in (("image", image), ("tree", tree)):
-            if kinds in ("both", kind):
-                (folder / file).touch()
-        if kinds == "both":
+        form = one_of("NFC", "NFD"), one_of("NFC", "NFD")
+        case = one_of(str, str.upper, str.lower)
+        image = normalize(form[0], case(name)) + one_of(*IMAGE_ENDS)
+        tree = normalize(form[1], name) + one_of(*TREE_ENDS)
+        files = one_of((image, tree), (image, tree), (image,), (tree,))
+        touch(folder, *files)
+        if len(files) == 2:
             twin[image] = tree
         else:
-            lonely.add(image if kinds == "image" else tree)
+            lonely |= set(files)
     if not twin:
         assert "no two of equal" in refused(DataError, folder_pairs, folder)
         return
@@ -176,8 +174,7 @@ def test_names_pair_whatever_their_suffixes_case_and_unicode_form(tmp_path_facto
 )
 @pytest.mark.filterwarnings("ignore:.*left out")
 def test_of_several_names_the_nearest_is_taken(tmp_path, files, pairs):
-    for name in files.split():
-        (tmp_path / name).touch()
+    touch(tmp_path, *files.split())
     assert {pair.name: pair.swc.name for pair in folder_pairs(tmp_path)} == pairs
 
 
@@ -191,9 +188,7 @@ def test_of_several_names_the_nearest_is_taken(tmp_path, files, pairs):
     ],
 )
 def test_names_that_could_be_either_are_refused(tmp_path, files, words):
-    for name in files.split():
-        (tmp_path / name).touch()
-    assert words in refused(DataError, folder_pairs, tmp_path)
+    assert words in refused(DataError, folder_pairs, touch(tmp_path, *files.split()))
 
 
 @pytest.mark.parametrize(
@@ -213,8 +208,8 @@ def test_neurons_file_is_matched_tolerantly(tmp_path, rows, code):
     empty_pairs(tmp_path, "x1", "x2", "z_body", "Zähler_tail")
     rows = f"Name, Neuron\n{rows}\nZÄHLER_tail.TIF,Zähler’s\n"
     (tmp_path / "neurons.csv").write_bytes(rows.replace("\n", "\r\n").encode(code))
-    neurons = {pair.name: pair.neuron for pair in folder_pairs(tmp_path)}
-    assert neurons == {"x1": "X", "x2": "X", "z_body": "z", "Zähler_tail": "Zähler’s"}
+    expected = {"x1": "X", "x2": "X", "z_body": "z", "Zähler_tail": "Zähler’s"}
+    assert neurons_in(tmp_path) == expected
 
 
 @pytest.mark.parametrize(
@@ -242,15 +237,14 @@ def test_blanks_that_nobody_sees_make_no_other_neuron(tmp_path, blank):
     empty_pairs(tmp_path, "x1", "x2")
     rows = f"name,neuron\nx1,cell 4\nx2,cell{blank}4{blank}\n"
     (tmp_path / "neurons.csv").write_text(rows, encoding="utf-8")
-    assert {pair.neuron for pair in folder_pairs(tmp_path)} == {"cell 4"}
+    assert set(neurons_in(tmp_path).values()) == {"cell 4"}
 
 
 @pytest.mark.filterwarnings("ignore:.*left out")
 def test_rows_of_files_without_a_partner_are_no_error(tmp_path):
-    empty_pairs(tmp_path, "x1")
-    (tmp_path / "x2.tif").touch()
+    touch(tmp_path, "x1.tif", "x1.swc", "x2.tif")
     (tmp_path / "neurons.csv").write_text("name,neuron\nx1,X\nx2,X\n")
-    assert [pair.neuron for pair in folder_pairs(tmp_path)] == ["X"]
+    assert neurons_in(tmp_path) == {"x1": "X"}
 
 
 @pytest.mark.parametrize(
@@ -268,10 +262,8 @@ def test_rows_of_files_without_a_partner_are_no_error(tmp_path):
     ],
 )
 def test_names_may_be_numbers_and_hold_commas(tmp_path, asked, chosen):
-    pairs = [
-        Pair(name, name, tmp_path, tmp_path, "")
-        for name in ("a, left", "b", "left", "007", "12", "d", "e")
-    ]
+    names = ("a, left", "b", "left", "007", "12", "d", "e")
+    pairs = [Pair(name, name, tmp_path, tmp_path, "") for name in names]
     split = split_by_neuron(pairs, held_out=asked)
     assert sorted(pair.name for pair in split.test) == sorted(chosen)
     assert "no neuron '8'" in refused(DataError, split_by_neuron, pairs, held_out=8)
@@ -281,8 +273,7 @@ def test_names_may_be_numbers_and_hold_commas(tmp_path, asked, chosen):
 def test_folders_without_pairs_are_refused(tmp_path):
     assert "no such folder" in refused(DataError, folder_pairs, tmp_path / "missing")
     assert "0 images and 0 SWC" in refused(DataError, folder_pairs, tmp_path)
-    (tmp_path / "a.tif").touch()
-    (tmp_path / "b.swc").touch()
+    touch(tmp_path, "a.tif", "b.swc")
     assert "1 images and 1 SWC" in refused(DataError, folder_pairs, tmp_path)
     assert "no such folder" in refused(DataError, load_dataset, "synthetik")
     assert "no such folder" in refused(DataError, folder_pairs, tmp_path / "a.tif")
@@ -311,14 +302,13 @@ def test_no_neuron_is_in_two_splits_and_no_pair_is_lost(neurons, test, validatio
         refused(DataError, split_by_neuron, pairs, test, validation, seed)
         return
     split = split_by_neuron(pairs, test, validation, seed)
-    groups = [{pair.neuron for pair in part} for part in split]
-    assert sum(len(group) for group in groups) == len(set(neurons))
-    assert [len(group) for group in groups][1:] == [validation, test]
+    groups = list(map(neurons_of, split))
+    training = len(set(neurons)) - validation - test
+    assert [len(group) for group in groups] == [training, validation, test]
     assert sorted(p.name for part in split for p in part) == sorted(p.name for p in pairs)
     assert split == split_by_neuron(pairs, test, validation, seed)
     # The draw is over neurons, so the order of the pairs does not matter.
-    again = split_by_neuron(pairs[::-1], test, validation, seed)
-    assert [{p.neuron for p in part} for part in again] == groups
+    assert list(map(neurons_of, split_by_neuron(pairs[::-1], test, validation, seed))) == groups
 
 
 def test_the_seed_draws_the_neurons():
@@ -327,12 +317,15 @@ def test_the_seed_draws_the_neurons():
     assert drawn == set("abcdefgh")
 
 
+def neurons_of(part):
+    return {pair.neuron for pair in part}
+
+
 def test_held_out_neurons_are_the_test_set_by_neuron_or_pair_name():
     pairs = pairs_of("aabcde")
     split = split_by_neuron(pairs, validation=2, held_out=" c , p0 ,")
-    assert {p.neuron for p in split.test} == {"a", "c"}
-    assert len(split.test) == 3
-    assert len({p.neuron for p in split.validation}) == 2
+    assert (neurons_of(split.test), len(split.test)) == ({"a", "c"}, 3)
+    assert len(neurons_of(split.validation)) == 2
     assert "'x'" in refused(DataError, split_by_neuron, pairs, held_out="a,x")
     assert "5 neurons" in refused(DataError, split_by_neuron, pairs, held_out="a,b,c,d")
 
@@ -341,11 +334,10 @@ def test_validation_neurons_can_be_named_and_are_never_drawn_for_the_test():
     pairs = pairs_of("aabcde")
     for seed in range(10):
         split = split_by_neuron(pairs, test=2, seed=seed, validate_on="a")
-        assert {p.neuron for p in split.validation} == {"a"}
-        assert len(split.validation) == 2
-        assert len({p.neuron for p in split.test} - {"a"}) == 2
+        assert (neurons_of(split.validation), len(split.validation)) == ({"a"}, 2)
+        assert len(neurons_of(split.test) - {"a"}) == 2
     split = split_by_neuron(pairs, held_out="b,c", validate_on="p0")
-    assert [{p.neuron for p in part} for part in split] == [{"d", "e"}, {"a"}, {"b", "c"}]
+    assert list(map(neurons_of, split)) == [{"d", "e"}, {"a"}, {"b", "c"}]
     assert "both in" in refused(DataError, split_by_neuron, pairs, held_out="a", validate_on="p0")
     assert "validate_on" in refused(DataError, split_by_neuron, pairs, validate_on="x")
     assert "5 neurons" in refused(DataError, split_by_neuron, pairs, test=4, validate_on="a")
@@ -354,11 +346,10 @@ def test_validation_neurons_can_be_named_and_are_never_drawn_for_the_test():
 def test_fewer_training_neurons_are_among_the_more():
     pairs = pairs_of("aabcdefg")
     parts = [split_by_neuron(pairs, held_out="b", seed=3, train=n) for n in (1, 2, 4, 5, 0)]
-    sets = [{p.neuron for p in part.train} for part in parts]
+    sets = [neurons_of(part.train) for part in parts]
     assert [len(s) for s in sets] == [1, 2, 4, 5, 5]
     assert sets[0] < sets[1] < sets[2] < sets[3] == sets[4]
-    assert all(part.test == parts[0].test for part in parts)
-    assert all(part.validation == parts[0].validation for part in parts)
+    assert all(tuple(part)[1:] == tuple(parts[0])[1:] for part in parts)
     assert "only 5 of 7" in refused(DataError, split_by_neuron, pairs, held_out="b", train=6)
     for key in ("test", "validation", "train"):
         assert f"{key}=-1" in refused(DataError, split_by_neuron, pairs, **{key: -1})
@@ -402,28 +393,27 @@ def test_changed_or_missing_file_is_noticed_and_named(manifest, kind, change):
     path, split = manifest
     file = getattr(split.validation[0], kind)
     if change == "edit":
-        data = bytearray(file.read_bytes())
-        data[-1] ^= 1
-        file.write_bytes(data)
+        data = file.read_bytes()
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     else:
         file.unlink()
     assert str(file) in refused(DataError, read_manifest, path)
 
 
 def test_a_folder_as_an_image_is_hashed_by_all_that_is_in_it(tmp_path):
-    store = tmp_path / "cell.zarr"
-    (store / "0").mkdir(parents=True)
-    (store / "zarr.json").write_text("{}")
-    (store / "0" / "chunk").write_bytes(b"\1\2")
-    (tmp_path / "cell.swc").touch()
+    chunk = tmp_path / "cell.zarr" / "0" / "chunk"
+    chunk.parent.mkdir(parents=True)
+    (tmp_path / "cell.zarr" / "zarr.json").write_text("{}")
+    chunk.write_bytes(b"\1\2")
+    touch(tmp_path, "cell.swc")
     split = Split(tuple(folder_pairs(tmp_path)), (), ())
     path = write_manifest(tmp_path / "split.json", split, 0)
     assert read_manifest(path) == split
-    (store / "0" / "chunk").rename(store / "0" / "other")
+    chunk.rename(chunk.with_name("other"))
     assert "cell.zarr" in refused(DataError, read_manifest, path)
-    (store / "0" / "other").rename(store / "0" / "chunk")
+    chunk.with_name("other").rename(chunk)
     assert read_manifest(path) == split
-    (store / "0" / "chunk").write_bytes(b"\1\3")
+    chunk.write_bytes(b"\1\3")
     assert "cell.zarr" in refused(DataError, read_manifest, path)
 
 
@@ -433,8 +423,8 @@ def test_a_folder_as_an_image_is_hashed_by_all_that_is_in_it(tmp_path):
 def test_damaged_manifest_is_refused(tmp_path, content):
     path = tmp_path / "split.json"
     path.write_text(content)
-    assert "no readable split" in refused(DataError, read_manifest, path)
-    assert "no readable split" in refused(DataError, read_manifest, tmp_path / "missing.json")
+    for file in (path, tmp_path / "missing.json"):
+        assert "no readable split" in refused(DataError, read_manifest, file)
 
 
 # ------------------------------------------------------------------------------- samples
@@ -462,9 +452,7 @@ def test_sample_holds_image_tree_and_target_in_one_frame(tmp_path):
 
 def test_tree_outside_its_image_is_refused(tmp_path):
     pair = pair_in(tmp_path, tree=tree_of((100, 200, 4), (120, 210, 5), (20, 14, 4)))
-    message = refused(DataError, read_sample, pair)
-    assert "cell" in message
-    assert "33%" in message
+    assert re.search("cell.*33%", refused(DataError, read_sample, pair))
 
 
 def test_unusable_files_of_a_pair_are_named(tmp_path):
@@ -571,11 +559,8 @@ def test_rendered_trees_are_the_given_ones_moved_to_where_their_light_is(trees, 
 
         data = tifffile.imread(pair.image)
         xyz, radius = cached[:, 2:5], cached[:, 5:6]
-        free = np.stack(
-            [(xyz - radius).min(0), np.array(data.shape[::-1]) - 1 - (xyz + radius).max(0)]
-        )
-        assert (free >= synthesis.ROOM).all()
-        assert (free < synthesis.ROOM + 1).all()
+        above = np.array(data.shape[::-1]) - 1 - (xyz + radius).max(0)
+        assert (np.floor([(xyz - radius).min(0), above]) == synthesis.ROOM).all()
 
         projection = data.max(axis=0).astype(float)
         x, y = np.rint(xyz[:, :2]).astype(int).T
@@ -592,14 +577,13 @@ def test_the_default_microscope_is_that_of_the_gold_trees(trees):
 
 
 def test_a_rendered_neuron_depends_on_its_name_and_tree_alone(trees, cache):
-    made = {pair.name: entry for pair in rendered_pairs(trees) for entry in hashes([pair])}
+    _, *made = hashes(rendered_pairs(trees))
     shutil.rmtree(cache)
     (trees / "a_body.swc").unlink()
     shutil.copy(trees / "b.swc", trees / "c.swc")
-    again = {pair.name: entry for pair in rendered_pairs(trees) for entry in hashes([pair])}
-    assert again["b"] == made["b"]
-    assert again["a_tail"] == made["a_tail"]
-    assert again["c"][1] != again["b"][1]
+    *again, other = hashes(rendered_pairs(trees))
+    assert again == made
+    assert other[1] != made[-1][1]
 
 
 def test_an_interrupted_rendering_goes_on(trees, cache, monkeypatch):
@@ -643,8 +627,7 @@ def test_only_what_has_changed_is_rendered_again(trees, monkeypatch, tmp_path):
 def test_a_run_can_go_over_rendered_trees(trees, tmp_path):
     (trees / "neurons.csv").write_text("name,neuron\nb,B\n")
     # Images beside the trees do not matter, not even two of one name.
-    for name in ("b.tif", "b.v3draw", "._b.swc"):
-        (trees / name).touch()
+    touch(trees, "b.tif", "b.v3draw", "._b.swc")
     pairs = load_dataset(f"rendered:{trees}")
     assert [pair.neuron for pair in pairs] == ["a", "a", "B"]
     split = split_by_neuron(pairs, test=1, validation=0, held_out="a")
@@ -680,8 +663,7 @@ def test_a_radius_that_is_not_positive_is_drawn_as_one_voxel(trees):
 def test_a_broken_tree_is_named_before_anything_is_rendered(trees, cache, content, complaint):
     (trees / "z.swc").write_text(content)
     message = refused(SwcError, load_dataset, f"rendered:{trees}")
-    assert "z.swc" in message
-    assert complaint in message
+    assert re.search(f"z.swc.*{complaint}", message)
     assert not cache.exists()
 
 
@@ -700,12 +682,15 @@ def test_folders_and_styles_that_cannot_be_rendered_are_refused(trees, tmp_path)
     message = refused(DataError, load_dataset, f"rendered-cartoon:{trees}")
     for style in synthesis.STYLES:
         assert f"rendered-{style}:" in message
-    assert "rendered-:" in refused(DataError, load_dataset, f"rendered-:{trees}")
-    assert "rendered:FOLDER" in refused(DataError, load_dataset, "rendered:")
-    assert "rendered:FOLDER" in refused(DataError, load_dataset, "rendered")
-    assert "no such folder" in refused(DataError, load_dataset, f"rendered:{tmp_path / 'none'}")
     (tmp_path / "empty").mkdir()
-    assert "no SWC file" in refused(DataError, load_dataset, f"rendered:{tmp_path / 'empty'}")
+    for name, words in (
+        (f"rendered-:{trees}", "rendered-:"),
+        ("rendered:", "rendered:FOLDER"),
+        ("rendered", "rendered:FOLDER"),
+        (f"rendered:{tmp_path / 'none'}", "no such folder"),
+        (f"rendered:{tmp_path / 'empty'}", "no SWC file"),
+    ):
+        assert words in refused(DataError, load_dataset, name)
     shutil.copy(trees / "b.swc", trees / "b.eswc")
     assert "two trees named b" in refused(DataError, rendered_pairs, trees)
     (trees / "b.eswc").unlink()
@@ -741,9 +726,8 @@ def test_a_rendered_gold_tree_looks_like_its_real_projection(tmp_path, cache):
 @pytest.mark.filterwarnings("ignore:.*left out")
 def test_measure_takes_pairs_or_their_folder(tmp_path):
     for seed, name in enumerate(("a", "b")):
-        data = np.random.default_rng(seed).integers(0, 200, (30, 50, 60), np.uint8)
-        write_volume(tmp_path / f"{name}.tif", data, (1.0, 1.0, 1.0))
-        write_swc(tmp_path / f"{name}.swc", tree_of((5, 6, 2), (20, 14, 4), (35, 22, 5 + seed)))
+        tree = tree_of((5, 6, 2), (20, 14, 4), (35, 22, 5 + seed))
+        write_pair(tmp_path, name, tree, seed, (1.0, 1.0, 1.0), shape=(30, 50, 60))
     rows = measure(tmp_path)
     assert rows == measure(folder_pairs(tmp_path)) == measure(str(tmp_path))
     for name, row in zip("ab", rows, strict=True):

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import servers
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_formats import DATA, needs_data
 
 from neurolib import blocking, evaluation, inference, training
 from neurolib.blocking import make_target
@@ -31,8 +33,6 @@ from neurolib.errors import DataError, NeurolibError
 from neurolib.swc import components, length, read_swc
 from neurolib.volume import read_volume
 
-DATA = Path(__file__).parents[1].parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA}")
 NAMES = ("alpha", "beta_body", "beta_tail", FINAL[0])
 PUBLISHED = fly_larva.MANIFEST
 
@@ -105,15 +105,15 @@ def environment(raw, tmp_path, monkeypatch):
     monkeypatch.setenv(fly_larva.VARIABLE, "http://127.0.0.1:9/nobody")
 
 
+def behave(monkeypatch, server, way):
+    monkeypatch.setenv(fly_larva.VARIABLE, server.url(way, "/"))
+
+
 @pytest.fixture
 def server(raw, monkeypatch):
     with servers.serve(raw[0]) as server:
-        monkeypatch.setenv(fly_larva.VARIABLE, f"http://127.0.0.1:{server.server_port}/good")
+        behave(monkeypatch, server, "good")
         yield server
-
-
-def behave(monkeypatch, server, way):
-    monkeypatch.setenv(fly_larva.VARIABLE, f"http://127.0.0.1:{server.server_port}/{way}/")
 
 
 def refused(*args):
@@ -136,8 +136,7 @@ def check_pairs(pairs, names=NAMES[:3]):
         tree = read_swc(pair.swc)
         # The nodes of the trace in the image's frame, repeated places once, as one tree.
         assert len(tree.xyz) == 7
-        assert (tree.parent < 0).sum() == 1
-        assert [5, 5, 1] in tree.xyz[tree.parent < 0].tolist()  # the thickest
+        assert tree.xyz[tree.parent < 0].tolist() == [[5, 5, 1]]  # the thickest
         assert length(tree) == pytest.approx(2 * 18**0.5 + 17**0.5 + 3 + 2 + 4)
 
 
@@ -147,9 +146,8 @@ def check_pairs(pairs, names=NAMES[:3]):
 def test_fetch_brings_the_pairs_and_says_that_there_is_no_licence(server, tmp_path, capsys):
     cli.app(["fetch", "fly-larva"], standalone_mode=False)
     told = capsys.readouterr().out
-    assert "https://example.org/x at commit cccccccccccc" in told
-    assert "no licence" in told
-    assert "3 pairs" in told
+    for words in ("https://example.org/x at commit cccccccccccc", "no licence", "3 pairs"):
+        assert words in told
     asked = len(server.requests)
     assert asked == sum(3 + seed + 1 for seed in range(3))
     pairs = datasets.load_dataset("fly-larva")
@@ -157,9 +155,8 @@ def test_fetch_brings_the_pairs_and_says_that_there_is_no_licence(server, tmp_pa
     assert [pair.neuron for pair in pairs] == ["alpha", "beta", "beta"]
     assert len(server.requests) == asked, "what is in the cache was asked for again"
     # Raw files are gone; the final neurons were not downloaded.
-    assert finished(tmp_path) == sorted(
-        ["trees.json", *(f"{name}.{kind}" for name in NAMES[:3] for kind in ("swc", "tif"))]
-    )
+    whole = [f"{name}.{kind}" for name in NAMES[:3] for kind in ("swc", "tif")]
+    assert finished(tmp_path) == [*whole, "trees.json"]
     assert not list((tmp_path / "cache" / "fly-larva").glob(".*"))
 
 
@@ -204,8 +201,7 @@ def test_servers_that_stall_and_lie_leave_nothing_and_do_no_harm(
 
 def test_without_a_network_one_line_says_what_to_do(tmp_path):
     message = refused()
-    assert "127.0.0.1:9" in message
-    assert fly_larva.VARIABLE in message
+    assert re.search(f"127.0.0.1:9.*{fly_larva.VARIABLE}", message)
     assert finished(tmp_path) == []
 
 
@@ -251,9 +247,7 @@ def test_of_a_partial_cache_only_the_rest_is_fetched(server, tmp_path, lost):
 
 
 def test_doctor_says_whether_the_pairs_are_there(server, tmp_path, monkeypatch):
-    told = fly_larva.describe_fly_larva()
-    assert "0 of 3 pairs" in told
-    assert "neurolib fetch fly-larva" in told
+    assert re.search("0 of 3 pairs .*neurolib fetch fly-larva", fly_larva.describe_fly_larva())
     load_fly_larva()
     assert fly_larva.describe_fly_larva().endswith("3 of 3 pairs in the cache")
     monkeypatch.setenv("NEUROLIB_DATA", str(tmp_path / "nowhere"))
@@ -309,9 +303,7 @@ def test_altered_pairs_are_refused_in_stand_ins_and_in_the_cache(own, monkeypatc
         stack = stack_of(0)
         stack[1, 2, 3] ^= 1
         tifffile.imwrite(folder / "alpha.tif", stack, photometric="minisblack")
-        message = refused()
-        assert "alpha.tif" in message
-        assert "not the published data" in message
+        assert "alpha.tif: not the published data" in refused()
         tifffile.imwrite(folder / "alpha.tif", stack_of(0), photometric="minisblack")
         swc = folder / "beta_tail.swc"
         swc.write_text(swc.read_text().replace("5.0000 5.0000", "5.0000 6.0000"))
@@ -426,17 +418,17 @@ def test_repaired_traces_are_minimum_forests_as_networkx_finds_them(seed, nodes,
     ]
     tree, joined = repair_trace("\n".join(rows).encode(), 100, 0.5)
 
-    graph, moved = nx.Graph(), {}
-    for i, (x, y, z) in enumerate(xyz):
-        moved[i] = tuple(np.round([x, 99 - y, z + 0.5], 2))
-        graph.add_node(moved[i], at=np.array([x, 99 - y, z + 0.5]))
-    at = nx.get_node_attributes(graph, "at")
+    there = xyz * (1, -1, 1) + (0, 99, 0.5)
+    moved = [tuple(row) for row in np.round(there, 2)]
+    at = dict(zip(moved, there, strict=True))
 
     def apart(a, b):
         return float(np.linalg.norm(at[a] - at[b]))
 
+    graph = nx.Graph()
+    graph.add_nodes_from(moved)
     for i, p in enumerate(parent):
-        if p in moved and moved[i] != moved[p]:
+        if 0 <= p < len(xyz) and moved[i] != moved[p]:
             graph.add_edge(moved[i], moved[p], weight=apart(moved[i], moved[p]))
     forest = nx.minimum_spanning_tree(graph)
     gaps = [(apart(a, b), a, b) for a in forest for b in forest if a < b]
@@ -490,10 +482,8 @@ def test_real_raw_files_become_the_reference_pairs(published, tmp_path, monkeypa
 @needs_data
 def test_the_reference_pairs_stand_in(published, monkeypatch):
     monkeypatch.setenv("NEUROLIB_DATA", str(DATA / "real3d"))
-    pairs = load_fly_larva()
-    assert len(pairs) == 10
-    neurons = {pair.name: pair.neuron for pair in pairs}
-    assert len(set(neurons.values())) == 8
+    neurons = {pair.name: pair.neuron for pair in load_fly_larva()}
+    assert (len(neurons), len(set(neurons.values()))) == (10, 8)
     assert neurons["in40_body"] == neurons["in40_tail"]
     assert neurons["in44_body"] == neurons["in44_tail"]
     assert "4 of 4 pairs" in refused("fly-larva-final")
@@ -504,13 +494,12 @@ def test_the_manifest_holds_the_published_facts(published):
     facts = json.loads((DATA / "fly_larva" / "manifest.json").read_text())
     assert published["commit"] == facts["commit"]
     for ours, theirs in zip(published["pairs"], facts["pairs"], strict=True):
-        assert (ours["name"], ours["neuron"]) == (theirs["name"], theirs["neuron"])
         paths = {ours["stem"] + key: value for key, value in ours["slices"].items()}
         folder = theirs["slice_folder"]
         assert paths == {f"{folder}/{s['name']}": s["sha256"] for s in theirs["slices"]}
-        assert ours["swc"] == {theirs["swc"]: theirs["swc_sha256"]}
-        assert ours["voxels"] == theirs["voxels_sha256"]
-        assert ours["z_shift"] == theirs["z_shift"]
+        expected = {key: theirs[key] for key in ("name", "neuron", "z_shift")}
+        expected["swc"] = {theirs["swc"]: theirs["swc_sha256"]}
+        assert ours.items() >= (expected | {"voxels": theirs["voxels_sha256"]}).items()
 
 
 def test_the_manifest_comes_with_the_package(published):
@@ -533,8 +522,6 @@ def test_profiles_name_data_that_anybody_can_get_and_never_a_final_neuron():
         named = [names for fold in grid["folds"] for names in fold.values()]
         named += [row.get("validate_on", "") for row in rows]
         assert not set(",".join(named).split(",")) & set(FINAL)
-    texts = [
-        p for kind in ("profiles/*", "notebooks/*.py", "docs/*.md", "*.md") for p in root.glob(kind)
-    ]
-    for path in [*texts, root / "data" / "README.md"]:
-        assert "../shared" not in path.read_text(encoding="utf-8"), path
+    for kind in ("profiles/*", "notebooks/*.py", "docs/*.md", "*.md", "data/README.md"):
+        for path in root.glob(kind):
+            assert "../shared" not in path.read_text(encoding="utf-8"), path

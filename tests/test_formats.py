@@ -183,7 +183,8 @@ def test_channels_of_tiff(tmp_path, axes):
     for k in range(3):
         reads(path, stack("uint16", seed=k), channel=k)
     # A single channel has the number 0.
-    reads(tiff(path, stack()), stack(), channel=0)
+    path = tiff(tmp_path / "a.tif", stack())
+    reads(path, stack(), channel=0)
     refused(path, "channel 1 asked for", channel=1)
 
 
