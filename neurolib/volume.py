@@ -16,7 +16,7 @@ import tifffile
 from scipy.ndimage import gaussian_filter, uniform_filter1d
 
 from neurolib.data import formats
-from neurolib.data.formats import LazyStack, check_memory, check_spacing, check_type
+from neurolib.data.formats import Box, LazyStack, check_memory, check_spacing, check_type
 from neurolib.errors import NeurolibWarning, VolumeError
 from neurolib.files import atomic_path, naming, seal_zarr
 
@@ -150,9 +150,7 @@ def _read(path: Path, channel: int | None) -> formats.Stack:
             stack = replace(stack, data=np.asarray(data).astype(data.dtype.newbyteorder("=")))
         return stack
     except MemoryError as error:
-        raise VolumeError(
-            "does not fit in memory; convert it to OME-Zarr or an uncompressed TIFF"
-        ) from error
+        raise VolumeError("does not fit in memory; use OME-Zarr or an uncompressed TIFF") from error
     except OSError as error:
         raise VolumeError(f"cannot be read ({error.strerror or error}); check {path}") from None
 
@@ -184,20 +182,18 @@ def check_values(volume: Volume, name: str) -> None:
         if not (np.isfinite(bottom) and np.isfinite(top)):
             z = start + int(np.argmin(np.isfinite(piece).all(axis=(1, 2))))
             raise VolumeError(
-                f"{name}: slice {z} holds NaN or infinite values, expected finite intensities; "
-                "replace them"
+                f"{name}: slice {z} holds NaN or infinite values, expected finite; replace them"
             )
         low, high = min(low, bottom), max(high, top)
         if low < high and data.dtype.kind != "f":
             return
     if low == high:
         raise VolumeError(
-            f"{name}: every voxel is {low:g}, expected an image; "
-            "check the export or choose another channel"
+            f"{name}: every voxel is {low:g}, expected an image; check the export or the channel"
         )
 
 
-def pieces(data: Any, chunks: Sequence[int] | None = None) -> Iterator[tuple[slice, slice, slice]]:
+def pieces(data: Any, chunks: Sequence[int] | None = None) -> Iterator[Box]:
     """Cut a volume into boxes of whole chunks, of at most SLAB voxels or one chunk.
 
     So each stored chunk is unpacked once.
@@ -243,9 +239,7 @@ def rescale(part: np.ndarray, low: float, high: float, out: np.ndarray) -> np.nd
     return np.clip(part, 0, 1, out=out, casting="same_kind")
 
 
-def limits(
-    data: np.ndarray, regions: Iterable[tuple[slice, slice, slice]] | None = None
-) -> tuple[float, float]:
+def limits(data: np.ndarray, regions: Iterable[Box] | None = None) -> tuple[float, float]:
     """Intensities that become 0 and 1 (`normalise`), in one pass over data of any size.
 
     For integers of up to 16 bits only `regions` are read, if given: disjoint boxes that hold all
@@ -269,17 +263,14 @@ def limits(
     return float(low), float(high if low < high else low + 1)
 
 
-def _histogram(
-    data: np.ndarray, regions: Iterable[tuple[slice, slice, slice]]
-) -> tuple[np.ndarray, np.ndarray]:
+def _histogram(data: np.ndarray, regions: Iterable[Box]) -> tuple[np.ndarray, np.ndarray]:
     """Distinct values of a narrow integer type, ascending, and their counts."""
     low = int(np.iinfo(data.dtype).min) if data.dtype.kind != "b" else 0
     counts = np.zeros(1 << (8 * data.dtype.itemsize), dtype=np.int64)
     for box in regions:
         piece = data[box].ravel()
-        counts += np.bincount(
-            (piece if low == 0 else piece.astype(np.intp) - low), minlength=len(counts)
-        )
+        piece = piece if low == 0 else piece.astype(np.intp) - low
+        counts += np.bincount(piece, minlength=len(counts))
     counts[-low] += prod(data.shape) - counts.sum()
     values = np.flatnonzero(counts)
     return values + low, counts[values]
@@ -411,9 +402,7 @@ def write_volume(
     suffix, known = path.suffix.lower(), known and spacing is not None
     with naming(path.name):
         if suffix not in (".tif", ".tiff", ".npy", ".zarr"):
-            raise VolumeError(
-                f"suffix {suffix or 'missing'!r}, expected .tif, .tiff, .npy or .zarr"
-            )
+            raise VolumeError(f"suffix {suffix or 'missing'!r}, expected .tif, .tiff, .npy, .zarr")
         if suffix != ".zarr" or not hasattr(data, "shape"):
             data = np.asarray(data)
         if len(data.shape) != 3 or not prod(data.shape):

@@ -22,7 +22,7 @@ import servers
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_formats import DATA, needs_data
+from test_formats import DATA, needs_data, refusal
 
 from neurolib import blocking, evaluation, inference, training
 from neurolib.blocking import make_target
@@ -117,10 +117,7 @@ def server(raw, monkeypatch):
 
 
 def refused(*args):
-    with pytest.raises(DataError) as caught:
-        load_fly_larva(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return refusal(DataError, load_fly_larva, *args)
 
 
 def finished(tmp_path):
@@ -183,9 +180,7 @@ def test_servers_that_drop_or_are_busy_are_borne_with(server, monkeypatch, way):
         ("page", "has sha256"),
     ],
 )
-def test_servers_that_stall_and_lie_leave_nothing_and_do_no_harm(
-    server, monkeypatch, tmp_path, way, part
-):
+def test_servers_that_stall_and_lie_leave_nothing(server, monkeypatch, tmp_path, way, part):
     behave(monkeypatch, server, way)
     message = refused()
     assert part in message
@@ -276,10 +271,8 @@ def test_a_folder_of_pairs_stands_in_for_the_download(own, server, monkeypatch, 
     check_pairs(load_fly_larva("fly-larva-final"), NAMES[3:])
     # Notebooks in another folder find it by the same variable.
     code = "from neurolib.data import pairs; print(pairs.stand_in('fly-larva'))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True
-    )
-    assert Path(done.stdout.strip()) == own
+    told = subprocess.check_output([sys.executable, "-c", code], cwd="/", text=True)
+    assert Path(told.strip()) == own
     assert server.requests == []
 
 
@@ -365,9 +358,7 @@ def execute_in_this_process(source, target, parameters, cwd, **_):
 
 
 @pytest.mark.parametrize("profile", ["final", "course"])
-def test_a_finished_checkpoint_is_evaluated_on_the_final_neurons(
-    own, monkeypatch, tmp_path, profile
-):
+def test_a_finished_checkpoint_is_evaluated_on_final_neurons(own, monkeypatch, tmp_path, profile):
     """Notebook 04 itself, in this process, which knows the generated data set.
 
     What another profile says of training does not matter.

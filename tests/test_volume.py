@@ -29,6 +29,8 @@ from neurolib import volume as volume_module
 from neurolib.errors import SettingsError, VolumeError
 from neurolib.volume import Volume, check_values, inverted, normalise, read_volume, write_volume
 
+TYPES = ["uint8", "uint16", "float32", "int8", "int16", "int32", "uint32", "float64"]
+
 # Checking -----------------------------------------------------------------------------------
 
 
@@ -68,9 +70,7 @@ def scaled_by_numpy(data):
     return np.clip((values - low) / (high - low), 0, 1)
 
 
-@pytest.mark.parametrize(
-    "dtype", ["uint8", "int8", "uint16", "int16", "int32", "float32", "float64"]
-)
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("slab", [1 << 22, 700])
 def test_normalise_is_numpys_percentile(monkeypatch, dtype, sparse, slab):
@@ -163,9 +163,7 @@ def test_dark_structures_on_a_bright_ground_are_noticed(seed, gain, tilt, slices
 
 @settings(max_examples=40, deadline=None)
 @given(
-    dtype=st.sampled_from(
-        ["uint8", "uint16", "float32", "int8", "int16", "int32", "uint32", "float64"]
-    ),
+    dtype=st.sampled_from(TYPES),
     shape=st.tuples(st.integers(2, 6), st.integers(1, 9), st.integers(1, 9)),
     spacing=st.tuples(*[st.floats(0.02, 150)] * 3),
     suffix=st.sampled_from([".tif", ".tiff", ".ome.tif", ".zarr", ".ome.zarr"]),

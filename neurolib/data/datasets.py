@@ -150,14 +150,11 @@ def split_by_neuron(
     """
     if any(pair.style == FINAL_STYLE for pair in pairs):
         raise DataError(
-            f"{pairs[0].name}: of a final test set, neither trained nor validated on; evaluate a "
-            "finished network by 'neurolib run --data fly-larva-final --profile final -p "
-            "checkpoint=FILE'"
+            f"{pairs[0].name}: of a final test set, neither trained nor validated on; evaluate by "
+            "'neurolib run --data fly-larva-final --profile final -p checkpoint=FILE'"
         )
     if min(test, validation, train) < 0:
-        raise DataError(
-            f"test={test}, validation={validation}, train={train}: expected numbers of neurons"
-        )
+        raise DataError(f"test={test}, validation={validation}, train={train}: expected 0 or more")
     neurons = sorted({pair.neuron for pair in pairs})
     order = [neurons[i] for i in np.random.default_rng(seed).permutation(len(neurons))]
     by_name = {pair.name: pair.neuron for pair in pairs} | {n: n for n in neurons}
@@ -246,10 +243,7 @@ def read_manifest(path: str | Path) -> Split:
             pair = Pair(entry["name"], entry["neuron"], *files, *options)
             for kind, file in zip(("image", "swc"), files, strict=True):
                 if not file.exists() or _digest(file) != entry[f"{kind}_sha256"]:
-                    raise DataError(
-                        f"{file}: missing, or changed since {path} was written; run notebook 01 "
-                        "again"
-                    )
+                    raise DataError(f"{file}: missing, or changed since {path}; rerun notebook 01")
             groups[entry["split"]] += (pair,)
     except DataError:
         raise
@@ -299,8 +293,7 @@ def rendered_pairs(folder: str | Path, style: str = "flylight") -> list[Pair]:
     if style not in synthesis.STYLES:
         known = ", ".join(f"rendered-{name}:FOLDER" for name in synthesis.STYLES)
         raise DataError(
-            f"rendered-{style}: no such style of microscope; expected {known}, or "
-            "rendered:FOLDER for flylight"
+            f"rendered-{style}: no such microscope; expected {known}, rendered:FOLDER for flylight"
         )
     folder = Path(folder)
     files = trees_by_name(folder)

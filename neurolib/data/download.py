@@ -117,8 +117,7 @@ def _transfer(url: str, part: Path, limit: int, variable: str) -> None:
             raise _Interrupted(f"the server answered {response.status_code}", wait)
         if response.status_code not in (200, 206):
             raise DataError(
-                f"{url}: the server answered {response.status_code}; set ${variable} to an "
-                "address that has the file"
+                f"{url}: server answered {response.status_code}; set ${variable} to another address"
             )
         sent, start = response.headers.get("Content-Range", "others"), 0
         length = response.headers.get("Content-Length", "")
@@ -134,9 +133,7 @@ def _transfer(url: str, part: Path, limit: int, variable: str) -> None:
         if total is not None and total > limit:
             raise DataError(f"{url}: {total} bytes, expected {limit} at most; check the address")
         if total is not None and total - start > (free := shutil.disk_usage(part.parent).free):
-            raise DataError(
-                f"{url}: {total} bytes do not fit on the disk of {part.parent} ({free} free)"
-            )
+            raise DataError(f"{url}: {total} bytes do not fit into {part.parent} ({free} free)")
         bar = {"total": total, "initial": start, "unit": "B", "unit_scale": True, "desc": part.stem}
         with (
             open(part, "ab" if start else "wb") as file,

@@ -160,9 +160,8 @@ def _make_pair(entry: dict, folder: Path, address: str, bar: tqdm) -> None:
     tree, joined = repair_trace((raw / "trace.swc").read_bytes(), stack.shape[1], entry["z_shift"])
     image, swc = _paths(folder, name)
     write_swc(swc, tree, f"{name}: y flipped, {joined} gaps joined, voxel units\n{origin()}")
-    write_text(
-        folder / RECORD, json.dumps(read_record(folder / RECORD) | {name: sha256(swc)}, indent=1)
-    )
+    made = read_record(folder / RECORD) | {name: sha256(swc)}
+    write_text(folder / RECORD, json.dumps(made, indent=1))
     write_volume(image, stack)  # last, because it completes the pair
     shutil.rmtree(raw)
 

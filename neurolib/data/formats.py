@@ -32,6 +32,8 @@ from neurolib.files import decode
 # Our errors include what tifffile would log.
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
+Box = tuple[slice, slice, slice]  # part of a volume (z, y, x)
+
 # A voxel's edges: least and largest length, from atoms to planets in any unit, and largest ratio.
 LENGTHS, LONGEST = (1e-12, 1e12), 10_000
 
@@ -62,16 +64,16 @@ class Stack:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a file with one array.
+    """The header of a file with one array, which begins at byte `offset`.
 
-    shape: slowest axis first; axis: that of the channels, or None; offset: where the voxels begin;
-    unpack: makes them of the path and this header if they are packed.
+    shape: slowest axis first; axis: that of the channels, or None; unpack: makes the voxels of the
+    path and this header if they are packed.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    axis: int | None = None
-    offset: int = 0
+    axis: int | None
+    offset: int
     order: str = "C"
     spacing: Spacing = Spacing()
     unpack: Callable[..., np.ndarray] | None = None
@@ -190,13 +192,10 @@ def choose_channel(channels: int, channel: int | None) -> int:
     """Index of the channel to take, or an error that lists the channels."""
     if channel is None and channels > 1:
         raise VolumeError(
-            f"{channels} channels (0 to {channels - 1}), expected one; "
-            "say which with channel= (--channel)"
+            f"{channels} channels (0 to {channels - 1}), expected one; give channel= (--channel)"
         )
     if not 0 <= (channel or 0) < channels:
-        raise VolumeError(
-            f"channel {channel} asked for, but there are channels 0 to {channels - 1}"
-        )
+        raise VolumeError(f"channel {channel} asked for, there are channels 0 to {channels - 1}")
     return channel or 0
 
 
@@ -213,9 +212,7 @@ def check_spacing(spacing: Sequence[float]) -> np.ndarray:
     return values
 
 
-def boxes(
-    lower: Sequence[int], upper: Sequence[int], step: Sequence[int]
-) -> Iterator[tuple[slice, slice, slice]]:
+def boxes(lower: Sequence[int], upper: Sequence[int], step: Sequence[int]) -> Iterator[Box]:
     """Cut the range between two corners (z, y, x) into boxes of `step`, ordered by z, y, x."""
     for corner in itertools.product(*map(range, lower, upper, step)):
         ends = (min(i + n, end) for i, n, end in zip(corner, step, upper, strict=True))
@@ -227,7 +224,7 @@ def _first_line(error: Exception) -> str:
 
 
 def read_file(path: Path, channel: int | None) -> Stack:
-    """Read a file by its suffix; see `FORMATS`."""
+    """Read a file by its suffix; see `FORMATS`. Voxels that are not packed are mapped."""
     if path.is_dir():
         raise VolumeError("is a folder, expected a file; give one image stack")
     with open(path, "rb") as file:
@@ -236,16 +233,10 @@ def read_file(path: Path, channel: int | None) -> Stack:
         raise VolumeError("the file is empty (0 bytes); copy or download it again")
     signs, read = FORMATS[path.suffix.lower()]
     if not begin.startswith(signs):
-        raise VolumeError(
-            f"does not begin like a {path.suffix} file; it is damaged or has the wrong suffix"
-        )
+        raise VolumeError(f"does not begin like a {path.suffix} file; it is damaged or misnamed")
     if read is read_tiff:
         return read_tiff(path, channel)
-    return _load(path, read(path, begin), channel)
-
-
-def _load(path: Path, header: Header, channel: int | None) -> Stack:
-    """Check a header, then map or unpack the voxels."""
+    header = read(path, begin)
     shape, axis = header.shape, header.axis
     check_type(header.dtype)
     if not all(n > 0 for n in shape):
@@ -288,11 +279,11 @@ def _check_directories(tif: tifffile.TiffFile) -> None:
     """
     form, file, at = tif.tiff, tif.filehandle, tif.pages.first.offset
     seen: set[int] = set()
-    remedy = "the file is truncated or damaged"
+    why = "the file is truncated or damaged"
     while at:
         page = len(seen)
         if at in seen or not 8 <= at < file.size:
-            raise VolumeError(f"page {page} is not within the file of {file.size} bytes; {remedy}")
+            raise VolumeError(f"page {page} is not within the file of {file.size} bytes; {why}")
         seen.add(at)
         file.seek(at)
         try:
@@ -300,13 +291,12 @@ def _check_directories(tif: tifffile.TiffFile) -> None:
             tags = file.read(min(count * form.tagsize, file.size))
             (at,) = struct.unpack(form.offsetformat, file.read(form.offsetsize))
         except struct.error:
-            raise VolumeError(f"ends within a page directory; {remedy}") from None
+            raise VolumeError(f"ends within a page directory; {why}") from None
         # Tag, type, number of values, then the values or their place.
         for tag, kind, values, _ in struct.iter_unpack(form.tagformat1 + form.tagformat2[1:], tags):
             if values * struct.calcsize(tifffile.TIFF.DATA_FORMATS.get(kind, "B")) > file.size:
                 raise VolumeError(
-                    f"tag {tag} of page {page} claims {values} values in a file of "
-                    f"{file.size} bytes; {remedy}"
+                    f"tag {tag} of page {page} claims {values} values in {file.size} bytes; {why}"
                 )
 
 
@@ -392,9 +382,8 @@ def _axes(axes: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
     axes, shape = "".join(a for a, _ in kept), tuple(n for _, n in kept)
     if "S" in axes:
         raise VolumeError(
-            f"colour image with {shape[axes.index('S')]} samples per pixel, expected "
-            "grey values; split its channels first, or, if they are slices, save it as grey "
-            "(tifffile: photometric='minisblack')"
+            f"colour image with {shape[axes.index('S')]} samples per pixel, expected grey; split "
+            "its channels, or, if slices, save it as grey (tifffile: photometric='minisblack')"
         )
     # tifffile calls the axis of plain pages I, Q or "other".
     unnamed = [a for a in axes if a not in "ZCTYX"]
@@ -539,8 +528,7 @@ def read_npy(path: Path, begin: bytes) -> Header:
     except Exception as error:
         # Parsing a damaged header, a Python literal, fails in many ways.
         raise VolumeError(
-            f"its NumPy header cannot be read ({type(error).__name__}); save it again "
-            "with numpy.save"
+            f"its NumPy header cannot be read ({type(error).__name__}); save it by numpy.save"
         ) from error
     if dtype.hasobject or dtype.names:
         raise VolumeError(
@@ -562,9 +550,7 @@ def _vaa3d_header(begin: bytes, code: str = "i") -> Header:
     """A Vaa3D header with sizes of struct type `code`."""
     order = {b"L": "<", b"B": ">"}.get(begin[24:25])
     if order is None:
-        raise VolumeError(
-            f"byte order {begin[24:25]!r}, expected b'L' or b'B'; the file is damaged"
-        )
+        raise VolumeError(f"byte order {begin[24:25]!r}, expected b'L' or b'B'; it is damaged")
     fields = struct.Struct(f"{order}h{5 if begin.startswith(V3DRAW5) else 4}{code}")
     if len(begin) < 25 + fields.size:
         raise VolumeError("ends within its header; the file is truncated")
@@ -688,9 +674,7 @@ def read_nrrd(path: Path, begin: bytes) -> Header:
     fields = {key.strip().lower(): value for key, value in lines}
     for key in ("data file", "datafile", "line skip", "lineskip", "byte skip", "byteskip"):
         if fields.get(key, "0") != "0":
-            raise VolumeError(
-                f"header with {key!r}, expected header and data in one .nrrd file; save it attached"
-            )
+            raise VolumeError(f"header with {key!r}, expected all in one .nrrd file; save attached")
     try:
         shape = tuple(int(n) for n in fields["sizes"].split())[::-1]
         word = fields["type"].lower().replace("unsigned ", "u").replace("signed ", "")
@@ -730,7 +714,24 @@ def _gunzip(path: Path, header: Header) -> np.ndarray:
 
 def _nrrd_axes(fields: dict[str, str], dims: int) -> tuple[int | None, Spacing]:
     """The channel axis (of four axes) and the spacing of the others."""
-    key, values, units = _nrrd_lengths(fields)
+
+    def listed(key: str) -> list[str]:
+        text = fields.get(key, "")
+        return re.findall(r'"([^"]*)"', text) if '"' in text else text.split()
+
+    units = listed("units") or listed("space units")
+    key = next((key for key in ("space directions", "spacings") if key in fields), "")
+    if key == "space directions":
+        text = fields[key].replace("none", "(nan)").replace(" ", "")
+        steps = [[_number(x) for x in v.split(",")] for v in text.strip("()").split(")(")]
+        values = [float(np.linalg.norm(s)) for s in steps]
+        # An oblique direction has a unit only if all of its axes have the same.
+        pairs = [zip(listed("space units"), s, strict=False) for s in steps]
+        joined = [" and ".join(sorted({unit for unit, x in pair if x})) for pair in pairs]
+        units = joined if any(joined) else units
+    else:
+        values = [_number(x) for x in fields.get("spacings", "").split()]
+    # The file lists the fastest axis first; NaN stands for an axis not in space.
     values = values[::-1] if len(values) == dims else [float("nan")] * dims
     units = [*units, *[""] * dims][:dims][::-1]
     axis = None
@@ -743,26 +744,6 @@ def _nrrd_axes(fields: dict[str, str], dims: int) -> tuple[int | None, Spacing]:
     if dims not in (3, 4) or not key:
         return axis, Spacing()
     return axis, calibrate(values, units, [f"{key} of {a}" for a in "zyx"])
-
-
-def _nrrd_lengths(fields: dict[str, str]) -> tuple[str, list[float], list[str]]:
-    """Field, length and unit of each axis, fastest first; NaN for an axis not in space."""
-
-    def listed(key: str) -> list[str]:
-        text = fields.get(key, "")
-        return re.findall(r'"([^"]*)"', text) if '"' in text else text.split()
-
-    general = listed("units") or listed("space units")
-    if "space directions" in fields:
-        text = fields["space directions"].replace("none", "(nan)").replace(" ", "")
-        steps = [[_number(x) for x in v.split(",")] for v in text.strip("()").split(")(")]
-        # An oblique direction has a unit only if all of its axes have the same.
-        pairs = [zip(listed("space units"), s, strict=False) for s in steps]
-        units = [" and ".join(sorted({unit for unit, x in pair if x})) for pair in pairs]
-        values = [float(np.linalg.norm(s)) for s in steps]
-        return "space directions", values, units if any(units) else general
-    key = "spacings" if "spacings" in fields else ""
-    return key, [_number(x) for x in fields.get("spacings", "").split()], general
 
 
 # OME-Zarr -----------------------------------------------------------------------------------
@@ -881,8 +862,7 @@ def read_zarr(path: Path, channel: int | None) -> Stack:
         ) from error
     if axes[-3:] != ["z", "y", "x"] or len(axes) != len(shape) or axes.count("c") > 1:
         raise VolumeError(
-            f"axes {axes} of shape {shape}, expected them to end with z, y, x; export it "
-            "as (channel, z, y, x)"
+            f"axes {axes} of shape {shape} must end with z, y, x; export as (channel, z, y, x)"
         )
     check_type(dtype)
     for axis, n in zip(axes[:-3], shape, strict=False):

@@ -81,9 +81,7 @@ def _expand(path: Path) -> list[Path]:
         return [path]
     if files := files_of(path, (*SUFFIXES, *TREES)):
         return files
-    raise NeurolibError(
-        f"{path}: a folder without images ({', '.join(SUFFIXES)}) and SWC files; name another"
-    )
+    raise NeurolibError(f"{path}: without images ({', '.join(SUFFIXES)}) and trees; name another")
 
 
 def _pairs(images: list[Path], trees: dict[Path, swc.Tree]) -> list[tuple[Path, Path]]:
