@@ -243,7 +243,7 @@ def read_manifest(path: str | Path) -> Split:
             pair = Pair(entry["name"], entry["neuron"], *files, *options)
             for kind, file in zip(("image", "swc"), files, strict=True):
                 if not file.exists() or _digest(file) != entry[f"{kind}_sha256"]:
-                    raise DataError(f"{file}: missing, or changed since {path}; rerun notebook 01")
+                    raise DataError(f"{file}: missing, or not as in {path}; rerun notebook 01")
             groups[entry["split"]] += (pair,)
     except DataError:
         raise

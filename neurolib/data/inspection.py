@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from math import prod
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -90,13 +91,10 @@ def _pairs(images: list[Path], trees: dict[Path, swc.Tree]) -> list[tuple[Path, 
     pairs = [(i, t) for i in images for t in trees if same_name(i.name) == same_name(t.name)]
     # Of several trees of that name, prefer those in the image's folder, then those whose names
     # agree in case and further suffixes.
-    for agree in (
-        lambda image, tree: image.parent == tree.parent,
-        lambda image, tree: stem(image.name) == stem(tree.name),
-        lambda image, tree: image.stem == tree.stem,
-    ):
-        paired = {file for pair in pairs if agree(*pair) for file in pair}
-        pairs = [pair for pair in pairs if agree(*pair) or not paired.intersection(pair)]
+    for key in (attrgetter("parent"), lambda file: stem(file.name), attrgetter("stem")):
+        agreeing = [pair for pair in pairs if key(pair[0]) == key(pair[1])]
+        paired = {file for pair in agreeing for file in pair}
+        pairs = [pair for pair in pairs if pair in agreeing or not paired.intersection(pair)]
     return pairs
 
 
