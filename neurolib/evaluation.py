@@ -87,19 +87,18 @@ def hd95(
     spacing = check_spacing(spacing)
     if method not in ("monai", "medpy"):
         raise SettingsError(f'hd95: method is "monai" or "medpy", got {method!r}')
-    surface_a, surface_b = surface_voxels(a), surface_voxels(b)
-    if len(surface_a) == 0 or len(surface_b) == 0:
-        return 0.0 if len(surface_a) == len(surface_b) else float("inf")
-    surface_a, surface_b = surface_a * spacing, surface_b * spacing
+    one, two = (surface_voxels(mask) * spacing for mask in (a, b))
+    if not len(one) or not len(two):
+        return 0.0 if len(one) == len(two) else float("inf")
     # Voxels of one surface that are also on the other are at distance 0: the search, which is
     # fast for small distances, leaves them at once. Most time goes into the trees, and one that is
     # not balanced is built in half of it.
     quick = {"balanced_tree": False, "compact_nodes": False}
-    a_to_b = KDTree(surface_b, **quick).query(surface_a, workers=-1)[0]
-    b_to_a = KDTree(surface_a, **quick).query(surface_b, workers=-1)[0]
+    there = KDTree(two, **quick).query(one, workers=-1)[0]
+    back = KDTree(one, **quick).query(two, workers=-1)[0]
     if method == "monai":
-        return float(max(np.percentile(a_to_b, 95), np.percentile(b_to_a, 95)))
-    return float(np.percentile(np.concatenate([a_to_b, b_to_a]), 95))
+        return float(max(np.percentile(there, 95), np.percentile(back, 95)))
+    return float(np.percentile(np.concatenate([there, back]), 95))
 
 
 def surface_dice(
@@ -138,8 +137,8 @@ def _surface_elements(mask: np.ndarray, spacing: np.ndarray) -> tuple[np.ndarray
     crop = np.pad(mask[box], 1)
     # The corner between eight voxels has the number whose bits they are.
     number = np.zeros([n - 1 for n in crop.shape], dtype=np.uint8)
-    for bit, (z, y, x) in enumerate(np.ndindex(2, 2, 2)):
-        ends = (slice(i, n - 1 + i) for i, n in zip((z, y, x), crop.shape, strict=True))
+    for bit, corner in enumerate(np.ndindex(2, 2, 2)):
+        ends = (slice(i, n - 1 + i) for i, n in zip(corner, crop.shape, strict=True))
         number |= crop[tuple(ends)].astype(np.uint8) << bit
     corners = np.argwhere((number > 0) & (number < 255))
     areas = _corner_areas(tuple(spacing.tolist()))[number[tuple(corners.T)]]
@@ -197,13 +196,10 @@ def surface_voxels(mask: np.ndarray) -> np.ndarray:
 
 def bounding_box(mask: np.ndarray) -> tuple[slice, slice, slice] | None:
     """Slices of the smallest box around the foreground of a 3D mask; None if it is empty."""
-    slices = []
-    for axes in ((1, 2), (0, 2), (0, 1)):
-        used = np.flatnonzero(mask.any(axis=axes))
-        if len(used) == 0:
-            return None
-        slices.append(slice(int(used[0]), int(used[-1]) + 1))
-    return tuple(slices)
+    used = [np.flatnonzero(mask.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
+    if not len(used[0]):
+        return None
+    return tuple(slice(int(places[0]), int(places[-1]) + 1) for places in used)
 
 
 def cl_dice(a: np.ndarray, b: np.ndarray) -> float:
@@ -279,17 +275,13 @@ def _check_masks(*masks: np.ndarray, dimensions: int | None = 3) -> list[np.ndar
     masks = [np.asarray(mask) for mask in masks]
     for mask in masks:
         if mask.dtype != bool:
-            raise VolumeError(
-                f"expected a boolean mask, got {mask.dtype}; threshold it first (for example "
-                "p >= 0.5)"
-            )
+            raise VolumeError(f"expected a boolean mask, got {mask.dtype}; threshold it (p >= 0.5)")
         if dimensions is not None and mask.ndim != dimensions:
             raise VolumeError(f"expected a {dimensions}D mask (z, y, x), got shape {mask.shape}")
-    if len({mask.shape for mask in masks}) > 1:
-        raise VolumeError(
-            "two masks of one volume must have one shape, got "
-            + " and ".join(str(mask.shape) for mask in masks)
-        )
+    shapes = [mask.shape for mask in masks]
+    if len(set(shapes)) > 1:
+        found = " and ".join(map(str, shapes))
+        raise VolumeError(f"two masks of one volume must have one shape, got {found}")
     return masks
 
 
@@ -328,11 +320,8 @@ def tree_distance(
     `threshold` is the distance from which a point counts as different, by default Vaa3D's: 2 voxels
     of the finest axis. It is in the unit of `spacing` (dz, dy, dx), and so are esa and dsa.
     """
-    _check_trees(tree, reference)
-    check_range("tolerance", threshold, "threshold=")
-    tree, reference, voxel = finest_voxels(spacing, tree, reference)
-    # Equal distances are equal, whatever the unit.
-    threshold = (2.0 if threshold is None else threshold / voxel) * (1 - 1e-9)
+    tree, reference, voxel, threshold = _comparable(tree, reference, spacing, threshold)
+    threshold *= 1 - 1e-9  # equal distances are equal, whatever the unit
     there = distance_to_tree(sample_edges(tree), reference)
     back = distance_to_tree(sample_edges(reference), tree)
     apart = [distances[distances >= threshold] for distances in (there, back)]
@@ -342,6 +331,15 @@ def tree_distance(
         dsa=float(np.mean(means)) * voxel if means else 0.0,
         pds=(len(apart[0]) / len(there) + len(apart[1]) / len(back)) / 2,
     )
+
+
+def _comparable(tree: Tree, reference: Tree, spacing: tuple, threshold: float | None) -> tuple:
+    """Two trees in voxels of the finest axis, the edge of one, and the threshold in them."""
+    if not (len(tree.parent) and len(reference.parent)):
+        raise SwcError("a tree without nodes cannot be compared; expected at least one node")
+    check_range("tolerance", threshold, "threshold=")
+    tree, reference, voxel = finest_voxels(spacing, tree, reference)
+    return tree, reference, voxel, 2.0 if threshold is None else threshold / voxel
 
 
 def finest_voxels(spacing: tuple[float, float, float], *trees: Tree) -> tuple:
@@ -395,14 +393,14 @@ def distance_to_tree(points: np.ndarray, tree: Tree) -> np.ndarray:
     distances = np.empty(len(points))
     open_points, k = np.arange(len(points)), min(8, len(start))
     while len(open_points):
-        unproved = []
+        unproved = [open_points[:0]]
         for part in np.array_split(open_points, -(-len(open_points) * k // 1_000_000)):
             to_middle, piece = middles.query(points[part], k=np.arange(1, k + 1))
             best = _distance_to_pieces(points[part, None], start[piece], step[piece]).min(axis=1)
             distances[part] = best
             if k < len(start):
                 unproved.append(part[to_middle[:, -1] < best + longest / 2])
-        open_points = np.concatenate(unproved) if unproved else open_points[:0]
+        open_points = np.concatenate(unproved)
         k = min(4 * k, len(start))
     return distances
 
@@ -448,10 +446,8 @@ def tree_scores(
 
     `threshold` is in the unit of `spacing` (dz, dy, dx), by default 2 voxels of the finest axis.
     """
-    _check_trees(tree, reference)
-    check_range("tolerance", threshold, "threshold=")
-    tree, reference, voxel = finest_voxels(spacing, tree, reference)
-    threshold = (2.0 if threshold is None else threshold / voxel) * (1 + 1e-9)
+    tree, reference, _, threshold = _comparable(tree, reference, spacing, threshold)
+    threshold *= 1 + 1e-9
     return TreeScores(
         _share_within(tree, reference, threshold), _share_within(reference, tree, threshold)
     )
@@ -473,11 +469,6 @@ def short_pieces(tree: Tree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         tree, lambda x: np.maximum(np.ceil(2 * x), 1).astype(int)
     )
     return start + step * ((number + 0.5) / count)[:, None], length / count, child
-
-
-def _check_trees(*trees: Tree) -> None:
-    if any(len(tree.xyz) == 0 for tree in trees):
-        raise SwcError("a tree without nodes cannot be compared; expected at least one node")
 
 
 def compare(
@@ -518,7 +509,7 @@ def choose_cut(
     which `in_voxels` converts for each of the `spacings`), and their Dice.
     """
     candidates = np.asarray(candidates)
-    curves = []
+    spacings, curves = spacings or [(1, 1, 1)] * len(masks), []
     for response, mask in zip(responses, masks, strict=True):
         # A voxel that reaches k thresholds is foreground under the first k of them.
         reached = np.searchsorted(candidates, response.ravel(), "right")
@@ -531,7 +522,6 @@ def choose_cut(
     spread = near[np.linspace(0, len(near) - 1, min(TRIED, len(near))).round().astype(int)]
     tried = np.union1d(spread, curve.argmax())
     scores = np.zeros((len(tried), len(SIZES)))
-    spacings = spacings or [(1, 1, 1)] * len(masks)
     for response, mask, spacing in zip(responses, masks, spacings, strict=True):
         for row, at in zip(scores, tried, strict=True):
             label, voxels = label_pieces(response >= candidates[at])
