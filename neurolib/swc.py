@@ -97,29 +97,28 @@ def read_swc(path: str | Path, spacing: Sequence[float] | None = None) -> Tree:
         raise SwcError(f"{path.name}: cannot be read ({error.strerror}); check {path}") from None
     if b"\0" in raw and not raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise SwcError(f"{path.name}: found binary data, expected the text lines of an SWC file")
-    lines, repairs = decode(raw).split("\n"), []
-    table = _parse(lines, path.name, repairs)
-    tree = _assemble(table, _Report(path.name, lines, repairs))
-    return _use_comments(_one_sphere(tree), lines, spacing)
+    report = _Report(path.name, decode(raw).split("\n"))
+    tree = _assemble(_parse(report), report)
+    return _use_comments(_one_sphere(tree), report.lines, spacing)
 
 
-def _parse(lines: list[str], name: str, repairs: list[str]) -> np.ndarray:
-    """Columns of all nodes, (n, 7); a heading without # is cleared in `lines`.
+def _parse(report: "_Report") -> np.ndarray:
+    """Columns of all nodes, (n, 7); a heading without # is cleared in the lines of the report.
 
     Strategy: NumPy's C parser reads a well-formed file. What it refuses goes through the line
     parser, which either understands it or names the bad line.
     """
     try:
-        if any(line and not line.isspace() and line[0] != "#" for line in lines):
-            return np.loadtxt(lines, comments="#", usecols=range(7), ndmin=2)
+        if any(line and not line.isspace() and line[0] != "#" for line in report.lines):
+            return np.loadtxt(report.lines, comments="#", usecols=range(7), ndmin=2)
     except ValueError:
         pass
-    return _parse_lines(lines, name, repairs)
+    return _parse_lines(report)
 
 
-def _parse_lines(lines: list[str], name: str, repairs: list[str]) -> np.ndarray:
-    rows = []
-    for number, line in enumerate(lines, start=1):
+def _parse_lines(report: "_Report") -> np.ndarray:
+    rows, name = [], report.name
+    for number, line in enumerate(report.lines, start=1):
         words = line.partition("#")[0].split()
         tokens = " ".join(words).replace(",", " ").split()
         if len(tokens) > 5 and tokens[5].lower() in NO_RADIUS:
@@ -134,8 +133,8 @@ def _parse_lines(lines: list[str], name: str, repairs: list[str]) -> np.ndarray:
                     f"{name}: line {number}: x is column {cells.index('x') + 1}, expected the "
                     f"columns {COLUMNS}; save it in this order, without an index"
                 )
-            repairs.append(f"line {number}: heading without # skipped")
-            lines[number - 1] = ""
+            report.repairs.append(f"line {number}: heading without # skipped")
+            report.lines[number - 1] = ""
             continue
         if len(words) >= 7 and any("," in word.strip(",") for word in words):
             problem = "commas inside numbers, expected decimal points; replace them"
@@ -164,8 +163,8 @@ def _is_number(token: str) -> bool:
 class _Report:
     """Errors and repairs that name lines; their numbers are computed when first needed."""
 
-    def __init__(self, name: str, lines: list[str], repairs: list[str]):
-        self.name, self.lines, self.repairs = name, lines, repairs
+    def __init__(self, name: str, lines: list[str]):
+        self.name, self.lines, self.repairs = name, lines, []
 
     @functools.cached_property
     def numbers(self) -> list[int]:
@@ -191,11 +190,8 @@ def _assemble(table: np.ndarray, report: _Report) -> Tree:
     differ = (keys[first] != keys[second]).any(axis=1)
     differ |= ~np.isclose(table[first], table[second], 0, 0, equal_nan=True).all(axis=1)
     for one, other in zip(first[differ], second[differ], strict=True):
-        raise report.error(
-            other,
-            f"id {keys[other, 0]} is already that of line {report.numbers[one]}, "
-            "with other content; ids must be unique",
-        )
+        known = f"id {keys[other, 0]} is already that of line {report.numbers[one]}"
+        raise report.error(other, f"{known}, with other content; ids must be unique")
     report.repair(np.sort(second), "repeats an earlier node, dropped")
     rows = np.delete(np.arange(len(table)), second)
     table, (ids, wanted), n = table[rows], keys[rows].T, len(rows)
@@ -215,9 +211,8 @@ def _assemble(table: np.ndarray, report: _Report) -> Tree:
     tree = Tree(table[:, 2:5].copy(), radius, table[:, 1].astype(np.int64), parent)
     late = parent > np.arange(n)
     if late.any():
-        order = _depth_first(parent)
-        if len(order) < n:
-            row = _on_cycle(parent, order)
+        order, row = _depth_first(parent)
+        if row is not None:
             what = f"node {ids[row]} is its own ancestor; cut the cycle with parent -1"
             raise report.error(rows[row], what)
         tree = take(tree, order)
@@ -258,8 +253,7 @@ def _one_sphere(tree: Tree) -> Tree:
     """
     soma = tree.type == SOMA
     inner = np.flatnonzero(soma & (tree.parent >= 0))
-    above = tree.parent[inner]
-    inner = inner[soma[above] & (tree.parent[above] < 0)]
+    inner = inner[(soma & (tree.parent < 0))[tree.parent[inner]]]
     dropped = []
     for root in np.unique(tree.parent[inner]):
         pair = inner[tree.parent[inner] == root]
@@ -340,13 +334,12 @@ def _unit_in(comment: str) -> tuple[str, float] | None:
     named = {}
     for words, size in UNITS.items():
         for before, word in re.findall(rf"([^\s:='\"]*)\s*\b({words})\b", comment, re.IGNORECASE):
-            is_factor = any(map(str.isdecimal, before))
-            named[size * float(before if is_factor else 1)] = (
-                f"{before} {word}" if is_factor else word
-            )
-    if len(named) > 1 or (
-        not named and re.search(r"\bunits?['\"]?\s*[:=]", comment, re.IGNORECASE)
-    ):
+            if any(map(str.isdecimal, before)):
+                named[size * float(before)] = f"{before} {word}"
+            else:
+                named[size] = word
+    wanted = re.search(r"\bunits?['\"]?\s*[:=]", comment, re.IGNORECASE)
+    if len(named) > 1 or (wanted and not named):
         raise ValueError
     return next(((word, size) for size, word in named.items()), None)
 
@@ -363,9 +356,8 @@ def topological_order(tree: Tree) -> np.ndarray:
     parent = _checked_parent(tree)
     if np.all(parent < np.arange(len(parent))):
         return np.arange(len(parent))
-    order = _depth_first(parent)
-    if len(order) < len(parent):
-        row = _on_cycle(parent, order)
+    order, row = _depth_first(parent)
+    if row is not None:
         raise SwcError(f"row {row} is its own ancestor, expected a forest; make it a root (-1)")
     return order
 
@@ -388,8 +380,8 @@ def _checked_parent(tree: Tree) -> np.ndarray:
     return parent.astype(np.int64, copy=False)
 
 
-def _depth_first(parent: np.ndarray) -> np.ndarray:
-    """Rows in depth-first order, without nodes on or below a cycle.
+def _depth_first(parent: np.ndarray) -> tuple[np.ndarray, int | None]:
+    """Rows in depth-first order, and a row on a cycle, if there is one.
 
     Strategy: SciPy's search rescans a node's whole neighbour list at each return, which takes
     quadratic time in a forest of many roots. So each node gets two links, to its first child and
@@ -404,8 +396,6 @@ def _depth_first(parent: np.ndarray) -> np.ndarray:
     sibling[by_parent[:-1][same]] = by_parent[1:][same]
     starts = by_parent[np.r_[True, ~same]] if n else by_parent
     roots = starts[parent[starts] < 0]
-    if not len(roots):
-        return np.empty(0, dtype=np.int64)
     child = np.full(n, -1)
     starts = starts[parent[starts] >= 0]
     child[parent[starts]] = starts
@@ -414,33 +404,25 @@ def _depth_first(parent: np.ndarray) -> np.ndarray:
     ends = np.cumsum((links >= 0).sum(axis=1))
     targets = links[links >= 0]
     graph = csr_array((np.ones(len(targets)), targets, np.r_[0, ends]), shape=(n, n))
-    order = depth_first_order(graph, roots[0], directed=True, return_predecessors=False)
-    return order.astype(np.int64)
-
-
-def _on_cycle(parent: np.ndarray, reached: np.ndarray) -> int:
-    """A row on a cycle, given the rows that a search from the roots reached."""
-    lost = np.ones(len(parent), dtype=bool)
-    lost[reached] = False
-    row = int(np.argmax(lost))
+    order = np.empty(0, dtype=np.int64)
+    if len(roots):
+        found = depth_first_order(graph, roots[0], directed=True, return_predecessors=False)
+        order = found.astype(np.int64)
+    if len(order) == n:
+        return order, None
     # Every row not reached leads into a cycle, in fewer steps than there are rows.
-    for _ in range(len(parent)):
+    row = int(np.setdiff1d(np.arange(n), order)[0])
+    for _ in range(n):
         row = int(parent[row])
-    return row
+    return order, row
 
 
 def take(tree: Tree, rows: np.ndarray) -> Tree:
     """The nodes `rows` (n,) in that order; nodes without their parent become roots."""
     place = np.full(len(tree.parent) + 1, -1)
     place[rows] = np.arange(len(rows))
-    # The last entry of `place` is for the roots' index -1.
-    return Tree(
-        tree.xyz[rows],
-        tree.radius[rows],
-        tree.type[rows],
-        place[tree.parent[rows]],
-        tree.repairs,
-    )
+    parent = place[tree.parent[rows]]  # the last entry of `place` is for the roots' index -1
+    return Tree(tree.xyz[rows], tree.radius[rows], tree.type[rows], parent, tree.repairs)
 
 
 # Writing --------------------------------------------------------------------------------------
@@ -597,7 +579,7 @@ def resample(tree: Tree, step: float) -> Tree:
     """
     check_range("step", step)
     topological_order(tree)
-    tree = take(tree, _depth_first(np.asarray(tree.parent)))
+    tree = take(tree, _depth_first(np.asarray(tree.parent))[0])
     n, root = len(tree.parent), tree.parent < 0
     key = root | (np.bincount(tree.parent[~root], minlength=n) != 1)
 
@@ -632,13 +614,10 @@ def resample(tree: Tree, step: float) -> Tree:
     new_row[ends] = len(roots) + last
     parent = len(roots) + np.arange(len(line)) - 1
     parent[np.append(0, last[:-1] + 1)] = new_row[starts]
-    return Tree(
-        np.concatenate([tree.xyz[roots], xyz]),
-        np.concatenate([tree.radius[roots], radius]),
-        np.concatenate([tree.type[roots], kind]),
-        np.concatenate([np.full(len(roots), -1), parent]),
-        tree.repairs,
-    )
+    columns = (tree.xyz, xyz), (tree.radius, radius), (tree.type, kind)
+    xyz, radius, kind = (np.concatenate([old[roots], new]) for old, new in columns)
+    parent = np.concatenate([np.full(len(roots), -1), parent])
+    return Tree(xyz, radius, kind, parent, tree.repairs)
 
 
 # Frames ---------------------------------------------------------------------------------------
@@ -737,8 +716,8 @@ class Fit:
     inside: float
     follows: float
     hint: str
-    hint_contrast: float = float("nan")
-    hint_follows: float = float("nan")
+    hint_contrast: float = np.nan
+    hint_follows: float = np.nan
 
     @property
     def fits(self) -> bool:
@@ -792,7 +771,7 @@ def fit(tree: Tree, volume: Volume) -> Fit:
 
     def follows(zyx: np.ndarray) -> float:
         # Means over a voxel and its neighbours reduce noise.
-        steps = np.array([step for step in product((-1, 0, 1), repeat=3)], dtype=float)
+        steps = np.array(list(product((-1, 0, 1), repeat=3)), dtype=float)
         size = np.abs(steps).sum(axis=1)
         on = np.mean([at(zyx + step) for step in steps[size <= 1]], axis=0)
         ring = steps[size > 0] / np.linalg.norm(steps[size > 0], axis=1, keepdims=True)
@@ -846,9 +825,8 @@ def _orientations(
             ("multiply by the spacing",): 1 / spacing,
         }
     if spacing[0] != spacing[2]:
-        scaled["divide z by its spacing over that of x",] = np.array(
-            [spacing[0] / spacing[2], 1, 1]
-        )
+        ratio = spacing[0] / spacing[2]
+        scaled["divide z by its spacing over that of x",] = np.array([ratio, 1, 1])
     for scale, size in scaled.items():
         frame, room = points / size, np.array([shape[0], *[shape[1:].max()] * 2]) + 2 * REACH
         if scale and (np.ptp(frame, axis=0) > room).any():
