@@ -24,6 +24,7 @@ Pacific Graphics 2000. Constants without a source are ours.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 
 import numpy as np
 import psutil
@@ -109,12 +110,21 @@ class Foreground:
         number, values = self.number[rows], self.values[rows]
         return rows, replace(self, number=number, values=values, start=np.array([0, len(number)]))
 
-    def nearest(self, seed: tuple[float, float, float]) -> int:
-        """Row of the voxel nearest to a point (z, y, x) in the volume."""
+    def numbers(self, seed: tuple[float, float, float] | None) -> list[tuple[int, int | None]]:
+        """Numbers of the components, first that of the voxel nearest to a point (z, y, x).
+
+        Each comes with the row of that voxel within the component, or None.
+        """
+        numbers = [(number, None) for number in range(len(self.start) - 1)]
+        if seed is None:
+            return numbers
         point, size = np.asarray(seed, dtype=float), np.array(self.shape)
         if point.shape != (3,) or not np.all((point >= -0.5) & (point <= size - 0.5)):
             raise VolumeError(f"seed {seed} lies outside of the volume; expected z, y, x in {size}")
-        return int(np.argmin(((self.points - point * self.scale) ** 2).sum(axis=1)))
+        row = np.argmin(((self.points - point * self.scale) ** 2).sum(axis=1))
+        number = self.component[row]
+        del numbers[number]
+        return [(int(number), int(row - self.start[number])), *numbers]
 
 
 @dataclass(frozen=True)
@@ -168,14 +178,13 @@ def trace(
     check_range("step", step)
     check_range("bridge", bridge)
     foreground = find_foreground(probability, spacing, threshold, min_size, regions)
-    first = None if seed is None else foreground.component[foreground.nearest(seed)]
     trees, shells = [], []
-    for number in sorted(range(len(foreground.start) - 1), key=lambda number: number != first):
+    for number, at in foreground.numbers(seed):
         _, part = foreground.part(number)
         shells.append(background_shell(part).astype(np.int32))
         radius = measure_radius(part, shell=shells[-1])
         cost = path_cost(part, radius)
-        paths = find_paths(part, radius, cost, seed if number == first else None)
+        paths = find_paths(part, radius, cost, None if at is None else seed)
         trees.append(paths_to_tree(prune_paths(paths, part, radius), part, radius))
     trees = _one_soma(trees, foreground.scale, seed is not None)
     tree, shell = _side_by_side(trees), np.concatenate(shells)
@@ -255,9 +264,7 @@ def find_foreground(
         )
     first = np.full(len(size), np.iinfo(np.int64).max)
     np.minimum.at(first, label, number)
-    rank = np.empty(len(size), dtype=int)
-    rank[np.lexsort([first, -size])] = np.arange(len(size))
-    order = np.lexsort([number, rank[label]])[: size[large].sum()]
+    order = np.lexsort([number, first[label], -size[label]])[: size[large].sum()]
     _check_memory(len(order), int(size.max()), threshold)
     start = np.concatenate([[0], np.cumsum(np.sort(size[large])[::-1])])
     return Foreground(number[order], values[order], start, shape, scale)
@@ -458,16 +465,11 @@ def find_paths(
         Voxel numbers along each path. The first path of a component starts at its root, every
         other one at a voxel of an earlier path. No other voxel is on two paths.
     """
-    points, paths, numbers = foreground.points, [], list(range(len(foreground.start) - 1))
+    points, paths = foreground.points, []
     reach = EXPLAINED_SCALE * measure_extent(foreground, radius) + EXPLAINED_MARGIN
-    seed_row = None if seed is None else foreground.nearest(seed)
-    if seed_row is not None:
-        seeded = foreground.component[seed_row]
-        numbers.insert(0, numbers.pop(seeded))
-    for number in numbers:
+    for number, at in foreground.numbers(seed):
         rows, part = foreground.part(number)
-        in_part = seed_row is not None and number == seeded
-        root = find_root(part.neighbours, radius[rows], seed_row - rows.start if in_part else None)
+        root = find_root(part.neighbours, radius[rows], at)
         own = _component_paths(part.neighbours, points[rows], reach[rows], cost[rows], root)
         paths += [rows.start + path for path in own]
     return paths
@@ -546,14 +548,7 @@ def _component_paths(
     return paths
 
 
-def _explained(
-    path: np.ndarray,
-    way: np.ndarray,
-    reach: np.ndarray,
-    lengths: sparse.csr_array,
-    nearby: KDTree,
-    place: np.ndarray,
-) -> np.ndarray:
+def _explained(path, way, reach, lengths, nearby: KDTree, place: np.ndarray) -> np.ndarray:
     """Numbers of the voxels that a path explains, including its own.
 
     They lie within `reach` of a voxel of the path, the half axes (n, 3) of an ellipsoid, and the
@@ -562,10 +557,10 @@ def _explained(
     working memory: -1 everywhere, before and after.
     """
     # Balls a quarter of their radius apart cover all but 1/128 of the path's surroundings.
-    around, count, covered = [path], len(path), -np.inf
+    around, n, covered = [path], len(path), -np.inf
     axes = reach[path]
     least, most = axes.min(axis=1), axes.max(axis=1)
-    place[path] = np.arange(count)
+    place[path] = np.arange(n)
     for i, voxel in enumerate(path):
         if way[voxel] >= covered or voxel == path[-1]:
             ball = np.array(nearby.query_ball_point(nearby.data[voxel], most[i]))
@@ -573,9 +568,9 @@ def _explained(
             if least[i] < most[i]:
                 away = (nearby.data[ball] - nearby.data[voxel]) / axes[i]
                 ball = ball[np.linalg.norm(away, axis=1) <= 1]
-            place[ball] = np.arange(count, count + len(ball))
+            place[ball] = np.arange(n, n + len(ball))
             around.append(ball)
-            count += len(ball)
+            n += len(ball)
             covered = way[voxel] + least[i] / 4
     around = np.concatenate(around)
     near = lengths[around]
@@ -583,14 +578,11 @@ def _explained(
     place[around] = -1
     inside = column >= 0
     start = np.concatenate([[0], np.cumsum(inside, dtype=np.int32)])[near.indptr]
-    near = sparse.csr_array((near.data[inside], column[inside], start), shape=(count, count))
+    near = sparse.csr_array((near.data[inside], column[inside], start), shape=(n, n))
     limit = DETOUR * most
+    sources, longest = np.arange(len(path)), limit.max()
     distance, _, source = csgraph.dijkstra(
-        near,
-        indices=np.arange(len(path)),
-        min_only=True,
-        limit=limit.max(),
-        return_predecessors=True,
+        near, indices=sources, min_only=True, limit=longest, return_predecessors=True
     )
     return around[(source >= 0) & (distance <= limit[np.maximum(source, 0)])]
 
@@ -623,15 +615,13 @@ def paths_to_tree(paths: list[np.ndarray], foreground: Foreground, radius: np.nd
     Radii are r + 0.5, so that drawing the tree gives back the mask: a tube of radius R, drawn as
     the voxels whose centres lie within R of the axis, measures r = R - 0.5.
     """
-    voxels, parents, row = [], [], {}
+    parent, row = [], {}
     for path in paths:
-        new = path if int(path[0]) not in row else path[1:]
-        parents.append(-1 if len(new) == len(path) else row[int(path[0])])
-        parents.extend(range(len(voxels), len(voxels) + len(new) - 1))
-        row.update(zip(new.tolist(), range(len(voxels), len(voxels) + len(new)), strict=True))
-        voxels.extend(new.tolist())
-    voxels = np.array(voxels)
-    parent = np.array(parents)
+        first, *rest = path.tolist()
+        new = rest if first in row else [first, *rest]
+        parent += [row.get(first, -1), *range(len(row), len(row) + len(new) - 1)]
+        row.update(zip(new, count(len(row)), strict=False))
+    voxels, parent = np.array(list(row)), np.array(parent)
     types = np.full(len(voxels), UNDEFINED)
     for root in np.flatnonzero(parent < 0):
         rows, part = foreground.part(foreground.component[voxels[root]])
@@ -730,7 +720,7 @@ def bridge_gaps(
     # Kruskal's algorithm: the cheapest bridge first, unless its ends are already connected.
     group = np.arange(label.max() + 1)
     bridges, xyz, radius, edges = [], [tree.xyz], [tree.radius], [np.stack(tree_edges(tree))]
-    count, taken = len(points), KDTree(points)
+    n, taken = len(points), KDTree(points)
     for _, a, b, certainty in sorted(candidates):
         start, end = ends[a], ends[b]
         if group[label[start]] == group[label[end]]:
@@ -747,13 +737,13 @@ def bridge_gaps(
         bridges.append(Bridge(tuple(ends_xyz[0]), tuple(ends_xyz[1]), length, certainty))
         xyz.append(tree.xyz[start] + share[:, None] * (tree.xyz[end] - tree.xyz[start]))
         radius.append(thickness[a] + share * (thickness[b] - thickness[a]))
-        chain_of_nodes = [start, *range(count, count + len(share)), end]
-        edges.append(np.stack([chain_of_nodes[:-1], chain_of_nodes[1:]]))
-        count += len(share)
+        chain = [start, *range(n, n + len(share)), end]
+        edges.append(np.stack([chain[:-1], chain[1:]]))
+        n += len(share)
     if not bridges:
         return tree, []
-    types = np.concatenate([tree.type, np.full(count - len(points), UNDEFINED)])
-    joined = Tree(np.concatenate(xyz), np.concatenate(radius), types, np.full(count, -1))
+    types = np.concatenate([tree.type, np.full(n - len(points), UNDEFINED)])
+    joined = Tree(np.concatenate(xyz), np.concatenate(radius), types, np.full(n, -1))
     edges = np.concatenate(edges, axis=1)
     roots = _joined_roots(tree, joined.xyz[:, ::-1] * scale, edges, seed is not None)
     return rooted(joined, edges, roots), bridges
@@ -795,18 +785,17 @@ def _open_ends(
     The last voxel lies on the round surface and is thin. So the centre of an end is where the
     neurite has its full thickness; direction and radius come from the last `END_LENGTH`.
     """
-    around = _adjacency(tree)
-    ends, centre, outward, thickness = [], [], [], []
-    for end in tips(tree):
-        if tree.type[end] == SOMA:
-            continue
-        walk = _walk_inward(points, int(end), around, lambda walk: END_LENGTH)
-        ends.append(end)
-        centre.append(points[walk[_first_thick(tree.radius[walk])]])
-        outward.append(centre[-1] - points[walk[-1]])
-        thickness.append(np.median(tree.radius[walk]))
-    centre, outward = (np.array(steps).reshape(-1, 3) for steps in (centre, outward))
-    return np.array(ends, dtype=int), centre, outward, np.array(thickness)
+    walks = list(_walks_inward(tree, points, _adjacency(tree), lambda walk: END_LENGTH))
+    first, thick, last = (
+        np.array(
+            [(walk[0], walk[_first_thick(tree.radius[walk])], walk[-1]) for walk in walks],
+            dtype=int,
+        )
+        .reshape(-1, 3)
+        .T
+    )
+    thickness = np.array([np.median(tree.radius[walk]) for walk in walks])
+    return first, points[thick], points[thick] - points[last], thickness
 
 
 def _first_thick(radius: np.ndarray) -> int:
@@ -814,19 +803,20 @@ def _first_thick(radius: np.ndarray) -> int:
     return int(np.argmax(radius >= FULL_THICKNESS * radius.max()))
 
 
-def _walk_inward(
-    points: np.ndarray, end: int, around: sparse.csr_array, distance: Callable[[list[int]], float]
-) -> list[int]:
-    """Rows from an end along its unbranched neurite, up to a `distance` from the end."""
-    walk, last = [end], -1
-    while np.linalg.norm(points[walk[-1]] - points[end]) < distance(walk):
-        first, stop = around.indptr[walk[-1]], around.indptr[walk[-1] + 1]
-        onward = [int(node) for node in around.indices[first:stop] if node != last]
-        if len(onward) != 1:
-            break
-        last = walk[-1]
-        walk.append(onward[0])
-    return walk
+def _walks_inward(
+    tree: Tree, points: np.ndarray, around: sparse.csr_array, reach: Callable[[list[int]], float]
+) -> Iterator[list[int]]:
+    """Rows from each end that is no soma along its unbranched neurite, up to `reach` from it."""
+    for end in tips(tree)[tree.type[tips(tree)] != SOMA]:
+        walk, last = [int(end)], -1
+        while np.linalg.norm(points[walk[-1]] - points[end]) < reach(walk):
+            first, stop = around.indptr[walk[-1]], around.indptr[walk[-1] + 1]
+            onward = [int(node) for node in around.indices[first:stop] if node != last]
+            if len(onward) != 1:
+                break
+            last = walk[-1]
+            walk.append(onward[0])
+        yield walk
 
 
 def _angle(a: np.ndarray, b: np.ndarray) -> float:
@@ -889,10 +879,7 @@ def smooth_tree(tree: Tree, shell: np.ndarray, scale: np.ndarray, step: float) -
 def _draw_back(tree: Tree, around: sparse.csr_array) -> Tree:
     """Remove the nodes at each end where the neurite is not yet fully thick."""
     kept = np.ones(len(tree.parent), dtype=bool)
-    for end in tips(tree):
-        if tree.type[end] == SOMA:
-            continue
-        walk = _walk_inward(tree.xyz, int(end), around, lambda walk: 1.5 * tree.radius[walk].max())
+    for walk in _walks_inward(tree, tree.xyz, around, lambda walk: 1.5 * tree.radius[walk].max()):
         kept[walk[: _first_thick(tree.radius[walk])]] = False
     # A ball-shaped tree keeps at least its thickest node.
     label = components(tree)
