@@ -20,7 +20,6 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 from scipy.spatial import cKDTree
 
-from neurolib.data.formats import check_spacing
 from neurolib.errors import SettingsError, SwcError
 from neurolib.swc import Tree, branch_points, densify, length, tips, topological_order
 from neurolib.volume import Volume
@@ -160,9 +159,8 @@ def _territories(rng, middle: np.ndarray, half: np.ndarray) -> tuple[np.ndarray,
     lobes = []
     for _ in range(rng.integers(1, 4)):
         # An ellipsoid, turned in the plane: the unit ball times `axes`.
-        size = np.minimum(
-            half * rng.uniform((0.25, 0.35, 0.5), (0.5, 0.8, 0.9)), rng.uniform(*LOBE)
-        )
+        share = rng.uniform((0.25, 0.35, 0.5), (0.5, 0.8, 0.9))
+        size = np.minimum(half * share, rng.uniform(*LOBE))
         turn = rng.uniform(0, np.pi)
         axes = np.diag(size)
         axes[:2] = [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]] @ axes[:2]
@@ -291,7 +289,6 @@ def render(
     shape: Sequence[int],
     style: str = "confocal",
     seed: int = 0,
-    spacing: Sequence[float] = (1.0, 1.0, 1.0),
     slimmer: float = 0.0,
 ) -> Volume:
     """Render a tree as a fluorescence microscope would show it.
@@ -306,23 +303,16 @@ def render(
         A plain stack, or one masked to the neurite's surroundings like the Janelia extracts.
     seed : int
         For the staining, the surroundings and the noise.
-    spacing : (float, float, float)
-        Voxel size (dz, dy, dx). In physical space, tubes are round and the blur is that of
-        `STYLES`, with the plane's voxel size, sqrt(dy dx), as the unit.
     slimmer : float
         Voxels by which tubes are drawn thinner than their radii, down to `SLIMMEST`.
 
     Returns
     -------
     Volume
-        uint8, with the given spacing. Voxel centres lie at integer coordinates, so the centreline
-        is not shifted.
+        uint8, with spacing 1. Voxel centres lie at integer coordinates, so the centreline is not
+        shifted.
     """
-    rng = _generator(seed, "render")
-    shape = _checked_shape(shape, (1, 1, 1))
-    look = _look(style)
-    spacing = tuple(check_spacing(spacing).tolist())
-    scale = np.array(spacing) / np.sqrt(spacing[1] * spacing[2])
+    rng, shape, look = _generator(seed, "render"), _checked_shape(shape, (1, 1, 1)), _look(style)
     _check_tree(tree)
     nodes = np.rint(tree.xyz[:, ::-1]).astype(int)
     nodes = nodes[((nodes >= 0) & (nodes < shape)).all(axis=1)]
@@ -332,37 +322,36 @@ def render(
     neurite = rng.uniform(*look.neurite)
     background = rng.uniform(*look.background)
     if look.halo is None:
-        low, high = (neurite / c for c in CONTRAST[::-1])
-        background = float(np.clip(np.exp(rng.uniform(*np.log((low, high)))), *look.background))
+        levels = np.divide(neurite, CONTRAST[::-1])
+        background = float(np.clip(np.exp(rng.uniform(*np.log(levels))), *look.background))
     contrast = neurite - background
-    psf = np.array(look.psf) / scale
 
     tree = replace(tree, radius=_slim(tree.radius, slimmer))
-    light = _tubes(tree, _staining(rng, tree, look.unevenness), shape, scale)
+    light = _tubes(tree, _staining(rng, tree, look.unevenness), shape)
     wide = _shrink(light)
-    gaussian_filter(light, psf, output=light)
+    gaussian_filter(light, look.psf, output=light)
     gain = contrast / np.median(light[tuple(nodes.T)])
     light *= gain
 
     # The neurite's light from other planes that passes the pinhole, and the surroundings.
-    tail = gaussian_filter(wide, np.array(TAIL_PSF) / scale / COARSE)
+    tail = gaussian_filter(wide, np.array(TAIL_PSF) / COARSE)
     wide_field = gain * TAIL * tail + _surroundings(rng, tail.shape, contrast, background)
 
     # Specks and texture are points, blurred like everything else. 1 / peak is the blur's height.
     grain = rng.standard_normal(shape, dtype=np.float32)
-    peak = (2 * np.pi) ** 1.5 * np.prod(psf)
-    grain *= TEXTURE * background * np.sqrt(8 * np.pi**1.5 * np.prod(psf))
+    peak = (2 * np.pi) ** 1.5 * np.prod(look.psf)
+    grain *= TEXTURE * background * np.sqrt(8 * np.pi**1.5 * np.prod(look.psf))
     specks = _specks(rng, shape)
     bright = rng.exponential(SPECK_LEVEL, len(specks))
     np.add.at(grain, tuple(specks.T), peak * contrast * bright)
-    grain += gain * _fragments(rng, shape, scale, look.unevenness, slimmer)
-    gaussian_filter(grain, psf, output=grain)
+    grain += gain * _fragments(rng, shape, look.unevenness, slimmer)
+    gaussian_filter(grain, look.psf, output=grain)
     light += grain
     del grain
     keep = None
     if look.halo is not None:
-        keep = distance_transform_edt(wide == 0, sampling=scale * COARSE) <= look.halo
-    return Volume(_expose(rng, light, wide_field, look.photons, keep), spacing)
+        keep = distance_transform_edt(wide == 0, sampling=COARSE) <= look.halo
+    return Volume(_expose(rng, light, wide_field, look.photons, keep))
 
 
 def _expose(rng, light, wide_field, photons: float, keep) -> np.ndarray:
@@ -444,13 +433,13 @@ def _staining(rng, tree: Tree, unevenness: float) -> np.ndarray:
     )
 
 
-def _tubes(tree: Tree, stain: np.ndarray, shape, scale) -> np.ndarray:
+def _tubes(tree: Tree, stain: np.ndarray, shape) -> np.ndarray:
     """Stain (z, y, x) float32 of the union of balls along the tree, edges softened by a voxel."""
     # Strategy: a voxel is inside the union if and only if the smallest power d² - r² of all balls
     # is negative. An ordinary KD-tree finds it as a distance in four dimensions, d² + (R² - r²),
     # where R is the largest radius.
-    points, radius = densify(tree, 0.25, scale)
-    _, stained = densify(replace(tree, radius=stain), 0.25, scale)
+    points, radius = densify(tree, 0.25)
+    _, stained = densify(replace(tree, radius=stain), 0.25)
     largest = radius.max()
     # NumPy's square of a number and of an array may differ in the last digit.
     lift = np.sqrt(np.maximum(largest**2 - radius**2, 0))
@@ -459,10 +448,9 @@ def _tubes(tree: Tree, stain: np.ndarray, shape, scale) -> np.ndarray:
     near = np.zeros(shape, dtype=bool)
     for low in range(int(largest) + 1):
         some = (radius >= low) & (radius < low + 1)
-        _mark(near, points[some], low + 1.5, scale)
+        _mark(near, points[some], low + 1.5)
     voxels = np.argwhere(near)
-    lifted = np.column_stack([voxels[:, ::-1] * scale[::-1], 0 * voxels[:, 0]])
-    distance, ball = index.query(lifted)
+    distance, ball = index.query(np.column_stack([voxels[:, ::-1], 0 * voxels[:, 0]]))
     distance = np.sqrt(np.maximum(distance**2 - lift[ball] ** 2, 0))
     radius = radius[ball]
     volume[tuple(voxels.T)] = np.clip(radius - distance + 0.5, 0, 1) * stained[ball]
@@ -470,7 +458,7 @@ def _tubes(tree: Tree, stain: np.ndarray, shape, scale) -> np.ndarray:
     return volume
 
 
-def _mark(near: np.ndarray, points: np.ndarray, reach: float, scale: np.ndarray) -> None:
+def _mark(near: np.ndarray, points: np.ndarray, reach: float, scale=(1.0, 1.0, 1.0)) -> None:
     """Set `near` (z, y, x) to True for all voxels within `reach` of a point, and a few more."""
     centres = np.unique(np.rint(points[:, ::-1] / scale).astype(int), axis=0)
     # Centres are rounded by at most half a voxel's diagonal.
@@ -528,7 +516,7 @@ def _specks(rng, shape) -> np.ndarray:
     return voxels[((places >= 0) & (voxels < shape)).all(axis=1)]
 
 
-def _fragments(rng, shape, scale, unevenness: float, slimmer: float) -> np.ndarray:
+def _fragments(rng, shape, unevenness: float, slimmer: float) -> np.ndarray:
     """Stain (z, y, x) of fragments of other neurites."""
     size = np.array(shape[::-1], dtype=float)
     xyz, parent, stain = [np.zeros((0, 3))], [np.zeros(0, dtype=int)], [np.zeros(0)]
@@ -543,7 +531,7 @@ def _fragments(rng, shape, scale, unevenness: float, slimmer: float) -> np.ndarr
     if not len(xyz):
         return np.zeros(shape, dtype=np.float32)
     tree = Tree(xyz, _slim(np.ones(len(xyz)), slimmer), np.full(len(xyz), 3), parent)
-    return _tubes(tree, stain * _staining(rng, tree, unevenness), shape, scale)
+    return _tubes(tree, stain * _staining(rng, tree, unevenness), shape)
 
 
 # --------------------------------------------------------------------------------------------
@@ -561,12 +549,12 @@ def statistics(tree: Tree) -> dict[str, float]:
         voxels of length along the path / straight distance; radius_mean, radius_median,
         radius_95 (percentile) and radius_max.
     """
-    if not (tree.parent >= 0).any():
+    n, child = len(tree.parent), tree.parent >= 0
+    if not child.any():
         raise SwcError("the tree has no edge; expected at least two connected nodes")
-    child_count = np.bincount(tree.parent[tree.parent >= 0], minlength=len(tree.parent))
-    ends = (child_count != 1) | (tree.parent < 0)
-    start = np.arange(len(tree.parent))
-    run = np.zeros(len(tree.parent))
+    ends = (np.bincount(tree.parent[child], minlength=n) != 1) | ~child
+    # Of each segment, the row at which it begins, and its length up to each row.
+    start, run = np.arange(n), np.zeros(n)
     for row in topological_order(tree):
         above = tree.parent[row]
         if above >= 0:
@@ -575,7 +563,7 @@ def statistics(tree: Tree) -> dict[str, float]:
             if not ends[above]:
                 run[row] += run[above]
                 start[row] = start[above]
-    last = np.flatnonzero(ends & (tree.parent >= 0))
+    last = np.flatnonzero(ends & child)
     segments = run[last]
     chord = np.linalg.norm(tree.xyz[last] - tree.xyz[start[last]], axis=1)
     long = chord > 5
