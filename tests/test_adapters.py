@@ -22,19 +22,15 @@ def bar() -> np.ndarray:
 def test_whole_numbers_are_labels(dtype):
     labels = bar().astype(dtype)
     labels[labels > 0] = 1 + np.arange(labels.sum()) % 5
-    foreground, meaning = adapters.as_probability(labels)
-    assert np.array_equal(foreground, bar())
-    assert "5 labels, all but 0" in meaning
-    foreground, meaning = adapters.as_probability(labels, label=3)
-    assert np.array_equal(foreground, labels == 3)
-    assert "label 3" in meaning
-
-
-@pytest.mark.parametrize("value", [1, 7, 255])
-def test_one_label_is_a_mask_whatever_its_number(value):
-    foreground, meaning = adapters.as_probability(bar() * np.uint8(value))
-    assert np.array_equal(foreground, bar())
-    assert meaning == "a mask"
+    for data, options, expected, words in (
+        (labels, {}, bar(), "5 labels, all but 0 taken as foreground"),
+        (labels, {"label": 3}, labels == 3, "label 3 of 0, 1, 2, 3, 4, 5"),
+        # One label is a mask, whatever its number.
+        *((bar() * dtype(value), {}, bar(), "a mask") for value in (1, 7, 255)),
+    ):
+        foreground, meaning = adapters.as_probability(data, **options)
+        assert np.array_equal(foreground, expected)
+        assert meaning == words
 
 
 @pytest.mark.parametrize(("dtype", "top"), [(np.uint8, 255), (np.uint16, 65535)])

@@ -1,16 +1,18 @@
 """Metrics against brute force, their definitions' properties, peers, and published values."""
 
 import csv
+import functools
 import itertools
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 from skimage.morphology import skeletonize
+from test_swc import distance_by_edges, forest
 
 from neurolib.errors import NeurolibError, SettingsError, SwcError, VolumeError
 from neurolib.evaluation import (
@@ -44,13 +46,7 @@ def random_masks(seed: int, shape: tuple = (7, 9, 8)) -> tuple[np.ndarray, np.nd
     return tuple(ndimage.gaussian_filter(rng.random(shape), 0.8) > 0.5 for _ in range(2))
 
 
-def random_tree(seed: int, n: int = 30, scale: float = 3.0) -> Tree:
-    rng = np.random.default_rng(seed)
-    parent = np.array([-1] + [int(rng.integers(max(0, i - 4), i)) for i in range(1, n)])
-    xyz = np.zeros((n, 3))
-    for i in range(1, n):
-        xyz[i] = xyz[parent[i]] + rng.normal(0, scale, 3)
-    return Tree(xyz, np.ones(n), np.full(n, 3), parent)
+random_tree = functools.partial(forest, n=30, roots=1, spread=0)
 
 
 def line(*points: tuple) -> Tree:
@@ -59,6 +55,13 @@ def line(*points: tuple) -> Tree:
 
 
 NODE = line((0, 0, 0))
+
+
+def batches(*masks: np.ndarray) -> list:
+    """Masks as MONAI takes them."""
+    import torch
+
+    return [torch.tensor(mask)[None, None] for mask in masks]
 
 
 # --- Oracles: the definitions, one voxel and one edge at a time ----------------------------------
@@ -85,28 +88,16 @@ def slow_hd95(a: np.ndarray, b: np.ndarray, spacing: tuple, method: str) -> floa
     return max(np.percentile(there, 95), np.percentile(back, 95))
 
 
-def slow_distance(point: np.ndarray, tree: Tree) -> float:
-    best = np.inf
-    for child, parent in enumerate(tree.parent):
-        if parent >= 0:
-            a, b = tree.xyz[child], tree.xyz[parent]
-            square = (b - a) @ (b - a)
-            t = min(1, max(0, (point - a) @ (b - a) / square)) if square else 0
-            best = min(best, np.linalg.norm(point - a - t * (b - a)))
-    return best
-
-
 def slow_tree_distance(tree: Tree, reference: Tree, threshold: float) -> tuple:
     directions = []
     for one, other in ((tree, reference), (reference, tree)):
-        distances = []
+        points = []
         for child, parent in enumerate(one.parent):
             if parent >= 0:
                 a, b = one.xyz[child], one.xyz[parent]
                 count = int(1 + np.linalg.norm(b - a) + 0.5)
-                for j in range(count):
-                    distances.append(slow_distance(a + (b - a) * j / max(count - 1, 1), other))
-        directions.append(np.array(distances))
+                points += [a + (b - a) * j / max(count - 1, 1) for j in range(count)]
+        directions.append(distance_by_edges(np.array(points), other))
     there, back = directions
     apart = [d[d >= threshold].mean() for d in directions if (d >= threshold).any()]
     dsa = sum(apart) / len(apart) if apart else 0
@@ -132,30 +123,27 @@ def test_surface_is_its_definition_at_the_border(shape):
         assert {tuple(v) for v in found} == {tuple(v) for v in slow_surface(mask)}
 
 
-def test_hd95_agrees_with_medpy():
-    from medpy.metric import binary as peer
+def test_hd95_agrees_with_medpy_and_monai():
+    from medpy.metric import binary as medpy
+    from monai.metrics import compute_hausdorff_distance
 
+    options = {"include_background": True, "percentile": 95, "spacing": list(SPACING)}
     for seed in range(12):
         a, b = random_masks(seed)
-        assert hd95(a, b, SPACING, "medpy") == pytest.approx(peer.hd95(a, b, SPACING))
-        assert dice(a, b) == pytest.approx(peer.dc(a, b))
+        assert hd95(a, b, SPACING, "medpy") == pytest.approx(medpy.hd95(a, b, SPACING))
+        assert dice(a, b) == pytest.approx(medpy.dc(a, b))
+        value = compute_hausdorff_distance(*batches(a, b), **options)
+        assert hd95(a, b, SPACING, "monai") == pytest.approx(float(value), abs=1e-5)
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), SPACING])
 def test_surface_dice_agrees_with_the_published_code(spacing):
-    import torch
     from monai.metrics import compute_surface_dice
 
+    options = {"include_background": True, "spacing": list(spacing), "use_subvoxels": True}
     for seed, tolerance in itertools.product(range(8), (0.0, 0.5, 1.0, 1.5)):
         a, b = random_masks(seed)
-        peer = compute_surface_dice(
-            torch.tensor(a)[None, None],
-            torch.tensor(b)[None, None],
-            [tolerance],
-            include_background=True,
-            spacing=list(spacing),
-            use_subvoxels=True,
-        )
+        peer = compute_surface_dice(*batches(a, b), [tolerance], **options)
         # Of 256 kinds of corners a few are ambiguous and have other triangles there.
         assert surface_dice(a, b, tolerance, spacing) == pytest.approx(peer.item(), abs=0.005)
 
@@ -194,9 +182,6 @@ def test_known_surface_dice():
     # In µm: a step in z is five steps in x.
     assert surface_dice(plate, np.roll(plate, 1, 0), 1.0, (5, 1, 1)) < 0.4  # its rims
     assert surface_dice(plate, np.roll(plate, 1, 0), 5.0, (5, 1, 1)) == 1
-    empty = np.zeros_like(plate)
-    assert surface_dice(empty, empty) == 1
-    assert surface_dice(empty, plate) == surface_dice(plate, empty) == 0
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -210,28 +195,10 @@ def test_surface_shares_pass_95_percent_at_the_directed_distance(seed):
         assert share == pytest.approx((exact <= distance + 1e-9).mean())
     assert distances[0] == 0
     assert shares[-1] == 1
-    np.testing.assert_allclose(
-        distances[np.searchsorted(shares, 0.95)],
-        np.percentile(exact, 95, method="inverted_cdf"),
-    )
+    directed = np.percentile(exact, 95, method="inverted_cdf")
+    assert distances[np.searchsorted(shares, 0.95)] == pytest.approx(directed, rel=1e-7)
     with pytest.raises(VolumeError, match="empty"):
         surface_shares(a, a & False)
-
-
-def test_hd95_agrees_with_monai():
-    import torch
-    from monai import metrics as peer
-
-    for seed in range(12):
-        a, b = random_masks(seed)
-        value = peer.compute_hausdorff_distance(
-            torch.tensor(a)[None, None],
-            torch.tensor(b)[None, None],
-            include_background=True,
-            percentile=95,
-            spacing=list(SPACING),
-        )
-        assert hd95(a, b, SPACING, "monai") == pytest.approx(float(value), abs=1e-5)
 
 
 @settings(max_examples=25, deadline=None)
@@ -241,14 +208,16 @@ def test_mask_scores_do_not_depend_on_the_frame(seed, axis, order):
     spacing = np.array(SPACING)
     for method in ("monai", "medpy"):
         value = hd95(a, b, SPACING, method)
-        assert value == pytest.approx(hd95(b, a, SPACING, method))
-        assert value == pytest.approx(hd95(np.flip(a, axis), np.flip(b, axis), SPACING, method))
-        turned = hd95(a.transpose(order), b.transpose(order), tuple(spacing[order]), method)
-        assert value == pytest.approx(turned)
-        padded = hd95(np.pad(a, 3), np.pad(b, 3), SPACING, method)
-        assert value == pytest.approx(padded)
-        assert value == pytest.approx(hd95(a, b, tuple(2 * spacing), method) / 2)
         assert value <= volume_diagonal(a.shape, SPACING)
+        turned = a.transpose(order), b.transpose(order), tuple(spacing[order])
+        for one, two, size in (
+            (b, a, SPACING),
+            (np.flip(a, axis), np.flip(b, axis), SPACING),
+            turned,
+            (np.pad(a, 3), np.pad(b, 3), SPACING),
+        ):
+            assert hd95(one, two, size, method) == pytest.approx(value)
+        assert hd95(a, b, tuple(2 * spacing), method) == pytest.approx(2 * value)
     assert dice(a, b) == dice(b, a) == dice(np.pad(a, 1), np.pad(b, 1))
 
 
@@ -272,10 +241,10 @@ def test_one_and_two_empty_masks():
     for method in ("monai", "medpy"):
         assert hd95(empty, empty, method=method) == 0
         assert hd95(empty, full, method=method) == hd95(full, empty, method=method) == np.inf
-    assert dice(empty, empty) == cl_dice(empty, empty) == 1
-    assert dice(empty, full) == cl_dice(empty, full) == cl_dice(full, empty) == 0
-    assert betti0_error(empty, empty) == 0
-    assert betti0_error(empty, full) == 1
+    for score in (dice, cl_dice, surface_dice):
+        assert score(empty, empty) == 1
+        assert score(empty, full) == score(full, empty) == 0
+    assert (betti0_error(empty, empty), betti0_error(empty, full)) == (0, 1)
 
 
 def slow_pieces(mask: np.ndarray) -> list[np.ndarray]:
@@ -286,9 +255,8 @@ def slow_pieces(mask: np.ndarray) -> list[np.ndarray]:
         while todo:
             voxel = todo.pop()
             piece[voxel] = True
-            around = {
-                tuple(np.add(voxel, move)) for move in itertools.product((-1, 0, 1), repeat=3)
-            }
+            moves = itertools.product((-1, 0, 1), repeat=3)
+            around = {tuple(np.add(voxel, move)) for move in moves}
             todo += around & left
             left -= around
         pieces.append(piece)
@@ -365,14 +333,6 @@ def test_errors_are_one_line_of_ours(call, error, words):
 # --- Trees ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_tree_distance_is_its_definition(seed):
-    tree, reference = random_tree(seed), random_tree(seed + 100, n=22, scale=2)
-    for threshold in (0.0, 2.0, 1e9):
-        found = astuple(tree_distance(tree, reference, threshold))
-        assert found == pytest.approx(slow_tree_distance(tree, reference, threshold))
-
-
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([1e-3, 1.0, 1e3]))
 def test_nearest_edge_is_exact_at_any_scale(seed, scale):
@@ -382,8 +342,8 @@ def test_nearest_edge_is_exact_at_any_scale(seed, scale):
     tree.xyz[5] += 60
     tree.xyz[7] = tree.xyz[tree.parent[7]]
     points = np.concatenate([rng.normal(0, 30, (20, 3)), tree.xyz[:4], [[0, 0, 1e4]]])
-    expected = [slow_distance(point, tree) for point in points]
-    scaled = Tree(tree.xyz * scale, tree.radius, tree.type, tree.parent)
+    expected = distance_by_edges(points, tree)
+    scaled = replace(tree, xyz=tree.xyz * scale)
     assert distance_to_tree(points * scale, scaled) / scale == pytest.approx(expected, abs=1e-9)
 
 
@@ -391,7 +351,7 @@ def test_nearest_edge_is_exact_where_all_are_equally_near():
     angle = np.linspace(0, 2 * np.pi, 400)
     circle = line(*np.stack([10 * np.cos(angle), 10 * np.sin(angle), 0 * angle], axis=1))
     points = np.array([[0, 0, 0], [0, 0, 5], [1e-3, 0, 0]])
-    expected = [slow_distance(point, circle) for point in points]
+    expected = distance_by_edges(points, circle)
     assert distance_to_tree(points, circle) == pytest.approx(expected, abs=1e-12)
 
 
@@ -422,14 +382,10 @@ def test_tree_scores_properties(seed):
     one, two = tree_scores(tree, reference), tree_scores(reference, tree)
     assert (one.precision, one.recall) == (two.recall, two.precision)
     assert 0 <= min(one.precision, one.recall) <= max(one.precision, one.recall) <= 1
-    shift, turn = (
-        np.array([5.0, -7, 11]),
-        np.linalg.qr(np.random.default_rng(seed).normal(size=(3, 3)))[0],
-    )
-    moved = [Tree(t.xyz @ turn + shift, t.radius, t.type, t.parent) for t in (tree, reference)]
-    assert astuple(tree_distance(*moved)) == pytest.approx(
-        astuple(tree_distance(tree, reference)), rel=1e-6
-    )
+    turn, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(3, 3)))
+    moved = [replace(t, xyz=t.xyz @ turn + [5.0, -7, 11]) for t in (tree, reference)]
+    expected = astuple(tree_distance(tree, reference))
+    assert astuple(tree_distance(*moved)) == pytest.approx(expected, rel=1e-6)
     assert astuple(tree_scores(tree, tree, 1e-6)) == (1, 1)
 
 
@@ -437,23 +393,22 @@ def test_tree_scores_properties(seed):
 @given(
     st.integers(0, 10_000),
     st.tuples(*[st.sampled_from([0.2, 0.25, 0.3, 1.0, 3.0])] * 3),
-    st.sampled_from([None, 0.7, 3.0]),
+    st.sampled_from([None, 0.0, 0.7, 3.0, 1e9]),
 )
-def test_distances_of_trees_respect_the_spacing(seed, spacing, threshold):
-    tree, reference = random_tree(seed, n=15), random_tree(seed + 1, n=15)
+@example(0, (1.0, 1.0, 1.0), 2.0)
+def test_tree_distance_is_its_definition_at_any_spacing(seed, spacing, threshold):
+    tree, reference = random_tree(seed, n=22), random_tree(seed + 1)
     voxel = min(spacing)
     reach = 2 * voxel if threshold is None else threshold
     # The same trees, stretched by hand into voxels of the finest axis.
-    stretched = [
-        Tree(t.xyz * np.array(spacing)[::-1] / voxel, t.radius, t.type, t.parent)
-        for t in (tree, reference)
-    ]
+    factor = np.array(spacing)[::-1] / voxel
+    stretched = [replace(t, xyz=t.xyz * factor) for t in (tree, reference)]
     unit = np.array([voxel, voxel, 1])
     expected = np.array(slow_tree_distance(*stretched, reach / voxel)) * unit
     assert astuple(tree_distance(tree, reference, threshold, spacing)) == pytest.approx(expected)
     scores = tree_scores(tree, reference, threshold, spacing)
     points, _ = densify(reference, voxel / 20, spacing)
-    near = [slow_distance(point, stretched[0]) <= reach / voxel for point in points[::40] / voxel]
+    near = distance_by_edges(points[::40] / voxel, stretched[0]) <= reach / voxel
     assert scores.recall == pytest.approx(np.mean(near), abs=0.12)
     row = compare(tree, reference, spacing)
     assert row["ESA"] == pytest.approx(expected[0])

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from faults import command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from test_evaluation import random_masks
 from typer.testing import CliRunner
 
 from neurolib.blocking import make_target
@@ -68,10 +70,9 @@ def test_splits_and_merges(made, prediction, reference, splits, merges):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10_000), st.floats(0.3, 0.7))
-def test_splits_are_counted_by_their_definition(seed, share):
-    rng = np.random.default_rng(seed)
-    a, b = (ndimage.gaussian_filter(rng.random((8, 9, 10)), 0.9) > 0.5 for _ in range(2))
+@given(st.integers(0, 10_000))
+def test_splits_are_counted_by_their_definition(seed):
+    a, b = random_masks(seed)
     labels = [ndimage.label(mask, np.ones((3, 3, 3)))[0] for mask in (a, b)]
     expected = []
     for one, other in (labels, labels[::-1]):
@@ -155,8 +156,7 @@ def folders(tmp_path):
 
 
 def read(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
 
 
 def test_folders_are_matched_by_name(folders, tmp_path):
@@ -198,7 +198,7 @@ def test_one_unit_for_all_pairs(folders, tmp_path):
     assert "esa_um" in read(out)[0]
 
 
-def test_the_command_measures_a_pair(folders, tmp_path, capsys):
+def test_the_command_measures_a_pair(folders, tmp_path):
     out = tmp_path / "scores.csv"
     pair = [str(folders[0] / "a.tif"), str(folders[1] / "A.swc")]
     done = CliRunner().invoke(app, ["evaluate", *pair, "--out", str(out), "--tolerance", "0.75"])
@@ -209,7 +209,7 @@ def test_the_command_measures_a_pair(folders, tmp_path, capsys):
     assert float(read(out)[0]["tolerance_um"]) == 0.75
 
 
-def test_a_table_replaces_none_but_its_own_kind(folders, tmp_path, capsys):
+def test_a_table_replaces_none_but_its_own_kind(folders):
     out = folders[1] / "scores.csv"
     command = ["evaluate", *map(str, folders), "--out", str(out)]
     for _ in range(2):
@@ -254,7 +254,7 @@ def test_wrong_input_is_one_line(
     (tmp_path / "empty").mkdir()
     np.save("small.npy", MASK[:-1])
     np.save("full.npy", np.ones(SHAPE, bool))
-    write_swc("far.swc", Tree(TREE.xyz + 1000, TREE.radius, TREE.type, TREE.parent))
+    write_swc("far.swc", replace(TREE, xyz=TREE.xyz + 1000))
     write_volume("other.tif", MASK, (1.5, 0.6, 0.6))
     (tmp_path / "broken.swc").write_text("1 2 3\n")
     assert command("evaluate", prediction, reference, "--out", "scores.csv", *options) == 2
@@ -264,34 +264,33 @@ def test_wrong_input_is_one_line(
     assert not (tmp_path / "scores.csv").exists()
 
 
-def test_errors_are_of_ours():
-    with pytest.raises(NeurolibError, match="one shape"):
-        evaluate(MASK, MASK[:-1])
-    with pytest.raises(NeurolibError, match="boolean"):
-        evaluate(MASK.astype(float), MASK)
+@pytest.mark.parametrize(("one", "words"), [(MASK[:-1], "one shape"), (1.0 * MASK, "boolean")])
+def test_errors_are_of_ours(one, words):
+    with pytest.raises(NeurolibError, match=words):
+        evaluate(one, MASK)
 
 
 def test_a_voxel_of_one_micrometre_is_known_and_one_without_a_unit_is_not(tmp_path):
-    write_volume(tmp_path / "a.tif", MASK, (1.0, 1.0, 1.0))
+    known = write_volume(tmp_path / "a.tif", MASK, (1.0, 1.0, 1.0))
     np.save(tmp_path / "b.npy", MASK)
-    lines = list(evaluate_files(tmp_path / "a.tif", tmp_path / "b.npy"))
-    assert " µm" in lines[-1]
-    lines = list(evaluate_files(tmp_path / "b.npy", tmp_path / "b.npy"))
-    assert "voxel size unknown (b)" in lines[0]
-    assert " voxels" in lines[-1]
+    *_, last = evaluate_files(known, tmp_path / "b.npy")
+    assert " µm" in last
+    first, *_, last = evaluate_files(tmp_path / "b.npy", tmp_path / "b.npy")
+    assert "voxel size unknown (b)" in first
+    assert " voxels" in last
 
 
 @pytest.mark.parametrize("units", [("um", "um"), ("um", "voxels"), ("voxels", "voxels")])
 def test_two_trees_are_compared_in_the_voxels_that_their_heads_name(units, tmp_path):
     """On slices four times as far apart as pixels, index voxels are no distance."""
-    spacing = (2.0, 0.5, 0.5)
-    for name, unit in zip("ab", units, strict=True):
-        write_swc(tmp_path / f"{name}.swc", TREE, units=unit, spacing=spacing)
-    *_, line = evaluate_files(tmp_path / "a.swc", tmp_path / "b.swc")
+    spacing, pair = (2.0, 0.5, 0.5), [tmp_path / "a.swc", tmp_path / "b.swc"]
+    for path, unit in zip(pair, units, strict=True):
+        write_swc(path, TREE, units=unit, spacing=spacing)
+    *_, line = evaluate_files(*pair)
     assert f", length {length(TREE, spacing):.4g} µm" in line
-    write_swc(tmp_path / "b.swc", TREE, spacing=(1.0, 0.5, 0.5))
+    write_swc(pair[1], TREE, spacing=(1.0, 0.5, 0.5))
     with pytest.raises(NeurolibError, match=r"voxel sizes differ: a.swc .* and b.swc"):
-        list(evaluate_files(tmp_path / "a.swc", tmp_path / "b.swc"))
+        list(evaluate_files(*pair))
 
 
 def test_of_a_folder_what_can_be_compared_is(tmp_path, monkeypatch, capsys):
