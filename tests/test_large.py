@@ -13,18 +13,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_tracing import check_same
 
 from neurolib import volume
 from neurolib.course import large
 from neurolib.course.adapters import as_probability
-from neurolib.course.large import (
-    Mapped,
-    normalised,
-    predict_large,
-    segmentation,
-    stored_boxes,
-    thresholded,
-)
+from neurolib.course.large import Mapped, normalised, predict_large, stored_boxes, thresholded
 from neurolib.data.formats import LazyStack
 from neurolib.errors import NeurolibError, SettingsError
 from neurolib.evaluation import tree_scores
@@ -92,9 +86,16 @@ def image(tmp_path):
     return write_volume(tmp_path / "in.zarr", stack(), (2.0, 0.5, 0.5))
 
 
-def expected(network, **options):
-    scaled = normalise(stack())
-    return predict_volume(network, scaled, progress=False, **asdict(replace(TILING, **options)))
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out.zarr"
+
+
+def check(out, network, data=None, atol=1e-5, **options):
+    """A result on disk is the prediction of the whole volume in memory."""
+    scaled, tiling = normalise(stack() if data is None else data), replace(TILING, **options)
+    whole = predict_volume(network, scaled, progress=False, **asdict(tiling))
+    np.testing.assert_allclose(read_volume(out).data[:], whole, atol=atol)
 
 
 def sparse(dtype=np.uint8, shape=(11, 130, 160)):
@@ -114,37 +115,33 @@ class Dim(Placed):
 
 @pytest.mark.parametrize("predict", ["center", "all"])
 def test_where_the_input_has_no_chunks_nothing_is_read_run_or_written(
-    predict, checkpoints, tmp_path, monkeypatch
+    predict, checkpoints, out, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(large, "_network", lambda checkpoint, digest: Dim(checkpoint.stem))
     image = write_volume(tmp_path / "in.zarr", sparse(), (2.0, 0.5, 0.5))
     assert len(chunk_files(image)) < 30
-    options = {"progress": False, **asdict(TILING)}
-    whole = predict_volume(Dim(predict), normalise(sparse()), **options)
     regions, predict_box = [], large.predict_box
     monkeypatch.setattr(large, "predict_box", lambda *a: regions.append(a[2]) or predict_box(*a))
-    out = predict_large(image, checkpoints[predict], tmp_path / "out.zarr", TILING)
-    found = read_volume(out).data
-    np.testing.assert_allclose(found[:], whole, atol=1e-6)
+    predict_large(image, checkpoints[predict], out, TILING)
+    check(out, Dim(predict), sparse(), atol=1e-6)
     assert 0 < len(chunk_files(out)) < 3 * 5 * 5
     assert 0 < len(regions) < 3 * 5 * 3
     # Chunks that are there are done, chunks that are not need nothing: either is known again.
-    (tmp_path / "out.zarr").rename(tmp_path / "out.zarr.part")
-    next(iter(chunk_files(tmp_path / "out.zarr.part"))).unlink()
+    part = out.rename(tmp_path / "out.zarr.part")
+    next(iter(chunk_files(part))).unlink()
     regions.clear()
     predict_large(image, checkpoints[predict], out, TILING)
     assert len(regions) == 1
-    np.testing.assert_allclose(read_volume(out).data[:], whole, atol=1e-6)
+    check(out, Dim(predict), sparse(), atol=1e-6)
 
 
-def test_a_missing_chunk_that_is_not_the_darkest_is_run(checkpoints, tmp_path, monkeypatch):
+def test_a_missing_chunk_that_is_not_the_darkest_is_run(checkpoints, out, tmp_path, monkeypatch):
     monkeypatch.setattr(large, "_network", lambda checkpoint, digest: Dim(checkpoint.stem))
     data = sparse(np.int16)
     data[:, 40:60, 40:60] = -100  # so that zero is grey
     image = write_volume(tmp_path / "in.zarr", data)
-    whole = predict_volume(Dim("center"), normalise(data), progress=False, **asdict(TILING))
-    out = predict_large(image, checkpoints["center"], tmp_path / "out.zarr", TILING)
-    np.testing.assert_allclose(read_volume(out).data[:], whole, atol=1e-6)
+    predict_large(image, checkpoints["center"], out, TILING)
+    check(out, Dim("center"), data, atol=1e-6)
     assert len(chunk_files(out)) == 3 * 5 * 5
 
 
@@ -182,15 +179,13 @@ def test_stored_boxes_hold_all_that_is_not_zero_and_leave_out_what_is_not_stored
 def test_a_segmentation_on_disk_means_what_it_means_in_memory(data, arguments, tmp_path):
     expected, words = as_probability(data, **arguments)
     stored = read_volume(write_volume(tmp_path / "x.zarr", data), check=False).data
-    found, said = segmentation(stored, **arguments)
+    found, said = large.segmentation(stored, **arguments)
     assert (said, found.dtype) == (words, expected.dtype)
     np.testing.assert_array_equal(found[:], expected)
     if expected.mean() > 0.1:
         return  # all that is not a bar
     options = {"threshold": arguments.get("threshold", 0.5), "min_size": 5}
-    tree, whole = trace(found, regions=stored_boxes(found), **options), trace(expected, **options)
-    for name in ("xyz", "radius", "type", "parent"):
-        np.testing.assert_array_equal(getattr(tree, name), getattr(whole, name))
+    check_same(trace(found, regions=stored_boxes(found), **options), trace(expected, **options))
 
 
 @pytest.mark.parametrize(
@@ -205,37 +200,35 @@ def test_a_segmentation_on_disk_means_what_it_means_in_memory(data, arguments, t
 def test_a_segmentation_on_disk_is_refused_as_in_memory(data, arguments, words, tmp_path):
     stored = read_volume(write_volume(tmp_path / "x.zarr", data), check=False).data
     with pytest.raises(NeurolibError, match=words):
-        segmentation(stored, name="x.zarr", **arguments)
+        large.segmentation(stored, name="x.zarr", **arguments)
 
 
 def chunk_files(folder):
     return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if "c" in p.parts and p.is_file()}
 
 
-def test_the_network_is_that_of_the_checkpoint(checkpoints, image, tmp_path):
-    out = predict_large(image, checkpoints["all"], tmp_path / "out.zarr", TILING)
-    network, _ = load_checkpoint(checkpoints["all"])
-    np.testing.assert_allclose(read_volume(out).data[:], expected(network), atol=1e-5)
+def test_the_network_is_that_of_the_checkpoint(checkpoints, image, out):
+    predict_large(image, checkpoints["all"], out, TILING)
+    check(out, load_checkpoint(checkpoints["all"])[0])
 
 
 @pytest.mark.usefixtures("cheap")
 @pytest.mark.parametrize("predict", ["center", "all"])
-def test_regions_together_are_the_prediction_of_the_whole(predict, checkpoints, image, tmp_path):
-    out = predict_large(image, checkpoints[predict], tmp_path / "out.zarr", TILING)
+def test_regions_together_are_the_prediction_of_the_whole(predict, checkpoints, image, out):
+    assert predict_large(image, checkpoints[predict], out, TILING) == out
+    check(out, Placed(predict))
     found = read_volume(out)
     assert found.spacing == (2.0, 0.5, 0.5)
     assert found.data.dtype == np.float32
-    np.testing.assert_allclose(found.data[:], expected(Placed(predict)), atol=1e-5)
     assert np.ptp(found.data[:]) > 0.01
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.zarr", "out.zarr"]
+    assert sorted(p.name for p in out.parent.iterdir()) == ["in.zarr", "out.zarr"]
 
 
 @pytest.mark.usefixtures("cheap")
-def test_flips_skipping_and_filter_are_those_of_the_whole(checkpoints, image, tmp_path):
-    out, options = tmp_path / "out.zarr", {"flips": True, "skip_empty": True, "filter_weight": 3.0}
+def test_flips_skipping_and_filter_are_those_of_the_whole(checkpoints, image, out):
+    options = {"flips": True, "skip_empty": True, "filter_weight": 3.0}
     predict_large(image, checkpoints["center"], out, replace(TILING, **options))
-    whole = expected(Placed("center"), **options)
-    np.testing.assert_allclose(read_volume(out).data[:], whole, atol=1e-5)
+    check(out, Placed("center"), **options)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "float32", "float64", "int32"])
@@ -245,7 +238,7 @@ def test_a_part_is_normalised_as_in_the_whole(dtype, tmp_path, monkeypatch):
     whole = normalise(data)
     monkeypatch.setattr(volume, "SLAB", 3000)
     view = normalised(stored, *limits(stored))
-    assert (view.shape, view.ndim, view.dtype) == (data.shape, 3, np.float32)
+    assert (view.shape, view.dtype) == (data.shape, np.float32)
     for box in (np.s_[:], np.s_[2:5, 7:40, 9:11], np.s_[8]):
         np.testing.assert_array_equal(view[box], whole[box])
 
@@ -263,6 +256,7 @@ def test_limits_of_what_is_stored_are_those_of_the_whole(dtype, tmp_path, monkey
 def test_a_mask_is_written_part_by_part(tmp_path):
     probability = np.random.default_rng(0).random((9, 40, 50)).astype(np.float32)
     mask = thresholded(probability, 0.25)
+    assert mask.chunks is None  # unless its data have chunks
     found = read_volume(write_volume(tmp_path / "mask.zarr", mask)).data[:]
     np.testing.assert_array_equal(found, np.where(probability >= 0.25, 255, 0))
     assert found.dtype == np.uint8
@@ -275,9 +269,9 @@ class Stop(Exception):
 @pytest.mark.usefixtures("cheap")
 @pytest.mark.parametrize("after", [0, 1, 4])
 def test_an_interrupted_call_goes_on_with_the_chunks_that_are_missing(
-    after, checkpoints, image, tmp_path, monkeypatch
+    after, checkpoints, image, out, monkeypatch
 ):
-    out, part = tmp_path / "out.zarr", tmp_path / "out.zarr.part"
+    part = out.with_name("out.zarr.part")
     predict, boxes = large.predict_box, []
 
     def some(*arguments):
@@ -305,15 +299,14 @@ def test_an_interrupted_call_goes_on_with_the_chunks_that_are_missing(
     again = chunk_files(out)
     assert len(again) == 3 * 3 * 3
     assert {out / p.relative_to(part): t for p, t in done.items()}.items() <= again.items()
-    np.testing.assert_allclose(read_volume(out).data[:], expected(Placed("center")), atol=1e-5)
-    assert not list(tmp_path.rglob("*.partial"))
+    check(out, Placed("center"))
+    assert not list(out.parent.rglob("*.partial"))
 
 
 @pytest.mark.usefixtures("cheap")
 def test_a_finished_call_is_not_repeated_and_other_settings_are_another_result(
-    checkpoints, image, tmp_path, monkeypatch
+    checkpoints, image, out, monkeypatch
 ):
-    out = tmp_path / "out.zarr"
     predict_large(image, checkpoints["center"], out, TILING)
     before = chunk_files(out)
     predict_large(image, checkpoints["center"], out, TILING)
@@ -328,17 +321,16 @@ def test_a_finished_call_is_not_repeated_and_other_settings_are_another_result(
     stopped()
     assert chunk_files(out) == before
     other = replace(TILING, overlap=0.5)
-    for options in ((other,), (replace(TILING, flips=True),), (replace(TILING, skip_empty=True),)):
-        with pytest.raises(SettingsError, match="options") as error:
-            predict_large(image, checkpoints["all"], out, *options)
-        assert "out.zarr.part" in str(error.value)
+    for tiling in (other, replace(TILING, flips=True), replace(TILING, skip_empty=True)):
+        with pytest.raises(SettingsError, match=r"out\.zarr\.part: .*options"):
+            predict_large(image, checkpoints["all"], out, tiling)
     with pytest.raises(SettingsError, match="another checkpoint;"):
         predict_large(image, checkpoints["center"], out, TILING)
     # How much is done at a time is no other result.
     with monkeypatch.context() as patch:
         patch.setattr(large, "REGION", (5, 99, 9))
         predict_large(image, checkpoints["all"], out, replace(TILING, batch=3))
-    np.testing.assert_allclose(read_volume(out).data[:], expected(Placed("all")), atol=1e-5)
+    check(out, Placed("all"))
     stopped(other)
     write_volume(image, stack() + np.uint16(1))
     with pytest.raises(SettingsError, match="another input"):
@@ -346,7 +338,7 @@ def test_a_finished_call_is_not_repeated_and_other_settings_are_another_result(
 
 
 @pytest.mark.usefixtures("cheap")
-def test_no_more_is_read_than_a_region_and_its_margin(checkpoints, image, tmp_path, monkeypatch):
+def test_no_more_is_read_than_a_region_and_its_margin(checkpoints, image, out, monkeypatch):
     monkeypatch.setattr(volume, "SLAB", 4 * 32 * 32)
     sizes, read = [], LazyStack.__getitem__
 
@@ -358,9 +350,7 @@ def test_no_more_is_read_than_a_region_and_its_margin(checkpoints, image, tmp_pa
     monkeypatch.setattr(LazyStack, "__getitem__", watched)
     monkeypatch.setattr(LazyStack, "__array__", None)
     monkeypatch.setattr(large, "REGION", (4, 32, 32))
-    predict_large(
-        image, checkpoints["center"], tmp_path / "out.zarr", replace(TILING, skip_empty=True)
-    )
+    predict_large(image, checkpoints["center"], out, replace(TILING, skip_empty=True))
     # Tiles of 48 that begin before a region of 32 or end after it, and a slice on either side.
     assert max(sizes) <= 6 * (32 + 2 * 47) ** 2
     # 27 regions, a pass over 27 chunks for one of the statistics, and one over what is stored.
@@ -387,22 +377,15 @@ def test_unusable_settings_leave_nothing(change, words, checkpoints, image, tmp_
     assert [p.name for p in tmp_path.iterdir()] == ["in.zarr"]
 
 
-def test_what_is_mapped_has_no_chunks_unless_its_data_have():
-    assert Mapped(np.zeros((1, 2, 3)), np.sqrt, np.dtype(float)).chunks is None
-
-
 @pytest.mark.skipif(
     not os.environ.get("NEUROLIB_FAULTS"), reason="starts a cluster; set NEUROLIB_FAULTS=1"
 )
-def test_a_killed_worker_loses_nothing(checkpoints, image, tmp_path, monkeypatch):
+def test_a_killed_worker_loses_nothing(checkpoints, image, out, monkeypatch):
     monkeypatch.setattr(large, "REGION", (4, 32, 32))
     distributed = pytest.importorskip("distributed")
-    out = tmp_path / "out.zarr"
-    part = tmp_path / "out.zarr.part"
-    killed = []
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address=None
-    ) as cluster:
+    part, killed = out.with_name("out.zarr.part"), []
+    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with distributed.LocalCluster(**options) as cluster:
 
         def kill():
             while len(chunk_files(part)) < 3:
@@ -418,8 +401,7 @@ def test_a_killed_worker_loses_nothing(checkpoints, image, tmp_path, monkeypatch
         thread.join()
     assert 3 <= killed[0] < 27
     assert len(chunk_files(out)) == 27
-    network, _ = load_checkpoint(checkpoints["center"])
-    np.testing.assert_allclose(read_volume(out).data[:], expected(network), atol=1e-5)
+    check(out, load_checkpoint(checkpoints["center"])[0])
 
 
 def neurons(count, length, shape, seed=0):
@@ -462,10 +444,8 @@ def render(path, tree, shape):
             balls = centres[np.unique(order[ends[number] : ends[number + 1]] // 8)] - corner
             voxels = (balls[:, None] + grid[away <= radius]).reshape(-1, 3)
             part[tuple(voxels[((voxels >= 0) & (voxels < chunks)).all(axis=1)].T)] = value
-        box = tuple(
-            slice(a, min(a + n, end)) for a, n, end in zip(corner, chunks, shape, strict=True)
-        )
-        array[box] = part[tuple(slice(s.stop - s.start) for s in box)]
+        stop = np.minimum(corner + chunks, shape)
+        array[tuple(map(slice, corner, stop))] = part[tuple(map(slice, stop - corner))]
 
 
 # A stand-in for a trained network: passes the intensity of the centre slice.

@@ -65,10 +65,6 @@ class Mapped:
         return tuple(self.data.shape)
 
     @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
     def chunks(self) -> tuple[int, ...] | None:
         return getattr(self.data, "chunks", None)
 
@@ -103,12 +99,13 @@ def segmentation(
     result, meaning = as_probability(values[None, None], label, threshold, name)
     if result.dtype == data.dtype:
         return data, meaning
-    if not labels:
-        top = np.float32(FULL_SCALE[data.dtype.name])
-        return Mapped(data, lambda part: part / top, result.dtype), meaning
-    if label is None:
-        return Mapped(data, lambda part: part != 0, result.dtype), meaning
-    return Mapped(data, lambda part: part == label, result.dtype), meaning
+
+    def function(part: np.ndarray) -> np.ndarray:
+        if not labels:
+            return part / np.float32(FULL_SCALE[data.dtype.name])
+        return part != 0 if label is None else part == label
+
+    return Mapped(data, function, result.dtype), meaning
 
 
 def _distinct(data: np.ndarray) -> np.ndarray:
@@ -138,16 +135,20 @@ def stored_boxes(data: np.ndarray) -> Iterator[Box]:
         return
     stored, step = cells
     for box in pieces(data):
-        first = [side.start // n for side, n in zip(box, step, strict=True)]
-        last = [-(-side.stop // n) for side, n in zip(box, step, strict=True)]
-        places = np.argwhere(stored[tuple(map(slice, first, last))])
+        cells = _cells_of(box, step)
+        places = np.argwhere(stored[cells])
         if len(places):
+            first = [side.start for side in cells]
             low = (places.min(axis=0) + first) * step
             high = (places.max(axis=0) + first + 1) * step
             yield tuple(
                 slice(max(side.start, int(a)), min(side.stop, int(b)))
                 for side, a, b in zip(box, low, high, strict=True)
             )
+
+
+def _cells_of(box: Box, step: tuple[int, int, int]) -> Box:
+    return tuple(slice(s.start // n, -(-s.stop // n)) for s, n in zip(box, step, strict=True))
 
 
 def _stored(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]] | None:
@@ -184,8 +185,7 @@ def _blank_of(job: "_Job") -> Callable[[Box], bool]:
 
     def blank(box: Box) -> bool:
         around, _ = box_of_tiles(settings, image.shape, box, job.tiling.overlap)
-        cells = (slice(s.start // n, -(-s.stop // n)) for s, n in zip(around, step, strict=True))
-        return not stored[tuple(cells)].any()
+        return not stored[_cells_of(around, step)].any()
 
     return blank
 
@@ -276,7 +276,9 @@ def predict_large(
         threads = max(1, (os.cpu_count() or 1) // workers) if workers and not scheduler else 0
         levels = begun["low"], begun["high"], begun["empty"]
         job = _Job(image, channel, source, checkpoint, digest, part, *levels, tiling, threads)
-        todo = [box for box in _regions(part) if _missing(job, box)]
+        array = _array(part)
+        step = [-(-n // chunk) * chunk for n, chunk in zip(REGION, array.chunks, strict=True)]
+        todo = [box for box in boxes((0, 0, 0), array.shape, step) if _missing(job, box)]
         for _ in tqdm(_predict_regions(job, todo, workers, scheduler), "regions", len(todo)):
             pass
         for left in part.rglob("*.partial"):  # left by killed writes
@@ -340,13 +342,6 @@ def _array(part: Path) -> Any:
     import zarr
 
     return zarr.open_array(part / "0", mode="r+").with_config({"write_empty_chunks": True})
-
-
-def _regions(part: Path) -> Iterator[Box]:
-    """Boxes of whole chunks that cover an output."""
-    array = _array(part)
-    step = [-(-n // chunk) * chunk for n, chunk in zip(REGION, array.chunks, strict=True)]
-    return boxes((0, 0, 0), array.shape, step)
 
 
 def _missing(job: _Job, box: Box) -> list[Box]:

@@ -67,9 +67,7 @@ def trace_skeleton(
     return rooted(tree, np.stack(graph.nonzero()), roots)
 
 
-def degrade(
-    mask: np.ndarray, tree: Tree, kind: str, amount: float, seed: int = 0
-) -> tuple[np.ndarray, float]:
+def degrade(mask: np.ndarray, tree: Tree, kind: str, amount: float) -> tuple[np.ndarray, float]:
     """Damage a mask in one way; return it as a probability, with the threshold to trace it at.
 
     ===========  =====================================================  ==================
@@ -82,12 +80,12 @@ def degrade(
     threshold    a Gaussian of σ = 1.5, cut at other values than 0.5    threshold, 0 to 1
     ===========  =====================================================  ==================
 
-    `mask` (z, y, x) is faultless, the target of `tree`. With the same seed, a larger amount adds
-    to the damage of a smaller one.
+    `mask` (z, y, x) is faultless, the target of `tree`. A larger amount adds to the damage of a
+    smaller one.
     """
     if kind not in DAMAGE:
         raise SettingsError(f"damage {kind!r}: expected one of {', '.join(DAMAGE)}")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     if kind in ("blur", "threshold"):
         sigma = amount if kind == "blur" else BLUR
         blurred = ndimage.gaussian_filter(mask.astype(np.float32), sigma)
