@@ -18,7 +18,7 @@ from scipy.spatial import KDTree
 from neurolib.data.formats import check_spacing
 from neurolib.errors import SettingsError, SwcError, VolumeError
 from neurolib.parameters import check_range
-from neurolib.swc import Tree, edges, repeated
+from neurolib.swc import Tree, Zyx, edges, repeated
 
 if TYPE_CHECKING:
     from neurolib.blocking import Sample
@@ -44,7 +44,7 @@ def length_unit(stacks: "Iterable[Volume | Sample]") -> str:
     return "µm" if all(known) else "voxels"
 
 
-def in_unit(spacing: tuple[float, float, float], unit: str) -> tuple[float, float, float]:
+def in_unit(spacing: Zyx, unit: str) -> Zyx:
     """The spacing in µm, or in voxels of the finest axis: what the scores of a table are given."""
     scale = check_spacing(spacing)
     return tuple((scale if unit == "µm" else scale / scale.min()).tolist())
@@ -68,10 +68,7 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def hd95(
-    a: np.ndarray,
-    b: np.ndarray,
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    method: str = "monai",
+    a: np.ndarray, b: np.ndarray, spacing: Zyx = (1.0, 1.0, 1.0), method: str = "monai"
 ) -> float:
     """95th percentile of the distances between the surfaces of two masks (z, y, x).
 
@@ -102,10 +99,7 @@ def hd95(
 
 
 def surface_dice(
-    a: np.ndarray,
-    b: np.ndarray,
-    tolerance: float | None = None,
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    a: np.ndarray, b: np.ndarray, tolerance: float | None = None, spacing: Zyx = (1.0, 1.0, 1.0)
 ) -> float:
     """Share of the surfaces of two masks (z, y, x) that lies within a tolerance of the other.
 
@@ -146,7 +140,7 @@ def _surface_elements(mask: np.ndarray, spacing: np.ndarray) -> tuple[np.ndarray
 
 
 @cache
-def _corner_areas(spacing: tuple[float, float, float]) -> np.ndarray:
+def _corner_areas(spacing: Zyx) -> np.ndarray:
     """Area (256,) of the triangles that marching cubes puts between each kind of eight voxels."""
     from skimage.measure import marching_cubes, mesh_surface_area
 
@@ -261,9 +255,7 @@ def betti0_error(a: np.ndarray, b: np.ndarray) -> int:
     return abs(one - two)
 
 
-def volume_diagonal(
-    shape: tuple[int, int, int], spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
-) -> float:
+def volume_diagonal(shape: tuple[int, int, int], spacing: Zyx = (1.0, 1.0, 1.0)) -> float:
     """Length of the diagonal of a volume, edge to edge: no two voxels of it are farther apart.
 
     Takes the place of an infinite `hd95` in a mean (`neurolib.course.statistics.aggregate`).
@@ -298,10 +290,7 @@ class TreeDistance:
 
 
 def tree_distance(
-    tree: Tree,
-    reference: Tree,
-    threshold: float | None = None,
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    tree: Tree, reference: Tree, threshold: float | None = None, spacing: Zyx = (1.0, 1.0, 1.0)
 ) -> TreeDistance:
     """Distances between two trees as Vaa3D's "neuron distance" defines them.
 
@@ -342,7 +331,7 @@ def _comparable(tree: Tree, reference: Tree, spacing: tuple, threshold: float | 
     return tree, reference, voxel, 2.0 if threshold is None else threshold / voxel
 
 
-def finest_voxels(spacing: tuple[float, float, float], *trees: Tree) -> tuple:
+def finest_voxels(spacing: Zyx, *trees: Tree) -> tuple:
     """Trees in voxels of the finest axis, as all sampling takes them, and the edge of one."""
     scale = check_spacing(spacing)
     scaled = (replace(tree, xyz=tree.xyz * (scale / scale.min())[::-1]) for tree in trees)
@@ -433,10 +422,7 @@ class TreeScores:
 
 
 def tree_scores(
-    tree: Tree,
-    reference: Tree,
-    threshold: float | None = None,
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    tree: Tree, reference: Tree, threshold: float | None = None, spacing: Zyx = (1.0, 1.0, 1.0)
 ) -> TreeScores:
     """Length-weighted precision and recall of a tree.
 
@@ -448,9 +434,8 @@ def tree_scores(
     """
     tree, reference, _, threshold = _comparable(tree, reference, spacing, threshold)
     threshold *= 1 + 1e-9
-    return TreeScores(
-        _share_within(tree, reference, threshold), _share_within(reference, tree, threshold)
-    )
+    precision = _share_within(tree, reference, threshold)
+    return TreeScores(precision, _share_within(reference, tree, threshold))
 
 
 def _share_within(tree: Tree, other: Tree, threshold: float) -> float:
@@ -471,9 +456,7 @@ def short_pieces(tree: Tree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return start + step * ((number + 0.5) / count)[:, None], length / count, child
 
 
-def compare(
-    tree: Tree, reference: Tree, spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
-) -> dict[str, float]:
+def compare(tree: Tree, reference: Tree, spacing: Zyx = (1.0, 1.0, 1.0)) -> dict[str, float]:
     """The scores of a tree that a table of neurons shows: ESA, DSA, PDS, precision, recall, trees.
 
     See `tree_distance` and `tree_scores`; distances in the unit of `spacing`, within 2 voxels of

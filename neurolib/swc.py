@@ -22,6 +22,8 @@ from neurolib.files import decode, text_key, write_text
 from neurolib.parameters import check_range
 from neurolib.volume import Volume
 
+Zyx = tuple[float, float, float]  # a spacing or a place
+
 COLUMNS = "id type x y z radius parent"
 SOMA = 1
 # R, Python and C write these for a missing radius.
@@ -49,7 +51,7 @@ class Tree:
     type: np.ndarray
     parent: np.ndarray
     repairs: tuple[str, ...] = ()
-    spacing: tuple[float, float, float] | None = None
+    spacing: Zyx | None = None
 
 
 # Reading --------------------------------------------------------------------------------------
@@ -367,14 +369,10 @@ def _checked_parent(tree: Tree) -> np.ndarray:
     parent = np.asarray(tree.parent)
     n = len(parent)
     if parent.ndim != 1 or parent.dtype.kind not in "iu":
-        raise SwcError(
-            f"parent has shape {parent.shape} and type {parent.dtype}, expected (n,) int"
-        )
+        raise SwcError(f"parent has shape {parent.shape}, type {parent.dtype}, expected (n,) int")
     shapes = [np.shape(tree.xyz), np.shape(tree.radius), np.shape(tree.type)]
     if shapes != [(n, 3), (n,), (n,)]:
-        raise SwcError(
-            f"xyz, radius, type have shapes {shapes}, expected (n, 3), (n,), (n,), n={n}"
-        )
+        raise SwcError(f"xyz, radius, type: shapes {shapes}, expected (n, 3), (n,), (n,), n={n}")
     if n and (parent.min() < -1 or parent.max() >= n):
         raise SwcError(f"parent rows run to {parent.max()}, expected -1 to {n - 1}")
     return parent.astype(np.int64, copy=False)

@@ -35,7 +35,7 @@ from scipy.spatial import KDTree
 from neurolib.data.formats import check_spacing
 from neurolib.errors import NothingFoundError, VolumeError
 from neurolib.parameters import check_range
-from neurolib.swc import SOMA, Tree, components, length, resample, take, tips
+from neurolib.swc import SOMA, Tree, Zyx, components, length, resample, take, tips
 from neurolib.swc import edges as tree_edges
 from neurolib.volume import pieces
 
@@ -110,7 +110,7 @@ class Foreground:
         number, values = self.number[rows], self.values[rows]
         return rows, replace(self, number=number, values=values, start=np.array([0, len(number)]))
 
-    def numbers(self, seed: tuple[float, float, float] | None) -> list[tuple[int, int | None]]:
+    def numbers(self, seed: Zyx | None) -> list[tuple[int, int | None]]:
         """Numbers of the components, first that of the voxel nearest to a point (z, y, x).
 
         Each comes with the row of that voxel within the component, or None.
@@ -139,8 +139,8 @@ class Bridge:
 
 def trace(
     probability: np.ndarray,
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    seed: tuple[float, float, float] | None = None,
+    spacing: Zyx = (1.0, 1.0, 1.0),
+    seed: Zyx | None = None,
     threshold: float = 0.5,
     min_size: int = 20,
     bridge: float = 15.0,
@@ -212,7 +212,7 @@ def attempt(probability: np.ndarray, *arguments: object, **options: object) -> T
 
 def find_foreground(
     probability: np.ndarray,
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    spacing: Zyx = (1.0, 1.0, 1.0),
     threshold: float = 0.5,
     min_size: int = 20,
     regions: Iterable[Box] | None = None,
@@ -446,10 +446,7 @@ def path_cost(foreground: Foreground, radius: np.ndarray) -> np.ndarray:
 
 
 def find_paths(
-    foreground: Foreground,
-    radius: np.ndarray,
-    cost: np.ndarray,
-    seed: tuple[float, float, float] | None = None,
+    foreground: Foreground, radius: np.ndarray, cost: np.ndarray, seed: Zyx | None = None
 ) -> list[np.ndarray]:
     """Paths that together explain the foreground, longest first in each component.
 
@@ -685,9 +682,9 @@ def _side_by_side(trees: Sequence[Tree]) -> Tree:
 def bridge_gaps(
     tree: Tree,
     probability: np.ndarray,
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    spacing: Zyx = (1.0, 1.0, 1.0),
     longest: float = 15.0,
-    seed: tuple[float, float, float] | None = None,
+    seed: Zyx | None = None,
 ) -> tuple[Tree, list[Bridge]]:
     """Join trees whose ends face each other across a gap.
 
@@ -777,9 +774,7 @@ def _joined_roots(tree: Tree, points: np.ndarray, edges: np.ndarray, keep_first:
     return roots
 
 
-def _open_ends(
-    tree: Tree, points: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _open_ends(tree: Tree, points: np.ndarray) -> tuple[np.ndarray, ...]:
     """Rows (m,) of the ends that are not a soma, their centres, outward steps (m, 3), radii (m,).
 
     The last voxel lies on the round surface and is thin. So the centre of an end is where the
@@ -919,7 +914,7 @@ def _check_range(part: np.ndarray) -> np.ndarray:
     return part
 
 
-def _scale(spacing: tuple[float, float, float]) -> np.ndarray:
+def _scale(spacing: Zyx) -> np.ndarray:
     """Edge lengths of a voxel in units of the shortest."""
     values = check_spacing(spacing)
     return values / values.min()

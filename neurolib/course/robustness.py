@@ -10,7 +10,7 @@ from scipy.spatial import KDTree
 
 from neurolib.errors import SettingsError, VolumeError
 from neurolib.evaluation import compare, distance_to_tree, in_unit, skeleton
-from neurolib.swc import Tree, densify, edges
+from neurolib.swc import Tree, Zyx, densify, edges
 from neurolib.tracing import (
     EMPTY_TREE,
     HALF_VOXEL,
@@ -39,7 +39,7 @@ DAMAGE = {
 
 def trace_skeleton(
     probability: np.ndarray,
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    spacing: Zyx = (1.0, 1.0, 1.0),
     threshold: float = 0.5,
     min_size: int = 20,
 ) -> Tree:
@@ -53,9 +53,8 @@ def trace_skeleton(
     mask = np.zeros(foreground.shape, bool)
     mask[tuple(foreground.voxels.T)] = True
     thin = find_foreground(skeleton(mask), spacing, min_size=1)
-    radius = (measure_radius(foreground, thin.points) + HALF_VOXEL) / np.sqrt(
-        thin.scale[1] * thin.scale[2]
-    )
+    radius = measure_radius(foreground, thin.points) + HALF_VOXEL
+    radius /= np.sqrt(thin.scale[1] * thin.scale[2])
     n, (one, other) = len(thin.points), sparse.triu(thin.neighbours).nonzero()
     length = np.linalg.norm(thin.points[one] - thin.points[other], axis=1)
     graph = csgraph.minimum_spanning_tree(sparse.csr_array((length, (one, other)), shape=(n, n)))
@@ -120,7 +119,7 @@ def robustness(
     mask: np.ndarray,
     tree: Tree,
     tracers: Mapping[str, Callable[..., Tree]],
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    spacing: Zyx = (1.0, 1.0, 1.0),
     damage: Mapping[str, Sequence[float]] | None = None,
 ) -> list[dict]:
     """Trace a mask (z, y, x) under growing damage of every kind, with several tracers.
@@ -148,9 +147,7 @@ def robustness(
     return rows
 
 
-def agreement(
-    tree: Tree, reference: Tree, spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
-) -> dict[str, Tree]:
+def agreement(tree: Tree, reference: Tree, spacing: Zyx = (1.0, 1.0, 1.0)) -> dict[str, Tree]:
     """Tell which edges of two trees are near the other tree: correct, false and missed ones.
 
     Returns
@@ -170,6 +167,4 @@ def _parts(tree: Tree, other: Tree, scale: np.ndarray) -> tuple[Tree, Tree]:
     middle = (tree.xyz[child] + tree.xyz[parent]) / 2 * scale
     near = np.zeros(len(tree.parent), bool)
     near[child] = distance_to_tree(middle, replace(other, xyz=other.xyz * scale)) <= NEAR
-    return tuple(
-        replace(tree, parent=np.where(chosen, tree.parent, -1)) for chosen in (near, ~near)
-    )
+    return tuple(replace(tree, parent=np.where(some, tree.parent, -1)) for some in (near, ~near))

@@ -29,7 +29,7 @@ from neurolib.evaluation import (
 )
 from neurolib.files import write_text
 from neurolib.parameters import check_range
-from neurolib.swc import Tree, check_pair, components, length, read_swc
+from neurolib.swc import Tree, Zyx, check_pair, components, length, read_swc
 from neurolib.tracing import EMPTY_TREE, trace
 from neurolib.volume import SUFFIXES, read_volume
 
@@ -48,7 +48,7 @@ LENGTHS = (*MISSES, "length", "reference_length", "diagonal", "tolerance")
 def evaluate(
     prediction: np.ndarray | Tree,
     reference: np.ndarray | Tree,
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    spacing: Zyx = (1.0, 1.0, 1.0),
     tolerance: float | None = None,
 ) -> dict[str, float]:
     """All scores of a prediction against a reference; each is a mask or a tree.
@@ -173,7 +173,7 @@ def evaluate_files(
     prediction: str | Path,
     reference: str | Path,
     out: str | Path | None = None,
-    spacing: tuple[float, float, float] | None = None,
+    spacing: Zyx | None = None,
     tolerance: float | None = None,
     threshold: float | None = None,
 ) -> Iterator[str]:
@@ -284,7 +284,7 @@ def _left_out(files: list[Path], why: str) -> list[str]:
     return [f"{files[0].parent}: {len(files)} files left out {why}: {names}"] if files else []
 
 
-def _pair_spacing(pair: tuple[Path, Path]) -> tuple[tuple[float, float, float], bool]:
+def _pair_spacing(pair: tuple[Path, Path]) -> tuple[Zyx, bool]:
     """The voxel size (dz, dy, dx) in the masks of a pair, and whether its unit is known."""
     known, ratio = {}, None
     for path in pair:
@@ -302,7 +302,7 @@ def _pair_spacing(pair: tuple[Path, Path]) -> tuple[tuple[float, float, float], 
 
 
 def _read(
-    path: Path, spacing: tuple[float, float, float] | None, threshold: float | None = None
+    path: Path, spacing: Zyx | None, threshold: float | None = None
 ) -> tuple[np.ndarray | Tree, list[str]]:
     """A mask or a tree, and what was converted."""
     if path.suffix.lower() in TREES:
@@ -311,9 +311,8 @@ def _read(
             return EMPTY_TREE, [f"{path.name}: no nodes, an empty tree"]
         tree = read_swc(path, spacing)
         return tree, [f"{path.name}: {'; '.join(tree.repairs)}"] if tree.repairs else []
-    data, meaning = as_probability(
-        read_volume(path, check=False).data, threshold=threshold, name=path.name
-    )
+    volume = read_volume(path, check=False)
+    data, meaning = as_probability(volume.data, threshold=threshold, name=path.name)
     if data.dtype == bool:
         meaning = meaning if data.any() else "no foreground, an empty mask"
         return data, [f"{path.name}: {meaning}"] if meaning != "a mask" else []

@@ -285,11 +285,7 @@ COARSE = 4  # voxels of the stack per voxel of the grid of blurred light, which 
 
 
 def render(
-    tree: Tree,
-    shape: Sequence[int],
-    style: str = "confocal",
-    seed: int = 0,
-    slimmer: float = 0.0,
+    tree: Tree, shape: Sequence[int], style: str = "confocal", seed: int = 0, slimmer: float = 0.0
 ) -> Volume:
     """Render a tree as a fluorescence microscope would show it.
 
