@@ -781,14 +781,8 @@ def _open_ends(tree: Tree, points: np.ndarray) -> tuple[np.ndarray, ...]:
     neurite has its full thickness; direction and radius come from the last `END_LENGTH`.
     """
     walks = list(_walks_inward(tree, points, _adjacency(tree), lambda walk: END_LENGTH))
-    first, thick, last = (
-        np.array(
-            [(walk[0], walk[_first_thick(tree.radius[walk])], walk[-1]) for walk in walks],
-            dtype=int,
-        )
-        .reshape(-1, 3)
-        .T
-    )
+    rows = [(walk[0], walk[_first_thick(tree.radius[walk])], walk[-1]) for walk in walks]
+    first, thick, last = np.array(rows, dtype=int).reshape(-1, 3).T
     thickness = np.array([np.median(tree.radius[walk]) for walk in walks])
     return first, points[thick], points[thick] - points[last], thickness
 
