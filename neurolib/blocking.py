@@ -19,6 +19,7 @@ from neurolib.parameters import check_range
 from neurolib.swc import Tree, check_pair, repeated
 from neurolib.volume import empty_level, normalise, standing_out
 
+Shape = tuple[int, int, int]  # z, y, x
 BLOCK = (5, 100, 100)
 STRIDE = (1, 100, 100)
 KINDS = ("sironi", "scale_space", "radius")
@@ -62,8 +63,8 @@ def read_sample(pair: Pair, kind: str = "sironi", tau: float = 0.1) -> Sample:
         warnings.warn(f"{pair.swc.name}: {repairs}", NeurolibWarning, stacklevel=2)
     check_pair(tree, volume.data.shape, pair.name)
     response, mask = make_target(tree, volume.data.shape, volume.spacing, kind, tau=tau)
-    image, unknown = normalise(volume.data), volume.unknown
-    return Sample(pair, image, volume.spacing, tree, response, mask, unknown)
+    image = normalise(volume.data)
+    return Sample(pair, image, volume.spacing, tree, response, mask, volume.unknown)
 
 
 def ignore_untraced(sample: Sample) -> Sample:
@@ -104,7 +105,7 @@ def tube_radius(tau: float = 0.1) -> float:
 
 def make_target(
     tree: Tree,
-    shape: tuple[int, int, int],
+    shape: Shape,
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0),
     kind: str = "sironi",
     *,
@@ -192,11 +193,7 @@ def block_starts(size: int, block: int, stride: int) -> np.ndarray:
     return np.append(np.arange(0, last, stride), last)
 
 
-def block_grid(
-    shape: tuple[int, int, int],
-    block: tuple[int, int, int] = BLOCK,
-    stride: tuple[int, int, int] = STRIDE,
-) -> np.ndarray:
+def block_grid(shape: Shape, block: Shape = BLOCK, stride: Shape = STRIDE) -> np.ndarray:
     """Positions of all blocks of a volume.
 
     Parameters
@@ -220,9 +217,7 @@ def block_grid(
     return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
 
 
-def read_block(
-    data: np.ndarray, position: np.ndarray, block: tuple[int, int, int] = BLOCK
-) -> np.ndarray:
+def read_block(data: np.ndarray, position: np.ndarray, block: Shape = BLOCK) -> np.ndarray:
     """Cut one block out of a volume.
 
     Parameters
@@ -266,10 +261,7 @@ def read_block(
 
 
 def salient(
-    mask: np.ndarray,
-    positions: np.ndarray,
-    minimum: float = 0.001,
-    block: tuple[int, int, int] = BLOCK,
+    mask: np.ndarray, positions: np.ndarray, minimum: float = 0.001, block: Shape = BLOCK
 ) -> np.ndarray:
     """Which blocks (n,) have enough foreground in their centre slice.
 
@@ -284,39 +276,20 @@ def salient(
     block : (int, int, int)
         Block shape.
     """
-    shape = _triple("shape", mask.shape, VolumeError)
-    _, rows, columns = _check_block(block)
-    z, y, x = _check_positions(positions, shape).T
-    share = np.zeros(len(z))
-    # Strategy: in the table of sums over all rectangles that begin at the corner (0, 0), a box
-    # is four entries. The table has only the rows and columns where a box begins or ends, and it
-    # is made slice by slice, so it stays far smaller than one slice.
-    ys, xs = np.unique([y, y + rows]), np.unique([x, x + columns])
-    order = np.argsort(z, kind="stable")
-    for here in np.split(order, np.flatnonzero(np.diff(z[order])) + 1) if len(z) else ():
-        plane = np.asarray(mask[z[here[0]]], dtype=bool)
-        if not plane.any():
-            continue
-        if ys[-1] > shape[1] or xs[-1] > shape[2]:
-            inside = _reflect(np.arange(ys[-1]), shape[1]), _reflect(np.arange(xs[-1]), shape[2])
-            plane = plane[np.ix_(*inside)]
-        strips = np.add.reduceat(plane[: ys[-1], : xs[-1]], ys[:-1], axis=0, dtype=np.int32)
-        cells = np.add.reduceat(strips, xs[:-1], axis=1, dtype=np.int64)
-        table = np.zeros((len(ys), len(xs)), np.int64)
-        table[1:, 1:] = cells.cumsum(axis=0).cumsum(axis=1)
-        top, bottom = (np.searchsorted(ys, ends) for ends in (y[here], y[here] + rows))
-        left, right = (np.searchsorted(xs, ends) for ends in (x[here], x[here] + columns))
-        count = table[bottom, right] - table[top, right] - table[bottom, left] + table[top, left]
-        share[here] = count / (rows * columns)
-    return share >= minimum
+    shape, positions = _triple("shape", mask.shape, VolumeError), np.asarray(positions)
+    if positions.ndim != 2 or positions.shape[1] != 3:
+        raise VolumeError(f"positions: expected shape (n, 3), got {positions.shape}")
+    outside = ((positions < 0) | (positions >= shape)).any(axis=1)
+    if outside.any():
+        bad = positions[outside][0].tolist()
+        raise VolumeError(f"positions: {bad} lies outside the volume of shape {shape}")
+    plane = (1, *_check_block(block)[1:])
+    counts = [np.count_nonzero(read_block(mask, position, plane)) for position in positions]
+    return np.array(counts) / prod(plane) >= minimum
 
 
 def choose_blocks(
-    mask: np.ndarray,
-    positions: np.ndarray,
-    negatives: float,
-    seed: int = 0,
-    block: tuple[int, int, int] = BLOCK,
+    mask: np.ndarray, positions: np.ndarray, negatives: float, seed: int = 0, block: Shape = BLOCK
 ) -> np.ndarray:
     """Choose training blocks: all salient ones, and some others to learn the background from.
 
@@ -386,14 +359,7 @@ def _pieces(tree: Tree, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return base + number * step, base + (number + 1) * step
 
 
-def _near(
-    start: np.ndarray,
-    end: np.ndarray,
-    reach: np.ndarray,
-    scale: np.ndarray,
-    shape: tuple[int, int, int],
-    growth: np.ndarray | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+def _near(start, end, reach, scale, shape: Shape, growth=None) -> Iterator[tuple[np.ndarray, ...]]:
     """Find the voxels within `reach` of each piece, and the nearest place on the piece.
 
     start, end: (n, 3); reach: (n,). With `growth` (n,), the change of radius from start to end,
@@ -441,15 +407,11 @@ def _near(
                 yield flat, piece, along, np.sqrt(square.reshape(-1)[hit])
 
 
-def _balls(
-    centre: np.ndarray,
-    radius: float,
-    slack: np.ndarray,
-    extent: np.ndarray,
-    scale: np.ndarray,
-    shape: tuple[int, int, int],
-) -> Iterator[np.ndarray]:
-    """Offsets (n, 3) to the voxels of a ball, longer by `slack`; a large ball (a soma) in slabs."""
+def _balls(centre, radius: float, slack, extent, scale, shape: Shape) -> Iterator[np.ndarray]:
+    """Offsets (n, 3) to the voxels of a ball, longer by `slack`; a large ball (a soma) in slabs.
+
+    centre: (m, 3), of all balls; slack, extent, scale: (3,).
+    """
     if not len(centre):
         return
     low, high = -extent, extent
@@ -465,15 +427,10 @@ def _balls(
         yield ball[(away**2).sum(axis=1) <= radius**2]
 
 
-def _to_centres(
-    place: np.ndarray,
-    shift: np.ndarray,
-    direction: np.ndarray,
-    half: np.ndarray,
-    slope: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Squared distances (n, m) of pieces (n) to voxels `place` (3, m), and the nearest places.
+def _to_centres(place, shift, direction, half, slope) -> tuple[np.ndarray, np.ndarray]:
+    """Squared distances (n, m) of pieces to voxels `place` (3, m), and the nearest places.
 
+    The pieces have `shift` and `direction` (n, 3), half of their length and `slope` (n,).
     The places are coordinates (n, m) along the pieces. The squared distance to the middle and the
     coordinate along the piece are two matrix products; the distance to the segment follows by
     Pythagoras.
@@ -499,13 +456,7 @@ def _to_centres(
 
 
 def _to_extents(
-    place: np.ndarray,
-    longer: np.ndarray,
-    shift: np.ndarray,
-    direction: np.ndarray,
-    half: np.ndarray,
-    slope: np.ndarray | None,
-    reach: np.ndarray,
+    place, longer, shift, direction, half, slope, reach
 ) -> tuple[np.ndarray, np.ndarray]:
     """`_to_centres` for voxels that extend by `longer` (3,) on both sides; infinite beyond reach.
 
@@ -540,7 +491,7 @@ def _reflect(index: np.ndarray, size: int) -> np.ndarray:
     return np.minimum(index, 2 * size - 2 - index)
 
 
-def _triple(name: str, values: tuple, error: type[Exception]) -> tuple[int, int, int]:
+def _triple(name: str, values: tuple, error: type[Exception]) -> Shape:
     """Three integers of at least 1, or `error`."""
     values = tuple(values)
     if len(values) != 3 or any(int(v) != v or v < 1 for v in values):
@@ -548,21 +499,11 @@ def _triple(name: str, values: tuple, error: type[Exception]) -> tuple[int, int,
     return tuple(int(v) for v in values)
 
 
-def _check_block(block: tuple) -> tuple[int, int, int]:
+def _check_block(block: tuple) -> Shape:
     block = _triple("block", block, SettingsError)
     if block[0] % 2 == 0:
         raise SettingsError(f"block: expected an odd depth (a centre slice), got {block[0]}")
     return block
-
-
-def _check_positions(positions: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    positions = np.asarray(positions)
-    if positions.ndim != 2 or positions.shape[1] != 3:
-        raise VolumeError(f"positions: expected shape (n, 3), got {positions.shape}")
-    if ((positions < 0) | (positions >= shape)).any():
-        bad = positions[((positions < 0) | (positions >= shape)).any(axis=1)][0].tolist()
-        raise VolumeError(f"positions: {bad} lies outside the volume of shape {shape}")
-    return positions
 
 
 def _plane(scale: np.ndarray) -> float:

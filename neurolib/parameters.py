@@ -4,45 +4,24 @@ Command line, profiles, grids and notebooks share these checks.
 """
 
 import math
-import re
 
 from neurolib.errors import SettingsError
 
-# The interval of each number, by the name of the option or parameter.
-RANGES = {
-    "accumulate": "[1, inf)",
-    "average": "[0, 1)",
-    "batch": "[1, inf)",
-    "block": "[1, inf)",
-    "bridge": "[0, inf)",
-    "channel": "[0, inf)",
-    "decoder_rate": "(0, inf)",
-    "depth": "[1, inf)",
-    "encoder_rate": "(0, inf)",
-    "every": "[1, inf)",
-    "filter_weight": "[0, inf)",
-    "label": "[1, inf)",
-    "layer_decay": "(0, 1]",
-    "min_size": "[0, inf)",
-    "negatives": "[0, inf)",
-    "overlap": "[0, 0.9]",
-    "patience": "[0, inf)",
-    "save_every": "[1, inf)",
-    "seed": "[0, 4294967295]",  # what NumPy and PyTorch both take
-    "size": "[1, inf)",
-    "step": "(0, inf)",
-    "steps": "[1, inf)",
-    "tau": "(0, 1]",
-    "test_neurons": "[0, inf)",
-    "threshold": "(0, 1]",
-    "tolerance": "[0, inf)",
-    "train_neurons": "[0, inf)",
-    "validate_every": "[1, inf)",
-    "validation_blocks": "[1, inf)",
-    "validation_neurons": "[0, inf)",
-    "warmup": "[0, 1]",
-    "workers": "[0, inf)",
+# The numbers, options or parameters, that lie in each interval.
+INTERVALS = {
+    "[1, inf)": "accumulate batch block depth every label save_every size steps validate_every "
+    "validation_blocks",
+    "[0, inf)": "bridge channel filter_weight min_size negatives patience test_neurons tolerance "
+    "train_neurons validation_neurons workers",
+    "(0, inf)": "decoder_rate encoder_rate step",
+    "[0, 1]": "warmup",
+    "(0, 1]": "layer_decay tau threshold",
+    "[0, 1)": "average",
+    "[0, 0.9]": "overlap",
+    "[0, 4294967295]": "seed",  # what NumPy and PyTorch both take
 }
+# The interval of each number, by its name.
+RANGES = {name: interval for interval, names in INTERVALS.items() for name in names.split()}
 # Booleans as in YAML 1.1.
 TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -55,14 +34,13 @@ def check_range(name: str, value: object, shown: str = "") -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    left, low, high, right = re.fullmatch(
-        r"([\[(])(.+), (.+)([\])])", RANGES.get(name, "(-inf, inf)")
-    ).groups()
-    above = value >= float(low) if left == "[" else value > float(low)
-    below = value <= float(high) if right == "]" else value < float(high)
+    interval = RANGES.get(name, "(-inf, inf)")
+    low, high = interval[1:-1].split(", ")
+    above = value >= float(low) if interval[0] == "[" else value > float(low)
+    below = value <= float(high) if interval[-1] == "]" else value < float(high)
     if above and below:
         return
-    words = "at least" if left == "[" else "more than"
+    words = "at least" if interval[0] == "[" else "more than"
     wanted = {
         (False, False): f"{words} {low} and at most {high}",
         (False, True): f"{words} {low}",
@@ -97,11 +75,11 @@ def three_numbers(
     if not text:
         return None
     try:
-        first, second, third = map(float, text.split(","))
+        numbers = tuple(map(float, text.split(",")))
     except ValueError:
-        first = second = third = math.nan
-    numbers = first, second, third
-    if not all((number > 0 or not positive) and math.isfinite(number) for number in numbers):
+        numbers = ()
+    good = [math.isfinite(number) and (number > 0 or not positive) for number in numbers]
+    if good != [True] * 3:
         kind = "positive numbers" if positive else "numbers"
         raise SettingsError(f"{shown}{text}: expected three {kind}, as in 3,1,1")
     return numbers

@@ -122,9 +122,8 @@ def _views(
     figure = plt.figure(figsize=(count * (scale * (x + z) + 0.4), scale * (y + z) + 0.6))
     groups = []
     for part in np.atleast_1d(figure.subfigures(1, count)):
-        grid = part.add_gridspec(
-            2, 2, width_ratios=(x, z), height_ratios=(y, z), wspace=0.03, hspace=0.03
-        )
+        ratios = {"width_ratios": (x, z), "height_ratios": (y, z)}
+        grid = part.add_gridspec(2, 2, **ratios, wspace=0.03, hspace=0.03)
         places = {"xy": grid[0, 0], "zy": grid[0, 1], "xz": grid[1, 0]}
         views = {view: part.add_subplot(place) for view, place in places.items()}
         for view, axes in views.items():
@@ -146,12 +145,8 @@ def draw_tree(
     axes: Axes, tree: Tree, down: int, across: int, colour: str, label: str = "", width: float = 1.0
 ) -> None:
     """Draw a tree's edges into a projection; `down`, `across` are axes of (z, y, x)."""
-    lines = _edges(tree.xyz[:, [2 - across, 2 - down]], tree)
+    lines = tree.xyz[:, [2 - across, 2 - down]][np.stack(edges(tree), axis=1)]
     axes.add_collection(LineCollection(lines, colors=colour, linewidths=width, label=label))
-
-
-def _edges(points: np.ndarray, tree: Tree) -> np.ndarray:
-    return points[np.stack(edges(tree), axis=1)]
 
 
 def tree_3d(
@@ -167,7 +162,7 @@ def tree_3d(
     axes = figure.add_axes((0, 0, 1, 1), projection="3d", proj_type="ortho")
     points = {label: tree.xyz * np.asarray(spacing)[::-1] for label, tree in trees.items()}
     for (label, tree), colour in zip(trees.items(), CYCLE, strict=False):
-        lines = _edges(points[label], tree)
+        lines = points[label][np.stack(edges(tree), axis=1)]
         axes.add_collection(Line3DCollection(lines, colors=colour, linewidths=1.8, label=label))
     every = np.concatenate(list(points.values()))
     low, high = every.min(0), every.max(0)
@@ -223,9 +218,8 @@ def images(
     """
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(2.3 * columns, 2.5 * rows), squeeze=False, layout="constrained"
-    )
+    size = (2.3 * columns, 2.5 * rows)
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     limits = {}
     if shared:
         values = [np.asarray(panel) for panel in panels.values() if np.ndim(panel) == 2]
@@ -235,10 +229,10 @@ def images(
         cmap = "RdBu" if signed else cmap
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
-    picture = None
     for axes, (title, panel) in zip(grid.flat, panels.items(), strict=False):
         drawn = axes.imshow(panel, cmap=cmap, interpolation="nearest", **limits)
-        picture = drawn if np.ndim(panel) == 2 else picture
+        if np.ndim(panel) == 2:
+            picture = drawn
         bare(axes, title)
         if bar:
             scale_bar(axes, panel.shape[1])
@@ -251,9 +245,8 @@ def layered(
     image: np.ndarray, masks: Mapping[str, np.ndarray], z: int, spacing: Spacing = (1.0, 1.0, 1.0)
 ) -> Figure:
     """Slice z of a volume (z, y, x) in [0, 1], alone and under coloured masks."""
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(9, 4.7 * image.shape[1] / image.shape[2]), layout="constrained"
-    )
+    size = (9, 4.7 * image.shape[1] / image.shape[2])
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained")
     colours = dict(zip(masks, (SKY, ORANGE, PURPLE), strict=False))
     plain, mixed = grey(image[z]), grey(image[z])
     for name, mask in masks.items():
@@ -281,8 +274,7 @@ def blocks(
     for places, colour, width in ((grid, "white", 0.5), (chosen, ORANGE, 2.0)):
         for _, y, x in places[places[:, 0] == z]:
             # Slightly smaller than the block, because neighbours may overlap.
-            frame = plt.Rectangle((x + 1, y + 1), 97, 97, fill=False, ec=colour, lw=width)
-            axes.add_patch(frame)
+            _frame(axes, x + 1, y + 1, 97, 97, ec=colour, lw=width)
     bare(axes, f"slice {z}")
     scale_bar(axes, image.shape[2])
     return figure
@@ -319,11 +311,9 @@ def _pile(axes: Axes, slices: np.ndarray, cmap: str, low: float, high: float, st
     for z in reversed(range(depth)):
         shift = step * z
         extent = (shift * w, (1 + shift) * w, (1 - shift) * h, -shift * h)
-        axes.imshow(
-            slices[z], cmap=cmap, vmin=low, vmax=high, extent=extent, interpolation="nearest"
-        )
-        corner = plt.Rectangle((extent[0], extent[3]), w, h, fill=False, ec="0.6", lw=1.2)
-        axes.add_patch(corner)
+        look = {"cmap": cmap, "vmin": low, "vmax": high, "interpolation": "nearest"}
+        axes.imshow(slices[z], extent=extent, **look)
+        _frame(axes, extent[0], extent[3], w, h, ec="0.6", lw=1.2)
     top = step * (depth - 1)
     axes.set(xlim=(0, (1 + top) * w), ylim=(h, -top * h))
     axes.set_frame_on(False)
@@ -341,13 +331,10 @@ def architecture(shapes: Mapping[str, Sequence[int]], taps: Sequence[int]) -> Fi
     axes.axis("off")
 
     def box(x: float, y: float, text: str, stage: str, colour: str, width: float = 13) -> None:
-        patch = plt.Rectangle((x, y), width, 9, fc=colour, ec=BLACK, alpha=0.35)
-        axes.add_patch(patch)
+        axes.add_patch(plt.Rectangle((x, y), width, 9, fc=colour, ec=BLACK, alpha=0.35))
         shape = " × ".join(map(str, shapes[stage])) if stage in shapes else stage
-        axes.text(
-            x + width / 2, y + (5.8 if shape else 4.5), text, ha="center", va="center", fontsize=9
-        )
-        axes.text(x + width / 2, y + 2.4, shape, ha="center", va="center", fontsize=8)
+        for line, height, size in ((text, 5.8, 9), (shape, 2.4, 8)):
+            axes.text(x + width / 2, y + height, line, ha="center", va="center", fontsize=size)
 
     def arrows(*steps: tuple[float, float, float, float]) -> None:
         for x, y, to_x, to_y in steps:
@@ -387,8 +374,7 @@ def distillation(photo: np.ndarray, large: Sequence[int], small: Sequence[int]) 
     def picture(pixels: np.ndarray, left: float, low: float, high: float, colour: str) -> None:
         width = (high - low) * pixels.shape[1] / pixels.shape[0]
         axes.imshow(pixels, extent=(left, left + width, low, high), aspect="equal", zorder=1)
-        frame = plt.Rectangle((left, low), width, high - low, fill=False, ec=colour, lw=2, zorder=2)
-        axes.add_patch(frame)
+        _frame(axes, left, low, width, high - low, ec=colour, lw=2, zorder=2)
 
     scale = 24 / photo.shape[0]
     picture(photo, 0, 6, 30, "white")
@@ -397,11 +383,8 @@ def distillation(photo: np.ndarray, large: Sequence[int], small: Sequence[int]) 
         (small, ORANGE, 2, "student", "description\nof the small crop"),
     )
     for (x, y, side), colour, low, network, answer in rows:
-        corner = (x * scale, 30 - (y + side) * scale)
-        crop = plt.Rectangle(
-            corner, side * scale, side * scale, fill=False, ec=colour, lw=2, zorder=3
-        )
-        axes.add_patch(crop)
+        width = side * scale
+        _frame(axes, x * scale, 30 - y * scale - width, width, width, ec=colour, lw=2, zorder=3)
         picture(photo[y : y + side, x : x + side], 43, low, low + 14, colour)
         axes.add_patch(plt.Rectangle((64, low + 3), 14, 8, fc=colour, ec=BLACK, alpha=0.35))
         axes.text(71, low + 7, network, ha="center", va="center", fontsize=9)
@@ -511,6 +494,11 @@ def dots(
     return _open(figure)
 
 
+def _frame(axes: Axes, x: float, y: float, width: float, height: float, **look) -> None:
+    """Draw an empty rectangle with its corner at (x, y)."""
+    axes.add_patch(plt.Rectangle((x, y), width, height, fill=False, **look))
+
+
 def bare(axes: Axes, title: str = "") -> None:
     """Remove the ticks and set a small title."""
     axes.set(xticks=[], yticks=[])
@@ -612,8 +600,7 @@ def zoomed(
     (whole, window), (top, left) = panels, first
     bare(whole, "whole")
     bare(window, "window")
-    frame = plt.Rectangle((left - 0.5, top - 0.5), size, size, fill=False, ec="0.5", lw=1.5)
-    whole.add_patch(frame)
+    _frame(whole, left - 0.5, top - 0.5, size, size, ec="0.5", lw=1.5)
     rows, columns = np.nonzero(seen)
     if len(rows):
         low, high = np.minimum((rows.min(), columns.min()), first), (rows.max(), columns.max())
