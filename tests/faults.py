@@ -5,6 +5,7 @@ so that each costs some hundredths of a second.
 """
 
 import csv
+import dataclasses
 import io
 import json
 import locale
@@ -203,34 +204,26 @@ def stack(seed: int = 0, shape: tuple = (9, 64, 80)) -> np.ndarray:
 
 def train(folder: Path) -> None:
     """Four steps of a small network on two volumes."""
-    from neurolib.blocking import Sample, make_target
-    from neurolib.data.pairs import Pair
-    from neurolib.network import NetworkSettings, build
-    from neurolib.training import TrainingSettings, train
-    from neurolib.volume import normalise
+    from test_training import FAST, NETWORK, tubes
 
-    kind = NetworkSettings(encoder="test_vit", depth=3, block=48, size=48, width=32)
+    from neurolib.network import build
+    from neurolib.training import train
+
+    network, _ = build(NETWORK, "scratch", seed=3)
     how = {"steps": 4, "batch": 1, "validate_every": 2, "validation_blocks": 2, "save_every": 1}
-    how |= {"frozen": False, "loss": "dice+ce+skeleton", "negatives": 0.25}
-    samples = []
-    for seed in range(2):
-        image = normalise(stack(seed))
-        response, mask = make_target(tree(), image.shape)
-        pair = Pair(f"cell{seed}", f"cell{seed}", Path("x.tif"), Path("x.swc"), "synthetic")
-        samples.append(Sample(pair, image, (1.0, 1.0, 1.0), tree(), response, mask))
-    network, _ = build(kind, "scratch", seed=3)
-    train(network, samples[:1], samples[1:], folder, TrainingSettings(**how))
+    train(network, [tubes("a", 0)], [tubes("b", 1)], folder, dataclasses.replace(FAST, **how))
 
 
 def checkpoint(path: Path) -> Path:
     """A checkpoint of a small network without training."""
     import torch
+    from test_training import NETWORK
 
-    from neurolib.network import NetworkSettings, Segmenter
+    from neurolib.network import Segmenter
     from neurolib.training import save_checkpoint
 
     torch.manual_seed(0)
-    network = Segmenter(NetworkSettings("test_vit", 3, block=48, size=48, width=32))
+    network = Segmenter(NETWORK)
     facts = {"training": {"frozen": False}, "tau": 0.1, "threshold": 0.5, "dice": 0, "step": 1}
     save_checkpoint(path, network, network.state_dict(), facts)
     return path
@@ -313,7 +306,12 @@ def segment_regions(folder: Path, checkpoint: Path, image: Path) -> None:
     large.predict_large(image, checkpoint, out, Tiling(device="cpu"))
 
 
-def download(folder: Path, hub: str, archive: str, wait: float = 0.0, limit: int = 0) -> None:
+DINO = "vit_small_patch16_224.dino"
+
+
+def download(
+    folder: Path, hub: str, archive: str = "", wait: float = 0.0, limit: int = 0, name: str = DINO
+) -> None:
     """Weights from a model hub, then the archive of a data set, into a cache."""
     from neurolib import weights
     from neurolib.data import bigneuron
@@ -325,7 +323,7 @@ def download(folder: Path, hub: str, archive: str, wait: float = 0.0, limit: int
         limit_files(limit)
     if wait:
         time.sleep(max(0.0, wait - time.time()))
-    weights.load_pretrained("vit_small_patch16_224.dino")
+    weights.load_pretrained(name)
     if archive:
         url, digest = archive.split("#")
         downloading.PAUSE = 0.0
@@ -344,8 +342,8 @@ def download_pairs(folder: Path, manifest: Path, address: str) -> None:
     fly_larva.load_fly_larva()
 
 
-def ask(cache: Path, address: str) -> str:
-    """Outcome of asking a hub for weights."""
+def ask(cache: Path, address: str, name: str = DINO) -> str:
+    """Outcome of asking a hub for weights, with no package index at hand."""
     from huggingface_hub import constants
 
     from neurolib import weights
@@ -353,11 +351,12 @@ def ask(cache: Path, address: str) -> str:
 
     constants.HF_HUB_DOWNLOAD_TIMEOUT = 1
     weights.TIMEOUT, weights.DEADLINE = 0.5, 2.0
+    os.environ |= {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
     try:
-        download(cache, address, "")
+        download(cache, address, name=name)
     except NeurolibError as error:
         return f"{type(error).__name__}: {error}"
-    return "there"
+    return weights.provenance(name)
 
 
 def write_slowly(path: Path) -> None:

