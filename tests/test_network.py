@@ -59,18 +59,12 @@ def test_from_scratch_every_block_of_the_encoder_counts(encoder):
 # ------------------------------------------------------------------------------- shapes
 
 
-@pytest.mark.parametrize(
-    ("size", "depth", "predict", "stem"),
-    [
-        (112, 1, "center", False),
-        (112, 1, "all", True),
-        (112, 5, "all", True),
-        (112, 3, "center", True),
-        (224, 1, "center", True),
-        (224, 3, "all", False),
-        (224, 5, "center", False),
-    ],
-)
+KINDS = [(112, 1, "center", False), (112, 1, "all", True), (112, 5, "all", True)]
+KINDS += [(112, 3, "center", True), (224, 1, "center", True), (224, 3, "all", False)]
+KINDS += [(224, 5, "center", False)]
+
+
+@pytest.mark.parametrize(("size", "depth", "predict", "stem"), KINDS)
 def test_logits_have_the_shape_of_the_block(size, depth, predict, stem):
     network = network_of(size=size, depth=depth, predict=predict, stem=stem)
     logits = run(network, 2, 1, depth, 100, 100)
@@ -221,39 +215,23 @@ def test_unknown_initialisation_and_missing_file_are_refused(weights_file, tmp_p
         build(SMALL, "center", str(tmp_path / "missing.pth"))
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"predict": "centre"},
-        {"depth": 4},
-        {"depth": 0},
-        {"block": 0},
-        {"size": 0},
-        {"width": 20},
-        {"width": 0},
-        {"encoder": "vit_nosuch"},
-        {"encoder": "vit_small_patch16_224.nonsense"},
-    ],
-    ids=str,
-)
-def test_unusable_settings_are_refused_in_one_line(bad):
+BAD = [("predict", "centre"), ("depth", 4), ("depth", 0), ("block", 0), ("size", 0)]
+BAD += [("width", 20), ("width", 0), ("encoder", "vit_nosuch")]
+BAD += [("encoder", "vit_small_patch16_224.nonsense")]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_unusable_settings_are_refused_in_one_line(name, value):
     with pytest.raises(SettingsError) as error:
-        dataclasses.replace(SMALL, **bad)
+        dataclasses.replace(SMALL, **{name: value})
     assert "\n" not in str(error.value)
-    assert str(next(iter(bad.values()))) in str(error.value)
+    assert str(value) in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "resnet18",
-        "convnext_tiny",
-        "swin_tiny_patch4_window7_224",
-        "samvit_base_patch16",
-        "vit_base_r50_s16_224",
-        "vit_base_mci_224",
-    ],
-)
+OTHERS = ["resnet18", "convnext_tiny", "swin_tiny_patch4_window7_224", "samvit_base_patch16"]
+
+
+@pytest.mark.parametrize("name", [*OTHERS, "vit_base_r50_s16_224", "vit_base_mci_224"])
 def test_encoder_that_is_no_plain_vision_transformer_is_refused(name):
     with pytest.raises(SettingsError, match=f"{name}.*not a plain") as error, torch.device("meta"):
         Segmenter(dataclasses.replace(SMALL, encoder=name, size=224))
