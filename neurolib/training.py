@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from neurolib.blocking import (
     Sample,
+    Shape,
     block_grid,
     choose_blocks,
     distance_of,
@@ -38,7 +39,7 @@ from neurolib.errors import DataError, SettingsError, WeightsError
 from neurolib.files import CHECKPOINT, atomic_path, checkpoint_file, claim, content_key, sha256
 from neurolib.network import NetworkSettings, Segmenter, build, make
 from neurolib.parameters import check_range
-from neurolib.weights import save_weights
+from neurolib.weights import StateDict, save_weights
 
 # Voxels with at least this response are the target's dilated skeleton: they lie at most one voxel
 # off the centreline.
@@ -89,6 +90,8 @@ class TrainingSettings:
 
 # ---------------------------------------------------------------------------------- batches
 
+Batch = tuple[torch.Tensor, torch.Tensor]  # blocks and their responses
+
 
 class BlockSource:
     """Training blocks (depth, size, size) of samples, drawn by step number.
@@ -123,7 +126,7 @@ class BlockSource:
     def __len__(self) -> int:
         return len(self.places)
 
-    def batch(self, step: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, step: int, count: int) -> Batch:
         """Blocks (count, 1, depth, size, size) and responses (count, depth, size, size) of a step.
 
         An epoch visits every place once, in an order drawn from the seed and the epoch.
@@ -139,18 +142,14 @@ class BlockSource:
         return int(self._order[place])
 
 
-def _read_places(
-    samples: Sequence[Sample], places: np.ndarray, shape: tuple[int, int, int]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _read_places(samples: Sequence[Sample], places: np.ndarray, shape: Shape) -> Batch:
     """Blocks and responses at `places`, rows of (number of the sample, z, y, x)."""
     blocks = [read_block(samples[i].image, np.array(at), shape) for i, *at in places]
     responses = [read_block(samples[i].response, np.array(at), shape) for i, *at in places]
     return torch.from_numpy(np.stack(blocks)[:, None]), torch.from_numpy(np.stack(responses))
 
 
-def augment(
-    blocks: torch.Tensor, responses: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
+def augment(blocks: torch.Tensor, responses: torch.Tensor, generator: torch.Generator) -> Batch:
     """Random variants of blocks that a microscope could have recorded.
 
     Flips, quarter turns and zoom (0.8 to 1.25) in the plane, z reversed; gamma (0.7 to 1.5),
@@ -183,9 +182,7 @@ def augment(
     return torch.stack(out_blocks)[:, None], torch.stack(out_responses)
 
 
-def zoom(
-    block: torch.Tensor, response: torch.Tensor, factor: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def zoom(block: torch.Tensor, response: torch.Tensor, factor: float) -> Batch:
     """Scale a block and its target (D, h, w) about their centre, in the plane.
 
     The neurite grows with the image, but the target's tube around the centreline must not. So the
@@ -564,10 +561,7 @@ def validation_blocks(
 
 @torch.no_grad()
 def validate(
-    network: Segmenter,
-    weights: dict[str, torch.Tensor],
-    checks: Sequence[ValidationBlocks],
-    tau: float,
+    network: Segmenter, weights: StateDict, checks: Sequence[ValidationBlocks], tau: float
 ) -> tuple[float, float]:
     """The volumes' mean estimated Dice at its best threshold, and that one of `THRESHOLDS`.
 
@@ -601,9 +595,7 @@ def validate(
 # ------------------------------------------------------------------------------ checkpoints
 
 
-def save_checkpoint(
-    path: str | Path, network: Segmenter, weights: dict[str, torch.Tensor], facts: dict
-) -> None:
+def save_checkpoint(path: str | Path, network: Segmenter, weights: StateDict, facts: dict) -> None:
     """Write weights and everything needed to rebuild the network as safetensors, atomically.
 
     A frozen encoder is left out, because it can be recreated from the pre-trained weights and the
@@ -617,7 +609,7 @@ def save_checkpoint(
     save_weights(path, weights, **header, sha256=_seal(weights, header))
 
 
-def _seal(weights: dict[str, torch.Tensor], header: dict[str, str]) -> str:
+def _seal(weights: StateDict, header: dict[str, str]) -> str:
     """SHA-256 of everything in a checkpoint, because a disk may corrupt a byte of it."""
     digest = hashlib.sha256((header.get("network", "") + header.get("facts", "")).encode())
     for name in sorted(weights):
@@ -678,7 +670,7 @@ def check_start(path: str | Path, settings: NetworkSettings, initialisation: str
         )
 
 
-def _read(path: str | Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+def _read(path: str | Path) -> tuple[dict[str, str], StateDict]:
     """Header and tensors of a checkpoint, or of the one in the folder of a run."""
     path = checkpoint_file(path)
     if not path.is_file():

