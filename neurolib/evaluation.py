@@ -433,7 +433,7 @@ def tree_scores(
     `threshold` is in the unit of `spacing` (dz, dy, dx), by default 2 voxels of the finest axis.
     """
     tree, reference, _, threshold = _comparable(tree, reference, spacing, threshold)
-    threshold *= 1 + 1e-9
+    threshold = threshold * (1 + 1e-9) + 1e-9  # rounding decides nothing
     precision = _share_within(tree, reference, threshold)
     return TreeScores(precision, _share_within(reference, tree, threshold))
 

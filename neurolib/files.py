@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import platform
 import re
@@ -33,9 +34,9 @@ CHECKPOINT = "checkpoint.safetensors"  # in the folder of a run
 # The network that comes with the course; data/neurite.md is its card.
 SHIPPED = Path(__file__).resolve().parents[1] / "data" / "neurite.safetensors"
 SHIPPED_NAME = "shipped"
-# The first words of a result's provenance, and the line with the hash of an SWC's nodes.
+# The first words of a result's provenance, and the line of an SWC with the hash of all others.
 WRITTEN = "written by neurolib"
-SEAL = re.compile(r"^# nodes: sha256 (\w+)$", re.MULTILINE)
+SEAL = re.compile(r"^# all other lines: sha256 (\w+)\n", re.MULTILINE)
 # Seconds to wait for a folder's lock: the children of a killed process end soon after it.
 PATIENCE = 5.0
 
@@ -309,38 +310,50 @@ def provenance(command: str, **facts: object) -> str:
 def is_result(path: Path) -> bool:
     """Whether neurolib wrote a file (or OME-Zarr), and nobody has changed it since.
 
-    An SWC is known by the seal on its nodes, an OME-Zarr by its times (`seal_zarr`). A table of
-    `neurolib.course.scores` is known by its column names alone.
+    An SWC is known by the seal on its lines, an OME-Zarr by that on its metadata, than which no
+    file is newer (`seal_zarr`), and a TIFF by its field Software alone.
     """
     import tifffile
 
     try:
         if path.is_dir():
             head = path / "zarr.json"
-            sealed = head.stat().st_mtime
+            text, sealed = head.read_text(encoding="utf-8"), head.stat().st_mtime
+            facts = json.loads(text)
+            ours = facts["attributes"].pop("seal", "") == text_key(
+                json.dumps(facts, sort_keys=True)
+            )
             later = (file for file in path.rglob("*") if file.stat().st_mtime > sealed)
-            return WRITTEN in head.read_text(encoding="utf-8") and next(later, None) is None
-        if path.suffix.lower() == ".csv":
-            return path.read_text(encoding="utf-8").startswith("name,dice,hd95_monai_")
+            return WRITTEN in text and ours and next(later, None) is None
         if path.suffix.lower() == ".swc":
             return WRITTEN in path.read_text(encoding="utf-8") and is_sealed(path)
         with tifffile.TiffFile(path) as file:
             return file.pages.first.software.startswith(WRITTEN)
-    except (OSError, ValueError, tifffile.TiffFileError):
+    except (OSError, ValueError, KeyError, tifffile.TiffFileError):
         return False
 
 
 def seal_zarr(path: Path) -> None:
-    """Mark an OME-Zarr as finished: files that change later are newer than its metadata."""
-    (path / "zarr.json").touch()
+    """Mark an OME-Zarr as finished: files that change later are newer than its metadata.
+
+    These hold their own hash, because who adds an attribute writes them anew.
+    """
+    head = path / "zarr.json"
+    facts = json.loads(head.read_text(encoding="utf-8"))
+    facts["attributes"]["seal"] = text_key(json.dumps(facts, sort_keys=True))
+    head.write_text(json.dumps(facts, indent=2), encoding="utf-8")
+
+
+def seal_text(text: str) -> str:
+    """The line of an SWC that seals its other lines, `text`."""
+    return f"# all other lines: sha256 {text_key(text)}\n"
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether the nodes of an SWC are those that `neurolib.swc.write_swc` wrote."""
+    """Whether an SWC is as `neurolib.swc.write_swc` wrote it, its comments included."""
     text = path.read_text(encoding="utf-8", errors="replace")
     seal = SEAL.search(text)
-    nodes = "".join(line for line in text.splitlines(keepends=True) if not line.startswith("#"))
-    return seal is not None and seal[1] == text_key(nodes)
+    return seal is not None and seal[1] == text_key(SEAL.sub("", text, count=1))
 
 
 def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], overwrite: bool = False) -> None:
@@ -387,4 +400,6 @@ def _overlap(one: Path, other: Path) -> bool:
 def _is_tree_of(path: Path, image: Path) -> bool:
     first = [name.split(".")[0].casefold() for name in (path.name, image.name)]
     is_tree = path.suffix.lower() in (".swc", ".eswc")
-    return is_tree and first[0] == first[1] and path.resolve().parent == image.resolve().parent
+    # Either may be a link to a file elsewhere.
+    places = [{file.parent.resolve(), file.resolve().parent} for file in (path, image)]
+    return is_tree and first[0] == first[1] and bool(places[0] & places[1])

@@ -75,7 +75,7 @@ def three_numbers(
     if not text:
         return None
     try:
-        numbers = tuple(map(float, text.split(",")))
+        numbers = tuple(map(float, text.replace("_", "?").split(",")))  # 1_0 is no number
     except ValueError:
         numbers = ()
     good = [math.isfinite(number) and (number > 0 or not positive) for number in numbers]

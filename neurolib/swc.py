@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components, depth_first_order
 
 from neurolib.data.formats import check_spacing
 from neurolib.errors import DataError, NeurolibError, SettingsError, SwcError
-from neurolib.files import decode, text_key, write_text
+from neurolib.files import decode, naming, seal_text, write_text
 from neurolib.parameters import check_range
 from neurolib.volume import Volume
 
@@ -101,7 +101,8 @@ def read_swc(path: str | Path, spacing: Sequence[float] | None = None) -> Tree:
         raise SwcError(f"{path.name}: found binary data, expected the text lines of an SWC file")
     report = _Report(path.name, decode(raw).split("\n"))
     tree = _assemble(_parse(report), report)
-    return _use_comments(_one_sphere(tree), report.lines, spacing)
+    with naming(path.name):
+        return _use_comments(_one_sphere(tree), report.lines, spacing)
 
 
 def _parse(report: "_Report") -> np.ndarray:
@@ -129,16 +130,12 @@ def _parse_lines(report: "_Report") -> np.ndarray:
         if not tokens:
             continue
         if not rows and not any(map(_is_number, tokens)):
-            cells = re.split(r"\s*,\s*|\s+", line.strip("/%; \t").lower())
-            if "x" in cells and cells.index("x") != 2:
-                raise SwcError(
-                    f"{name}: line {number}: x is column {cells.index('x') + 1}, expected the "
-                    f"columns {COLUMNS}; save it in this order, without an index"
-                )
+            _check_heading(line, f"{name}: line {number}")
             report.repairs.append(f"line {number}: heading without # skipped")
             report.lines[number - 1] = ""
             continue
-        if len(words) >= 7 and any("," in word.strip(",") for word in words):
+        decimals = len(words) == 1 and len(tokens) == 11 and "." not in line  # as 1,3,2,5,1,0 ...
+        if decimals or (len(words) >= 7 and any("," in word.strip(",") for word in words)):
             problem = "commas inside numbers, expected decimal points; replace them"
         elif len(tokens) < 7:
             problem = f"{len(tokens)} columns, expected 7 ({COLUMNS})"
@@ -151,6 +148,19 @@ def _parse_lines(report: "_Report") -> np.ndarray:
     if not rows:
         raise SwcError(f"{name}: no nodes found, expected lines of 7 columns ({COLUMNS})")
     return np.array(rows)
+
+
+def _check_heading(line: str, where: str) -> None:
+    """Refuse columns in another order than that of `COLUMNS`, if a heading names x, y and z."""
+    cells = re.split(r"\s*,\s*|\s+", line.strip("#/%; \t\n").lower())
+    expected = {"x": 2, "y": 3, "z": 4, "r": 5, "radius": 5, "parent": 6, "pid": 6}
+    if {"x", "y", "z"} <= set(cells):
+        for word, place in expected.items():
+            if word in cells and cells.index(word) != place:
+                raise SwcError(
+                    f"{where}: {word} is column {cells.index(word) + 1}, expected the columns "
+                    f"{COLUMNS}; save it in this order, without an index"
+                )
 
 
 def _is_number(token: str) -> bool:
@@ -186,6 +196,8 @@ class _Report:
 def _assemble(table: np.ndarray, report: _Report) -> Tree:
     """Check the table (n, 7), mend what is unambiguous, and turn ids into row indexes."""
     keys = _checked_keys(table, report)
+    for row in np.flatnonzero(keys[:, 0] == -1)[:1]:
+        raise report.error(row, "id -1, which also marks roots; number the nodes from 1")
     order = np.argsort(keys[:, 0], kind="stable")
     again = np.flatnonzero(np.diff(keys[order, 0]) == 0)
     first, second = order[again], order[again + 1]
@@ -286,6 +298,8 @@ def _use_comments(tree: Tree, lines: list[str], spacing: Sequence[float] | None)
     keys = {"OFFSET": "OFFSET", "SCALE": "SCALE", "separation": r"Voxel separation \(x,\s*y,\s*z\)"}
     for comment in (line for line in lines if line.lstrip().startswith("#")):
         shown = comment.strip("# \t")[:60]
+        if {"parent", "pid"} & set(re.split(r"[\s,]+", comment.lower())):
+            _check_heading(comment, f"heading {shown!r}")
         for key, words in keys.items():
             match = re.match(rf"[\s#]*{words}{number}", comment, re.IGNORECASE)
             if match and all(map(_is_number, match.groups())):
@@ -327,21 +341,22 @@ def _use_comments(tree: Tree, lines: list[str], spacing: Sequence[float] | None)
 def _unit_in(comment: str) -> tuple[str, float] | None:
     """The unit of all coordinates that a comment names, in words and in µm, if it names one.
 
-    It may have a factor, as in navis' ``"units": "8 nanometer"``. ValueError: several units, an
-    unknown one, or a factor per axis.
+    After ``units:`` it may have a factor, as in navis' ``"units": "8 nanometer"``. ValueError:
+    several units, an unknown one, a factor per axis, or a number that is none of ``units:``.
     """
     whole = r"\b(units?|coordinates|positions|all values|xyz|x, ?y, ?z in)\b"
     if not re.search(whole, comment, re.IGNORECASE):
         return None
-    named = {}
+    named, stated = {}, re.search(r"\bunits?['\"]?\s*[:=]", comment, re.IGNORECASE)
     for words, size in UNITS.items():
         for before, word in re.findall(rf"([^\s:='\"]*)\s*\b({words})\b", comment, re.IGNORECASE):
             if any(map(str.isdecimal, before)):
+                if not stated:  # a thickness or a resolution
+                    raise ValueError
                 named[size * float(before)] = f"{before} {word}"
             else:
                 named[size] = word
-    wanted = re.search(r"\bunits?['\"]?\s*[:=]", comment, re.IGNORECASE)
-    if len(named) > 1 or (wanted and not named):
+    if len(named) > 1 or (stated and not named):
         raise ValueError
     return next(((word, size) for size, word in named.items()), None)
 
@@ -481,9 +496,9 @@ def write_swc(
     at = f"{{:.{digits}f}}"
     line = f"{{}} {{}} {at} {at} {at} {{:.6g}} {{}}\n"
     nodes = "".join(line.format(*values) for values in zip(*columns, strict=True))
-    seal = f"nodes: sha256 {text_key(nodes)}"
-    head = "".join(f"# {line}\n" for line in [*comment.splitlines(), *frame, seal, COLUMNS])
-    return write_text(path, head + nodes)
+    head = "".join(f"# {line}\n" for line in [*comment.splitlines(), *frame])
+    rest = f"# {COLUMNS}\n{nodes}"
+    return write_text(path, head + seal_text(head + rest) + rest)
 
 
 # Shape ----------------------------------------------------------------------------------------
@@ -746,6 +761,7 @@ def fit(tree: Tree, volume: Volume) -> Fit:
     if not len(tree.parent):
         raise SwcError("a tree without nodes cannot be compared with an image")
     data = np.asarray(volume.data)
+    data = data.astype(np.float32) if data.dtype == np.float16 else data  # SciPy has no float16
     shape = np.array(data.shape)
     # A fixed sample of the image: a million voxels give its mean to a thousandth of its spread.
     rng = np.random.default_rng(0)

@@ -233,7 +233,8 @@ def _from_hub(timm_name: str) -> tuple[StateDict, str]:
 
     if not timm.is_model(timm_name.split(".")[0]):
         close = timm.list_models(f"*{timm_name.split('.')[0][:12]}*", pretrained=True)[:3]
-        raise WeightsError(f"{timm_name}: timm has no such model; near it: {', '.join(close)}")
+        near = f"near it: {', '.join(close)}" if close else "timm.list_models() lists them"
+        raise WeightsError(f"{timm_name}: timm has no such model; {near}")
     try:
         config = timm.get_pretrained_cfg(timm_name, allow_unregistered=False)
     except RuntimeError as error:

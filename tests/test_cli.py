@@ -546,10 +546,11 @@ def test_what_neurolib_did_not_write_is_replaced_only_if_asked(segment, tmp_path
         assert call(*arguments, *option, "--overwrite") == 0
         # It replaces its own results.
         assert call(*arguments, *option) == 0
-    # A tree corrected by hand belongs to the user.
+    # A tree corrected or commented by hand belongs to the user.
     text = out.read_text()
-    out.write_text(text[: text.rindex("\n", 0, -1)] + "\n")
-    refused("trace", mask, "--out", out, says=("a.swc", "--overwrite"))
+    for changed in (text[: text.rindex("\n", 0, -1)] + "\n", f"# seen by Ann\n{text}"):
+        out.write_text(changed)
+        refused("trace", mask, "--out", out, says=("a.swc", "--overwrite"))
 
 
 def test_results_say_what_they_were_made_with(checkpoint, tmp_path, segment):
@@ -777,7 +778,40 @@ def test_a_corrected_zarr_is_not_replaced(segment, tmp_path, refused):
     array[:4] = 1
     refused(*arguments, says="may hold work of yours")
     assert (zarr.open_array(mask / "0", mode="r")[:4] == 1).all()
+    # To write its metadata last makes it no result either.
+    zarr.open_group(mask, mode="r+").attrs["corrected_by"] = "Ann"
+    refused(*arguments, says="may hold work of yours")
     assert call(*arguments, "--overwrite") == 0
+
+
+def test_a_corrected_probability_is_replaced_if_asked(segment, tmp_path, refused):
+    zarr = pytest.importorskip("zarr")
+    image, out = tmp_path / "cell.zarr", tmp_path / "p.zarr"
+    write_volume(image, (np.random.default_rng(0).random(SHAPE) * 255).astype(np.uint8))
+    arguments = [*segment, image, "--probability", out]
+    assert call(*arguments) == 0
+    before = zarr.open_array(out / "0", mode="r")[:]
+    zarr.open_array(out / "0", mode="r+")[:4] = 1
+    refused(*arguments, says="may hold work of yours")
+    assert call(*arguments, "--overwrite") == 0
+    assert np.array_equal(zarr.open_array(out / "0", mode="r")[:], before)
+
+
+def test_a_linked_image_keeps_its_tree(tmp_path, refused):
+    for folder in ("raw", "work"):
+        (tmp_path / folder).mkdir()
+    put(tmp_path / "raw" / "s17.tif", BAR)
+    (tmp_path / "work" / "cell.tif").symlink_to(tmp_path / "raw" / "s17.tif")
+    tree = tmp_path / "work" / "cell.swc"
+    tree.write_text(SWC)
+    arguments = ["trace", tmp_path / "work" / "cell.tif", "--out", tree, "--overwrite"]
+    refused(*arguments, says="the tree of the image beside it")
+    assert tree.read_text() == SWC
+
+
+def test_a_name_that_is_too_long_is_said(tmp_path, refused, monkeypatch):
+    path = put(tmp_path / "bar.tif", BAR)
+    refused("trace", path, "--out", tmp_path / f"{'a' * 300}.swc", says="the name is too long")
 
 
 @pytest.mark.parametrize(("dark", "y"), [(False, 38), (True, 21)])

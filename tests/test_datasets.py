@@ -29,7 +29,7 @@ from neurolib.data.datasets import (
     write_manifest,
 )
 from neurolib.data.pairs import Pair, folder_pairs
-from neurolib.errors import DataError, SettingsError, SwcError, VolumeError
+from neurolib.errors import DataError, NeurolibWarning, SettingsError, SwcError, VolumeError
 from neurolib.files import sha256
 from neurolib.swc import Tree, read_swc, write_swc
 from neurolib.volume import normalise, read_volume, write_volume
@@ -208,7 +208,7 @@ def test_neurons_file_is_matched_tolerantly(tmp_path, rows, code):
     ("table", "words"),
     [
         ("", "expected the columns name,neuron"),
-        ("name;neuron\nx1;X\n", "columns name,neuron, found 'name;neuron'; save it as CSV"),
+        ("name;neuron\nx1;X\n", "name,neuron once each, found 'name;neuron'; save it as CSV"),
         ('name,neuron\nx1,"X\nx2,X\n', "not a CSV (unexpected end of data); close its quotes"),
         ("a,b\n1,2\n", "expected the columns name,neuron"),
         ("name,neuron\nx1,X\nx3,X\n", "row 3: no pair named 'x3'; there are x1, x2"),
@@ -216,12 +216,27 @@ def test_neurons_file_is_matched_tolerantly(tmp_path, rows, code):
         ("name,neuron\nx1,X\nx2,\n", "row 3: no neuron for 'x2'; name it"),
         ("name,neuron\nx1,X\nx2\n", "row 3: no neuron for 'x2'"),
         ("name,neuron\nx1,X\nX1.tif,Y\n", "row 3: 'X1.tif' shows 'X' in an earlier row and"),
+        ("name,neuron,neuron\nx1,X,Y\n", "once each, found 'name,neuron,neuron'"),
     ],
 )
 def test_tables_that_cannot_hold_are_refused(tmp_path, table, words):
     empty_pairs(tmp_path, "x1", "x2")
     (tmp_path / "neurons.csv").write_text(table)
     assert words in refused(DataError, folder_pairs, tmp_path)
+
+
+def test_a_table_of_neurons_is_never_passed_over(tmp_path):
+    empty_pairs(tmp_path, "x1", "x2")
+    (tmp_path / "Neurons.CSV").write_text("name,neuron\nx1,X\nx2,X\n")
+    assert neurons_in(tmp_path) == {"x1": "X", "x2": "X"}
+    (tmp_path / "neurons.csv").symlink_to("gone.csv")
+    assert "keep one of them" in refused(DataError, folder_pairs, tmp_path)
+    (tmp_path / "Neurons.CSV").unlink()
+    assert "cannot be read" in refused(DataError, folder_pairs, tmp_path)
+    (tmp_path / "neurons.csv").unlink()
+    (tmp_path / "neurons.tsv").write_text("name\tneuron\nx1\tX\nx2\tX\n")
+    with pytest.warns(NeurolibWarning, match="neurons.tsv: not read; save it as neurons.csv"):
+        assert neurons_in(tmp_path) == {"x1": "x1", "x2": "x2"}
 
 
 @pytest.mark.parametrize("blank", ["  ", "\u00a0", "\u200b ", " \ufeff"])

@@ -244,6 +244,24 @@ def test_several_ome_images_have_each_their_own_spacing(tmp_path):
     reads(path, stack(shape=(4, 5, 6)), (2, 2, 2))
 
 
+@pytest.mark.parametrize("kind", ["described only", "without data", "in a file that is lost"])
+def test_an_ome_image_that_is_not_in_the_file_gives_no_spacing(tmp_path, kind):
+    path, data = tmp_path / "a.ome.tif", stack(shape=(4, 5, 6))
+    sizes = {f"PhysicalSize{axis}": size for axis, size in zip("XYZ", (0.35, 0.35, 1), strict=True)}
+    with tifffile.TiffWriter(path, ome=True) as writer:
+        for shape, more in (((2, 5, 6), dict.fromkeys(sizes, 9.0)), (data.shape, sizes)):
+            page = data if shape == data.shape else stack(shape=shape)
+            writer.write(page, photometric="minisblack", metadata={"axes": "ZYX"} | more)
+    with tifffile.TiffFile(path, mode="r+") as tif:
+        text = tif.ome_metadata
+        own = re.search(r'<TiffData IFD="0"[^>]*?/>', text)[0]
+        uuid_of = '<UUID FileName="lost.tif">urn:uuid:11111111-1111-1111-1111-111111111111</UUID>'
+        new = {"without data": "", "described only": "<MetadataOnly/>"}
+        text = text.replace(own, new.get(kind, f"{own[:-2]}>{uuid_of}</TiffData>"), 1)
+        tif.pages[0].tags["ImageDescription"].overwrite(text)
+    reads(path, data, (1, 0.35, 0.35))
+
+
 def ome_set(folder, data, binary_only=False):
     """One OME-TIFF per slice, with the metadata of the whole set in each, or in the first."""
     head = '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" '
@@ -344,6 +362,26 @@ def test_a_table_of_greys_that_falls_is_used(tmp_path):
         found = read_volume(path)
         assert np.array_equal(found.data >> (8 if white else 0), shown)
         assert bool(found.notes) == bool(white)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_a_table_of_colours_the_numbers_are_read_and_that_is_said(tmp_path, order):
+    """Labels are stored so; an image so stored would be read wrong."""
+    path, data = tmp_path / "a.tif", stack()
+    table = [v * weight // 4 for v in range(256)[::order] for weight in (4, 2, 1)]
+    pages = [Image.fromarray(page).convert("P") for page in data]
+    for page in pages:
+        page.putpalette(table)
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+    volume = read_volume(path)
+    assert np.array_equal(volume.data, data)
+    assert ["colours" in note for note in volume.notes] == [True] * (order < 0)
+
+
+def test_an_orientation_is_said(tmp_path):
+    path, tag = tmp_path / "a.tif", [(274, "H", 1, 3, True)]
+    tifffile.imwrite(path, stack(), photometric="minisblack", extratags=tag, metadata=None)
+    assert "Orientation 3 is not applied" in read_volume(path).notes[-1]
 
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "packbits", "tiff_adobe_deflate"])
@@ -785,6 +823,11 @@ def test_zarr_spacing(tmp_path):
     common = {"coordinateTransformations": [{"type": "scale", "scale": [1, 2, 4]}]}
     ome_zarr(path, stack(), multiscales() | common)
     assert read_volume(path).spacing == (2, 1, 1)
+    twice = multiscales()
+    twice["datasets"][0]["coordinateTransformations"] += common["coordinateTransformations"]
+    for image in (twice, {**multiscales(), "datasets": [{"path": "0"}]} | common):
+        ome_zarr(path, stack(), image)
+        assert read_volume(path).spacing == ((2, 1, 1) if image is twice else (1, 2, 4))
     for scale in ((0, -1, float("nan")), (None, 1, 1), (1, 1), ("", 1, 1)):
         ome_zarr(path, stack(), multiscales(scale=scale))
         volume = read_volume(path)

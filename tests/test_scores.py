@@ -308,3 +308,59 @@ def test_of_a_folder_what_can_be_compared_is(tmp_path, monkeypatch, capsys):
     assert re.search(r"(?m)^c: not compared: c.tif with c.tif: .*one shape", out)
     names = [line.split(",")[0] for line in (tmp_path / "scores.csv").read_text().splitlines()]
     assert names == ["name", "a", "d"]
+
+
+def test_a_folder_in_place_of_a_tree_costs_its_pair_alone(tmp_path, capsys):
+    for folder in ("p", "r"):
+        (tmp_path / folder).mkdir()
+        write_swc(tmp_path / folder / "a.swc", TREE)
+    (tmp_path / "p" / "b.swc").mkdir()
+    write_swc(tmp_path / "r" / "b.swc", TREE)
+    assert command("evaluate", str(tmp_path / "p"), str(tmp_path / "r")) == 2
+    assert "b: not compared: b.swc: cannot be read" in capsys.readouterr().out
+
+
+def test_a_table_with_words_of_the_user_is_not_replaced(tmp_path, capsys):
+    mask, out = write_volume(tmp_path / "a.tif", MASK), tmp_path / "scores.csv"
+    arguments = ["evaluate", str(mask), str(mask), "--out", str(out)]
+    assert command(*arguments) == command(*arguments) == 0
+    text = out.read_text()
+    head, row = text.splitlines()
+    for changed in (f"{head},note\n{row},good\n", f"{text}by Ann\n", f"{head}\n{row[:-1]}?\n"):
+        out.write_text(changed)
+        assert command(*arguments) == 2
+        assert "--overwrite" in capsys.readouterr().err
+        assert out.read_text() == changed
+    assert command(*arguments, "--overwrite") == 0
+
+
+def test_ratios_without_a_unit_count_whichever_side_has_them(tmp_path):
+    """Shapes of voxels that only one file, or two files differently, tell."""
+    files = [tmp_path / f"{name}.nrrd" for name in "abc"]
+    for path, spacings in zip(files, ("1 1 3", "1 1 1", "1 1 2"), strict=True):
+        head = "NRRD0004\ntype: uint8\ndimension: 3\nencoding: raw\nendian: little\n"
+        sizes = " ".join(map(str, SHAPE[::-1]))
+        path.write_bytes(f"{head}sizes: {sizes}\nspacings: {spacings}\n\n".encode())
+        with open(path, "ab") as file:
+            file.write((MASK * np.uint8(255)).tobytes())
+    ends = [
+        list(evaluate_files(*pair))[-1].partition(": ")[2] for pair in (files[:2], files[1::-1])
+    ]
+    assert ends[0] == ends[1]
+    with pytest.raises(NeurolibError, match="voxel sizes differ"):
+        list(evaluate_files(files[0], files[2]))
+
+
+def test_specks_are_compared_where_there_is_nothing_else():
+    masks = np.zeros((3, 9, 9, 9), bool)
+    masks[0, 1, 1, 1] = masks[1, 7, 7, 7] = True
+    apart, against_none, same = (evaluate(masks[0], masks[i]) for i in (1, 2, 0))
+    assert [apart[key] for key in ("dice", "precision", "recall")] == [0, 0, 0]
+    assert apart["esa"] == pytest.approx(6 * 3**0.5)
+    assert [against_none[key] for key in ("precision", "recall", "esa")] == [0, 0, np.inf]
+    assert [same[key] for key in ("dice", "precision", "recall", "esa")] == [1, 1, 1, 0]
+
+
+def test_without_tolerance_a_tree_agrees_with_itself():
+    scores = evaluate(TREE, TREE, SPACING, tolerance=0.0)
+    assert [scores[key] for key in ("precision", "recall")] == [1, 1]

@@ -1,6 +1,7 @@
 """The command ``neurolib``: run the course, segment a stack, fetch data and weights, check."""
 
 import contextlib
+import errno
 import functools
 import os
 import platform
@@ -295,7 +296,8 @@ def _for_each(done: str, outputs: dict, job: Callable, kind: str = "") -> None:
         except NeurolibError as error:
             failed[item] = error
     for item, error in failed.items():
-        print(f"neurolib: {kind}{item}: {error}", file=sys.stderr)
+        why = str(error).removeprefix(f"{item}: ").removeprefix(f"{Path(str(item)).name}: ")
+        print(f"neurolib: {kind}{item}: {why}", file=sys.stderr)
     print(f"{len(outputs) - len(failed)} of {len(outputs)} {done}")
     if failed:
         raise typer.Exit(1)
@@ -592,6 +594,7 @@ def calibrate(
     _check_output(out, ".safetensors")
     check_name(out.resolve())
     pick_device(device)
+    _check_ranges(channel=channel)
     checkpoint = checkpoint_file(checkpoint)
     check_outputs([out], [checkpoint], overwrite)
     tau = load_checkpoint(checkpoint)[1]["tau"]
@@ -605,7 +608,7 @@ def calibrate(
         chosen = calibrate(temporary, samples, device=device)
     names = ", ".join(sample.pair.name for sample in samples)
     print(f"{out}: threshold {chosen['threshold']:g}, filter weight {chosen['filter_weight']:g},")
-    print(f"pieces of at least {chosen['min_size']} voxels;")
+    print(f"pieces of at least {chosen['min_size']} voxels, if slices are as far apart as pixels;")
     print(f"mean Dice {chosen['calibrated']:.3f} on {names}, on which they were chosen")
 
 
@@ -636,7 +639,7 @@ def evaluate(
 
     Example: neurolib evaluate predictions/ references/ --out scores.csv
     """
-    from neurolib.course.scores import evaluate_files
+    from neurolib.course.scores import evaluate_files, is_table
 
     _check_output(out, ".csv")
     if out is not None:
@@ -644,7 +647,7 @@ def evaluate(
         inside = [p for folder in (prediction, reference) for p in folder.glob("*")]
         inputs = [p for p in inside if p.suffix.lower() != ".csv"] + [prediction, reference]
         inputs = [p for p in inputs if p.suffix.lower() == ".zarr" or not p.is_dir()]
-        check_outputs([out], inputs, overwrite)
+        check_outputs([out], inputs, overwrite or is_table(out))
     scale = _three("spacing", spacing)
     _say(evaluate_files(prediction, reference, out, scale, tolerance, threshold))
 
@@ -798,6 +801,11 @@ def main() -> None:
         sys.exit(2)
     except NeurolibError as error:
         print(f"neurolib: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"neurolib: {error.filename}: the name is too long; shorten it", file=sys.stderr)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         print("\nneurolib: interrupted; run the same command again to resume", file=sys.stderr)

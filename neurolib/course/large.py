@@ -32,6 +32,7 @@ from neurolib.files import (
     atomic_path,
     claim,
     explain_full_disk,
+    is_result,
     provenance,
     seal_zarr,
     sha256,
@@ -263,7 +264,7 @@ def predict_large(
     part = out.with_name(f"{out.name}.part")
     with claim(out.with_name(f".{out.name}.lock"), part):
         if not part.exists():
-            if out.exists() and wanted.items() <= _manifest(out).items():
+            if is_result(out) and wanted.items() <= _manifest(out).items():
                 return out
             _begin(part, out.stem, read_volume(image, channel, spacing=spacing), wanted)
         begun = _manifest(part)

@@ -13,7 +13,7 @@ from neurolib.blocking import make_target
 from neurolib.course.adapters import as_probability
 from neurolib.course.statistics import aggregate
 from neurolib.data.pairs import TREES, files_of, pair_files, same_name, stem
-from neurolib.errors import DataError, NeurolibError, VolumeError
+from neurolib.errors import DataError, NeurolibError, NothingFoundError, SwcError
 from neurolib.evaluation import (
     FULL_CONNECTIVITY,
     cl_dice,
@@ -41,6 +41,7 @@ SCORES = {
     "merges": "merges", "pieces": "pieces", "reference_pieces": "reference pieces",
     "length": "length", "reference_length": "reference length",
 }  # fmt: skip
+COLUMNS = ("name", *SCORES, "diagonal", "tolerance")  # of a table
 MISSES = ("hd95_monai", "hd95_medpy", "esa", "dsa")  # infinite if only one side is empty
 LENGTHS = (*MISSES, "length", "reference_length", "diagonal", "tolerance")
 
@@ -55,7 +56,8 @@ def evaluate(
 
     If one of them is a mask, they are compared both as masks and as trees: a tree is drawn as a
     tube (`neurolib.blocking.make_target`), a mask is traced (`neurolib.tracing.trace`), with
-    default parameters. For two trees, mask scores are NaN.
+    default parameters; pieces that those would drop count where there are no others. For two
+    trees, mask scores are NaN.
 
     Each connected piece (of a mask) or tree matches the piece of the other side with which it
     shares most voxels, or most length within the tolerance. ``splits`` counts the matched pieces
@@ -117,8 +119,8 @@ def _as_tree(one: np.ndarray | Tree, spacing: tuple) -> Tree:
         return one
     try:
         return trace(one, spacing)
-    except VolumeError:  # nothing, or only specks
-        return EMPTY_TREE
+    except NothingFoundError:  # only specks, or nothing at all
+        return trace(one, spacing, min_size=1) if one.any() else EMPTY_TREE
 
 
 def _compare_trees(tree: Tree, reference: Tree, tolerance: float, spacing: tuple) -> dict:
@@ -286,19 +288,22 @@ def _left_out(files: list[Path], why: str) -> list[str]:
 
 def _pair_spacing(pair: tuple[Path, Path]) -> tuple[Zyx, bool]:
     """The voxel size (dz, dy, dx) in the masks of a pair, and whether its unit is known."""
-    known, ratio = {}, None
+    known, ratios = {}, {}
     for path in pair:
         if path.suffix.lower() in TREES:
             spacing = _read(path, None)[0].spacing
         else:
             volume = read_volume(path, check=False)
-            spacing, ratio = volume.known_spacing, ratio or volume.spacing
+            spacing = volume.known_spacing
+            if spacing is None and tuple(volume.spacing) != (1, 1, 1):
+                ratios[path.name] = volume.spacing
         if spacing is not None:
             known[path.name] = spacing
-    if len(known) == 2 and not np.allclose(*known.values(), rtol=0.01):
-        both = " and ".join(f"{name} {spacing}" for name, spacing in known.items())
-        raise DataError(f"voxel sizes differ: {both} (z, y, x) µm; give --spacing Z,Y,X")
-    return (next(iter(known.values())), True) if known else (ratio or (1.0, 1.0, 1.0), False)
+    for sizes, unit in ((known, " µm"), (ratios, "")):
+        if len(sizes) == 2 and not np.allclose(*sizes.values(), rtol=0.01):
+            both = " and ".join(f"{name} {spacing}" for name, spacing in sizes.items())
+            raise DataError(f"voxel sizes differ: {both} (z, y, x){unit}; give --spacing Z,Y,X")
+    return next(iter((known or ratios).values()), (1.0, 1.0, 1.0)), bool(known)
 
 
 def _read(
@@ -306,7 +311,10 @@ def _read(
 ) -> tuple[np.ndarray | Tree, list[str]]:
     """A mask or a tree, and what was converted."""
     if path.suffix.lower() in TREES:
-        lines = path.read_bytes().splitlines()
+        try:
+            lines = path.read_bytes().splitlines()
+        except OSError as error:
+            raise SwcError(f"{path.name}: cannot be read ({error.strerror})") from None
         if not any(line.strip() and not line.lstrip().startswith(b"#") for line in lines):
             return EMPTY_TREE, [f"{path.name}: no nodes, an empty tree"]
         tree = read_swc(path, spacing)
@@ -343,11 +351,32 @@ def _line(name: str, row: dict, unit: str) -> str:
 
 
 def _write(path: Path, rows: list[dict], unit: str) -> None:
-    suffix = "_um" if unit == "µm" else "_voxels"
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow([key + suffix * (key in LENGTHS) for key in rows[0]])
+    table.writerow(_heads(unit))
     for row in rows:
-        cells = (f"{value:.6g}" if isinstance(value, float) else value for value in row.values())
-        table.writerow(["" if cell == "nan" else cell for cell in cells])
+        table.writerow([row["name"], *(_cell(row[key]) for key in COLUMNS[1:])])
     write_text(path, text.getvalue())
+
+
+def _heads(unit: str) -> list[str]:
+    suffix = "_um" if unit == "µm" else "_voxels"
+    return [key + suffix * (key in LENGTHS) for key in COLUMNS]
+
+
+def _cell(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.6g}"
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file is a table of `evaluate_files` to which nobody has added words or columns."""
+    try:
+        head, *rows = csv.reader(path.read_text(encoding="utf-8").splitlines())
+        numbers = [cell for row in rows for cell in row[1:] if cell]
+        return (
+            head in (_heads("µm"), _heads("voxels"))
+            and all(len(row) == len(head) for row in rows)
+            and all(_cell(float(cell)) == cell for cell in numbers)
+        )
+    except (OSError, ValueError, csv.Error):
+        return False

@@ -331,10 +331,15 @@ def _read_series(path: Path, tif: tifffile.TiffFile, channel: int | None) -> Sta
     page = first.keyframe
     if page.photometric == tifffile.PHOTOMETRIC.PALETTE and not tif.is_imagej:
         table = np.asarray(page.colormap)
-        # If a grey table does not rise, its indices are not brightness.
-        if (table == table[0]).all() and (np.diff(table[0].astype(int)) < 0).any():
-            data = table[0][data]
-            notes += ("stored with a table of greys, whose brightness is used",)
+        # If a table does not rise, its indices are not brightness.
+        if (np.diff(table.sum(axis=0, dtype=int)) < 0).any():
+            if (table == table[0]).all():
+                data = table[0][data]
+                notes += ("stored with a table of greys, whose brightness is used",)
+            else:  # labels, if it is no image
+                notes += ("stored with a table of colours; their numbers are read, not brightness",)
+    if (turned := page.tags.valueof("Orientation", 1)) != 1:
+        notes += (f"its Orientation {int(turned)} is not applied; rows and columns as stored",)
     # ImageJ stores pixels as they are and inverts only the display.
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and not tif.is_imagej:
         if data.dtype == bool and page.software.startswith("tifffile"):
@@ -502,15 +507,20 @@ def _imagej_spacing(tif: tifffile.TiffFile) -> Spacing:
 
 def _ome_spacing(tif: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Spacing:
     root = ElementTree.fromstring(tif.ome_metadata)
-    pixels = [e.attrib for e in root.iter() if e.tag.endswith("}Pixels")] or [{}]
-    # One series per image, in the same order.
-    get = pixels[list(tif.series).index(series) if len(pixels) == len(tif.series) else 0].get
+    pixels = [e.attrib for e in root.iter() if e.tag.endswith("}Pixels")]
     fields = [f"PhysicalSize{axis}" for axis in "ZYX"]
-    if not any(map(get, fields)):
-        return Spacing()
+    if len(pixels) == len(tif.series):  # one series per image, in the same order
+        pixels = [pixels[list(tif.series).index(series)]]
+    elif len(pixels) > 1:  # some images are described only, or lie in other files
+        size = dict(zip(series.axes, map(str, series.shape), strict=True))
+        size = [size.get(axis, "1") for axis in "ZYX"]
+        pixels = [p for p in pixels if [p.get(f"Size{axis}", "1") for axis in "ZYX"] == size]
     # The OME schema's default unit is the micrometre.
-    units = [get(f"{field}Unit", "µm") for field in fields]
-    return calibrate([_number(get(field)) for field in fields], units, fields)
+    found = {tuple((p.get(field), p.get(f"{field}Unit", "µm")) for field in fields) for p in pixels}
+    if len(found) > 1:
+        return Spacing(unknown="it describes several images of this size, with different spacings")
+    sizes, units = zip(*next(iter(found), [(None, "")] * 3), strict=True)
+    return calibrate(list(map(_number, sizes)), list(units), fields) if any(sizes) else Spacing()
 
 
 # NumPy --------------------------------------------------------------------------------------
@@ -913,16 +923,15 @@ def _open_multiscale(path: Path) -> tuple[Any, list[str], Spacing, int]:
     # Some writers list the smallest level first.
     level = max(levels, key=lambda level: prod(group[level["path"]].shape))
     # The scale of the image multiplies that of the level; up to 0.3 there is none.
-    own, common = (
-        next(
-            (t["scale"] for t in part.get("coordinateTransformations") or () if "scale" in t), None
-        )
+    scales = [
+        step["scale"]
         for part in (level, image)
-    )
+        for step in part.get("coordinateTransformations") or ()
+        if "scale" in step
+    ]
     spacing = Spacing()
-    if own and axes[-3:] == ["z", "y", "x"]:
-        scales = zip(own, common or [1.0] * len(axes), strict=False)
-        values = [_number(a) * _number(b) for a, b in scales]
+    if scales and axes[-3:] == ["z", "y", "x"]:
+        values = [prod(map(_number, of_axis)) for of_axis in zip(*scales, strict=False)]
         values = values if len(values) == len(axes) else [float("nan")] * 3
         units = [str(axis.get("unit") or "") for axis in described[-3:]]
         spacing = calibrate(values[-3:], units, [f"scale of {axis}" for axis in axes[-3:]])

@@ -58,7 +58,7 @@ def inspect_files(
             unusable.append(file.name)
             facts = {"unusable": str(error)}
         yield block(str(file), facts)
-    pairs = _pairs(images, trees)
+    pairs = _pairs(images, trees, len(files) == 2)
     for image, tree in pairs:
         # Read again, because all images together need not fit into memory.
         volume = read_volume(image, channel, check=False, spacing=spacing)
@@ -85,8 +85,9 @@ def _expand(path: Path) -> list[Path]:
     raise NeurolibError(f"{path}: without images ({', '.join(SUFFIXES)}) and trees; name another")
 
 
-def _pairs(images: list[Path], trees: dict[Path, swc.Tree]) -> list[tuple[Path, Path]]:
-    if len(images) == len(trees) == 1:
+def _pairs(images: list[Path], trees: dict[Path, swc.Tree], only: bool) -> list[tuple[Path, Path]]:
+    """Images with the trees of their names, or the `only` image with the only tree."""
+    if only and len(images) == len(trees) == 1:
         return [(images[0], next(iter(trees)))]
     pairs = [(i, t) for i in images for t in trees if same_name(i.name) == same_name(t.name)]
     # Of several trees of that name, prefer those in the image's folder, then those whose names

@@ -1,6 +1,7 @@
 """Pair images with trees, and find out which neuron they show."""
 
 import csv
+import os
 import re
 import unicodedata
 import warnings
@@ -26,6 +27,8 @@ TREES = (".swc", ".eswc")
 MARKS = (".ome", ".cng")
 
 NEURONS_FILE = "neurons.csv"
+# What a spreadsheet may have saved instead.
+OTHER_TABLES = re.compile(r"neurons\.(csv\..+|tsv|txt|xlsx?|ods)")
 # Data sets that their name and this version determine, so that no file need be hashed.
 GENERATED = ("synthetic", "bigneuron-janelia")
 NAMED = (*GENERATED, "fly-larva", "fly-larva-final")
@@ -210,7 +213,16 @@ def neurons_of(folder: Path, names: Iterable[str], others: Iterable[str] = ()) -
     """The neuron of each pair; rows of ``neurons.csv`` may also name one of the `others`."""
     names, path = list(names), folder / NEURONS_FILE
     given: dict[str, str] = {}
-    rows = _read_rows(path) if path.exists() else []
+    listed = sorted(os.listdir(folder)) if folder.is_dir() else []
+    tables = [name for name in listed if name.casefold() == NEURONS_FILE]
+    if len(tables) > 1:
+        raise DataError(f"{folder}: {' and '.join(tables)}; keep one of them")
+    path = folder / tables[0] if tables else path
+    rows = _read_rows(path) if tables else []
+    for name in listed:
+        if OTHER_TABLES.fullmatch(name.casefold()):
+            told = f"{folder / name}: not read; save it as {NEURONS_FILE}, with commas"
+            warnings.warn(told, NeurolibWarning, stacklevel=2)
     for number, row in enumerate(rows, start=2):
         asked, neuron = unicodedata.normalize("NFC", row["name"].strip()), _tidy(row["neuron"])
         name = find_name(asked, names)
@@ -251,9 +263,10 @@ def _read_rows(path: Path) -> list[Mapping[str, str]]:
     except csv.Error as error:  # an open quote would swallow the rows below it
         raise DataError(f"{path}: not a CSV ({error}); close its quotes") from None
     columns = [column.strip().casefold() for column in header]
-    if not {"name", "neuron"} <= set(columns):
+    if [columns.count(column) for column in ("name", "neuron")] != [1, 1]:
         given = ",".join(header)[:60]
         raise DataError(
-            f"{path}: expected the columns name,neuron, found {given!r}; save it as CSV with commas"
+            f"{path}: expected the columns name,neuron once each, found {given!r}; save it as CSV "
+            "with commas"
         )
     return [dict.fromkeys(columns, "") | dict(zip(columns, row, strict=False)) for row in rows]
