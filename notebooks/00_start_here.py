@@ -157,7 +157,9 @@ plotting.show(figure, "pipeline", alt, run.figures)
 # | [05 SWC tracing](05_swc_tracing.ipynb) | predicted volumes | trees, ESA, DSA, PDS |
 # | [06 Table 1](06_table1.ipynb) | many runs | the paper's table, with intervals |
 #
-# A checkpoint is a file of trained weights; ESA, DSA and PDS say how far two trees lie apart. Step
+# A checkpoint is a file of trained weights; ESA, DSA and PDS say how far two trees lie apart. The texts
+# speak of two things often: the *stored run*, whose outputs you see before you run a cell yourself, and
+# the *embedded data set*, six generated neurons that the course brings along (`synthetic`). Step
 # through the notebooks in this order, or start anywhere: a notebook that lacks the result of the one
 # before makes a small one for itself. To run all of them on your own volumes, put images and SWC files
 # with the same names into a folder and call `make course DATA=folder`.

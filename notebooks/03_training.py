@@ -24,12 +24,12 @@
 #
 # - say what each term of a loss asks for, and which answers would satisfy it
 # - give every layer and every step its learning rate
-# - train the network on two cores or on a GPU, and take up a run that was stopped
+# - train the network on two cores or on a GPU, and resume a run that was stopped
 # - read a learning curve without being fooled by the training loss
 #
 # **Before this:** [02 Weight inflation](02_weight_inflation.ipynb).
 #
-# **Takes** 3 minutes and 1.4 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
+# **Takes** 3 minutes and 1.6 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
 # %% jupyter={"source_hidden": true} tags=["parameters", "hide-input"]
 # What is learnt from, and where results go
@@ -53,7 +53,7 @@ frozen = True  # train decoder and stem only; False trains the encoder, too, as 
 steps = 200  # of the optimiser
 batch = 4  # blocks per pass
 seed = 0  # of everything random
-encoder_rate = 1e-4  # peak learning rate of the encoder's last layer
+encoder_rate = 1e-4  # peak learning rate at the top of the encoder
 decoder_rate = 1e-3  # peak learning rate of decoder and stem
 layer_decay = 0.75  # rate of each encoder layer relative to the one above it; 1 for equal rates
 loss = "dice+focal"  # or "dice+ce", "dice+ce+skeleton", "dice+ce+cldice"
@@ -129,7 +129,7 @@ if ignore_untraced:
 # A neurite need not be bright; it is brighter than what lies around it. With `contrast`, the encoder
 # sees by how much: each voxel minus the mean around it, divided by the usual deviation from that mean.
 # Exposure and uneven background are gone: the same number means the same prominence everywhere.
-# The price is that noise is lifted, too, where nothing else is. The paper shows the network brightness;
+# The price: where there is nothing else, noise is amplified. The paper shows the network brightness;
 # contrast is our addition.
 
 # %%
@@ -330,8 +330,9 @@ for name in ("encoder", "decoder", "stem", "head"):
 # ### One block, stage by stage
 #
 # We push the fullest block of the batch through the network. This is the whole forward pass, the decoder
-# included. Hidden are only single layers (convolutions, and the transformer's layer, which notebook 02
-# wrote out), `local_contrast`, and the stem's U-Net. It must give what the library's network gives.
+# included. Only the individual layers are hidden (convolutions, and the transformer's layer, which
+# notebook 02 wrote out), and so are `local_contrast` and the stem's U-Net. It must give what the
+# library's network gives.
 
 
 # %% tags=["method"]
@@ -433,8 +434,8 @@ plotting.show(plotting.images(panels, columns=5), "stages", alt, run.figures)
 #
 # We use AdamW, whose *weight decay* shrinks matrices (not norms, biases or tables of positions) by 0.05
 # times the rate in every step, with three habits of people who fine-tune transformers. The decoder
-# starts from random weights and has ten times the encoder's rate. In the encoder, the rate falls layer
-# by layer towards the pixels, since the first layers already know edges, while the last ones know
+# starts from random weights and has ten times the encoder's peak rate. In the encoder, the rate falls
+# layer by layer towards the pixels, since the first layers already know edges, while the last ones know
 # photographs: layer $i$ of
 # $0 \dots n$ has $r\,d^{\,n - i}$, with $d$ = `layer_decay` (Clark et al. 2020). Layer 0 is the patch
 # embedding, 1 to 12 are those of the transformer, and 13 is its last norm, which is not used here. Over
@@ -521,9 +522,28 @@ exercises.q4(share)
 #
 # Training is no more than this: take blocks, compare the answer with the target, let the gradient flow
 # back, shorten it if it is longer than `clip` (1), and take a step. Its parts you have met above: the
-# blocks, augmentation, the terms of the loss, and the rates. The library's loop does the same and
-# adds what long runs need: validation, a running average of the weights, and a state on disk from which
-# a stopped run resumes. Ten steps of both must give the same weights, bit for bit.
+# blocks, augmentation, the loss (here soft Dice + focal in full), and the rates. The library's loop does
+# the same and adds what long runs need: validation, and a state on disk from which a stopped run
+# resumes. Ten steps of both must give the same weights, bit for bit.
+#
+# Single steps make the weights jitter. So we follow a running average of the weights (an exponential
+# moving average, *EMA*). After step $k$, counted from 0, it keeps $\min(0.98, (1 + k) / (10 + k))$ of
+# itself and takes the rest from the new weights: 90 % after the first step, 4 % after the 200th.
+
+
+# %% tags=["method"]
+def dice_and_focal(logits, response, tau):
+    y = (response >= tau).float()
+    p = logits.sigmoid()
+    soft_dice = 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
+    surprise = F.binary_cross_entropy_with_logits(logits, y, reduction="none")  # -log p_true
+    return soft_dice + (surprise * (1 - torch.exp(-surprise)) ** 2).mean()
+
+
+def loss_by_hand(name, logits, response, tau):
+    if name == "dice+focal":
+        return dice_and_focal(logits, response, tau)
+    return sum(training.loss_terms(name, logits, response, tau).values())
 
 
 # %% tags=["method"]
@@ -532,6 +552,7 @@ def train_by_hand(net, source, settings, tau):
         # Nothing reads the encoder's last norm.
         weight.requires_grad_(not (settings.frozen or name.startswith("norm.")))
     optimizer = torch.optim.AdamW(training.parameter_groups(net, settings), fused=True)
+    average = {name: value.clone() for name, value in net.state_dict().items()}
     learning = [weight for group in optimizer.param_groups for weight in group["params"]]
     for step in range(settings.steps):
         for group in optimizer.param_groups:
@@ -540,12 +561,15 @@ def train_by_hand(net, source, settings, tau):
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
         blocks, responses = training.augment(blocks, responses, generator)
         wanted = responses if predict == "all" else responses[:, [depth // 2]]
-        loss = sum(training.loss_terms(settings.loss, net(blocks), wanted, tau).values())
+        loss = loss_by_hand(settings.loss, net(blocks), wanted, tau)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, settings.clip)
         optimizer.step()
-    return net
+        keep = min(settings.average, (1 + step) / (10 + step))  # of the running average
+        for name, value in net.state_dict().items():
+            average[name].lerp_(value, 1 - keep)
+    return average
 
 
 # %% tags=["nbval-ignore-output"]
@@ -553,22 +577,21 @@ once = {"accumulate": 1, "checkpointing": False, "precision": "32-true", "patien
 ten = replace(settings, steps=10, batch=2, validate_every=10, validation_blocks=2, **once)
 if net.encoder is not None:
     by_hand, _ = network.build(shape, initialisation, weights_file, seed)
-    train_by_hand(by_hand, source, ten, target["tau"])
+    average = train_by_hand(by_hand, source, ten, target["tau"])
     theirs, _ = network.build(shape, initialisation, weights_file, seed)
     with TemporaryDirectory() as folder:
         how = (ten, target["tau"], training.start("cpu", "32-true"))
         training.train(theirs, train, validation[:1], Path(folder), *how)
         after = load_file(Path(folder) / "resume.safetensors")
     assert all(torch.equal(v, after[f"network.{k}"]) for k, v in by_hand.state_dict().items())
+    assert all(torch.equal(v, after[f"average.{k}"]) for k, v in average.items())
     print("ten steps by hand and by the library: the same weights, bit for bit")
 
 # %% [markdown]
 # ## Training
 #
-# Single steps make the weights jitter. So we follow a running average of the weights (an exponential
-# moving average, *EMA*). After each step the average moves a part of the way to the new weights: most of
-# the way early on, 2 % later. We keep it as it was at the step where it did best on blocks of the
-# validation neurons. Half of these blocks are salient and half are not; each half counts by its share
+# We keep the running average as it was at the step where it did best on blocks of the validation neurons.
+# Half of these blocks are salient and half are not; each half counts by its share
 # among all blocks of the volume, so that a network that sees neurites everywhere cannot win.
 #
 # The same cells serve in three ways:
@@ -579,7 +602,7 @@ if net.encoder is not None:
 # | go on | stop the cell and run it again: with the same parameters and `run_dir`, it continues where it stopped. `start_from` names a finished checkpoint to continue from, with new data or other training settings; `shipped` is the one that comes with the course, from which `make course` and `neurolib run` start |
 # | full size, on a GPU | a profile: `papermill -f ../profiles/gpu.yaml 03_training.ipynb out.ipynb` |
 #
-# On a device that is too small for a batch, `accumulate` adds up the gradients of several passes in one
+# On a device that is too small for a batch, `accumulate` averages the gradients of several passes in one
 # step, and `checkpointing` computes the encoder's activations twice instead of keeping them. With
 # `patience`, training ends after that many validations without a better one. Where the hardware has
 # bfloat16, a number of 16 bits with about three digits, the costly products run in it and the weights
@@ -620,11 +643,12 @@ run.record("validation", {"neurons": "+".join(s.pair.name for s in validation), 
 # *these* neurons. Its peaks near 1 are steps whose blocks hold little or no neurite: there, soft Dice is
 # near 1 almost whatever the network does. The right curve asks about a neuron that the network has never
 # seen, and it alone decides which weights are kept. In the stored run it rises until about step 175 and
-# then levels off. (The focal term is only about 0.02 by then, since nearly all voxels are easy
-# background; most of the loss is soft Dice.) Where it turns down while the loss still falls, the network
-# is learning its neurons by heart: more neurons help, not more steps. For the same reason a lower
-# training loss does not make one network better than another; [06 Table 1](06_table1.ipynb) compares
-# networks on held-out neurons.
+# then levels off, when the learning rate has fallen to almost nothing: this plateau ends the schedule,
+# and does not say that more steps would not help. (The focal term is only about 0.02 by then, since
+# nearly all voxels are easy background; most of the loss is soft Dice.) Where it turns down while the
+# loss still falls, the network is learning its neurons by heart: more neurons help, not more steps. For
+# the same reason a lower training loss does not make one network better than another; [06 Table
+# 1](06_table1.ipynb) compares networks on held-out neurons.
 #
 # ## What it has learnt
 #

@@ -186,8 +186,8 @@ tests = [blocking.every_slice(s, every) for s in tests]  # compared on the predi
 sample = tests[0]
 
 # %% [markdown]
-# Move through the slices and look where prediction and target part. Is it at tips, at crossings, or beside
-# the tube?
+# Move through the slices and look where prediction and target disagree. Is it at tips, at crossings, or
+# beside the tube?
 
 # %% tags=["nbval-ignore-output"]
 z = len(sample.image) // 2
@@ -328,8 +328,8 @@ plotting.show(figure, "overlay", alt, run.figures)
 #
 # On this generated neuron, that network beats every filter in Dice, Hd95 and surface Dice.
 # It does not in clDice, where the difference of Gaussians is ahead, nor in the Betti-0 error: it leaves
-# the most pieces. [06 Table 1](06_table1.ipynb) asks the same of real neurons. Do not take a filter for
-# beaten before you have measured it.
+# the most pieces. [06 Table 1](06_table1.ipynb) asks the same of real neurons. Never assume
+# that a filter is beaten: measure it.
 #
 # ### Exercise 1: beat the threshold
 #
@@ -355,7 +355,7 @@ exercises.q1(segment)
 #     return evaluation.drop_small(narrow - wide > 0.15, 300)
 # ```
 #
-# Dice 0.52 instead of 0.38. Its numbers were chosen on the volume on which they are judged. On another
+# Dice 0.51 instead of 0.38. Its numbers were chosen on the volume on which they are judged. On another
 # one they will probably do worse, and that is what validation neurons are for.
 # </details>
 

@@ -441,12 +441,12 @@ plotting.show(figure, "traced", alt, run.figures)
 
 # %% [markdown]
 # From the target, hardly anything is false or missed, so the errors on the right are mostly the
-# network's. On this neuron, a perfect mask would mend nearly all of them; what a better tracer could
-# make of the predicted mask, we do not see. One number is biased even so, the length: from the targets
-# of 32 gold-standard trees (Janelia), the traces are 2 to 14 % shorter than the trees (median 7 %) at a
-# recall of 0.96 to 1.00. Smoothing the trees themselves at two voxels takes off 2 to 6 % (median 4 %):
-# that much is the zigzag of the hand that drew them, and the rest is the tracer's doing. Here are the
-# same trees in 3D and, where k3d is installed, a view that you can turn:
+# network's. On this neuron, a perfect mask would mend nearly all of them; this does not show what a
+# better tracer could do with the predicted mask. One number is biased even so, the length: from the
+# targets of 32 gold-standard trees (Janelia), the traces are 2 to 14 % shorter than the trees (median 7
+# %) at a recall of 0.96 to 1.00. Smoothing the trees themselves at two voxels takes off 2 to 6 % (median
+# 4 %): that much is the zigzag of the hand that drew them, and the rest is the tracer's doing. Here are
+# the same trees in 3D and, where k3d is installed, a view that you can turn:
 
 # %%
 trees = {"traced": found["prediction"][name], "reference": sample.tree}

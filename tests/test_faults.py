@@ -602,5 +602,5 @@ def test_secrets_and_names_in_notebooks_are_found(text, monkeypatch, count):
     (problem,) = build.check_outputs(notebook)
     assert problem.startswith("cell 0: prints what is private: ")
     notebook.cells[0].outputs[0].text = "someone asked for a token: 0.25 of my machine 7, root@1"
-    assert build.check_outputs(notebook) == []
+    assert list(build.check_outputs(notebook)) == []
     count("secrets in notebooks")
