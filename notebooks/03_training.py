@@ -311,6 +311,12 @@ exercises.q2(soft_dice)
 # columns three times and enlarges them again, at each size beside the features of the way down, and
 # places what the tokens have recognised. It is our addition; the
 # paper's rows in [06 Table 1](06_table1.ipynb) do without it.
+#
+# Enough to rebuild it: blocks are enlarged by bicubic interpolation, and maps by bilinear. Convolutions of
+# decoder, stem and head have kernels of 3 × 3, each followed by GroupNorm (groups of eight features) and
+# GELU; only three kinds are 1 × 1: from the taps to 64 features, from the pools (1, 2, 3 and 6 cells a
+# side) to 16, and the last of the head. Its bias begins at -4, because nearly all voxels are background.
+# The stem has 16, 32, 64 and 128 features, and the transformer's MLP widens 384 numbers to 1536.
 
 # %%
 shape = network.NetworkSettings(encoder, depth, 100, size, predict, stem, contrast=contrast)
