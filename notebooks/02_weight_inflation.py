@@ -80,15 +80,15 @@ run = runs.open_run(run_dir, "02_weight_inflation", globals())
 # *position embedding* to each token, since nothing else says where a patch was, and puts one more token
 # in front, the *class token*, which stands for the whole image. Then come a dozen equal *blocks* (of
 # layers, not of slices). In each, *attention* lets every token ask all others. Three linear maps turn the
-# tokens into queries $Q$, keys $K$ and values $V$, and each token takes from the others
+# tokens into queries $Q$, keys $K$ and values $V$, and each token receives
 #
 # $$ \operatorname{softmax}\big( Q K^T / \sqrt{d} \big) \, V, $$
 #
-# much of the value of a token whose key resembles its query, and little of all others. This happens in
-# several *heads* side by side, each with $d$ numbers of its own (here six heads of 64). A small network
-# of two linear layers (MLP) then works on each token by itself. Attention and MLP each see normalised
-# tokens, and add their result to the token (DINOv2 first multiplies it by learnt factors, *LayerScale*).
-# Below, one such layer is written out in seven lines.
+# that is, much of the value of a token whose key resembles its query, and little of all others. This
+# happens in several *heads* side by side, each with $d$ numbers of its own (here six heads of 64). A
+# small network of two linear layers (MLP) then works on each token by itself. Attention and MLP each see
+# normalised tokens, and add their result to the token (DINOv2 first multiplies it by learnt factors,
+# *LayerScale*). Below, one such layer is written out in seven lines.
 #
 # If you have never met one, [Vaswani et al. 2017](https://arxiv.org/abs/1706.03762) explain attention,
 # [Dosovitskiy et al. 2021](https://arxiv.org/abs/2010.11929) bring it to images, and [The Illustrated
