@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,8 @@ import psutil
 import pytest
 import tifffile
 from faults import command as call
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import ndimage
 from test_formats import ome_set
 
@@ -20,6 +23,7 @@ from neurolib.blocking import read_sample
 from neurolib.data.datasets import load_dataset
 from neurolib.errors import DataError, NeurolibWarning, SettingsError
 from neurolib.evaluation import dice, drop_small
+from neurolib.files import check_outputs
 from neurolib.inference import predict_volume
 from neurolib.segmentation import choose_size
 from neurolib.swc import length as swc_length
@@ -488,6 +492,24 @@ def test_an_output_that_is_an_input_is_refused(kind, option, suffix, segment, tm
     assert content(tmp_path) == before
 
 
+@settings(max_examples=100, deadline=None)
+@given(*[st.lists(st.sampled_from(["a", "b", "link", "new", ".."]), min_size=1, max_size=4)] * 2)
+def test_outputs_that_meet_an_input_are_refused_however_they_are_written(one, other):
+    """By the system's own resolution of links and dots."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder).resolve() / "up" / "up" / "up" / "up"
+        (root / "a" / "b").mkdir(parents=True)
+        (root / "link").symlink_to(root / "a")
+        out, source = (root.joinpath(*parts) for parts in (one, other))
+        real = [os.path.realpath(path) for path in (out, source)]
+        try:
+            check_outputs([out], [source], overwrite=True)
+            said = ""
+        except SettingsError as error:
+            said = str(error)
+        assert ("lies inside, the input" in said) == (os.path.commonpath(real) in real)
+
+
 @pytest.mark.parametrize("option", ["--mask", "--probability"])
 def test_an_output_of_the_set_of_files_that_is_read_is_refused(option, segment, tmp_path, refused):
     ome_set(tmp_path, image())
@@ -654,8 +676,8 @@ def test_from_an_image_to_a_tree_in_one_call(checkpoint, tmp_path, segment):
     path, out = put(tmp_path / "cell.tif", image()), tmp_path / "a.swc"
     assert call(*segment, path, *ALL, "--out", out) == 0
     told = read_swc(out)
-    for given, where in ((path, checkpoint), (image(), checkpoint.parent), (str(path), checkpoint)):
-        tree = neurolib.segment(given, where, threshold=0.0001, progress=False)
+    for one, where in ((path, checkpoint), (image(), checkpoint.parent), (str(path), checkpoint)):
+        tree = neurolib.segment(one, where, threshold=0.0001, progress=False)
         np.testing.assert_allclose(tree.xyz, told.xyz, atol=1e-4)
         np.testing.assert_array_equal(tree.parent, told.parent)
     with pytest.raises(SettingsError, match=r"threshold=50: expected more than 0"):
