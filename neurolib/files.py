@@ -320,9 +320,7 @@ def is_result(path: Path) -> bool:
             head = path / "zarr.json"
             text, sealed = head.read_text(encoding="utf-8"), head.stat().st_mtime
             facts = json.loads(text)
-            ours = facts["attributes"].pop("seal", "") == text_key(
-                json.dumps(facts, sort_keys=True)
-            )
+            ours = facts["attributes"].pop("seal", "") == _seal(facts)
             later = (file for file in path.rglob("*") if file.stat().st_mtime > sealed)
             return WRITTEN in text and ours and next(later, None) is None
         if path.suffix.lower() == ".swc":
@@ -340,8 +338,12 @@ def seal_zarr(path: Path) -> None:
     """
     head = path / "zarr.json"
     facts = json.loads(head.read_text(encoding="utf-8"))
-    facts["attributes"]["seal"] = text_key(json.dumps(facts, sort_keys=True))
+    facts["attributes"]["seal"] = _seal(facts)
     head.write_text(json.dumps(facts, indent=2), encoding="utf-8")
+
+
+def _seal(metadata: dict) -> str:
+    return text_key(json.dumps(metadata, sort_keys=True))
 
 
 def seal_text(text: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from neurolib.blocking import Sample, block_grid, block_starts, gaussian_window, read_block
+from neurolib.data.formats import Box
 from neurolib.devices import autocast, pick_device, pick_precision
 from neurolib.errors import SettingsError, VolumeError
 from neurolib.evaluation import choose_cut, in_voxels
@@ -33,8 +34,6 @@ MIN_SIZE = 200
 FILTER_WEIGHTS = (0.0, 2.0, 4.0, 8.0)
 # Modules that a prediction depends on.
 CODE = ("inference", "network", "blocking", "volume", "devices")
-
-Box = tuple[slice, slice, slice]
 
 
 @dataclass(frozen=True)

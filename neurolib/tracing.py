@@ -32,7 +32,7 @@ from scipy import ndimage, sparse
 from scipy.sparse import csgraph
 from scipy.spatial import KDTree
 
-from neurolib.data.formats import check_spacing
+from neurolib.data.formats import Box, check_spacing
 from neurolib.errors import NothingFoundError, VolumeError
 from neurolib.parameters import check_range
 from neurolib.swc import SOMA, Tree, Zyx, components, length, resample, take, tips
@@ -60,8 +60,6 @@ UNDEFINED = 0  # SWC type; a tracer cannot tell axon from dendrite
 # Peak memory in bytes per foreground voxel, and per voxel of the current component: measured 670 in
 # tubes of radius 1.9 and 1650 in a cube, each of a million voxels or more.
 VOXEL_BYTES, GRAPH_BYTES = 200, 1700
-
-Box = tuple[slice, slice, slice]
 
 
 @dataclass(frozen=True)

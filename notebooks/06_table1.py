@@ -93,8 +93,8 @@ with open(runs.REPOSITORY / "data" / "results" / "neurite.csv") as file:
 
 # %%
 for row in [row for row in beside if row["network"] == "ours" and row["volume"] in shipped]:
-    own = {key: float(shipped[row["volume"]][name]) for key, name in columns.items()}
-    beside.append(row | {"network": "shipped"} | own)
+    measured = {key: float(shipped[row["volume"]][name]) for key, name in columns.items()}
+    beside.append(row | {"network": "shipped"} | measured)
 
 # %%
 heads = {"dice": "Dice", "hd95": "Hd95, voxels", "recall": "recall of the tree"}

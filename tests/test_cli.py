@@ -831,7 +831,7 @@ def test_a_linked_image_keeps_its_tree(tmp_path, refused):
     assert tree.read_text() == SWC
 
 
-def test_a_name_that_is_too_long_is_said(tmp_path, refused, monkeypatch):
+def test_a_name_that_is_too_long_is_said(tmp_path, refused):
     path = put(tmp_path / "bar.tif", BAR)
     refused("trace", path, "--out", tmp_path / f"{'a' * 300}.swc", says="the name is too long")
 

@@ -125,6 +125,7 @@ def test_cells_that_compare_bear_small_stacks_of_the_readers_own():
     [
         ("mine.yaml", "seteps: 3\n", "'seteps': no notebook declares it"),
         ("mine.yaml", "steps: [1, 2]\n", "flat list"),
+        ("mine.yaml", "steps: !foo 3\n", "not valid YAML .could not determine a constructor"),
         ("mine.yaml", "steps: {\n", "not valid YAML"),
         ("mine.yaml", "a: 3\nb: 2\na: 30\n", r"line 1 not valid YAML .the key 'a' comes twice"),
         ("mine.txt", "steps: 3\n", r"no such profile; .*, or give a \.yaml file"),

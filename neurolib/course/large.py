@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from neurolib.course import cluster
 from neurolib.course.adapters import FULL_SCALE, as_probability
-from neurolib.data.formats import LazyStack, boxes
+from neurolib.data.formats import Box, LazyStack, boxes
 from neurolib.errors import SettingsError
 from neurolib.files import (
     atomic_path,
@@ -39,7 +39,7 @@ from neurolib.files import (
     workplace,
     write_text,
 )
-from neurolib.inference import Box, Tiling, box_of_tiles, predict_box
+from neurolib.inference import Tiling, box_of_tiles, predict_box
 from neurolib.network import Segmenter
 from neurolib.parameters import check_range
 from neurolib.training import load_checkpoint
@@ -264,7 +264,8 @@ def predict_large(
     part = out.with_name(f"{out.name}.part")
     with claim(out.with_name(f".{out.name}.lock"), part):
         if not part.exists():
-            if is_result(out) and wanted.items() <= _manifest(out).items():
+            same = out.exists() and wanted.items() <= _manifest(out).items()
+            if same and is_result(out):
                 return out
             _begin(part, out.stem, read_volume(image, channel, spacing=spacing), wanted)
         begun = _manifest(part)

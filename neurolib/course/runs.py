@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import ClassVar
 
 import yaml
 
@@ -183,8 +184,10 @@ def read_profile(name: str | Path) -> dict:
     return values
 
 
-class _Text(yaml.BaseLoader):
+class _Text(yaml.SafeLoader):
     """YAML whose values stay text; the parameter's declaration decides their type."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.Node:
         """Refuse a key that comes twice; YAML's parser would keep the last."""

@@ -211,13 +211,12 @@ def trees_by_name(folder: Path) -> dict[str, Path]:
 
 def neurons_of(folder: Path, names: Iterable[str], others: Iterable[str] = ()) -> dict[str, str]:
     """The neuron of each pair; rows of ``neurons.csv`` may also name one of the `others`."""
-    names, path = list(names), folder / NEURONS_FILE
-    given: dict[str, str] = {}
+    names, given = list(names), {}
     listed = sorted(os.listdir(folder)) if folder.is_dir() else []
     tables = [name for name in listed if name.casefold() == NEURONS_FILE]
     if len(tables) > 1:
         raise DataError(f"{folder}: {' and '.join(tables)}; keep one of them")
-    path = folder / tables[0] if tables else path
+    path = folder / next(iter(tables), NEURONS_FILE)
     rows = _read_rows(path) if tables else []
     for name in listed:
         if OTHER_TABLES.fullmatch(name.casefold()):
