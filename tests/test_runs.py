@@ -71,7 +71,7 @@ def write_grid(folder: Path, text: str) -> Path:
 
 def row(network: str, neuron: str, seed: int, dice: float) -> dict:
     values = dict.fromkeys(sweeps.COLUMNS["test"], "x")
-    values |= {"network": network, "neuron": neuron, "seed": seed, "dice": dice}
+    values |= {"network": network, "neuron": neuron, "seed": seed, "fold": 0, "dice": dice}
     return values | {"hd95": 1.0, "diagonal": 99.0, "cldice": 0.5, "seconds": 60}
 
 
@@ -109,6 +109,9 @@ def test_results_of_another_kind_are_refused(tmp_path):
         sweeps.read_results(path)
     path.write_text(f'{text}"a')
     with pytest.raises(SettingsError, match="not a CSV"):
+        sweeps.read_results(path)
+    path.write_text(text.replace("\na,0,", "\na,0.0,"))  # as a spreadsheet may save it
+    with pytest.raises(SettingsError, match="whole numbers in seed and fold"):
         sweeps.read_results(path)
 
 
@@ -281,6 +284,7 @@ def test_a_sweep_with_two_workers_keeps_what_succeeds_and_goes_on(data, tmp_path
         (("seeds: [0]", "seeds: []"), r"seeds is \[\], expected a list"),
         (("seeds: [0]", "seeds: [yes]"), "seeds: expected int as in 0, got 'yes'"),
         (("folds: [cell0]", "folds: [[cell0]]"), "folds: expected str"),
+        (("  slow:", "  ridge filter:"), "a filter's name; choose another"),
         (("folds: [cell0]", "folds: [{held_out: a, steps: 3}]"), "expected held_out and, if any"),
         (("folds: [cell0]", "folds: [{validate_on: a}]"), "expected held_out and, if any"),
         (("{encoder_rate: 1.0e-5}", "3"), "network 'slow': '3'"),
@@ -325,7 +329,7 @@ def test_a_run_that_traces_gives_rows_with_the_scores_of_its_trees(tmp_path):
     assert sweeps.by_network([stored], "hd95") == {"a": {"cell": 13.0}}
 
 
-def test_results_of_other_seeds_stay_if_all_else_is_equal(tmp_path):
+def test_results_of_other_seeds_stay_and_a_file_with_others_is_refused(tmp_path):
     path = tmp_path / "results.csv"
     parameters = {"steps": 5, "every": 4, "negatives": 1.0}
 
@@ -336,13 +340,33 @@ def test_results_of_other_seeds_stay_if_all_else_is_equal(tmp_path):
         shared = {"fold": 0, "data": "x", "settings": settings}
         return row("a", "n1", 1, 0.5) | shared | changes
 
-    kept = old(cldice=float("nan"))
-    others = [old(seed=0), old(data="y"), old(network="b"), old(fold=1)]
-    others += [old(cell(**{name: 7}).settings) for name in (*parameters, "tau")]
-    sweeps.write_results(path, [kept, *others])
-    stored = sweeps._kept(path, [cell(seed=0)], [cell(seed=0)], "somewhere/x", "test")
+    def kept() -> list[dict]:
+        return sweeps._kept(path, [cell(seed=0)], [cell(seed=0)], "somewhere/x", "test")
+
+    mine = [old(cldice=float("nan")), old(seed=0)]
+    sweeps.write_results(path, mine)
+    stored = kept()
     assert [(one["seed"], one["network"], one["fold"]) for one in stored] == [("1", "a", "0")]
     assert np.isnan(stored[0]["cldice"])
+    others = [old(data="y"), old(network="nnU-Net"), old(fold=1)]
+    others += [old(cell(**{name: 7}).settings) for name in (*parameters, "tau")]
+    for other in others:
+        sweeps.write_results(path, [*mine, other])
+        before = path.read_bytes()
+        with pytest.raises(SettingsError, match=f"other data.*{other['network']}.*move this one"):
+            kept()
+        assert path.read_bytes() == before
+
+
+def test_the_page_of_a_sweep_shows_all_its_runs_without_their_filters(tmp_path):
+    cells = [sweeps.Cell(name, 0, 0, f"grid/{name}", {}) for name in ("a", "b", "c")]
+    values = {("a", 0): 0.3, ("b", 0): 0.5, (next(iter(FILTERS)), ""): 0.1}
+    rows = [row(name, "n1", seed, dice) for (name, seed), dice in values.items()]
+    rows = [one | {"run": f"grid/{run}"} for one, run in zip(rows, "aba", strict=True)]
+    sweeps._write_index(tmp_path / "index.html", cells, rows, {})
+    page = (tmp_path / "index.html").read_text()
+    assert re.findall(r"<td>(0\.\d+)</td>", page) == ["0.300", "0.500"]
+    assert page.count("not yet") == 1
 
 
 def test_a_grid_that_measures_masks_runs_in_parts_to_one_file(data, tmp_path, capfd):

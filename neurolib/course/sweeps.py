@@ -59,7 +59,9 @@ COLUMNS = {
     "validation": ("network", "seed", "fold", "neuron", "step", "training_loss", "dice", *SHARED),
 }  # fmt: skip
 # Parameters on which the rows of filters depend, besides the data.
-FILTERED = ("held_out", "validate_on", "target", "tau", "every")
+FILTERED = (
+    "held_out", "validate_on", "validation_neurons", "target", "tau", "every", "channel", "spacing",
+)  # fmt: skip
 NUMBERS = ("dice", "hd95", "diagonal", "cldice", *TREE, "seconds", "step", "training_loss")
 # Parameters that a grid must give elsewhere.
 RESERVED = {"seed": "seeds", "held_out": "folds", "data": "data", "run_dir": "--folder"}
@@ -128,6 +130,10 @@ def read_grid(path: str | Path) -> dict:
             raise SettingsError(
                 f"{path}: network {name!r}: {changes!r}, expected parameters, as 'a: {{depth: 1}}'"
             )
+        if name in FILTERS:
+            raise SettingsError(
+                f"{path}: network {name!r}: that is a filter's name; choose another"
+            )
         for key in RESERVED.keys() & (grid["common"].keys() | changes.keys()):
             raise SettingsError(f"{path}: network {name!r} has {key!r}; give it by {RESERVED[key]}")
     grid["seeds"] = [read_as(0, seed, f"{path}: seeds") for seed in grid["seeds"]]
@@ -166,23 +172,23 @@ def run_sweep(
     workers : int
         Runs at the same time, each in its own process; they share the cores.
     seeds : sequence of int
-        Replaces the grid's. Results of other seeds stay in the file if their parameters are those
-        of the grid.
+        Replaces the grid's. Results of other seeds stay in the file.
     scheduler : str
         Address of a Dask cluster that does the runs, such as ``tcp://10.0.0.1:8786``. Its workers
         must have one thread each, and see repository, data and `folder` under the same absolute
         paths; a run whose worker dies goes to another one.
     rows, folds : sequence of str, sequence of int
         Run only the networks of these names and the folds of these numbers, from 0. Other results
-        stay in the file if their parameters are those of the grid, so that parts add up to it.
+        stay in the file, so that parts add up to it.
     ignore_frames : bool
         Accept trees that do not lie on the neurites of their images.
 
     Returns
     -------
     Path
-        The results file, which is written after every run. If runs fail, a NotebookError follows
-        at the end; a second call tries them again.
+        The results file, which is written after every run. One with rows of other data, networks,
+        folds or settings is refused. If runs fail, a NotebookError follows at the end; a second
+        call tries them again.
     """
     if workers < 1:
         raise SettingsError(f"workers={workers}: expected at least one")
@@ -216,7 +222,8 @@ def run_sweep(
                 done[cell.name] = _rows(ended, cell, data, measure)
                 _write_together(results, [kept, *done.values()], order, measure)
                 print(f"== {len(done)} of {len(cells)} done: {cell.name}", flush=True)
-            _write_index(folder / stem / "index.html", cells, done, failed)
+            there = [*kept, *(row for rows in done.values() for row in rows)]
+            _write_index(folder / stem / "index.html", whole, there, failed)
     if failed:
         raise NotebookError(
             f"{len(failed)} of {len(cells)} runs failed (the first: {next(iter(failed.values()))});"
@@ -396,24 +403,24 @@ def _write_together(path: Path, parts: list[list[dict]], order: list[str], measu
     single = {tuple(str(row.get(k)) for k in keys): row for part in parts for row in part}
 
     def place(row: dict) -> tuple[int, int, int]:
-        return int(row["fold"]), int(row["seed"] or -1), order.index(row["network"])
+        seed = -1 if row["seed"] == "" else int(row["seed"])  # a filter has none
+        return int(row["fold"]), seed, order.index(row["network"])
 
     write_results(path, sorted(single.values(), key=place), measure)
 
 
-def _write_index(
-    path: Path, cells: list[Cell], rows: dict[str, list[dict]], failed: dict[str, str]
-) -> None:
-    """Write a page with a line per run: its state, its Dice and seconds, its report."""
+def _write_index(path: Path, cells: list[Cell], rows: list[dict], failed: dict[str, str]) -> None:
+    """Write a page with a line per run of a grid: its state, its Dice and seconds, its report."""
     lines = [("network", "seed", "fold", "state", "Dice", "seconds")]
     for cell in cells:
-        own = rows.get(cell.name, [])
+        # Without the filters, which each run measures too.
+        own = [r for r in rows if (r["run"], r["network"]) == (cell.name, cell.network)]
         name, dice = escape(cell.network), [row["dice"] for row in own]
         line = [name, cell.seed, cell.fold, escape(failed.get(cell.name, "not yet")), "", ""]
         if own:
             best = max(dice) if "step" in own[0] else _mean(dice)
             link = f'<a href="{quote(Path(cell.name).name)}/report.html">{name}</a>'
-            line = [link, cell.seed, cell.fold, "done", f"{best:.3f}", own[0]["seconds"]]
+            line = [link, cell.seed, cell.fold, "done", f"{best:.3f}", round(own[0]["seconds"])]
         lines.append(line)
     body = "\n".join(f"<tr>{''.join(f'<td>{one}</td>' for one in line)}</tr>" for line in lines)
     title = escape(path.parent.name)
@@ -427,21 +434,27 @@ def _write_index(
 
 
 def _kept(path: Path, cells: list[Cell], grid: list[Cell], data: str, measure: str) -> list[dict]:
-    """Results of earlier calls that this call does not run but that belong to this grid."""
-    try:
-        rows = read_results(path, measure)
-    except SettingsError:
-        return []
-    now = {(cell.network, str(cell.seed), str(cell.fold)) for cell in cells}
-    settings = {(cell.network, str(cell.fold)): cell.settings for cell in grid}
-    settings |= {(name, str(c.fold)): c.data_settings for c in grid for name in FILTERS}
-    return [
-        row
+    """Results of earlier calls that this call does not run.
+
+    A file with rows that do not belong to this grid, and so would be lost, is refused.
+    """
+    rows = read_results(path, measure) if path.exists() else []
+    ours = {(cell.network, str(cell.fold), cell.settings) for cell in grid}
+    ours |= {(name, str(cell.fold), cell.data_settings) for cell in grid for name in FILTERS}
+    foreign = {
+        row["network"]
         for row in rows
-        if (row["network"], row["seed"], row["fold"]) not in now
-        and row["data"] == data_label(data)
-        and settings.get((row["network"], row["fold"])) == row["settings"]
-    ]
+        if row["data"] != data_label(data)
+        or (row["network"], row["fold"], row["settings"]) not in ours
+    }
+    if foreign:
+        raise SettingsError(
+            f"{path}: has rows of other data, networks, folds or settings than this grid "
+            f"({', '.join(sorted(foreign))}), and is not replaced; name another file in 'results', "
+            "or move this one away"
+        )
+    now = {(cell.network, str(cell.seed), str(cell.fold)) for cell in cells}
+    return [row for row in rows if (row["network"], row["seed"], row["fold"]) not in now]
 
 
 # ----------------------------------------------------------------------------------- results
@@ -470,11 +483,16 @@ def read_results(path: str | Path, measure: str = "test") -> list[dict]:
     if not rows or any(set(row) != columns or None in row.values() for row in rows):
         raise SettingsError(f"{path}: expected the columns {', '.join(COLUMNS[measure])}")
     try:
+        for row in rows:
+            int(row["fold"]), int(row["seed"] or 0)
         return [
             {k: float(v or "nan") if k in NUMBERS else v for k, v in row.items()} for row in rows
         ]
     except ValueError as error:
-        raise SettingsError(f"{path}: {error}; expected numbers in {', '.join(NUMBERS)}") from None
+        raise SettingsError(
+            f"{path}: {error}; expected whole numbers in seed and fold, and numbers in "
+            f"{', '.join(NUMBERS)}"
+        ) from None
 
 
 def by_neuron_and_seed(rows: list[dict], column: str) -> dict[str, dict[str, dict[str, float]]]:
@@ -539,7 +557,7 @@ def describe_results(rows: list[dict]) -> list[str]:
     """Settings of a results file, one fact per line."""
 
     def values(column: str) -> str:
-        return ", ".join(sorted({str(row[column]) for row in rows}))
+        return ", ".join(sorted({str(row[column]) or "default" for row in rows}))
 
     rows = [row for row in rows if row["network"] not in FILTERS]
     runs = {(row["network"], row["seed"], row["fold"]): row["seconds"] for row in rows}
