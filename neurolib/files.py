@@ -73,8 +73,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             yield temporary
         if temporary.is_file():
             # Some writers deny read access to others; restore the user's default mode.
-            (folder / ".mode").touch()
-            os.chmod(temporary, stat.S_IMODE((folder / ".mode").stat().st_mode))
+            (model := folder / ".mode").touch()
+            os.chmod(temporary, stat.S_IMODE(model.stat().st_mode))
+            model.unlink()
         # Removing the old folder first could leave half an image if interrupted. So it is renamed,
         # and renamed back if the replacement fails.
         old = folder / ".old"
