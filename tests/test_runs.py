@@ -356,6 +356,8 @@ def test_results_of_other_seeds_stay_and_a_file_with_others_is_refused(tmp_path)
         with pytest.raises(SettingsError, match=f"other data.*{other['network']}.*move this one"):
             kept()
         assert path.read_bytes() == before
+    for name in sweeps.FILTERED:
+        assert cell(**{name: 7}).data_settings != cell().data_settings
 
 
 def test_the_page_of_a_sweep_shows_all_its_runs_without_their_filters(tmp_path):
@@ -363,6 +365,7 @@ def test_the_page_of_a_sweep_shows_all_its_runs_without_their_filters(tmp_path):
     values = {("a", 0): 0.3, ("b", 0): 0.5, (next(iter(FILTERS)), ""): 0.1}
     rows = [row(name, "n1", seed, dice) for (name, seed), dice in values.items()]
     rows = [one | {"run": f"grid/{run}"} for one, run in zip(rows, "aba", strict=True)]
+    rows[1]["seconds"] = float("nan")  # as of a cell that somebody emptied
     sweeps._write_index(tmp_path / "index.html", cells, rows, {})
     page = (tmp_path / "index.html").read_text()
     assert re.findall(r"<td>(0\.\d+)</td>", page) == ["0.300", "0.500"]

@@ -246,10 +246,11 @@ def _check(
     try:
         if results.exists():
             read_results(results, measure)
-    except SettingsError:
+    except SettingsError as error:
+        reason = str(error).removeprefix(f"{results}: ")
         raise SettingsError(
-            f"{results}: not a file of results on measure {measure}, and is not replaced; name "
-            "another one, or move it away"
+            f"{results}: not a file of results on measure {measure} ({reason}), and is not "
+            "replaced; name another one, or move it away"
         ) from None
     name, count = Counter(cell.name for cell in cells).most_common(1)[0]
     if count > 1:
@@ -420,7 +421,7 @@ def _write_index(path: Path, cells: list[Cell], rows: list[dict], failed: dict[s
         if own:
             best = max(dice) if "step" in own[0] else _mean(dice)
             link = f'<a href="{quote(Path(cell.name).name)}/report.html">{name}</a>'
-            line = [link, cell.seed, cell.fold, "done", f"{best:.3f}", round(own[0]["seconds"])]
+            line = [link, cell.seed, cell.fold, "done", f"{best:.3f}", f"{own[0]['seconds']:.0f}"]
         lines.append(line)
     body = "\n".join(f"<tr>{''.join(f'<td>{one}</td>' for one in line)}</tr>" for line in lines)
     title = escape(path.parent.name)
