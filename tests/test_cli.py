@@ -291,6 +291,7 @@ def test_calibrate_chooses_the_cut_that_is_best_on_the_pairs(
     best = mean(facts["threshold"], facts["min_size"])
     assert all(mean(cut) <= best for cut in np.arange(1, 100) / 100)
     assert f"mean Dice {best:.3f} on cell0, cell1, cell2" in told
+    assert ("end of its range" in told) == (facts["threshold"] in (0.01, 0.99))
     with pytest.raises(DataError, match="cell1"):
         check_unseen(facts, samples[1:], out)
     assert load_checkpoint(checkpoint)[1].get("seen", {}) == {}

@@ -58,7 +58,7 @@ measure: validation
 MENDED = re.compile(r"\{initialisation: center, weights.*\}")
 PAIR = f"""\
 {COMMON.replace("steps: 2", "steps: 1")}\
-  thin, 2D: {{{{depth: 1}}}}
+  thin, 2D: {{{{depth: 1, every: 2}}}}
   thick: {{{{depth: 3}}}}
 """
 
@@ -151,7 +151,7 @@ def test_a_fold_may_name_its_own_validation_neurons(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (GRID.replace("depth", "dept"), "did you mean 'depth'"),
+        (GRID.replace("depth", "dept"), r"grid\.yaml: .*did you mean 'depth'"),
         (GRID.replace("{steps: 3}", "{every: 3}") + "measure: tree\n", "tree needs all slices"),
         (GRID.replace("{one: {", "{a b: {}, a/b: {"), "share the folder grid/a-b-s0-f0"),
     ],
@@ -320,7 +320,7 @@ def test_a_run_that_traces_gives_rows_with_the_scores_of_its_trees(tmp_path):
     run.record("neurons", {"cell1": scores})
     cell = sweeps.Cell("a", 0, 0, "grid/a-s0-f0", {"depth": 5})
     path = tmp_path / "trees.csv"
-    sweeps.write_results(path, sweeps._rows(run, cell, "x", "tree"), "tree")
+    sweeps.write_results(path, sweeps._rows(run, cell, "x", "tree", True), "tree")
     (stored,) = sweeps.read_results(path, "tree")
     told = {key: stored[key] for key in ("neuron", "volume", "esa", "recall", "trees", "seconds")}
     assert told == {
@@ -384,7 +384,7 @@ def test_a_grid_that_measures_masks_runs_in_parts_to_one_file(data, tmp_path, ca
     assert [row["network"] for row in first] == [*FILTERS, "thick"]
     assert [row["network"] for row in both] == [*FILTERS, "thin, 2D", "thick"]
     kept = [row for row in both if row["network"] != "thin, 2D"]
-    # As text, because NaN is not equal to itself; the newest run gave the filters.
+    # As text, because NaN is not equal to itself. The filters on fewer slices are not stored.
     assert [str(one | {"run": ""}) for one in kept] == [str(one | {"run": ""}) for one in first]
     for line in both:
         assert line["neuron"] == line["volume"] == "cell0"
@@ -543,7 +543,9 @@ def test_a_run_stops_on_misplaced_trees(data, tmp_path, capsys):
         runs.run_course(str(data), "empty", "x", tmp_path / "runs", parameters, ())
     assert not (tmp_path / "runs").exists()
     runs.run_course(str(data), "empty", "x", tmp_path / "runs", parameters, (), True)
-    assert "cell0.tif: spacing not known" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "cell0.tif: spacing not known" in said
+    assert "; set the parameter spacing=Z,Y,X in µm" in said
 
 
 def test_trees_in_micrometres_lie_in_their_images(data, tmp_path, capsys):

@@ -610,6 +610,8 @@ def calibrate(
     print(f"{out}: threshold {chosen['threshold']:g}, filter weight {chosen['filter_weight']:g},")
     print(f"pieces of at least {chosen['min_size']} voxels, if slices are as far apart as pixels;")
     print(f"mean Dice {chosen['calibrated']:.3f} on {names}, on which they were chosen")
+    if chosen["threshold"] in (0.01, 0.99):
+        print("the threshold is at the end of its range: does the network suit these stacks?")
 
 
 @app.command()

@@ -550,7 +550,8 @@ def check_data(data: str, choices: Sequence[dict], ignore_frames: bool = False) 
         files.check_name(data, pair.image.resolve(), pair.swc.resolve())
         volume, tree = read_pair(pair)
         for remark in set(remarks(volume, "")) - printed:  # once, not for every image
-            print(f"{pair.image.name}{remark.replace('--spacing ', '-p spacing=')}", flush=True)
+            told = remark.replace("give --spacing ", "set the parameter spacing=")
+            print(f"{pair.image.name}{told}", flush=True)
             printed.add(remark)
         check_pair(tree, volume.data.shape, pair.name)
         if not ignore_frames:

@@ -29,7 +29,7 @@ from neurolib.course.runs import NotebookError, Run
 from neurolib.data.datasets import data_label, read_manifest
 from neurolib.errors import NeurolibError, SettingsError
 from neurolib.evaluation import in_unit, volume_diagonal
-from neurolib.files import atomic_path, claim, decode, text_key, write_text
+from neurolib.files import atomic_path, claim, decode, naming, text_key, write_text
 from neurolib.parameters import read_as
 from neurolib.volume import read_volume
 
@@ -98,7 +98,11 @@ class Cell:
     @property
     def data_settings(self) -> str:
         """Hash of the parameters on which a filter's result depends."""
-        return _hash({key: self.parameters[key] for key in FILTERED if key in self.parameters})
+        return _hash_filtered(self.parameters)
+
+
+def _hash_filtered(parameters: dict) -> str:
+    return _hash({key: parameters[key] for key in FILTERED if key in parameters})
 
 
 def _hash(values: dict) -> str:
@@ -200,8 +204,9 @@ def run_sweep(
         stem += f"-{data_label(data)}"
     data, folder = data or grid["data"], Path(folder).absolute()
     defaults = runs.defaults_of(chain)
-    for given in (grid["common"], *grid["networks"].values()):
-        given |= runs.merge(runs.choose_parameters(given, defaults))
+    with naming(str(path)):
+        for given in (grid["common"], *grid["networks"].values()):
+            given |= runs.merge(runs.choose_parameters(given, defaults))
     whole = list(_cells(grid, stem, seeds))
     cells = _part(path, grid, whole, rows, folds)
     _check(path, measure, whole, defaults, results)
@@ -211,6 +216,8 @@ def run_sweep(
         runs.check_run(folder / cell.name, data)
     locks = folder / stem / ".lock", results.with_name(f".{results.name}.lock")
     order, failed = [*FILTERS, *grid["networks"]], {}
+    # A network with a sampling of its own, say, would store other rows of the same filters.
+    usual = [_hash_filtered(grid["common"] | fold) for fold in grid["folds"]]
     with claim(locks[0]), claim(locks[1], results):
         kept, done = _kept(results, cells, whole, data, measure), {}
         job = functools.partial(_run_cell, data, str(folder), chain, os.getcwd())
@@ -219,7 +226,8 @@ def run_sweep(
                 failed[cell.name] = str(ended)
                 print(f"== {cell.name} failed: {ended}", flush=True)
             else:
-                done[cell.name] = _rows(ended, cell, data, measure)
+                with_filters = cell.data_settings == usual[cell.fold]
+                done[cell.name] = _rows(ended, cell, data, measure, with_filters)
                 _write_together(results, [kept, *done.values()], order, measure)
                 print(f"== {len(done)} of {len(cells)} done: {cell.name}", flush=True)
             there = [*kept, *(row for rows in done.values() for row in rows)]
@@ -351,8 +359,8 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _rows(run: Run, cell: Cell, data: str, measure: str) -> list[dict]:
-    """Lines of a results file for one run."""
+def _rows(run: Run, cell: Cell, data: str, measure: str, with_filters: bool) -> list[dict]:
+    """Lines of a results file for one run, and for the filters measured beside it if wanted."""
     metrics = run.metrics()
     records, about = metrics["notebooks"], metrics["about"]
     chain = MEASURES[measure]
@@ -386,7 +394,8 @@ def _rows(run: Run, cell: Cell, data: str, measure: str) -> list[dict]:
         names = {"neuron": pair.neuron, "volume": pair.name, "style": pair.style}
         names |= {"diagonal": round(diagonal, 1)}
         rows.append(common | names | _numbers(scores))
-        for name, filtered in metrics.get("filters", {}).get(pair.name, {}).items():
+        filters = metrics.get("filters", {}).get(pair.name, {}) if with_filters else {}
+        for name, filtered in filters.items():
             trained = dict.fromkeys((*VARIED_AND_SHARED, "key", "weights", "device", "seconds"), "")
             row = common | trained | names | _numbers(filtered)
             rows.append(row | {"network": name, "seed": "", "settings": cell.data_settings})
