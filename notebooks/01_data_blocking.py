@@ -37,17 +37,17 @@ data = (
     "synthetic"  # "synthetic", "bigneuron-janelia", "rendered:FOLDER" of trees, a folder of pairs
 )
 test_neurons = 1  # neurons held out for the final numbers
-train_neurons = 0  # neurons to train on; 0 takes all that are left
+train_neurons = 0  # neurons to train on; 0: all that are left
 validation_neurons = 1  # neurons held out to choose the checkpoint and its threshold
-held_out = ""  # names of the test neurons, comma-separated, instead of a draw
-validate_on = ""  # names of the validation neurons, comma-separated, instead of a draw
+held_out = ""  # names of the test neurons, comma-separated; empty: drawn at random
+validate_on = ""  # names of the validation neurons, comma-separated; empty: drawn
 seed = 0  # of the split
-target = "sironi"  # or its other name "scale_space"; or "radius"
-tau = 0.1  # threshold of the target's response
+target = "sironi"  # or "scale_space", its other name; or "radius"
+tau = 0.1  # threshold on the target's response
 gold = ""  # folder of gold-standard SWC files, to compare the synthetic trees with
 stacks = ""  # folder of real image/SWC pairs, to compare the synthetic stacks with
-channel = -1  # of multi-channel images, counted from 0; -1: they have one
-spacing = ""  # Z,Y,X in µm, edge lengths of a voxel; empty: what the images say
+channel = -1  # the channel of multi-channel images, counted from 0; -1: they have only one
+spacing = ""  # edge lengths of a voxel, Z,Y,X in µm; empty: as the images say
 
 # %% jupyter={"source_hidden": true} tags=["bootstrap", "hide-input"]
 import os
@@ -85,15 +85,15 @@ run = runs.open_run(run_dir, "01_data_blocking", globals())
 # ## A stack and a tree
 #
 # What exactly should the network learn, and from which pieces of which volumes? This notebook answers
-# with arrays. Much of a score is decided here, before any network is trained.
+# with arrays. Much of the final score is decided here, before any network is trained.
 #
 # A *stack* is an array of intensities `(z, y, x)`: slice, row, column. Its *spacing* says how many
-# micrometres lie between neighbours along each axis. An *SWC* file is a tree with one *node* per line:
-# its number, its type, x, y and z, a radius, and the number of its parent. A node without a parent is a
-# *root*, one without children a *tip*, and one with several children a *branch point*. We keep x, y and
-# z in voxels, with voxel centres at whole numbers. SWC files from elsewhere may be in micrometres, may
-# count from one, or may be flipped in y. These are the classic mistakes, and no error message will tell
-# you about them.
+# micrometres lie between neighbouring voxels along each axis. An *SWC* file holds a tree, with one *node*
+# per line: its number, its type, x, y and z, a radius, and the number of its parent. A node without a
+# parent is a *root*, one without children a *tip*, and one with several children a *branch point*. We
+# keep x, y and z in voxels, with voxel centres at whole numbers. SWC files from elsewhere may be in
+# micrometres, may count from one, or may be flipped in y. These are the classic mistakes, and no error
+# message will tell you about them.
 
 # %%
 pairs = datasets.load_dataset(data, channel, spacing)
@@ -102,20 +102,20 @@ print(f"{len(pairs)} pairs; {sample.pair.name}: {sample.pair.style}, shape {samp
 print(f"{len(sample.tree.xyz)} nodes, {swc.length(sample.tree):.0f} voxels of neurite")
 
 # %% [markdown]
-# Here is the same tree flipped in y. It still lies inside the image, but it is wrong. Look at it once,
-# so that you recognise it when you meet it.
+# Here is the same tree flipped in y. It still lies inside the image, but it is wrong. Take a good look,
+# so that you recognise this mistake when you meet it.
 
 # %%
 flipped = swc.transform(sample.tree, flip_y=sample.image.shape[1])
-trees = {"as it is": sample.tree, "flipped in y": flipped}
+trees = {"original": sample.tree, "flipped in y": flipped}
 figure = plotting.projections({sample.pair.name: sample.image}, trees)
 alt = "Projections of the volume: the true tree follows the neurites, the flipped one does not."
 plotting.show(figure, "frames", alt, run.figures)
 
 # %% [markdown]
-# A number shows it, too: if the tree belongs to the image, the image is brighter on the tree than beside
-# it. `swc.fit` measures this contrast. It also tries other frames, and names one that fits clearly
-# better.
+# A number shows this, too: if the tree belongs to the image, the image is brighter on the tree than
+# beside it. `swc.fit` measures this contrast. It also tries other coordinate frames, and names one that
+# fits clearly better.
 
 # %%
 volume = Volume(sample.image, sample.spacing)
@@ -124,7 +124,7 @@ for name, tree in trees.items():
     print(f"{name}: contrast {found.contrast:.1f}, {found.hint or 'no other frame fits better'}")
 
 # %% [markdown]
-# The command `neurolib inspect cell.tif cell.swc` says the same about your own files, and what is in
+# The command `neurolib inspect cell.tif cell.swc` tells you the same about your own files, and what is in
 # them:
 
 # %% tags=["nbval-ignore-output"]
@@ -134,8 +134,8 @@ for text in inspection.inspect_files([sample.pair.image, sample.pair.swc]):
 # %% [markdown]
 # ### Exercise 1: micrometres
 #
-# An SWC from another program is in micrometres. Write the function that converts its points `(n, 3)`,
-# each x, y, z, into voxels, for a spacing (dz, dy, dx) in µm.
+# Suppose that an SWC file from another program is in micrometres. Write the function that converts its
+# points `(n, 3)`, each x, y, z, into voxels, for a spacing (dz, dy, dx) in µm.
 
 
 # %% tags=["exercise"]
@@ -154,28 +154,28 @@ exercises.q1(to_voxels)
 # ```
 #
 # Points are (x, y, z) and spacings (dz, dy, dx): one of the two has to be reversed. `swc.transform` does
-# this; it also subtracts an origin and mirrors y where you ask for it.
+# this; it also subtracts an origin and mirrors y if you ask it to.
 # </details>
 
 # %% [markdown]
 # ## The target
 #
-# We cannot ask a network for the thickness of a neurite, because the radii in SWC files are rough. We
-# follow Sironi et al. (2016) and ask for a *response* that falls with the distance $D$ from the
+# We cannot ask a network for the thickness of a neurite, because the radii in SWC files are only rough.
+# We follow Sironi et al. (2016) and ask for a *response* that falls with the distance $D$ from the
 # centreline,
 #
 # $$ y(D) = \frac{e^{a (1 - D / d_M)} - 1}{e^{a} - 1} \quad (D < d_M), \qquad a = 6, \; d_M = 5
 # \text{ voxels}, $$
 #
-# and that is 0 farther away. We call a voxel *foreground* where $y \ge \tau$. The paper does not print
-# these constants; they are our choice. The tube is equally wide everywhere. So most of the soma, the
-# brightest part of the image, is background, and a network has to learn that bright is not enough.
+# and is 0 farther away. We call a voxel *foreground* where $y \ge \tau$. The paper does not print these
+# constants; they are our choice. The resulting tube is equally wide everywhere. So most of the soma, the
+# brightest part of the image, is background, and a network has to learn that brightness is not enough.
 #
-# The paper speaks of a *scale-space* distance transform. There the response has a fourth coordinate,
-# the radius $r$: at a voxel $x$, $D^2 = \lVert x - c \rVert^2 + (r - r_c)^2$ to a point $c$ of the
-# centreline with radius $r_c$, and the target is the largest response over all $r$. The largest lies at
-# $r = r_c$, where the second term vanishes and $D$ is the distance in space. So `"sironi"` and
-# `"scale_space"` are two names for one target.
+# The paper speaks of a *scale-space* distance transform. There the response has a fourth coordinate, the
+# radius $r$. The distance of a voxel $x$ from a point $c$ of the centreline with radius $r_c$ is then
+# given by $D^2 = \lVert x - c \rVert^2 + (r - r_c)^2$, and the target is the largest response over all
+# $r$. It is reached at $r = r_c$, where the second term vanishes and $D$ is the distance in space. So
+# `"sironi"` and `"scale_space"` are two names for one target.
 #
 # The threshold is our choice, too, and it sets the radius of the tube that we ask for:
 
@@ -205,7 +205,7 @@ exercises.q2(threshold)
 #     return (np.exp(6 * (1 - radius / 5)) - 1) / (np.exp(6) - 1)
 # ```
 #
-# The tube ends where y(D) is the threshold: at D = radius.
+# The tube ends where y(D) equals the threshold: at D = radius.
 # </details>
 
 # %%
@@ -244,16 +244,16 @@ for value in taus:
 
 # %% [markdown]
 # The wider the tube, the less one voxel costs. So a Dice of 0.5 says nothing until you know the target.
-# The threshold of this course is 0.1 unless a text says otherwise, and we never compare numbers that
-# were made with different targets.
+# The threshold of this course is 0.1 unless stated otherwise, and we never compare numbers that come from
+# different targets.
 #
 # ## Blocks
 #
-# A block is five slices of 100 × 100. Blocks lie on a grid: in y and x, the last one moves inward, so
-# that it ends with the volume; in z, every slice is the centre of its own blocks, and the outermost
-# slices are repeated. Inside the volume, a block is a view, and not a copy. Most blocks hold nothing. We
-# train on the *salient* ones, in whose centre slice at least 0.1 % of the voxels are foreground, and on
-# some others.
+# A block is five slices of 100 × 100 voxels. Blocks lie on a grid. In y and x, the last one is moved
+# inward, so that it ends where the volume ends; in z, every slice is the centre of its own blocks, and
+# the outermost slices are repeated. Inside the volume, a block is a view, not a copy. Most blocks are
+# empty. We train on the *salient* ones, in whose centre slice at least 0.1 % of the voxels are
+# foreground, and on some others.
 
 # %%
 grid = blocking.block_grid(sample.image.shape)
@@ -281,8 +281,8 @@ plotting.show(plotting.images(panels, columns=6, bar=True), "block", alt, run.fi
 # ### Exercise 3: the last block
 #
 # An axis has 250 voxels, a block has 100, and the stride is 100: where do the blocks begin? Write a
-# function for any size, block and stride. Every voxel must be in a block, and no block may leave the
-# volume.
+# function for any size, block and stride. Every voxel must be in a block, and no block may extend beyond
+# the volume.
 
 
 # %% tags=["exercise"]
@@ -300,16 +300,16 @@ exercises.q3(starts)
 #     return [*range(0, size - block, stride), size - block]
 # ```
 #
-# The last block ends with the volume, wherever the stride would have put it; `range` stops before that
-# place, so that it appears only once.
+# The last block ends where the volume ends, wherever the stride would have put it; `range` stops before
+# that start, so that it appears only once.
 # </details>
 
 # %% [markdown]
 # ### What salient blocks leave out
 #
-# A network that is trained on salient blocks alone is never shown what lies elsewhere. We count the
-# voxels that are as bright as the neurite but farther from it than the target reaches, and ask whether
-# the centre slice of a salient block shows them:
+# A network trained on salient blocks alone never sees what lies elsewhere. We count the voxels that are
+# as bright as the neurite but farther from it than the target reaches, and ask whether the centre slice
+# of a salient block shows them:
 
 
 # %%
@@ -328,17 +328,17 @@ for pair in pairs[:6]:
     print(f"{pair.name}: {shown} shown, {hidden} never shown")
 
 # %% [markdown]
-# What is never shown is noise and specks here; in real stacks it is other cells, and there can be far
-# more of them. Nothing tells the network that they are not neurites. That is why other blocks join;
+# Here, what is never shown is noise and specks; in real stacks it is other cells, and there can be far
+# more of them. Nothing tells the network that they are not neurites. That is why we add other blocks;
 # notebook 03 chooses how many.
 #
 # ## Splits by neuron
 #
 # Neighbouring blocks show the same neurite, so a split by block tests a network on what it was trained
-# on. The laziest learner shows how flattering that can be. It remembers its training blocks. When it is
-# asked about a block, it answers with the target of the training block that looks most like it. It is a
-# straw man, and meant as one: it has understood nothing, so whatever it scores has leaked. It does not
-# tell us how much a network would leak.
+# on. The laziest possible learner shows how flattering that can be. It remembers its training blocks.
+# When it is asked about a block, it answers with the target of the training block that looks most like
+# it. It is a straw man, and meant as one: it has understood nothing, so whatever it scores has leaked. It
+# does not tell us how much a network would leak.
 
 
 # %%
@@ -369,13 +369,13 @@ honest = dice_of_memory(other_images, other_masks, images[~half], masks[~half])
 print(f"split by block: Dice {leaked:.2f}; split by neuron: Dice {honest:.2f}")
 
 # %% [markdown]
-# The questions are the same, and so is the learner; only what it was allowed to remember differs.
+# The test blocks are the same, and so is the learner; only what it was allowed to remember differs.
 #
 # ### Exercise 4: break the split
 #
 # Predict first: with which split does this learner score highest, and with which lowest? Put the four
-# names in order, the highest score first; the check then runs all four on the embedded data set. The
-# learner remembers, with `"random blocks"`, half of the blocks of one neuron, drawn at random; with
+# names in order, the highest score first; the check then runs all four on the embedded data set. With
+# `"random blocks"`, the learner remembers half of the blocks of one neuron, drawn at random; with
 # `"alternate slices"`, the blocks of every other slice; with `"halves in z"`, the first half of the
 # slices; with `"another neuron"`, the blocks of another neuron.
 
@@ -391,15 +391,15 @@ exercises.q4(order)
 # order = ["alternate slices", "random blocks", "halves in z", "another neuron"]
 # ```
 #
-# With alternate slices, every test block has a training block one slice away, which shows nearly the
+# With alternate slices, every test block has a training block one slice away, which looks nearly the
 # same. With random blocks, some have none. Halves in z leak only at the plane between them. Change
 # `< 0.5` in the cell above to `< 0.9` and run it again: the more the learner remembers, the higher its
-# leaked score, and the honest one stays where it is.
+# leaked score, while the honest one stays where it is.
 # </details>
 
 # %% [markdown]
-# So whole neurons are held out, and two crops of one neuron are one neuron: a part word at the end of a
-# name (`in40_body`, `in40_tail`) marks them, or a file `neurons.csv` does.
+# So we hold out whole neurons, and two crops of one neuron count as one: their names differ only in a
+# last word for the part (`in40_body`, `in40_tail`), or a file `neurons.csv` says so.
 
 # %%
 named = {"held_out": held_out, "validate_on": validate_on, "train": train_neurons}
@@ -410,8 +410,8 @@ for role, members in zip(("train", "validation", "test"), split, strict=True):
 # %% [markdown]
 # ## Checkpoint
 #
-# You now have a split with the hash of every file, so that nobody can change the data without
-# the next notebooks noticing.
+# You now have a split with the hash of every file, so that nobody can change the data without the
+# following notebooks noticing.
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 datasets.write_manifest(run.path("split.json"), split, seed)
@@ -421,27 +421,27 @@ print(f"{run.path('split.json').name}: {len(pairs)} pairs, seed {seed}")
 # %% [markdown]
 # ## Appendix: how real is the synthetic data?
 #
-# Trees and stacks of the embedded data set are generated; a result on them says what works, not how well
-# it works on your microscope. Each row compares one statistic with real neurons: trees with 32
-# gold-standard SWCs of BigNeuron (trees on which several people agreed), stacks with six confocal stacks
-# of *Drosophila* neurons (ranges recorded in `neurolib.data.synthesis`, or measured now if the
-# parameters `gold` and `stacks` name folders). `axis`, `near` and `far` are percentiles of the intensity
-# on the neurite, 2 to 6 voxels beside it, and elsewhere. `foreground` counts all voxels within 2 voxels of
-# the tree, and `contrast` is their mean brightness over that far from it (not the contrast of `swc.fit`);
-# `dice` is the best that any threshold alone can do.
+# The trees and stacks of the embedded data set are generated; a result on them says what works, not how
+# well it works on your microscope's images. Each row compares one statistic with that of real neurons:
+# trees with 32 gold-standard SWCs of BigNeuron (trees on which several people agreed), stacks with six
+# confocal stacks of *Drosophila* neurons (ranges recorded in `neurolib.data.synthesis`, or measured now
+# if the parameters `gold` and `stacks` name folders). `axis`, `near` and `far` are percentiles of the
+# intensity on the neurite, 2 to 6 voxels from it, and elsewhere. `foreground` is the share of voxels
+# within 2 voxels of the tree, and `contrast` is their mean brightness divided by that of voxels far from
+# it (not the contrast of `swc.fit`); `dice` is the best Dice that a threshold alone can reach.
 
 # %%
 generated = datasets.load_dataset("synthetic")
 real = datasets.measure(gold) if gold else []
 for row in datasets.measure(stacks) if stacks else []:
-    # Of these pairs the stacks: their trees were traced by another hand.
+    # Only the stacks of these pairs: somebody else traced their trees.
     real.append({key: row[key] for key in synthesis.REAL_RANGES})
 rows = synthesis.calibration(datasets.measure(generated), real)
 display(Markdown(runs.table(rows)))
 
 # %% [markdown]
-# Read the last column: these stacks are easier than real ones. A threshold reaches a higher Dice
-# than it does in the real stacks, and the dimmest stretches are brighter. Every result of this course
+# Read the last column: these stacks are easier than real ones. A threshold reaches a higher Dice than it
+# does in real stacks, and the dimmest stretches of neurite are brighter. Every result of this course
 # therefore names the style of its data: *synthetic*, *rendered from gold* (a real tree, its stack
 # rendered: `data="rendered:FOLDER"`), or *real*.
 #
@@ -467,8 +467,8 @@ if projection.is_file():
 
 # %% [markdown]
 # **Summary.** A tree became a target with a threshold that we chose; a volume became blocks that cost
-# hardly any memory; a data set was split by neuron. The paper works on 45 Janelia volumes, 38 for
-# training, 3 for validation and 4 for test; it does not say which ones.
+# hardly any memory; a data set was split by neuron. The paper uses 45 Janelia volumes, 38 for training, 3
+# for validation and 4 for testing; it does not say which ones.
 #
 # **Next:** [02 Weight inflation](02_weight_inflation.ipynb).
 #

@@ -15,7 +15,7 @@
 #
 # *How can a transformer that knows only flat photographs look at five slices at once?*
 #
-# ![One kernel of the patch embedding, inflated in three ways: in five equal parts, in the middle slice alone, and as a bell.](attachment:kernels.png)
+# ![One kernel of the patch embedding, inflated in three ways: in five equal parts, in the middle slice alone, and as a bell curve.](attachment:kernels.png)
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/neurite-vit-course/neurite-vit-course/blob/main/notebooks/02_weight_inflation.ipynb)
 # [![Open on Binder](https://mybinder.org/badge_logo.svg)](https://mybinder.org/v2/gh/neurite-vit-course/neurite-vit-course/main?urlpath=lab/tree/notebooks/02_weight_inflation.ipynb)
@@ -24,7 +24,7 @@
 #
 # - fold a colour patch embedding into a grey one, exactly
 # - inflate it with the average and the center strategy, and say what each gains and ignores
-# - prove that the inflated network still is the 2D one, and count what the third dimension costs
+# - prove that the inflated network is still the 2D one, and count what the third dimension costs
 # - look at the tokens and at the attention of an encoder before any training
 #
 # **Before this:** [01 Data blocking](01_data_blocking.ipynb).
@@ -39,8 +39,8 @@ weights_file = ""  # your own file of 2D weights; empty: cache, model hub, packa
 depth = 5  # slices of a block, odd
 size = 224  # rows and columns that the encoder sees
 seed = 0  # of the random initialisations
-channel = -1  # of multi-channel images, counted from 0; -1: they have one
-spacing = ""  # Z,Y,X in µm, edge lengths of a voxel; empty: what the images say
+channel = -1  # the channel of multi-channel images, counted from 0; -1: they have only one
+spacing = ""  # edge lengths of a voxel, Z,Y,X in µm; empty: as the images say
 
 # %% jupyter={"source_hidden": true} tags=["bootstrap", "hide-input"]
 import os
@@ -78,13 +78,13 @@ run = runs.open_run(run_dir, "02_weight_inflation", globals())
 # A vision transformer cuts an image into patches of $p \times p$ pixels and maps each to a vector, a
 # *token*, with one linear layer, the *patch embedding*: $E$ kernels of shape $(3, p, p)$. It adds a
 # *position embedding* to each token, since nothing else says where a patch was, and puts one more token
-# in front, the *class token*, which stands for the whole image. Then come a dozen equal *blocks* (of
-# layers, not of slices). In each, *attention* lets every token ask all others. Three linear maps turn the
-# tokens into queries $Q$, keys $K$ and values $V$, and each token receives
+# in front, the *class token*, which stands for the whole image. Then come a dozen *blocks* (of layers,
+# not of slices), all of the same form. In each, *attention* lets every token consult all the others.
+# Three linear maps turn the tokens into queries $Q$, keys $K$ and values $V$, and each token receives
 #
 # $$ \operatorname{softmax}\big( Q K^T / \sqrt{d} \big) \, V, $$
 #
-# that is, much of the value of a token whose key resembles its query, and little of all others. This
+# that is, much of the value of any token whose key resembles its query, and little of the rest. This
 # happens in several *heads* side by side, each with $d$ numbers of its own (here six heads of 64). A
 # small network of two linear layers (MLP) then works on each token by itself. Attention and MLP each see
 # normalised tokens, and add their result to the token (DINOv2 first multiplies it by learnt factors,
@@ -96,24 +96,24 @@ run = runs.open_run(run_dir, "02_weight_inflation", globals())
 #
 # ### What DINO learns from
 #
-# DINO learns from photographs without a label. Two copies of the network, a student and a teacher, see
-# different crops of one photograph, and the student learns to give the description that the teacher
-# gives; the teacher is a running average of the student, and its answers are centred and sharpened, so
-# that both cannot agree on one answer for everything. To describe a small crop as the teacher describes
-# the whole, the student must recognise what the crop belongs to, and its attention learns to follow
-# objects. DINOv2, which this course uses, adds that patches are hidden and their tokens must be
+# DINO learns from unlabelled photographs. Two copies of the network, a student and a teacher, see
+# different crops of one photograph, and the student learns to give the same description as the teacher.
+# The teacher is a running average of the student, and its answers are centred and sharpened, so that the
+# two cannot agree on one answer for everything. To describe a small crop as the teacher describes the
+# whole, the student must recognise what the crop belongs to, and its attention learns to follow objects.
+# DINOv2, which this course uses, adds a second task: some patches are hidden, and their tokens must be
 # guessed.
 
 # %%
 figure = plotting.distillation(chelsea(), (90, 10, 240), (170, 40, 110))
-alt = "Two crops of a photograph of a cat, one to the teacher, one to the student: both must agree."
+alt = "Two crops of a cat photograph, one for the teacher, one for the student: both must agree."
 plotting.show(figure, "dino", alt, run.figures)
 
 # %% [markdown]
 # ## The only layer that knows about pixels
 #
-# Everything after the patch embedding works on tokens. To read a block of $D$ grey slices, only the
-# patch embedding has to change: instead of three colours, its kernels must add up $D$ slices.
+# Everything after the patch embedding works on tokens. For a block of $D$ grey slices, only the patch
+# embedding has to change: its kernels must add up $D$ slices instead of three colours.
 
 # %%
 state = weights.load_pretrained(encoder, weights_file or None)
@@ -126,7 +126,7 @@ for key in (inflation.PATCH_WEIGHT, inflation.PATCH_BIAS, inflation.POSITION):
 print(weights.provenance(encoder, weights_file or None))
 
 # %% [markdown]
-# You can take other encoders by their timm names; the table at the end of this notebook lists them.
+# You can choose other encoders by their timm names; the table at the end of this notebook lists them.
 #
 # ## Colour to grey, exactly
 #
@@ -136,8 +136,8 @@ print(weights.provenance(encoder, weights_file or None))
 # $$ w' = \sum_c \frac{w_c}{\sigma_c}, \qquad b' = b - \sum_c \frac{\mu_c}{\sigma_c} \sum_{u,v}
 # w_c(u, v). $$
 #
-# With $w'$ and $b'$, a grey slice in [0, 1] gives exactly the tokens of the 2D model. (The code that
-# the paper builds on adds the channels and leaves out $\mu$ and $\sigma$; that is `fold="sum"` here.)
+# With $w'$ and $b'$, a grey slice in [0, 1] gives exactly the tokens of the 2D model. (The code that the
+# paper builds on just adds up the channels and leaves out $\mu$ and $\sigma$; that is `fold="sum"` here.)
 
 # %%
 mean, std = network.normalisation(encoder)
@@ -152,8 +152,8 @@ print(f"same tokens to 1e-4: {bool((of_colour - of_grey).abs().max() < 1e-4)}")
 # %% [markdown]
 # ### Exercise 1: fold the colours yourself
 #
-# Kernels `weight` (E, 3, p, p), their `bias` (E,), and `mean` and `std`, tensors (3,), are given. Return
-# the grey kernels $w'$ (E, 1, p, p) and their bias $b'$ (E,).
+# You are given kernels `weight` (E, 3, p, p), their `bias` (E,), and two tensors (3,), `mean` and `std`.
+# Return the grey kernels $w'$ (E, 1, p, p) and their bias $b'$ (E,).
 
 
 # %% tags=["exercise"]
@@ -174,29 +174,29 @@ exercises.q1(fold)
 # ```
 #
 # Divide before you sum: each channel has its own σ. The bias makes up for what the 2D model sees where
-# the slice is black: normalised, black is -µ/σ and not 0.
+# the slice is black: after normalisation, black is -µ/σ and not 0.
 # </details>
 
 # %% [markdown]
 # ## Inflation along z
 #
-# A kernel for $D$ slices, $(E, 1, D, p, p)$, is made from $w'$ by giving each slice a share. A block is as
-# deep as its kernels, so they move in y and x only: computed as a 2D convolution whose $D$ input channels
-# are the slices.
+# A kernel for $D$ slices, $(E, 1, D, p, p)$, is made from $w'$ by giving each slice a share. A block is
+# as deep as its kernels, so they move in y and x only: the layer is a 2D convolution whose $D$ input
+# channels are the slices.
 #
 #
-# - **average**: every slice $w' / D$. A block of equal slices gives the 2D tokens; a block of different
-#   slices is blurred along z.
-# - **center**: the middle slice $w'$, the others zero. *Any* block gives the tokens of its middle
+# - **average**: every slice is $w' / D$. A block of equal slices gives the 2D tokens; a block of
+#   different slices is blurred along z.
+# - **center**: the middle slice is $w'$, the others are zero. *Any* block gives the tokens of its middle
 #   slice: the other slices are ignored until training finds a use for them.
 #
-# Beyond the paper, `gaussian` lies between the two, and `random` replaces $w'$ by random numbers. That
-# is a control for what the pre-trained patch embedding is worth; try it with `initialisation` in
-# notebook 03.
+# Two more strategies go beyond the paper: `gaussian` lies between the two, and `random` replaces $w'$
+# with random numbers. The latter is a control for what the pre-trained patch embedding is worth; try it
+# with `initialisation` in notebook 03.
 #
 # ### Exercise 2: inflate a kernel
 #
-# Write the center strategy: grey kernels (E, 1, p, p) and a depth $D$, odd, give (E, 1, D, p, p).
+# Write the center strategy: grey kernels (E, 1, p, p) and an odd depth $D$ give (E, 1, D, p, p).
 
 
 # %% tags=["exercise"]
@@ -216,13 +216,12 @@ exercises.q2(inflate)
 #     return kernel
 # ```
 #
-# The check does not look at your kernel first, but at the tokens it gives: those of a random block must
-# be the 2D tokens of the block's middle slice.
+# The check looks first at the tokens that your kernel gives, and only then at the kernel: the tokens of a
+# random block must be the 2D tokens of the block's middle slice.
 # </details>
 
 # %% [markdown]
-# Here are both of the paper's strategies in six lines. They give what the library gives, to the last
-# bit:
+# Here are both of the paper's strategies in six lines. They agree with the library to the last bit:
 
 
 # %% tags=["method"]
@@ -265,8 +264,9 @@ plotting.show(figure, "kernels", alt, run.figures)
 # %% [markdown]
 # ### What average blurs and center ignores
 #
-# A thin bright tube lies in one slice of the block. `average` responds equally in every slice, with a
-# fifth of the 2D response; `center` responds in full, but in the middle slice only.
+# Suppose that a thin bright tube lies in one slice of the block. `average` responds equally whichever
+# slice that is, with a fifth of the 2D response; `center` responds in full, but only if it is the middle
+# slice.
 
 # %%
 response = inflation.tube_response(kernels, size)
@@ -277,8 +277,9 @@ alt = "Token change against tube depth: flat for average, a single peak at zero 
 plotting.show(figure, "depths", alt, run.figures)
 
 # %% [markdown]
-# Choose a strategy and a depth. Above, you see one kernel in each slice; below, the response of all
-# tokens to a tube in that slice. The deeper the block, the fainter `average` answers to one slice.
+# Choose a strategy and a depth. At the top, you see one kernel, slice by slice; at the bottom, the
+# response of all tokens to a tube in each slice. The deeper the block, the more weakly `average` responds
+# to a single slice.
 
 # %% tags=["nbval-ignore-output"]
 strategies = ipywidgets.Dropdown(options=inflation.STRATEGIES, value="center")
@@ -300,8 +301,8 @@ widgets.explore(draw, "inflated", alt, run.figures, strategy=strategies, depth=s
 # ### Exercise 3: when does averaging pay?
 #
 # Slices are noisy, each with noise of its own. A neurite that lies flat is in one slice of a block, a
-# steep one in all. Predict the signal-to-noise ratio of the `average` tokens for a tube in $n$ of $D$
-# slices, relative to that of a 2D model that looks at one slice with the tube in it.
+# steep one in all of them. Predict the signal-to-noise ratio of the `average` tokens for a tube in $n$ of
+# $D$ slices, relative to that of a 2D model that looks at one slice with the tube in it.
 
 
 # %% tags=["exercise"]
@@ -319,8 +320,8 @@ exercises.q3(gain)
 #     return n / depth**0.5
 # ```
 #
-# Of the signal, n/D is left. The mean of D independent noises has 1/√D of their standard deviation. The
-# ratio is n/√D: averaging five slices pays if the tube is in at least three.
+# A share n/D of the signal is left. The mean of D independent noises has 1/√D of their standard
+# deviation. The ratio is n/√D: averaging five slices pays if the tube is in at least three.
 # </details>
 
 # %% [markdown]
@@ -343,16 +344,15 @@ for n in range(1, depth + 1):
     )
 
 # %% [markdown]
-# As predicted, `average` passes 1 when the tube is in three slices. `center` has the 2D model's ratio,
-# 1, if its middle slice shows the tube, which is the slice that it must label. Where slices
-# lie far apart, a neurite is in few of them, which speaks for `center`; finer steps in z speak for
-# `average`.
+# As predicted, `average` passes 1 when the tube is in three slices. `center` has the 2D model's ratio, 1,
+# if its middle slice, the one that it must label, shows the tube. Where slices are far apart, a neurite
+# is in few of them, which favours `center`; finer steps in z favour `average`.
 
 # %% [markdown]
 # ## The whole network, inflated
 #
-# Now through all layers. Two identities must hold up to rounding; if they fail, something other than the
-# patch embedding was changed.
+# Now we go through all the layers. Two identities must hold up to rounding; if they fail, something other
+# than the patch embedding was changed.
 
 
 # %%
@@ -377,14 +377,14 @@ for name, found in (("average on a repeated slice", same), ("center on any block
 # %% [markdown]
 # ### Where a patch was
 #
-# One more tensor had to be fitted: the position embedding. It was learnt for the larger images of the
+# One more tensor had to be adapted: the position embedding. It was learnt for the larger images of the
 # pre-training and is *resized* to the patches that we have, as one resizes an image (bicubic). The
 # picture shows how similar the embedding of one place is to those of all other places, before and after:
 
 
 # %%
 def likeness(positions):
-    side = int(positions.shape[1] ** 0.5)  # behind the class token, a square
+    side = int(positions.shape[1] ** 0.5)  # after the class token, a square
     grid = F.normalize(positions[0, -(side**2) :], dim=1).reshape(side, side, -1)
     return grid @ grid[side // 3, side // 3]
 
@@ -393,18 +393,18 @@ before, after = state.get(inflation.POSITION), center.encoder.pos_embed
 if before is not None and after is not None:  # DINOv3 has rotary positions
     found = [likeness(part.detach()) for part in (before, after)]
     panels = {f"{len(part)} x {len(part)} places": part for part in found}
-    alt = "Likeness of one place to all others, before and after resizing: near ones are alike."
+    alt = "Likeness of one place to all others, before and after resizing: neighbours are alike."
     figure = plotting.images(panels, cmap="viridis", shared=True, label="cosine similarity")
     plotting.show(figure, "positions", alt, run.figures)
 
 # %% [markdown]
-# A place is most like its neighbours, and resizing keeps that: the network still knows what is beside
-# what. The identities above hold because both networks, 2D and 3D, have the same resized positions.
+# A place is most like its neighbours, and resizing preserves that: the network still knows what is next
+# to what. The identities above hold because both networks, 2D and 3D, have the same resized positions.
 #
 # ### One layer by hand
 #
-# Twelve layers like the following come next, and inflation leaves them as they are. This is all that
-# happens in one of them; it must give what timm's layer gives:
+# Twelve layers like the following come next, and inflation leaves them unchanged. This is all that
+# happens in one of them; the result must match that of timm's layer:
 
 
 # %% tags=["method"]
@@ -430,10 +430,10 @@ if after is not None:  # DINOv3's attention turns queries and keys by their posi
 # %% [markdown]
 # ## What it costs
 #
-# The patch embedding has $D$ times the weights and $D$ times the products; everything after it is the
-# same. A floating-point operation (FLOP) is one multiplication or one addition; PyTorch counts those of
-# all matrix products and convolutions for one block, for the encoder and for the network with its
-# decoder (but without the stem, which notebook 03 adds):
+# The inflated patch embedding has $D$ times the weights and $D$ times the products; everything after it
+# is the same. A floating-point operation (FLOP) is one multiplication or one addition. For one block,
+# PyTorch counts the FLOPs of all matrix products and convolutions, in the encoder and in the network with
+# its decoder (but without the stem, which notebook 03 adds):
 
 # %%
 settings = network.NetworkSettings(encoder=encoder, depth=depth, size=size)
@@ -442,13 +442,13 @@ display(Markdown(runs.table(network.costs(settings))))
 # %% [markdown]
 # This is why inflation adds hardly any cost: five slices give as many tokens as one. A transformer that
 # gave every slice its own tokens would have five times as many; its linear layers would cost five times
-# as much, and the products inside its attention 25 times.
+# as much, and the products inside its attention 25 times as much.
 #
 # ## What the tokens know before any training
 #
 # We send a block with a neuron through three encoders: one with random weights and two with pre-trained
 # ones. The three strongest directions among the tokens of all three are shown as red, green and blue:
-# equal colours are equal directions.
+# equal colours mean equal directions.
 
 # %%
 sample = blocking.read_sample(datasets.load_dataset(data, channel, spacing)[0])
@@ -484,8 +484,8 @@ plotting.show(figure, "attention", alt, run.figures)
 
 # %% [markdown]
 # With random weights, the class token attends to all patches alike; with pre-trained ones, it attends to
-# some more than to others. Does it attend to the neurite, or merely to what is bright? To tell, we need
-# a control: for each patch on the target, we take a patch off the target whose brightest voxel is as
+# some more than to others. Does it attend to the neurite, or merely to what is bright? To tell, we need a
+# control: for each patch on the target, we take a patch off the target whose brightest voxel is equally
 # bright.
 
 # %%
@@ -502,15 +502,15 @@ print(f"mean difference in brightness: {apart.min(axis=1).mean():.3f}")
 for name, found in maps.items():
     look = found.mean(0) / found.mean()
     twins = look[off_target][apart.argmin(axis=1)].mean()
-    print(f"{name}: on it {look[on_target].mean():.2f}, as bright {twins:.2f}")
+    print(f"{name}: on it {look[on_target].mean():.2f}, off it but as bright {twins:.2f}")
 
 # %% [markdown]
 # A value of 1 is the mean of all patches. In the stored run, the pre-trained networks attend to patches
-# with neurite about four times as much as to the mean patch. To patches that are as bright but hold no
-# neurite, they attend less than to the mean patch. So a bright voxel alone does not draw attention. But
-# any bright thread might; one image and one control cannot tell.
+# with neurite about four times as much as to the average patch. To equally bright patches without
+# neurite, they attend less than to the average patch. So a bright voxel alone does not draw attention.
+# But any bright thread might; one image and one control cannot tell us.
 #
-# The maps above are means over the *heads*, and these do not all attend to the same patches:
+# The maps above are means over the *heads*, and the heads do not all attend to the same patches:
 
 # %%
 heads = {f"head {i}": head for i, head in enumerate(maps["center"])}
@@ -519,8 +519,8 @@ figure = plotting.images(heads, columns=6, cmap="viridis", shared=True, label="a
 plotting.show(figure, "heads", alt, run.figures)
 
 # %% [markdown]
-# A patch of 14 pixels is 6 voxels of the block, and a neurite is 2 to 4 voxels wide: whatever attention
-# knows, it does not draw the neurite. That is left to the decoder and to training.
+# A patch of 14 pixels spans 6 voxels of the block, and a neurite is 2 to 4 voxels wide: whatever
+# attention knows, it does not draw the neurite. That is left to the decoder and to training.
 
 # %% [markdown]
 # ## Checkpoint
@@ -537,20 +537,20 @@ run.record("inflation", {"encoder": encoder, "matched": report.share})
 # %% [markdown]
 # ## Appendix: encoders that fit
 #
-# What is done here works for every plain vision transformer whose patch embedding is one convolution.
-# Give the name as `encoder`; weights come from the model hub, or from your own file (`weights_file`):
-# timm's, or a `.pth` of DINO's or DINOv2's authors. Licences are those that timm records with the
-# weights; read the authors' own before you publish or sell anything. `cc-by-nc-4.0` forbids commercial
-# use; DINOv3 has a licence of its own.
+# All this works for every plain vision transformer whose patch embedding is one convolution. Set
+# `encoder` to its name. The weights come from the model hub, or from your own file (`weights_file`):
+# timm's, or a `.pth` from the authors of DINO or DINOv2. The licences are those that timm records with
+# the weights; read the authors' own before you publish or sell anything. `cc-by-nc-4.0` forbids
+# commercial use; DINOv3 has a licence of its own.
 
 # %%
 display(Markdown(runs.table(network.describe_encoders())))
 
 # %% [markdown]
-# `image` is the side of the images that an encoder gets in timm; here it is the parameter `size`, and
-# position embeddings are resized to it. The paper uses DINO's encoders. DINOv3 has rotary positions and
-# needs no resizing; CLIP's patch embedding has no bias, and folding gives it one. Networks that are not
-# plain vision transformers (Swin, SAM, hybrids that begin with a CNN) are refused.
+# `image` is the side of the images that an encoder gets in timm; here, the parameter `size` takes its
+# place, and position embeddings are resized to it. The paper uses DINO's encoders. DINOv3 has rotary
+# positions and needs no resizing; CLIP's patch embedding has no bias, and folding gives it one. Networks
+# that are not plain vision transformers (Swin, SAM, hybrids that begin with a CNN) are refused.
 
 # %% [markdown]
 # **Summary.** Folding is exact; `average` equals 2D on equal slices; `center` equals 2D on every block.

@@ -17,7 +17,7 @@ class _NotAttempted(Exception):
 
 
 def question(praise: str) -> Callable:
-    """Turn a judge into a question: it maps an answer to a hint, or "" if the answer is right.
+    """Turn a judge, which maps an answer to a hint or to "" if it is right, into a question.
 
     `praise` is printed after "right".
     """
@@ -32,7 +32,7 @@ def question(praise: str) -> Callable:
                 return
             except Exception as error:
                 # An error in the reader's function must not end the cell.
-                hint = f"your answer raises {type(error).__name__}: {error}"
+                hint = f"Your answer raises {type(error).__name__}: {error}"
             print(f"✗ {judge.__name__}: not yet. {hint}" if hint else f"● right: {praise}")
 
         return ask

@@ -1,4 +1,4 @@
-"""Questions of notebook 02: fold colours, inflate a kernel, costs and gains of averaging."""
+"""Questions of notebook 02: folding colours, inflating a kernel, what averaging gains."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from neurolib.inflation import fold_rgb
 TOKENS, PATCH = 6, 4  # of the random kernels, (TOKENS, channels, PATCH, PATCH)
 
 
-@question("a grey slice gives the tokens of the 2D model, black or bright.")
+@question("black or bright, a grey slice gives the tokens of the 2D model.")
 def q1(fold: Callable) -> str:
     """Kernels (E, 3, p, p), their bias (E,), µ and σ (3,) give a grey kernel and its bias."""
     draw = torch.Generator().manual_seed(1)
@@ -51,30 +51,30 @@ def _fold_hint(weight, bias, mean, std, grey, shifted) -> str:
     mistakes = [
         (weight, "The 2D model divides each channel by its σ: so must w'."),
         (weight * std, "The 2D model divides by σ; you multiply."),
-        (weight / 3, "The answers of the three channels add up: sum over them, do not average."),
-        (weight / std / 3, "Right σ; but the answers of the channels add up: do not average."),
+        (weight / 3, "The outputs of the three channels add up: sum them, do not average."),
+        (weight / std / 3, "σ is right, but the outputs of the channels add up: do not average."),
     ]
     if not _same(grey, exact):
         sums = ((terms.sum(1, keepdim=True), hint) for terms, hint in mistakes)
         remedy = "w' is not right yet: divide the kernel of each channel by its σ, then sum them."
         return recognise(grey, sums) or remedy
     shift = bias - exact_bias
-    over_all = "In the bias, sum over channels and patch, do not average."
+    over_all = "In the bias, sum over channels and patch; do not average."
     mistakes = [
-        (bias, "A black slice is not zero to the 2D model, which takes µ away: b' is not b."),
-        (bias + shift, "µ is taken away from the slice: b' is b minus what µ/σ gives."),
+        (bias, "A black slice is not zero to the 2D model, which subtracts µ: b' is not b."),
+        (bias + shift, "µ is subtracted from the slice: b' is b minus what µ/σ gives."),
         (bias - (weight * mean).sum((1, 2, 3)), "In the bias, too, divide by σ."),
         (bias - shift / PATCH**2, over_all),
         (bias - shift / weight[0].numel(), over_all),
         (bias - (mean / std).sum() * exact.sum((1, 2, 3)), "Each channel has a µ/σ of its own."),
         (bias - (mean * exact).sum((1, 2, 3)), "µ_c goes with w_c / σ_c, not with their sum w'."),
-        (-shift, "What you take away is right, too; b itself is missing."),
+        (-shift, "What you subtract is right, too, but b itself is missing."),
     ]
     if _same(shifted, exact_bias):
         return ""
     if hint := recognise(shifted, mistakes):
         return f"w' is right. {hint}"
-    return "w' is right, b' is not yet: put g = 0 into (g - µ_c) / σ_c and see what w_c gives."
+    return "w' is right, but b' is not yet: put g = 0 into (g - µ_c) / σ_c and see what w_c gives."
 
 
 @question("any block gives the tokens of its middle slice.")
@@ -86,7 +86,7 @@ def q2(inflate: Callable) -> str:
         kernel = torch.as_tensor(call(inflate, grey.clone(), depth)).to(grey)
         if kernel.shape != (TOKENS, 1, depth, PATCH, PATCH):
             return (
-                f"Depth {depth} of kernels {tuple(grey.shape)}: expected (E, 1, D, p, p) = "
+                f"Depth {depth}, kernels {tuple(grey.shape)}: expected (E, 1, D, p, p) = "
                 f"{(TOKENS, 1, depth, PATCH, PATCH)}, got {tuple(kernel.shape)}."
             )
         block = torch.rand(2, 1, depth, 3 * PATCH, 3 * PATCH, generator=draw, dtype=grey.dtype)
@@ -95,21 +95,21 @@ def q2(inflate: Callable) -> str:
             continue
         shares = [_share(kernel[:, :, z], grey) for z in range(depth)]
         if None in shares:
-            return f"Depth {depth}: a slice of yours is no multiple of the grey kernel."
+            return f"Depth {depth}: one of your slices is not a multiple of the grey kernel."
         if np.allclose(shares, 1):
             return (
-                f"Every slice has the whole kernel: {depth} equal slices answer {depth} times as "
-                "strongly as one. Give it to the middle slice only."
+                f"Every slice has the whole kernel: {depth} equal slices give {depth} times the "
+                "response of one. Put the kernel into the middle slice only."
             )
         if np.allclose(shares, 1 / depth):
             return "That is average: it looks at all slices. Here only the middle one counts."
         used = np.flatnonzero(np.abs(shares) > 1e-6)
         if len(used) == 1 and used[0] != depth // 2:
-            return f"The kernel is in slice {used[0]} of {depth}; slices count from 0."
+            return f"The kernel is in slice {used[0]} of {depth}, counted from 0: not the middle."
         if len(used) == 1:
             return (
-                f"The right slice, but {shares[used[0]]:.3g} times the kernel: the tokens are "
-                "those of the 2D model only if it is the kernel itself."
+                f"The right slice, but {shares[used[0]]:.3g} times the kernel: only the kernel "
+                "itself gives the tokens of the 2D model."
             )
         return (
             f"Depth {depth}: your slices have the shares {np.round(shares, 2).tolist()} of the "
@@ -118,7 +118,7 @@ def q2(inflate: Callable) -> str:
     return ""
 
 
-@question("average gains where a neurite passes more than √D slices, else it loses.")
+@question("average gains if a neurite passes through more than √D slices; otherwise it loses.")
 def q3(gain: Callable) -> str:
     """Depth D and a tube's number n of slices give signal to noise, relative to 2D."""
     for depth, inside in [(9, 4), (9, 9), (9, 1), (5, 2), (5, 5), (7, 3), (1, 1)]:
@@ -127,16 +127,16 @@ def q3(gain: Callable) -> str:
             continue
         root = np.sqrt(depth)
         mistakes = [
-            (ratio, f"That is the signal. The noise shrinks, too, when {depth} are averaged."),
+            (ratio, f"That is the signal. The noise shrinks, too, if you average {depth} slices."),
             (inside, "Independent noise does not average out like 1/D, but like 1/√D."),
             (root, "That holds for a tube in all slices; here it is in n of them."),
-            (1 / root, "That holds for a tube in one slice; here it is in n."),
+            (1 / root, "That holds for a tube in one slice; here it is in n of them."),
             (root / inside, "The signal is divided by the noise, not the noise by the signal."),
             (ratio / root, "Less noise makes the ratio larger: divide by 1/√D."),
             (np.sqrt(ratio), "The signal grows with n itself, not with its root."),
         ]
         if hint := recognise(answer, mistakes):
-            return f"D = {depth}, n = {inside}: you say {answer:.2f}. {hint}"
+            return f"D = {depth}, n = {inside}: you gave {answer:.2f}. {hint}"
         return (
             f"D = {depth}, n = {inside}: {answer:.2f} is not right. How much is left of the "
             f"signal if {inside} of {depth} slices have it, and how much of the noise?"

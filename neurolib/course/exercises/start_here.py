@@ -7,7 +7,7 @@ import numpy as np
 from neurolib.course.exercises import call, question, recognise
 
 
-@question("a tube of that radius around the tree is what a network of this course must find.")
+@question("in this course, a tube of that radius around the tree is what a network must find.")
 def q1(share: Callable) -> str:
     """Length and radius of neurites and a shape (z, y, x) give their share of the volume."""
     for length, radius, shape in [(298.0, 1.9, (48, 192, 192)), (780.0, 2.5, (40, 100, 150))]:
@@ -17,8 +17,8 @@ def q1(share: Callable) -> str:
         mistakes = [
             (length / volume, "That is a thread one voxel wide: a tube has a cross-section."),
             (length * radius**2 / volume, "The cross-section is a circle: π is missing."),
-            (4 * exact, "The radius is half of the width."),
-            (exact * volume, "That is a number of voxels; divide by all of them."),
+            (4 * exact, "The radius is half the width."),
+            (exact * volume, "That is a number of voxels; divide it by the size of the volume."),
             (100 * exact, "A share lies between 0 and 1."),
             (length * 2 * np.pi * radius / volume, "That is the surface of the tube."),
         ]
@@ -29,7 +29,7 @@ def q1(share: Callable) -> str:
     return ""
 
 
-@question("nearly everything is right, and nothing is found: count overlap instead, as Dice does.")
+@question("nearly every voxel is right, yet nothing is found: measure overlap, as Dice does.")
 def q2(accuracy: Callable) -> str:
     """A mask gives the accuracy of the answer "no neurite anywhere"."""
     rng = np.random.default_rng(2)
@@ -39,11 +39,11 @@ def q2(accuracy: Callable) -> str:
         answer, exact = float(call(accuracy, mask.copy())), float((~mask).mean())
         about = f"{mask.mean():.1%} foreground: {answer:.4g}. "
         mistakes = [
-            (mask.mean(), "That is the share that it gets wrong."),
+            (mask.mean(), "That is the share that the network gets wrong."),
             (100 * exact, "A share lies between 0 and 1."),
-            ((~mask).sum(), "That is a number of voxels; divide by all of them."),
-            (0, "That is its Dice; of all voxels it gets most right."),
-            (1, "Not all of them: the voxels of the neurite are wrong."),
+            ((~mask).sum(), "That is a number of voxels; divide it by the size of the mask."),
+            (0, "That is the network's Dice; it does get most voxels right."),
+            (1, "Not all of them: the network gets the neurite wrong."),
         ]
         if np.isclose(answer, exact, rtol=1e-9):
             continue
