@@ -23,7 +23,7 @@
 # **You will be able to**
 #
 # - say what each term of a loss asks for, and which answers would satisfy it
-# - give every layer and every step its learning rate
+# - set the learning rate of every layer and every step
 # - train the network on two cores or on a GPU, and resume a run that was stopped
 # - read a learning curve without being fooled by the training loss
 #
@@ -32,7 +32,7 @@
 # **Takes** 3 minutes and 1.6 GB of memory on 2 cores, no GPU needed; 88 MB of weights, fetched once.
 
 # %% jupyter={"source_hidden": true} tags=["parameters", "hide-input"]
-# What is learnt from, and where results go
+# Training data, and where results go
 run_dir = "../runs/small"  # folder in which the notebooks leave their results
 data = "synthetic"  # "synthetic", "bigneuron-janelia", "rendered:FOLDER" of SWC files, or a folder of image/SWC pairs
 # The network
@@ -46,20 +46,20 @@ depth = 5  # slices of a block; 1 is the 2D network
 size = 224  # rows and columns that the encoder sees
 predict = "center"  # slices that a block predicts: "center" or "all"
 stem = True  # small U-Net at full resolution: ours, not the paper's
-contrast = True  # local contrast in place of brightness: ours, not the paper's
-fused = True  # a filter may count beside the network (see 04): ours, not the paper's
+contrast = True  # local contrast instead of brightness: ours, not the paper's
+fused = True  # a filter may support the network (see 04): ours, not the paper's
 # Training
 frozen = True  # train decoder and stem only; False trains the encoder, too, as the paper does
 steps = 200  # of the optimiser
 batch = 4  # blocks per pass
-seed = 0  # of everything random
+seed = 0  # for everything random
 encoder_rate = 1e-4  # peak learning rate at the top of the encoder
 decoder_rate = 1e-3  # peak learning rate of decoder and stem
 layer_decay = 0.75  # rate of each encoder layer relative to the one above it; 1 for equal rates
 loss = "dice+focal"  # or "dice+ce", "dice+ce+skeleton", "dice+ce+cldice"
 negatives = 1.0  # blocks without foreground per salient block
-ignore_untraced = False  # for partly traced trees: bright voxels far from the tree do not count
-# What a small device needs
+ignore_untraced = False  # for partly traced trees: ignore bright voxels far from the tree
+# For small devices
 accumulate = 1  # passes per step: many blocks per step on a small device
 checkpointing = False  # less memory, a third slower
 device = "auto"  # "auto", "cpu" or "cuda"
@@ -67,7 +67,7 @@ precision = "auto"  # bfloat16 where the hardware has it, else "32-true"
 # Validation
 validate_every = 25  # steps
 validation_blocks = 32  # per validation volume
-patience = 0  # validations without a better one after which to stop; 0: never
+patience = 0  # stop after this many validations without improvement; 0: never
 
 # %% jupyter={"source_hidden": true} tags=["bootstrap", "hide-input"]
 import os
@@ -104,14 +104,14 @@ target = runs.target_of(run)
 # %% [markdown]
 # ## Blocks of a step
 #
-# How does a network that knows photographs learn to see neurites, in two hundred steps? It starts with
-# what it is shown. Training blocks come from the training neurons alone. Here the grid is finer than in
-# notebook 01, with a block every 50 voxels. From it, we take all the salient blocks and, for each of them,
-# `negatives` blocks without foreground, so that the network also meets what is bright but not neurite
-# (*What salient blocks leave out*, in notebook 01). Each block is changed at random, as if another
-# microscope had taken it (*augmentation*): flipped and turned, zoomed by 0.8 to 1.25 (three blocks in
-# ten), made brighter or darker (gamma 0.7 to 1.5), noisier (standard deviation up to 0.05), or robbed of
-# a slice (one block in ten). Block and target move together.
+# How does a network that knows photographs learn to see neurites, in two hundred steps? It starts
+# with what it is shown. Training blocks come only from the training neurons. Here the grid is finer
+# than in notebook 01, with a block every 50 voxels. From it, we take all the salient blocks and, for
+# each of them, `negatives` blocks without foreground, so that the network also meets things that are
+# bright but not neurite (*What salient blocks leave out*, in notebook 01). Each block is changed at
+# random, as if another microscope had taken it (*augmentation*): flipped and turned, zoomed by 0.8 to
+# 1.25 (three blocks in ten), made brighter or darker (gamma 0.7 to 1.5), noisier (standard deviation
+# up to 0.05), and robbed of a slice (one block in ten). Block and target move together.
 
 # %%
 split = runs.split_of(run, data)
@@ -126,11 +126,11 @@ if ignore_untraced:
 # %% [markdown]
 # ### Brightness or contrast
 #
-# A neurite need not be bright; it is brighter than what lies around it. With `contrast`, the encoder
-# sees by how much: each voxel minus the mean around it, divided by the usual deviation from that mean.
-# Exposure and uneven background are gone: the same number means the same prominence everywhere.
-# The price: where there is nothing else, noise is amplified. The paper shows the network brightness;
-# contrast is our addition.
+# A neurite need not be bright, only brighter than its surroundings. With `contrast`, the encoder
+# sees by how much: each voxel minus the mean around it, divided by the typical deviation from that
+# mean. Differences in exposure and uneven background disappear: the same number means the same
+# prominence everywhere. The price: where there is nothing else, noise is amplified. The paper shows
+# the network brightness; contrast is our addition.
 
 # %%
 volume, half = train[0], depth // 2
@@ -155,9 +155,9 @@ plotting.show(plotting.images(panels, columns=4, bar=True), "batch", alt, run.fi
 # %% [markdown]
 # ### Exercise 1: numbers that do not depend on the past
 #
-# The blocks of step $k$ and what is done to them are drawn at random. A run that was killed after 25
-# steps knows only that it goes on with step 25 (the first step is 0). There it must draw what it would
-# have drawn if nobody had killed it. Return three random numbers for a seed and a step.
+# The blocks of step $k$ and their augmentations are drawn at random. A run that was killed after 25
+# steps knows only that it must continue with step 25 (the first step is 0). There it must draw the
+# same numbers as if it had never been killed. Return three random numbers for a seed and a step.
 
 
 # %% tags=["exercise"]
@@ -175,29 +175,29 @@ exercises.q1(draw)
 #     return np.random.default_rng([seed, step]).random(3)
 # ```
 #
-# One generator for the whole run would have to be saved and restored; one for each step depends on
-# nothing but its number. `seed + step` would do, too, but then seed 1 draws in each step what seed 0
-# draws in the next one.
+# One generator for the whole run would have to be saved and restored; a new one for each step
+# depends on nothing but seed and step. `seed + step` would work, too, but then seed 1 draws at each
+# step what seed 0 draws at the next.
 # </details>
 
 # %% [markdown]
 # ## What the loss asks for
 #
-# Foreground is about one voxel in a hundred of a salient block. The network gives each voxel a *logit*,
-# and its sigmoid is the probability $p$. The mask is $y$, and each *term* of the loss sees a different
-# failure. Sums run over all voxels of a batch:
+# In a salient block, about one voxel in a hundred is foreground. The network gives each voxel a
+# *logit*, and its sigmoid is the probability $p$. The mask is $y$, and each *term* of the loss sees
+# a different failure. Sums run over all voxels of a batch:
 #
 # | term | | asks |
 # |---|---|---|
 # | soft Dice | $1 - (2 \sum p\,y + 1) / (\sum p + \sum y + 1)$ | that answer and target overlap, whatever the share of foreground (Milletari et al. 2016) |
 # | cross-entropy | mean of $-\log p_{true}$ | that every voxel be right, with $p_{true}$ the probability of its true class |
-# | focal | mean of $-(1 - p_{true})^2 \log p_{true}$ | the same, above all of voxels that are still wrong (Lin et al. 2017) |
-# | skeleton recall | $1 - (\sum p\,s + 1) / (\sum s + 1)$ | that the middle $s$ of every neurite be found: one voxel missing there cuts a tree in two (Kirchhoff et al. 2024). $s$ are the voxels at most one voxel from the centreline |
-# | soft clDice | 1 - harmonic mean of the share of the answer's skeleton that lies on the target and of the target's that lies on the answer | that both have the same branches, however thick (Shit et al. 2021) |
+# | focal | mean of $-(1 - p_{true})^2 \log p_{true}$ | the same, above all for voxels that are still wrong (Lin et al. 2017) |
+# | skeleton recall | $1 - (\sum p\,s + 1) / (\sum s + 1)$ | that the middle $s$ of every neurite be found: one voxel missing there cuts a tree in two (Kirchhoff et al. 2024). $s$ marks the voxels at most one voxel from the centreline |
+# | soft clDice | 1 - harmonic mean of two shares: of the answer's skeleton that lies on the target, and of the target's skeleton that lies on the answer | that both have the same branches, however thick (Shit et al. 2021) |
 #
-# The skeleton of an answer comes from repeated minimum and maximum filters, which have a gradient. You
-# can choose among four sums of terms: `dice+ce`, `dice+ce+skeleton`, `dice+ce+cldice`, and `dice+focal`,
-# a pair that is common in the paper's field. The paper does not print its loss.
+# The skeleton of an answer comes from repeated minimum and maximum filters, which have a gradient.
+# You can choose among four sums of terms: `dice+ce`, `dice+ce+skeleton`, `dice+ce+cldice`, and
+# `dice+focal`, a pair that is common in the paper's field. The paper does not state its loss.
 #
 # ### One picture per term
 #
@@ -242,11 +242,11 @@ figure = plotting.images(panels, columns=4, shared=True, label=scale)
 plotting.show(figure, "terms", alt, run.figures)
 
 # %% [markdown]
-# Cross-entropy and focal loss pull hardest at the two mistakes. Dice pulls at all of the neurite, and
-# weakly where $p$ is near 0: there the logit hardly moves $p$. Skeleton recall sees the thin middle and
-# nothing else; it ignores the blob. Soft clDice looks at the same places. A thin false branch would
-# count for it, but this blob is too thick for three erosions to leave a skeleton of it. No term is
-# enough by itself, as the answers of lazy networks show, too:
+# Cross-entropy and focal loss pull hardest at the two mistakes. Dice pulls at the whole neurite,
+# but only weakly where $p$ is near 0: there the logit hardly moves $p$. Skeleton recall sees the
+# thin middle and nothing else; it ignores the blob. Soft clDice looks at the same places. It would
+# notice a thin false branch, but this blob is so thick that three erosions do not reach its
+# skeleton. No term is enough by itself, as the answers of lazy networks also show:
 
 # %%
 lazy = {"nothing anywhere": torch.full(mask.shape, -4.6), "everything": torch.full(mask.shape, 4.6)}
@@ -260,16 +260,16 @@ for said, logits in lazy.items():
 display(Markdown(runs.table(table)))
 
 # %% [markdown]
-# "Nothing anywhere" costs cross-entropy and focal loss a thirtieth of what "everything" costs them: that
-# is how training collapses on sparse foreground. "Everything" costs skeleton recall and soft clDice next
-# to nothing: an answer that is the same everywhere has no skeleton that could be wrong. Dice refuses
-# both. (Even the target costs Dice 0.15 here, because a probability of 0.01 on all of the background
-# adds up.)
+# "Nothing anywhere" costs cross-entropy and focal loss a thirtieth of what "everything" costs them:
+# that is how training collapses on sparse foreground. "Everything" costs skeleton recall and soft
+# clDice next to nothing: an answer that is the same everywhere has no skeleton that could be wrong.
+# Dice rejects both. (Even the target costs Dice 0.15 here, because a probability of 0.01 on all of
+# the background adds up.)
 #
 # ### Exercise 2: soft Dice
 #
-# Write it for probabilities `p` and masks `y`, tensors (n, 1, h, w), as in the table. The two ones keep
-# the fraction defined where neither the answer nor the target has any foreground.
+# Write it as in the table, for probabilities `p` and masks `y`, both tensors of shape (n, 1, h, w).
+# The two ones keep the fraction defined where neither the answer nor the target has any foreground.
 
 
 # %% tags=["exercise"]
@@ -287,8 +287,8 @@ exercises.q2(soft_dice)
 #     return 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
 # ```
 #
-# Nothing in it has a threshold, so it has a gradient everywhere. If the target is empty, it is
-# $1 - 1 / (\sum p + 1)$: whatever is found is too much.
+# It contains no threshold, so it has a gradient everywhere. If the target is empty, the loss is
+# $1 - 1 / (\sum p + 1)$: whatever the network finds is too much.
 # </details>
 
 # %% [markdown]
@@ -300,29 +300,29 @@ exercises.q2(soft_dice)
 # ([02](02_weight_inflation.ipynb) has a recap). At four *taps*, after layers 3, 6, 9 and 12, the tokens
 # are taken out.
 #
-# The *decoder* treats the four taps as a pyramid. It resizes them to 4, 2, 1 and 1/2 times their grid of
-# 16 × 16, with 64 features each, pools the coarsest at four sizes for an overview, adds each coarser map
-# to the next finer one, and fuses all four to 32 features, on 128 × 128 and then on 100 × 100. A
-# *head* of two convolutions (it has nothing to do with the heads of attention) turns the features into
-# logits. The drawing below is made from the shapes of a real forward pass.
+# The *decoder* treats the four taps as a pyramid. It resizes them to 4, 2, 1 and 1/2 times their
+# grid of 16 × 16, with 64 features each, pools the coarsest at four sizes for an overview, adds
+# each coarser map to the next finer one, and fuses all four into 32 features, on 128 × 128 and then
+# on 100 × 100. A *head* of two convolutions (it has nothing to do with the heads of attention)
+# turns the features into logits. The drawing below is made from the shapes of a real forward pass.
 #
-# A token is 6 voxels wide at this scale, and a neurite 2 to 4. So a small U-Net at full resolution, the
-# *stem*, reads the block itself, as brightness and as contrast (ten slices in all). It halves rows and
-# columns three times and enlarges them again, at each size beside the features of the way down, and
-# places what the tokens have recognised. It is our addition; the
-# paper's rows in [06 Table 1](06_table1.ipynb) do without it.
+# A token is 6 voxels wide at this scale, and a neurite 2 to 4. So a small U-Net at full resolution,
+# the *stem*, reads the block itself, as brightness and as contrast (ten slices in all). It halves
+# rows and columns three times and enlarges them again, joined at each size by the features from the
+# way down. It locates what the tokens have recognised. The stem is our addition; the paper's rows
+# in [06 Table 1](06_table1.ipynb) do without it.
 #
-# Enough to rebuild it: blocks are enlarged by bicubic interpolation, and maps by bilinear. Convolutions of
-# decoder, stem and head have kernels of 3 × 3, each followed by GroupNorm (groups of eight features) and
+# The details needed to rebuild it: blocks are enlarged bicubically, maps bilinearly. The convolutions of
+# decoder, stem and head have 3 × 3 kernels, each followed by GroupNorm (groups of eight features) and
 # GELU; only three kinds are 1 × 1: from the taps to 64 features, from the pools (1, 2, 3 and 6 cells a
-# side) to 16, and the last of the head. Its bias begins at -4, because nearly all voxels are background.
+# side) to 16, and the last of the head. Its bias starts at -4, because nearly all voxels are background.
 # The stem has 16, 32, 64 and 128 features, and the transformer's MLP widens 384 numbers to 1536.
 
 # %%
 shape = network.NetworkSettings(encoder, depth, 100, size, predict, stem, contrast=contrast)
 net, report = network.build(shape, initialisation, weights_file, seed)
 # %%
-print(report or "scratch: random weights, asked for by name")
+print(report or "scratch: random weights, as requested")
 if start_from:
     training.restore(net, start_from)
 
@@ -335,10 +335,10 @@ for name in ("encoder", "decoder", "stem", "head"):
 # %% [markdown]
 # ### One block, stage by stage
 #
-# We push the fullest block of the batch through the network. This is the whole forward pass, the decoder
-# included. Only the individual layers are hidden (convolutions, and the transformer's layer, which
-# notebook 02 wrote out), and so are `local_contrast` and the stem's U-Net. It must give what the
-# library's network gives.
+# We push the fullest block of the batch through the network. This is the whole forward pass, the
+# decoder included. Only the individual layers (convolutions, and the transformer's layer, which
+# notebook 02 wrote out), `local_contrast` and the stem's U-Net stay hidden. The result must equal
+# that of the library's network.
 
 
 # %% tags=["method"]
@@ -420,7 +420,7 @@ if stages:
     shapes["tokens"] = shapes[f"tokens after layer {net.taps[-1] + 1}"]
     figure = plotting.architecture(shapes, net.taps)
     alt = "The network as boxes and arrows: a block is enlarged, embedded and passed through the "
-    alt += "transformer, whose four taps feed the decoder; with the stem's features, to the head."
+    alt += "transformer; its four taps feed the decoder, and decoder and stem feed the head."
     plotting.show(figure, "network", alt, run.figures)
 
 # %%
@@ -431,24 +431,24 @@ alt = "A block through the network: slice, enlarged slice, tokens, features, an 
 plotting.show(plotting.images(panels, columns=5), "stages", alt, run.figures)
 
 # %% [markdown]
-# Tokens and features hold many numbers at each place; the picture shows their standard deviation. Up to
-# the enlarged block, anybody sees the neuron. Tokens are descriptions, and no longer pictures:
-# [02](02_weight_inflation.ipynb) colours them by what they say. Decoder, stem and head still have random
-# weights, so the output means nothing yet.
+# Tokens and features hold many numbers at each place; the picture shows their standard deviation.
+# Up to the enlarged block, anybody can see the neuron. Tokens are descriptions, no longer pictures:
+# [02](02_weight_inflation.ipynb) colours them by what they say. Decoder, stem and head still have
+# random weights, so the output means nothing yet.
 #
 # ## A rate for every layer and every step
 #
-# We use AdamW, whose *weight decay* shrinks matrices (not norms, biases or tables of positions) by 0.05
-# times the rate in every step, with three habits of people who fine-tune transformers. The decoder
-# starts from random weights and has ten times the encoder's peak rate. In the encoder, the rate falls
-# layer by layer towards the pixels, since the first layers already know edges, while the last ones know
-# photographs: layer $i$ of
-# $0 \dots n$ has $r\,d^{\,n - i}$, with $d$ = `layer_decay` (Clark et al. 2020). Layer 0 is the patch
-# embedding, 1 to 12 are those of the transformer, and 13 is its last norm, which is not used here. Over
-# the steps, all rates warm up in a straight line (for the first twentieth of the steps), so that the
-# random decoder cannot spoil the encoder, and then fall as half a cosine to one per cent. As it stands,
-# this notebook keeps the encoder *frozen* and trains decoder, stem and head alone; the picture on the
-# right shows the rates that the encoder would have.
+# We use AdamW. Its *weight decay* shrinks matrices (not norms, biases or position embeddings) by
+# 0.05 times the rate in every step. We also follow three habits of people who fine-tune
+# transformers. First, the decoder starts from random weights and has ten times the encoder's peak
+# rate. Second, the encoder's rate falls layer by layer towards the pixels, since the first layers
+# already know edges, while the last ones know photographs: layer $i$ of $0 \dots n$ has
+# $r\,d^{\,n - i}$, with $d$ = `layer_decay` (Clark et al. 2020). Layer 0 is the patch embedding,
+# layers 1 to 12 are the transformer's, and 13 is its last norm, which is not used here. Third, all
+# rates warm up in a straight line (for the first twentieth of the steps), so that the random
+# decoder cannot spoil the encoder, and then fall along half a cosine to one per cent. By default,
+# this notebook keeps the encoder *frozen* and trains decoder, stem and head alone; the picture on
+# the right shows the rates that the encoder would have.
 
 # %% tags=["nbval-ignore-output"]
 rates = {"encoder_rate": encoder_rate, "decoder_rate": decoder_rate, "layer_decay": layer_decay}
@@ -470,10 +470,10 @@ plotting.show(figure, "rates", alt, run.figures)
 # %% [markdown]
 # ### Exercise 3: the laziest network
 #
-# A network gives the same probability $p$ to every voxel, and a `share` of the voxels is foreground.
-# Which $p$ has the least cross-entropy, and which the least soft Dice loss (without the two ones)?
-# Predict, then try it: change the numbers of *nothing anywhere* and *everything* in the table above and
-# run it again.
+# Suppose that a network gives the same probability $p$ to every voxel, and that a `share` of the
+# voxels is foreground. Which $p$ has the lowest cross-entropy, and which the lowest soft Dice loss
+# (without the two ones)? Predict, then try it: change the numbers of *nothing anywhere* and
+# *everything* in the cell that makes the table above, and run it again.
 
 
 # %% tags=["exercise"]
@@ -491,17 +491,17 @@ exercises.q3(laziest)
 #     return share, 1.0
 # ```
 #
-# Cross-entropy is least where $p$ is the share $f$ of foreground: at 1 %, that is next to nothing
-# anywhere. Soft Dice is $1 - 2 p f / (p + f)$, which falls all the way to $p = 1$: it would rather paint
-# everything. Together they leave no lazy way out.
+# Cross-entropy is lowest where $p$ is the share $f$ of foreground: at 1 %, that is almost *nothing
+# anywhere*. Soft Dice is $1 - 2 p f / (p + f)$, which falls all the way to $p = 1$: it would rather
+# paint everything. Together they leave no lazy way out.
 # </details>
 
 # %% [markdown]
 # ### Exercise 4: the rate of a step
 #
-# Return the share of the peak rate at `step`, counted from 0. Over the first `warm` steps it rises in a
-# straight line and reaches 1 at the last of them. From step `warm`, where it is 1 again, it falls as
-# half a cosine to 0.01 at `steps`.
+# Return the share of the peak rate at `step`, counted from 0. Over the first `warm` steps it rises
+# in a straight line and reaches 1 at the last of them. From step `warm`, where it is 1 again, it
+# falls along half a cosine to 0.01 at `steps`.
 
 
 # %% tags=["exercise"]
@@ -526,14 +526,14 @@ exercises.q4(share)
 # %% [markdown]
 # ## The loop
 #
-# Training is no more than this: take blocks, compare the answer with the target, let the gradient flow
-# back, shorten it if it is longer than `clip` (1), and take a step. Its parts you have met above: the
-# blocks, augmentation, the loss (here soft Dice + focal in full), and the rates. The library's loop does
-# the same and adds what long runs need: validation, and a state on disk from which a stopped run
-# resumes. Ten steps of both must give the same weights, bit for bit.
+# Training is no more than this: take blocks, compare the answer with the target, let the gradient
+# flow back, shorten it if it is longer than `clip` (1), and take a step. You have met its parts
+# above: the blocks, augmentation, the loss (here soft Dice + focal, written out), and the rates.
+# The library's loop does the same and adds what long runs need: validation, and a state on disk
+# from which a stopped run resumes. Ten steps of both must give the same weights, bit for bit.
 #
-# Single steps make the weights jitter. So we follow a running average of the weights (an exponential
-# moving average, *EMA*). After step $k$, counted from 0, it keeps $\min(0.98, (1 + k) / (10 + k))$ of
+# Single steps make the weights jitter, so we keep a running average of them (an exponential moving
+# average, *EMA*). After step $k$, counted from 0, it keeps $\min(0.98, (1 + k) / (10 + k))$ of
 # itself and takes the rest from the new weights: 90 % after the first step, 4 % after the 200th.
 
 
@@ -596,31 +596,31 @@ if net.encoder is not None:
 # %% [markdown]
 # ## Training
 #
-# We keep the running average as it was at the step where it did best on blocks of the validation neurons.
-# Half of these blocks are salient and half are not; each half counts by its share
-# among all blocks of the volume, so that a network that sees neurites everywhere cannot win.
+# We keep the running average from the step at which it did best on blocks of the validation
+# neurons. Half of these blocks are salient and half are not; each half is weighted by its share of
+# all the volume's blocks, so that a network that sees neurites everywhere cannot win.
 #
-# The same cells serve in three ways:
+# You can use the same cells in three ways:
 #
 # | way | what decides it |
 # |---|---|
-# | in front of you | `steps`: 200 as it stands |
-# | go on | stop the cell and run it again: with the same parameters and `run_dir`, it continues where it stopped. `start_from` names a finished checkpoint to continue from, with new data or other training settings; `shipped` is the one that comes with the course, from which `make course` and `neurolib run` start |
+# | while you watch | `steps`: 200 by default |
+# | continued | stop the cell and run it again: with the same parameters and `run_dir`, it continues where it stopped. `start_from` names a finished checkpoint to continue from, with new data or other training settings; `shipped` is the one that comes with the course, from which `make course` and `neurolib run` start |
 # | full size, on a GPU | a profile: `papermill -f ../profiles/gpu.yaml 03_training.ipynb out.ipynb` |
 #
-# On a device that is too small for a batch, `accumulate` averages the gradients of several passes in one
-# step, and `checkpointing` computes the encoder's activations twice instead of keeping them. With
-# `patience`, training ends after that many validations without a better one. Where the hardware has
-# bfloat16, a number of 16 bits with about three digits, the costly products run in it and the weights
-# stay in float32; PyTorch calls this *autocast*, or automatic mixed precision.
+# On a device that is too small for a batch, `accumulate` averages the gradients of several passes
+# in one step, and `checkpointing` computes the encoder's activations twice instead of keeping them.
+# With `patience`, training ends after that many validations without improvement. Where the hardware
+# has bfloat16, a 16-bit number format with about three digits, the costly products run in it and
+# the weights stay in float32; PyTorch calls this *autocast*, or automatic mixed precision.
 #
 # After training, three numbers are chosen on the whole validation volumes: the threshold on the
-# probability, the size below which a piece is dropped, and the weight of a filter beside the network
-# (see [04](04_evaluation.ipynb)).
+# probability, the size below which a piece is dropped, and the weight given to a filter beside the
+# network (see [04](04_evaluation.ipynb)).
 
 # %% tags=["nbval-ignore-output"]
 fabric = training.start(device, precision)
-watch = widgets.live(plotting.learning, "Loss and validation Dice, growing.")
+watch = widgets.live(plotting.learning, "Loss and validation Dice so far.")
 how = (settings, target["tau"], fabric, watch)
 result = training.train(net, train, validation, run.folder, *how)
 print(f"best validation Dice {result.dice:.3f} at step {result.step}")
@@ -645,23 +645,23 @@ points = [{name: row[key] for name, key in names.items()} for row in rows]
 run.record("validation", {"neurons": "+".join(s.pair.name for s in validation), "points": points})
 
 # %% [markdown]
-# The left curve is noisy, since each step sees other blocks, and it says how well the network knows
-# *these* neurons. Its peaks near 1 are steps whose blocks hold little or no neurite: there, soft Dice is
-# near 1 almost whatever the network does. The right curve asks about a neuron that the network has never
-# seen, and it alone decides which weights are kept. In the stored run it rises until about step 175 and
-# then levels off, when the learning rate has fallen to almost nothing: this plateau ends the schedule,
-# and does not say that more steps would not help. (The focal term is only about 0.02 by then, since
-# nearly all voxels are easy background; most of the loss is soft Dice.) Where it turns down while the
-# loss still falls, the network is learning its neurons by heart: more neurons help, not more steps. For
-# the same reason a lower training loss does not make one network better than another; [06 Table
-# 1](06_table1.ipynb) compares networks on held-out neurons.
+# The left curve is noisy, since each step sees different blocks, and it says how well the network knows
+# *these* neurons. Its peaks near 1 are steps whose blocks hold little or no neurite: there, soft Dice
+# is near 1 almost whatever the network does. The right curve asks about a neuron that the network has
+# never seen, and it alone decides which weights are kept. In the stored run it rises until about step
+# 175 and then levels off, when the learning rate has fallen to almost nothing: this plateau comes with
+# the end of the schedule, and does not mean that more steps would not help. (The focal term is only
+# about 0.02 by then, since nearly all voxels are easy background; most of the loss is soft Dice.) Where
+# the right curve turns down while the loss still falls, the network is learning its neurons by heart:
+# more neurons help, not more steps. For the same reason a lower training loss does not make one network
+# better than another; [06 Table 1](06_table1.ipynb) compares networks on held-out neurons.
 #
 # ## What it has learnt
 #
-# These are three validation blocks, from the fullest one to an empty one, none of them trained on:
-# image, target and probability. In the stored run, the network follows the bright stretches of the
-# first block, even those whose middle lies in another slice, and misses dim ones. In the second it
-# takes the whole soma, where the target is a thin tube. In the third, a bright speck is marked, too.
+# These are three validation blocks, from the fullest one to an empty one, none of them trained on: image,
+# target and probability. In the stored run, the network follows the bright stretches of the first block,
+# even those whose middle lies in another slice, and misses dim ones. In the second, it marks the whole
+# soma, where the target is only a thin tube. In the third, a bright speck is marked, too.
 
 # %%
 seen = training.validation_blocks(validation[0], shape, settings)
@@ -699,10 +699,10 @@ run.record(
 print(run.hand_over("checkpoint.safetensors"))
 
 # %% [markdown]
-# **Summary.** A loss is a sum of terms, each blind to something; rates differ by layer and by step; we
-# keep the weights that do best on a neuron outside the training set. The paper trains for longer than
-# two cores can, with a loss and a schedule that it does not print; ours are choices, and we name them as
-# such.
+# **Summary.** A loss is a sum of terms, each blind to something; rates differ by layer and by step;
+# we keep the weights that do best on a neuron outside the training set. The paper trains for longer
+# than two cores can, with a loss and a schedule that it does not state; ours are our own choices,
+# and we say so.
 #
 # **Next:** [04 Evaluation](04_evaluation.ipynb).
 #

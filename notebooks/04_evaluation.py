@@ -24,7 +24,7 @@
 #
 # - predict a whole volume from overlapping blocks, and say what skipping empty ones costs
 # - compute Dice and Hd95 and say when they disagree
-# - take a mean in which a network that finds nothing is not rewarded
+# - take a mean that does not reward a network for finding nothing
 # - put an interval beside a mean over a few neurons
 #
 # **Before this:** [03 Training](03_training.ipynb).
@@ -41,7 +41,7 @@ device = "auto"  # "auto", "cpu" or "cuda"
 min_size = (
     0  # voxels; smaller pieces of the prediction are dropped; 0: as chosen on validation neurons
 )
-filtered_too = True  # whether the filters are tried beside the network
+filtered_too = True  # also try the filters, to compare with the network
 
 # %% jupyter={"source_hidden": true} tags=["bootstrap", "hide-input"]
 import os
@@ -85,8 +85,8 @@ target = runs.target_of(run)
 # $$ p(v) = \frac{\sum_b g(v - b)\, p_b(v)}{\sum_b g(v - b)}, $$
 #
 # with Gaussian weights $g$ that fall off towards the border of a block, since a network knows least
-# about what lies at its edge. Every slice is predicted, or only some of them if `every` is above 1. With
-# `flips`, $p_b$ is itself a mean over mirrored copies of the block.
+# about what lies at the edge of a block. Every slice is predicted, or only some of them if `every`
+# is above 1. With `flips`, $p_b$ is itself a mean over mirrored copies of the block.
 
 # %% tags=["nbval-ignore-output"]
 checkpoint = runs.checkpoint_of(run)
@@ -110,16 +110,17 @@ probability = {
 }
 
 # %% [markdown]
-# Here is the formula, written out for the middle slice. The library does the same for all of them, with
-# less memory. Two additions are ours and not the paper's. Blocks in which nothing stands out are
-# skipped (more on that below), and a voxel that no block covers gets 0. And the filter that finds these
-# blocks may count beside the network, with a weight $w$ that is chosen on the validation neurons (0:
-# not at all):
+# Here is the formula, written out for the middle slice. The library does the same for all of them,
+# with less memory. Two additions are ours and not the paper's. First, blocks in which nothing
+# stands out are skipped (more on that below), and a voxel that no block covers gets 0. Second, the
+# filter that finds these blocks may support the network, with a weight $w$ that is chosen on the
+# validation neurons (0: not at all):
 #
 # $$ \operatorname{logit} p' = \operatorname{logit} p + w \, (\min(h, 2) - 1) $$
 #
-# $h$ says how far a voxel stands out, in units of the level that only 0.3 % of the volume's voxels reach. A network
-# that sees one block at a time cannot know that, which is why its best threshold differs between volumes.
+# $h$ says how far a voxel stands out, in units of the level that only 0.3 % of the volume's voxels reach.
+# A network that sees one block at a time cannot know that level, so its best threshold differs between
+# volumes.
 
 
 # %% tags=["method"]
@@ -165,11 +166,11 @@ plotting.show(figure, "probability", alt, run.figures)
 # %% [markdown]
 # ## What five lines can do
 #
-# A network must beat what needs no training. We try three filters: the image itself; a narrow Gaussian
-# minus a wide one, which is bright where a thread is brighter than what lies around it; and Sato's ridge
-# filter, made from second derivatives. Each has one threshold, chosen like the network's for the best
-# mean Dice on the validation neurons. The scales are chosen in the same way, and so is the size in
-# voxels below which a piece is dropped.
+# A network must beat methods that need no training. We try three filters: the image itself; a
+# narrow Gaussian minus a wide one, which is bright where a thread is brighter than its
+# surroundings; and Sato's ridge filter, made from second derivatives. Each has one threshold,
+# chosen, like the network's, for the best mean Dice on the validation neurons. The scales are
+# chosen in the same way, and so is the size in voxels below which a piece is dropped.
 
 # %% tags=["nbval-ignore-output"]
 held = [blocking.read_sample(pair, **target) for pair in split.validation]
@@ -194,9 +195,7 @@ z = len(sample.image) // 2
 slider = ipywidgets.IntSlider(z, 0, len(sample.image) - 1, description="slice")
 mask, wanted = found >= facts["threshold"], sample.mask
 layers = {"both": mask & wanted, "predicted only": mask & ~wanted, "missed": wanted & ~mask}
-alt = (
-    f"Slice {z} of the test volume, alone and with what is found, false or missed; a slider moves."
-)
+alt = f"Slice {z} of the test volume, and what is found, false or missed; a slider selects it."
 
 
 def draw(z):
@@ -208,12 +207,12 @@ widgets.explore(draw, "viewer", alt, run.figures, z=slider)
 # %% [markdown]
 # ### Blocks that nobody needs to run
 #
-# Most blocks hold nothing, and the network is by far the slowest part. A cheap filter looks at every
-# block first: the mean of three slices, smoothed by a Gaussian of 1.5 voxels, minus the same mean
-# smoothed by one of 6 voxels. A block is not run if, in the slice it votes for, this difference nowhere
-# exceeds its 99.7th percentile over the volume. What that costs can be counted without a network: a true
-# voxel that no block covers any more is lost. The table counts on ten confocal stacks of *Drosophila*
-# neurons (`benchmarks/skipping.py`):
+# Most blocks hold nothing, and the network is by far the slowest part. A cheap filter looks at
+# every block first: the mean of three slices, smoothed by a Gaussian of 1.5 voxels, minus the same
+# mean smoothed by one of 6 voxels. A block is skipped if, in the slice it votes for, this
+# difference never exceeds its 99.7th percentile over the volume. What that costs can be counted
+# without a network: a true voxel that no block covers any more is lost. The table gives both shares
+# for ten confocal stacks of *Drosophila* neurons (`benchmarks/skipping.py`):
 
 # %%
 with open(runs.REPOSITORY / "data" / "results" / "skipping.csv") as file:
@@ -223,31 +222,31 @@ rows = [{"volume": r["volume"]} | {new: float(r[key]) for key, new in names.item
 display(Markdown(runs.table(rows)))
 
 # %% [markdown]
-# A fifth to three quarters of the blocks are saved, about half of them on average, and no stack loses
-# more than one true voxel in a hundred. A dim neurite beside very bright ones is what this filter would
-# miss first: `neurolib segment --all-tiles` runs every block.
+# Between a fifth and three quarters of the blocks are skipped, about half of them on average, and
+# no stack loses more than one true voxel in a hundred. A dim neurite beside very bright ones is
+# what this filter would miss first; `neurolib segment --all-tiles` runs every block.
 #
 # ## Two metrics
 #
 # $$ \mathrm{Dice} = \frac{2 |A \cap B|}{|A| + |B|}, \qquad \mathrm{Hd95} = \max\big( P_{95}(d(a,
 # \partial B)), P_{95}(d(b, \partial A)) \big) $$
 #
-# Dice counts voxels. Hd95 takes the distances $d$ in both directions between the surfaces $\partial A$
-# and $\partial B$, and leaves out the worst twentieth ($P_{95}$ is the 95th percentile). It is in µm
-# where the voxel size of every stack is known, else in voxels. Three more numbers see what these two do
-# not:
+# Dice counts voxels. Hd95 takes the distances $d$ in both directions between the surfaces
+# $\partial A$ and $\partial B$, and leaves out the worst twentieth ($P_{95}$ is the 95th
+# percentile). It is in µm if the voxel size of every stack is known, otherwise in voxels. Three
+# more numbers see what these two miss:
 #
 # - The **surface Dice** is the share of both surfaces that lies within 2 voxels of the other one. The
 #   tree that notebook 01 moved by one voxel has a Dice of only 0.71, but a surface Dice of 1.
 # - **clDice** compares skeletons. It is the harmonic mean of two shares: the part of the prediction's
 #   skeleton that lies in the target, and the part of the target's skeleton that lies in the prediction.
 #   Width hardly matters to it; a missing branch does.
-# - The **Betti-0 error** is the difference between the numbers of connected pieces (topology calls this
+# - The **Betti-0 error** is the difference in the number of connected pieces (topology calls this
 #   number Betti-0). A gap of one voxel hardly changes Dice and Hd95, but it raises the Betti-0 error by
 #   one, and it costs the tracer a branch. An error of 10 means ten gaps, or ten specks.
 #
-# Threshold and smallest piece were chosen together on validation neurons; on the test neurons nothing is
-# chosen. (A tube of radius 1.9 and length 18 has 200 voxels.)
+# Threshold and smallest piece were chosen together on validation neurons; nothing is chosen on the
+# test neurons. (For scale: a tube of radius 1.9 and length 18 has 200 voxels.)
 
 # %%
 unit = evaluation.length_unit(tests)
@@ -256,7 +255,7 @@ unit = evaluation.length_unit(tests)
 def score(mask, s):
     scale = evaluation.in_unit(s.spacing, unit)
     values = {"Dice": evaluation.dice(mask, s.mask), "Hd95": evaluation.hd95(mask, s.mask, scale)}
-    if every == 1:  # no surface, skeleton or piece runs through slices that are apart
+    if every == 1:  # surfaces, skeletons and pieces need every slice
         values["surface Dice"] = evaluation.surface_dice(mask, s.mask, spacing=scale)
         values["clDice"] = evaluation.cl_dice(mask, s.mask)
         values["Betti-0 error"] = evaluation.betti0_error(mask, s.mask)
@@ -284,7 +283,7 @@ for name, found_by in by_filter.items():
 display(Markdown(runs.table(rows)))
 
 # %% [markdown]
-# Here are both, Dice in one line and Hd95 in four; the library's Hd95 is the same number, many times
+# Here are both, Dice in one line and Hd95 in four; the library computes the same Hd95 many times
 # faster:
 
 
@@ -302,7 +301,7 @@ def hd95_by_hand(a, b):
 
 wanted = sample.mask
 mask = filtered[sample.pair.name].get("threshold", wanted)
-mask = mask if mask.any() else wanted  # nothing found has no surface
+mask = mask if mask.any() else wanted  # an empty mask has no surface
 assert dice_by_hand(mask, wanted) == evaluation.dice(mask, wanted)
 assert np.isclose(hd95_by_hand(mask, wanted), evaluation.hd95(mask, wanted))
 
@@ -312,30 +311,30 @@ alt = "Projections with voxels found (blue), predicted only (orange) and missed 
 plotting.show(figure, "overlay", alt, run.figures)
 
 # %% [markdown]
-# Where is the network wrong? Look for four things. At the *soma* the image is bright and the target is
-# a thin tube: orange around it means that the network took brightness for neurite. *Far specks* are
-# orange away from the tree; each adds one to the Betti-0 error, and enough of them move Hd95. (The
-# picture shows all specks; the table counts without those below the smallest piece.) *Gaps* are purple
-# on the tree, and *missing branches* are purple to the tip.
+# Where is the network wrong? Look for four things. At the *soma* the image is bright and the target
+# is a thin tube: orange around it means that the network took brightness for neurite. *Far specks*
+# are orange away from the tree; each adds one to the Betti-0 error, and enough of them move Hd95.
+# (The picture shows all specks; the table leaves out those below the smallest piece.) *Gaps* are
+# purple on the tree, and *missing branches* are purple right to the tip.
 #
-# Read the network's row of the stored run. A Dice of 0.56: the shared voxels, counted twice, are 56 % of
-# the sizes of the two masks added together. An Hd95 of 15.3: a twentieth of the target's surface lies
-# further than that from the prediction, because whole branches are missing. (In the other direction, the
-# same number is 3: there is little in the prediction that lies far from the target.) A surface Dice of
-# 0.85: most of both surfaces lie within 2 voxels of each other, so that much of what Dice misses is width
-# and not place. A Betti-0 error of 10: ten pieces too many, nearly all of them stretches of neurite
-# between gaps.
+# Read the network's row in the stored run. A Dice of 0.56: the shared voxels, counted twice, are
+# 56 % of the sizes of the two masks added together. An Hd95 of 15.3: a twentieth of the target's
+# surface lies further than that from the prediction, because whole branches are missing. (In the
+# other direction, the same number is 3: little of the prediction lies far from the target.) A
+# surface Dice of 0.85: most of both surfaces lie within 2 voxels of each other, so that much of
+# what lowers Dice is width and not position. A Betti-0 error of 10: ten pieces too many, nearly all
+# of them stretches of neurite between gaps.
 #
-# On this generated neuron, that network beats every filter in Dice, Hd95 and surface Dice.
-# It does not in clDice, where the difference of Gaussians is ahead, nor in the Betti-0 error: it leaves
-# the most pieces. [06 Table 1](06_table1.ipynb) asks the same of real neurons. Never assume
-# that a filter is beaten: measure it.
+# On this generated neuron, the network beats every filter in Dice, Hd95 and surface Dice. It does
+# not win in clDice, where the difference of Gaussians is ahead, nor in the Betti-0 error: it leaves
+# the most pieces. [06 Table 1](06_table1.ipynb) asks the same of real neurons. Never assume that a
+# filter is beaten: measure it.
 #
 # ### Exercise 1: beat the threshold
 #
 # Write a function from an image in [0, 1] to a mask that beats *every* threshold on a volume of the
-# embedded data set, by a Dice of 0.05. `ndimage.gaussian_filter` smooths, and
-# `evaluation.drop_small(mask, size)` drops small pieces. Try it: the check says what Dice you reached;
+# embedded data set, by at least 0.05 in Dice. `ndimage.gaussian_filter` smooths, and
+# `evaluation.drop_small(mask, size)` drops small pieces. Try it: the check tells you your Dice;
 # change your function and run it again.
 
 
@@ -355,8 +354,8 @@ exercises.q1(segment)
 #     return evaluation.drop_small(narrow - wide > 0.15, 300)
 # ```
 #
-# Dice 0.51 instead of 0.38. Its numbers were chosen on the volume on which they are judged. On another
-# one they will probably do worse, and that is what validation neurons are for.
+# It reaches a Dice of 0.51 instead of 0.38. But its numbers were chosen on the very volume on which they
+# are judged. On another one, they will probably do worse, and that is what validation neurons are for.
 # </details>
 
 # %% [markdown]
@@ -392,7 +391,7 @@ values = {
 panels = {name: {"": (sides, found)} for name, found in values.items()}
 figure = plotting.curves(panels, "side of the speck, voxels")
 alt = (
-    "Against the side of a speck, the Dice sinks slowly; Hd95 is zero and then leaps to the corner."
+    "As the speck grows, Dice falls slowly; Hd95 is zero, then jumps to the distance of the corner."
 )
 plotting.show(figure, "disagreement", alt, run.figures)
 
@@ -412,9 +411,9 @@ alt = "Two step curves: one crosses 95 % at distance zero, the other only at the
 plotting.show(figure, "shares", alt, run.figures)
 
 # %% [markdown]
-# From scratch, the paper's 3D network has a Dice of 0.42 and an Hd95 of 37.9; pre-trained, it has 0.50
-# and 2.8. Specks far from the neuron that pre-training removed would explain such numbers; the paper
-# does not show whether they are the reason.
+# From scratch, the paper's 3D network has a Dice of 0.42 and an Hd95 of 37.9; pre-trained, it has
+# 0.50 and 2.8. If pre-training removed specks far from the neuron, that would explain such numbers;
+# the paper does not show whether this is the reason.
 #
 # ### Exercise 2: fool a metric
 #
@@ -447,22 +446,22 @@ exercises.q2(fool)
 # %% [markdown]
 # ### An empty prediction
 #
-# A network that finds nothing has a Dice of 0 and no surface: its Hd95 is infinite. In a mean over four
-# volumes, the treatment of the one that was missed decides who wins:
+# A network that finds nothing has a Dice of 0 and no surface: its Hd95 is infinite. In a mean over
+# four volumes, how you treat the one that was missed decides who wins:
 
 # %%
 values = np.array([2.0, 3.0, 4.0, np.inf])
 diagonal = evaluation.volume_diagonal(sample.image.shape, evaluation.in_unit(sample.spacing, unit))
-print(f"without the miss {values[:3].mean():.1f}, called 0: {(values[:3].sum()) / 4:.1f}")
-print(f"with the diagonal {statistics.aggregate(values, diagonal).mean:.1f}, one miss")
+print(f"miss left out: {values[:3].mean():.1f}, counted as 0: {(values[:3].sum()) / 4:.1f}")
+print(f"counted as the diagonal: {statistics.aggregate(values, diagonal).mean:.1f}, one miss")
 
 # %% [markdown]
-# Leaving it out, or calling it 0 as some code does, rewards failure. Here a miss counts with the
-# diagonal of its volume, the largest possible Hd95, and the number of misses stands beside the mean.
+# Leaving it out, or calling it 0 as some code does, rewards failure. Here a miss counts as the diagonal
+# of its volume, the largest possible Hd95, and the number of misses is given beside the mean.
 #
 # ### Exercise 3: a mean with misses
 #
-# Given the Hd95 of each volume, infinite where it was missed, and the diagonal of each, give the mean.
+# Given the Hd95 of each volume, infinite for a miss, and the diagonal of each volume, return the mean.
 
 
 # %% tags=["exercise"]
@@ -486,13 +485,13 @@ exercises.q3(mean_hd95)
 # %% [markdown]
 # ## How sure can one be with four neurons?
 #
-# The paper tests on four. Suppose that the Dice of two methods on four neurons were those below (made
-# up, with means near the paper's). The 95 % t interval of a mean is
+# The paper tests on four. Suppose that two methods reached the Dice below on four neurons (made up,
+# with means near the paper's). The 95 % t interval of a mean is
 #
 # $$ \bar d \pm t_{n-1} \frac{s}{\sqrt{n}}, $$
 #
-# with the standard deviation $s$ of the $n$ values and $t_{n-1}$, 3.18 for four of them, from Student's
-# distribution:
+# with the standard deviation $s$ of the $n$ values and $t_{n-1}$ from Student's distribution, 3.18
+# for four values:
 
 # %%
 four = {"A": [0.41, 0.47, 0.53, 0.61], "B": [0.40, 0.45, 0.53, 0.58]}
@@ -513,17 +512,17 @@ print(f"A - B: mean {gain.mean:.3f}, {gain.low:.3f} to {gain.high:.3f}")
 print(f"smallest p that four neurons allow: {statistics.sign_flip_p(np.ones(4))}")
 
 # %% [markdown]
-# A bar with the mean would hide that neuron 4 is easy and neuron 1 hard, for both. Compared by their own
-# intervals, the two methods cannot be told apart: each interval holds the spread of the *neurons*. The
-# differences on each neuron spread less, and their interval is much shorter, but it still contains 0: four
-# neurons show little. Nor can they reach p < 0.05: four differences have only 16 patterns
-# of signs, and *p* is the share of the patterns whose mean is at least as far from 0 as the one found.
+# A bar for each mean would hide that neuron 4 is easy and neuron 1 hard for both. By their own
+# intervals, the two methods cannot be told apart: each interval includes the spread of the *neurons*.
+# The differences on each neuron vary less, and their interval is much shorter, but it still contains
+# 0: four neurons show little. Nor can they reach p < 0.05: four differences have only 16 patterns of
+# signs, and *p* is the share of patterns whose mean is at least as far from 0 as the one observed.
 #
 # ### Does a 95 % interval hold the truth in 95 % of all experiments?
 #
-# We can try it. Draw four values around a true mean of 0, compute the interval, see whether it holds the
-# 0, and repeat. Another common interval, the percentile bootstrap, draws again and again from the four
-# values, with replacement, and takes the middle 95 % of the means:
+# We can try it. Draw four values around a true mean of 0, compute the interval, see whether it
+# contains 0, and repeat. Another common interval, the percentile bootstrap, draws again and again
+# from the four values, with replacement, and takes the middle 95 % of the means:
 
 # %%
 experiments = np.random.default_rng(0).normal(size=(4000, 4))
@@ -535,14 +534,14 @@ print(f"t interval: {np.mean(np.abs(experiments.mean(axis=1)) < half):.0%}")
 
 # %% [markdown]
 # From four values, a bootstrap sees too little of the spread: in the experiments, its "95 %" interval
-# holds the truth in 80 % of the cases only. The t interval is wider, and right. It fails, too, if the
-# values are far from normal, and four values cannot tell whether they are. So we show every neuron.
+# holds the truth in only 80 % of cases. The t interval is wider, and right. It, too, fails if the
+# values are far from normal, and four values cannot show whether they are. So we show every neuron.
 #
 # ### Exercise 4: the interval of a gain
 #
-# Write it. The scores of two methods on the same n neurons go in; the low and the high end of the 95 % t
-# interval of the first method's mean gain over the second come out. `stats.t.ppf(0.975, n - 1)` is
-# $t_{n-1}$.
+# Write a function that takes the scores of two methods on the same n neurons and returns the low
+# and the high end of the 95 % t interval of the first method's mean gain over the second.
+# `stats.t.ppf(0.975, n - 1)` is $t_{n-1}$.
 
 
 # %% tags=["exercise"]
@@ -562,7 +561,7 @@ exercises.q4(interval)
 #     return gain.mean() - half, gain.mean() + half
 # ```
 #
-# `statistics.t_interval` does this; given several seeds per neuron, it counts their spread, too.
+# `statistics.t_interval` does this; given several seeds per neuron, it includes their spread, too.
 # </details>
 
 # %% [markdown]
@@ -571,13 +570,13 @@ exercises.q4(interval)
 #
 # ## Checkpoint
 #
-# You now have a probability for every voxel of the test neurons, and you know what each of their numbers
-# hides.
+# You now have a probability for every voxel of the test neurons, and you know what each of their
+# scores hides.
 #
-# **Summary.** The paper has a Dice of 0.4174 and an Hd95 of 37.9 from scratch, and 0.5045 and 2.81 with
-# center inflation, on four neurons. Our numbers are above, beside what three filters reach on the same
-# volume: a score means little until you know what a filter scores. Real neurons, and the comparison of
-# initialisations, are in [06 Table 1](06_table1.ipynb).
+# **Summary.** The paper reports a Dice of 0.4174 and an Hd95 of 37.9 from scratch, and 0.5045 and
+# 2.81 with center inflation, on four neurons. Our numbers are above, beside what three filters
+# reach on the same volume: a score means little until you know what a filter scores. Real neurons,
+# and the comparison of initialisations, are in [06 Table 1](06_table1.ipynb).
 #
 # **Next:** [05 SWC tracing](05_swc_tracing.ipynb).
 #

@@ -17,7 +17,7 @@ def q1(segment: Callable) -> str:
     mask = np.asarray(call(segment, sample.image.copy()))
     if mask.shape != sample.image.shape or mask.dtype != bool:
         return (
-            f"Give a mask, True or False for every voxel of {sample.image.shape}; yours is "
+            f"Return a mask, True or False for every voxel of {sample.image.shape}; yours is "
             f"{mask.dtype} {mask.shape}."
         )
     cuts = np.linspace(0.05, 1, 39)
@@ -36,7 +36,7 @@ def q1(segment: Callable) -> str:
     return f"{said}A neurite is brighter than its surroundings, and long: use both."
 
 
-@question("Dice counts voxels and Hd95 measures surfaces: each has a mask that it does not see.")
+@question("Dice counts voxels and Hd95 measures surfaces: each has a mask that fools it.")
 def q2(fool: Callable) -> str:
     """A true mask gives a mask of Dice 0.9 and Hd95 20, and one of Dice 0.6 and Hd95 2 voxels."""
     truth = np.zeros((40, 60, 80), bool)
@@ -47,26 +47,26 @@ def q2(fool: Callable) -> str:
     scores = []
     for mask in map(np.asarray, masks):
         if mask.shape != truth.shape or mask.dtype != bool:
-            return f"Masks are boolean and of the truth's shape {truth.shape}; {mask.shape} came."
+            return f"Masks are boolean, of the truth's shape {truth.shape}; yours has {mask.shape}."
         scores.append((evaluation.dice(mask, truth), evaluation.hd95(mask, truth)))
     (high, far), (low, near) = scores
     if high < 0.9:
-        return f"The first mask has Dice {high:.2f}: at least 0.9 is wanted, so add little."
+        return f"The first mask has Dice {high:.2f}: it must be at least 0.9, so add little."
     if far < 20:
         return (
-            f"The first mask has Dice {high:.2f} and Hd95 {far:.1f}; 20 is wanted. More than a "
-            "twentieth of its *surface* must be far away: single voxels have much surface."
+            f"The first mask has Dice {high:.2f} and Hd95 {far:.1f}; it must be at least 20. More "
+            "than a twentieth of its *surface* must be far away: single voxels have much surface."
         )
     if near > 2:
-        return f"The second mask has Hd95 {near:.1f}; at most 2 is wanted, so stay near the truth."
+        return f"The second mask has Hd95 {near:.1f}; it must be at most 2: stay near the truth."
     if low > 0.6:
-        return f"The second mask has Dice {low:.2f}; 0.6 or less is wanted: make it much thicker."
+        return f"The second mask has Dice {low:.2f}; it must be at most 0.6: make it much thicker."
     return ""
 
 
-@question("a miss costs what the volume allows at most, and failing is never rewarded.")
+@question("a miss costs the most that its volume allows, and failing is never rewarded.")
 def q3(mean_hd95: Callable) -> str:
-    """Hd95 (n,) with infinities, and diagonals (n,), give the mean with misses as diagonals."""
+    """Hd95 (n,) with infinities, and diagonals (n,), give the mean with a diagonal per miss."""
     cases = [
         ([2.0, 3.0, np.inf, 4.0], [90.0, 80.0, 60.0, 70.0]),
         ([2.0, 3.5], [50.0, 60.0]),
@@ -78,18 +78,18 @@ def q3(mean_hd95: Callable) -> str:
         kept = values[np.isfinite(values)]
         if np.isclose(answer, _mean(values, diagonals)):
             continue
-        about = f"Of {values.tolist()} with diagonals {diagonals.tolist()} you say {answer:.2f}."
+        about = f"For {values.tolist()} and diagonals {diagonals.tolist()} you return {answer:.2f}."
         if not np.isfinite(answer):
-            return f"{about} Put something finite in the place of each infinity first."
+            return f"{about} First replace each infinity with something finite."
         others = (diagonals.max(), diagonals.mean(), diagonals.min(), diagonals[0])
         mistakes = [
-            (kept.mean(), "The miss is left out: whoever fails on hard neurons looks better."),
+            (kept.mean(), "The miss is left out: networks that fail on hard neurons look better."),
             (_mean(values, 0), "The miss counts as 0: that is the best score there is."),
-            (diagonals.mean(), "Those are the diagonals alone; most values are finite, keep them."),
-            *((_mean(values, o), "Its own volume's diagonal replaces a miss.") for o in others),
+            (diagonals.mean(), "That is the mean of the diagonals alone; keep the finite values."),
+            *((_mean(values, o), "Its own volume's diagonal must replace a miss.") for o in others),
             (_mean(values, kept.max()), "The largest value seen is no bound; the diagonal is."),
         ]
-        remedy = "Replace each infinity by the diagonal of its volume, then take the mean."
+        remedy = "Replace each infinity with the diagonal of its volume, then take the mean."
         return f"{about} {recognise(answer, mistakes, 1e-5) or remedy}"
     return ""
 
@@ -99,7 +99,7 @@ def _mean(values: np.ndarray, penalty: np.ndarray | float) -> float:
     return float(np.where(np.isinf(values), penalty, values).mean())
 
 
-@question("what two methods share on a neuron cancels, and four neurons are given their due.")
+@question("what two methods share on a neuron cancels, and t allows for having few neurons.")
 def q4(interval: Callable) -> str:
     """Scores (n,) of two methods on the same neurons give the 95 % t interval of the mean gain."""
     rng = np.random.default_rng(3)
@@ -115,7 +115,7 @@ def q4(interval: Callable) -> str:
     half = t * deviation / np.sqrt(n)
     if np.allclose(answer, (mean - half, mean + half), rtol=1e-6):
         return ""
-    said = f"You say {answer[0]:.3f} to {answer[1]:.3f}."
+    said = f"You return {answer[0]:.3f} to {answer[1]:.3f}."
     if answer[0] > answer[1]:
         return f"{said} The lower end comes first."
     apart = np.sqrt(a.var(ddof=1) + b.var(ddof=1))
@@ -123,10 +123,10 @@ def q4(interval: Callable) -> str:
         (-mean, half, "The gain is that of the first method over the second: a - b."),
         (mean, half * apart / deviation, "Take the spread of the differences, not that of each."),
         (mean, half * np.sqrt(n), "That is the spread of single neurons: divide by √n."),
-        (mean, half * np.sqrt(1 - 1 / n), "The standard deviation of a sample has ddof=1."),
+        (mean, half * np.sqrt(1 - 1 / n), "The standard deviation of a sample needs ddof=1."),
         (mean, half * stats.norm.ppf(0.975) / t, "1.96 is for many neurons; take t of n - 1."),
         (mean, half * 1.96 / t, "1.96 is for many neurons; take t of n - 1."),
-        (mean, half * stats.t.ppf(0.95, n - 1) / t, "95 % leave 2.5 % at each end: t of 0.975."),
+        (mean, half * stats.t.ppf(0.95, n - 1) / t, "95 % leaves 2.5 % at each end: t of 0.975."),
         (mean, half * stats.t.ppf(0.975, n) / t, "n differences have n - 1 degrees of freedom."),
         (a.mean(), t * a.std(ddof=1) / np.sqrt(n), "That is the mean of one method, not the gain."),
     ]
