@@ -23,7 +23,7 @@
 # **You will be able to**
 #
 # - read a comparison of methods neuron by neuron
-# - put an interval on a paired difference, and say what few neurons can show
+# - put an interval on a paired difference, and say what a handful of neurons can show
 # - run the experiment on your own volumes
 #
 # **Before this:** [03 Training](03_training.ipynb) and [04 Evaluation](04_evaluation.ipynb).
@@ -72,17 +72,17 @@ print(f"{len(rows)} measurements on {len(neurons)} neurons: {', '.join(neurons)}
 # Does a transformer that knows photographs find neurites better than one that knows nothing? The paper
 # says yes, on four neurons. This notebook asks again, and shows every neuron.
 #
-# Before we compare networks with each other, we compare one with what needs no network: a threshold on
-# the image, a difference of Gaussians, and a ridge filter (notebook 04). Their parameters come from the
-# same two validation neurons as the network's threshold: `sensory_M4-4`, and `sensory_I4-2` or, where that
-# is tested, `sensory_IM3-1_sn30`.
-# `ours` is our own configuration: a frozen encoder with the weights from photographs, a decoder, and a
-# small U-Net. Decoder and U-Net continue from the shipped network, which has seen rendered neurons
-# only, and train on the real ones for minutes; a difference of Gaussians may count beside it (notebook
-# 04). `neurolib sweep profiles/ours-cpu.yaml` makes the file, fold by fold. `shipped` is the network from
-# which it starts, as it is. Its threshold was chosen on three of these stacks, among them all of
-# `sensory_I4-2` and half of `in40`, so on these two neurons its row is no test; and the rendering imitates
-# the brightness and noise of six confocal stacks of fly larvae.
+# Before we compare networks with each other, we compare one with methods that need no network: a threshold
+# on the image, a difference of Gaussians, and a ridge filter (notebook 04). Their parameters were chosen
+# on the same two validation neurons as the network's threshold: `sensory_M4-4`, and `sensory_I4-2` or,
+# where that one is tested, `sensory_IM3-1_sn30`. `ours` is our own configuration: a frozen encoder with
+# the weights from photographs, a decoder, and a small U-Net. The decoder and the U-Net start from the
+# shipped network, which has seen only rendered neurons, and train on the real ones for minutes; a
+# difference of Gaussians may contribute, too (notebook 04). `neurolib sweep profiles/ours-cpu.yaml` writes
+# the file, fold by fold. `shipped` is that starting point, without further training. Its threshold was
+# chosen on three of these stacks, among them all of `sensory_I4-2` and half of `in40`, so on these two
+# neurons its row is not a test; and the rendering imitates the brightness and noise of six confocal stacks
+# of fly larvae.
 
 # %%
 beside = sweeps.read_results(ours, "tree")
@@ -109,7 +109,7 @@ own = sweeps.by_neuron_and_seed(beside, "dice")
 ends = {name: statistics.t_interval(statistics.by_neuron(own[name])) for name in learnt}
 ends = {name: (found.low, found.high) for name, found in ends.items()}
 figure = plotting.dots(learnt, "Dice", ends, references=levels)
-alt = "Dice of networks, a dot on each real neuron, with lines at the Dice of three filters."
+alt = "Dice of networks, a dot for each real neuron, with lines at the Dice of three filters."
 plotting.show(figure, "filters", alt, run.figures)
 
 
@@ -127,49 +127,49 @@ for name in by_method:
 
 # %% [markdown]
 # Read these four lines before any others. A difference whose interval contains 0 has not been shown. In
-# the stored file, `ours` is ahead of each filter, and no interval contains 0. Over the shipped network,
-# the training on real neurons has gained 0.016, which has not been shown: nearly all of the lead over
-# the filters is there before any training on real neurons. (What the stem, the contrast, the rendered
-# neurons and the photographs each contribute to it, no row here says.) A filter that is level with a
-# network costs seconds instead of minutes. Part of the strength of filters and networks alike is that
-# they drop small pieces, of a size that is chosen on the validation neurons. Look at the neurons one by
+# the stored file, `ours` is ahead of each filter, and none of these intervals contains 0. Its gain over
+# the shipped network, from training on real neurons, is 0.016 and has not been shown: nearly all of the
+# lead over the filters is there before any training on real neurons. (No row here says how much the stem,
+# the contrast, the rendered neurons and the photographs each contribute to it.) A filter that is level
+# with a network takes seconds instead of minutes. Filters and networks alike owe part of their strength to
+# dropping small pieces, of a size that is chosen on the validation neurons. Look at the neurons one by
 # one: on `sensory_I4-2` the ridge filter is ahead; on `sensory_M4-1`, where brightness alone does not
-# tell the neuron from the rest, the filters fall to about 0.2 or below, and `ours` keeps 0.45.
+# separate the neuron from the rest, the filters fall to about 0.2 or below, while `ours` still has 0.45.
 #
 # ## The experiment
 #
-# The paper's five rows: the 2D transformer (a block of one slice) and the 3D one (five), each from
-# scratch and pre-trained, with the two ways to inflate. All else is equal: decoder and its first
-# weights, blocks, augmentation, steps, loss (Dice + focal), the way the threshold is chosen. Stem, local
-# contrast, and a filter beside the network are ours, and none of these rows has them. Why should scratch
-# lose? In [02](02_weight_inflation.ipynb), on one image, the pre-trained encoder attended to patches with
-# neurite before it had been trained on any neuron; from scratch, 22 million weights must learn such things
-# from a few neurons, in a short training. That would explain it; this experiment does not prove it.
+# We train the paper's five rows: the 2D transformer (a block of one slice) and the 3D one (five), each
+# from scratch and pre-trained (in 3D with both ways to inflate). All else is equal: the decoder and its
+# initial weights, blocks, augmentation, steps, loss (Dice + focal), and the way the threshold is chosen.
+# The stem, local contrast and the filter's help are ours, and none of these rows has them. Why should
+# scratch lose? In [02](02_weight_inflation.ipynb), on one image, the pre-trained encoder attended to
+# patches with neurite before it had been trained on any neuron; from scratch, 22 million weights must
+# learn such things from a few neurons, in a short time. That would explain it, but is not proven here.
 #
-# - **Nothing is chosen on a test neuron.** One validation neuron, which is in no test, chooses the step
-#   (50 or 100), the threshold and the smallest piece. The encoder's learning rates are judged by it, too
-#   (below); the decoder's rate was not searched.
-# - **Scratch is not crippled.** DINOv2's architecture scales what each block adds (*LayerScale*),
-#   by 0.00001 at first. In so few steps those scales hardly move, and the blocks would do nothing: from
-#   scratch they begin at 1, as in the paper's ViT, which has none. So the scratch network is able to learn.
+# - **Nothing is chosen on a test neuron.** One validation neuron, which is never tested, decides the step
+#   (50 or 100), the threshold and the smallest piece. The encoder's learning rates were judged on it, too
+#   (below); the decoder's rate was not tuned.
+# - **Scratch is not crippled.** DINOv2's architecture scales what each block adds by a factor
+#   (*LayerScale*), 0.00001 at first. In so few steps it hardly moves, and the blocks would do nothing.
+#   From scratch it starts at 1, as in the paper's ViT, which has none, so the network can learn.
 # - **Every neuron is tested once**, by networks that never saw it: the neurons are held out in turn
 #   (folds). Two volumes of one neuron are held out together and count as one neuron.
-# - **Every slice counts**, predicted in tiles that overlap by a quarter.
+# - **Every slice counts** and is predicted in tiles that overlap by a quarter.
 #
-# `3D U-Net` is there for comparison: MONAI's residual U-Net on the same five slices, from scratch, for
-# 400 steps, which took half as long again as 100 of the transformer. `ours` is measured here on the same
-# terms as all others: one validation neuron chooses its threshold (and the weight of the filter beside
-# it: 4, 8, 2 and 4 in the four folds), where it had two above.
+# `3D U-Net` is there for comparison: MONAI's residual U-Net trained from scratch on the same five slices
+# for 400 steps, which took half as long again as 100 of the transformer. `ours` is measured here on the
+# same terms as all the others: one validation neuron chooses its threshold (and its filter's weight: 4, 8,
+# 2 and 4 in the four folds), not two as above.
 #
-# The three `frozen` rows ask the question once more, where there is a stem. They have the network of
-# `ours` (local contrast, an encoder that is not trained, a decoder and a stem that are), but decoder and
-# stem start from random weights, and no filter counts beside it. `frozen random` is the control: its
-# encoder has random weights and keeps them, so all that it knows, decoder and stem have learnt from these
-# neurons.
+# The three `frozen` rows ask the question once more, of a network with a stem. They use the network of
+# `ours` (local contrast, an encoder that is not trained, a decoder and a stem that are), but the decoder
+# and the stem start from random weights, and no filter contributes. `frozen random` is the control: its
+# encoder has random weights and keeps them, so whatever this network knows, its decoder and stem have
+# learnt from these neurons.
 #
-# A sweep runs notebooks 03 and 04 once per network, seed and fold, and writes one tidy file, one
-# line per measurement. Run it again to resume it. On one core with bfloat16, a row takes about an hour;
-# `--rows`, `--folds` and `--seed` select a part, and the parts add up to one file:
+# A sweep runs notebooks 03 and 04 once per network, seed and fold, and writes one tidy file, one line per
+# measurement. Run it again to resume. On one core with bfloat16, a row takes about an hour; `--rows`,
+# `--folds` and `--seed` select a part, and the parts add up to one file:
 #
 # `neurolib sweep profiles/table1-cpu.yaml --rows "3D center" --folds 0`
 
@@ -181,10 +181,10 @@ for line in sweeps.describe_results(rows):
 # ### Are the rates fair?
 #
 # A rate that suits a pre-trained encoder may hold back one that starts from scratch. In particular, the
-# rates fall towards the pixels (`layer_decay`, [03](03_training.ipynb)): the patch embedding learns
-# about thirty times more slowly than the last layer. That protects what is pre-trained; from scratch,
-# there is nothing to protect. So both were trained with the same three settings, on the training neurons
-# of the first fold, and judged on the validation neuron (`neurolib sweep profiles/regime-cpu.yaml`):
+# rates fall towards the pixels (`layer_decay`, [03](03_training.ipynb)): the patch embedding learns about
+# thirty times more slowly than the last layer. That protects pre-trained weights; from scratch, there is
+# nothing to protect. So we trained both with the same three settings, on the training neurons of the first
+# fold, and judged both on the validation neuron (`neurolib sweep profiles/regime-cpu.yaml`):
 
 # %%
 panels = {}
@@ -204,18 +204,18 @@ plotting.show(figure, "rates", alt, run.figures)
 
 # %% [markdown]
 # Each point is estimated from only 64 blocks of one neuron; its error is about ± 0.04, so do not read
-# small differences. At their best steps, the six curves lie between 0.39 and 0.43. In the stored run,
-# the rates of the table,
-# 0.0001 with decay, are the best of the three from scratch (0.41). For center, they give 0.41, and the
-# highest rate gives 0.43 at step 80, a difference within the error: the rates of the table do not favour
-# the pre-trained network. On these blocks, scratch and center are level. They differ only on whole volumes
-# of neurons that neither training nor validation has seen; why, we do not know.
+# anything into small differences. At their best steps, the six curves lie between 0.39 and 0.43. In the
+# stored run, the rates used in the table, 0.0001 with decay, are the best of the three from scratch
+# (0.41). For center, they give 0.41, and the highest rate gives 0.43 at step 80, a difference within the
+# error: the table's rates do not favour the pre-trained network. On these blocks, scratch and center are
+# level. They differ only on whole volumes of neurons that neither training nor validation has seen; we do
+# not know why.
 #
 # ## Every neuron
 #
-# A column per neuron, and in it a dot per network, in the order of the paper's rows. The last column has
-# the means, each with its 95 % t interval, in which neurons and (where there are several) seeds vary.
-# Lines show the filters; here they were chosen on the one validation neuron, as everything in this table.
+# Each neuron has a column, with a dot for each network, in the order of the paper's rows. The last column
+# has the means, each with its 95 % t interval over neurons and (where there are several) seeds. Lines show
+# the filters, chosen here on the one validation neuron, like everything in this table.
 
 # %%
 paper = ("2D scratch", "2D pre-trained", "3D scratch", "3D average", "3D center")
@@ -237,8 +237,8 @@ alt = "Dice of the networks on each neuron, their means with intervals, and filt
 plotting.show(figure, "dice", alt, run.figures)
 
 # %% [markdown]
-# The columns say more than the means. Neurons differ from one another, which widens the interval of
-# every mean: these are the wrong intervals to look at, and the differences below are the right ones. On
+# The columns say more than the means. Neurons differ from one another, which widens the interval of every
+# mean, so these are the wrong intervals to compare; the right ones are those of the differences, below. On
 # how many neurons does each network beat every filter?
 
 # %%
@@ -252,20 +252,20 @@ for name, of in dice.items():
     print(f"{name}: on {sum(of[n] > best[n] for n in both)} of {len(both)} neurons")
 
 # %% [markdown]
-# In the stored run, the paper's pre-trained networks beat every filter on two or three neurons, those
-# from scratch on one and on none, the frozen ones on one or two, and `ours` on five. That is a fair
-# warning: 100 steps from random weights, with or without a stem, are not enough to be useful. They are
+# In the stored run, the paper's pre-trained networks beat every filter on two or three neurons, those from
+# scratch on one and on none, the frozen ones on one or two, and `ours` on five. That is a fair warning:
+# 100 steps from random weights, with or without a stem, are not enough for a useful network. They are
 # enough for a comparison, because all rows have them.
 #
 # ## The differences
 #
-# All networks saw the same neurons. What counts is the difference on each neuron $i$,
+# All networks were tested on the same neurons. What counts is the difference on each neuron $i$,
 #
 # $$ d_i = \mathrm{Dice}_i(\text{network}) - \mathrm{Dice}_i(\text{baseline}), $$
 #
-# its mean and, again, its t interval. The p-value is exact: if a network were no
-# better, each $d_i$ could as well have the other sign; $p$ is the share of all $2^n$ patterns of signs
-# with a mean at least as far from 0 as the one found.
+# its mean and, again, its t interval. The p-value is exact: if a network were no better, each $d_i$ could
+# just as well have the opposite sign; $p$ is the share of all $2^n$ patterns of signs whose mean is at
+# least as far from 0 as the one found.
 
 # %%
 gains = {n: sweeps.gains(dice, n, baseline) for n in dice}
@@ -302,19 +302,19 @@ for one, other in (
     compare(one, other, together)
 
 # %% [markdown]
-# `ours` is ahead of every network of the paper, and no such interval contains 0. Its lead over the ridge
-# filter, 0.04, has not been shown on these terms. With two validation neurons, above, it was: `ours`
-# gained (0.42 after 0.39) and the ridge filter lost (0.31 after 0.35). A threshold that is chosen on one
-# neuron is partly luck, for filters as for networks, so distrust a comparison whose winner hangs on it.
+# `ours` is ahead of every network of the paper, and none of these intervals contains 0. On these terms,
+# its lead over the ridge filter, 0.04, has not been shown. With two validation neurons, above, it was:
+# `ours` has 0.42 there (here 0.39), the ridge filter 0.31 (here 0.35). A threshold chosen on one neuron is
+# partly luck, for filters as for networks, so distrust a comparison whose winner depends on it.
 #
-# Intervals and p-values can disagree, and do so in the stored file: from scratch, 2D is ahead of 3D on
-# all seven neurons, which would happen by chance in 2 of 128 cases ($p$ = 0.016), and yet the t interval
-# contains 0. One neuron with a difference of 0.14 stretches it; on another the two are practically
-# equal. Treat such
-# a difference as likely, not as shown. The table compares several rows with one baseline, too: with nine
-# comparisons, at least one interval will miss 0 by chance far more often than one time in twenty.
+# Intervals and p-values can disagree, and do so in the stored file: from scratch, 2D is ahead of 3D on all
+# seven neurons, which would happen by chance in 2 of 128 cases ($p$ = 0.016), and yet the t interval
+# contains 0. One neuron with a difference of 0.14 stretches it; on another neuron the two networks are
+# practically equal. Treat such a difference as likely, not as shown. The table also compares several rows
+# with one baseline: with nine comparisons, at least one interval will miss 0 by chance far more often than
+# one time in twenty.
 #
-# ### Where there is a stem, what do photographs add?
+# ### What do photographs add when there is a stem?
 
 # %%
 for one, other in (
@@ -326,26 +326,26 @@ for one, other in (
     compare(one, other, together)
 
 # %% [markdown]
-# Here, nothing that we could measure: `frozen center` is ahead of its control, `frozen random`, by 0.001
-# (-0.038 to 0.040). Both gain somewhat less over 3D scratch (0.057 and 0.056) than photographs alone did
-# above (0.073), although the control knows no photograph and its encoder learns nothing.
+# Nothing that we could measure: `frozen center` is ahead of its control, `frozen random`, by 0.001 (-0.038
+# to 0.040). Their gains over 3D scratch (0.057 and 0.056) are somewhat below that of photographs alone,
+# above (0.073), but the control knows no photograph and its encoder learns nothing.
 #
-# One explanation: in the paper's network, all that the decoder learns about a voxel passes through tokens,
-# each of them a patch of the image, and it helps to have tokens in which lines can be told from noise. A
-# stem sees every pixel, and 100 steps on a few neurons suffice to teach it that much. That is a guess: the
-# frozen rows differ from the paper's in three things at once (stem, local contrast, and what is trained),
-# 100 steps are few, and seven neurons leave room for a gain of 0.04. To separate them, give the rows of
-# `profiles/table1-cpu.yaml` one change at a time.
+# One explanation: in the paper's network, all that the decoder learns about a voxel comes through tokens,
+# each of which describes a patch of the image, and it helps if lines can be told from noise in these
+# tokens. A stem sees every pixel, and 100 steps on a few neurons are enough to teach it that much. That is
+# a guess: the frozen rows differ from the paper's in three things at once (stem, local contrast, and what
+# is trained), 100 steps are few, and seven neurons leave room for a gain of 0.04. To separate these three,
+# give the rows of `profiles/table1-cpu.yaml` one change at a time.
 #
 # So do not take the lead of `ours` as evidence for photographs. It is ahead of `frozen center`, the same
-# network, by 0.079 (0.015 to 0.142), and differs from it in three other things: it has seen rendered
-# neurons before the real ones, a filter counts beside it, and its rate is lower.
+# network, by 0.079 (0.015 to 0.142), and differs from it in three other ways: it has seen rendered neurons
+# before the real ones, a filter contributes, and its learning rate is lower.
 #
 # ## Another seed
 #
-# A seed determines the decoder's first weights, the blocks and their order and, from scratch, the
-# encoder's weights. The means above are over all seeds of the file. What would each of them alone have
-# said? Where a file has several, each has a column, with the gains averaged over the neurons:
+# A seed determines the decoder's initial weights, the blocks and their order and, from scratch, the
+# encoder's weights. The means above are over all seeds in the file. What would each seed alone have told
+# us? Where a file has several, each gets a column, with the gains averaged over the neurons:
 
 # %%
 seeds = sweeps.by_seed(rows, "dice")
@@ -355,7 +355,7 @@ if len(seeds[baseline]) > 1:
     alt = "Gain in Dice over the baseline, averaged over neurons, for each seed and network."
     plotting.show(figure, "seeds", alt, run.figures)
 else:
-    print("one seed so far; how much another one would change, this file cannot say")
+    print("one seed so far: this file cannot tell how much another one would change")
 
 # %% [markdown]
 # ### Exercise 1: gains, neuron by neuron
@@ -385,10 +385,10 @@ exercises.q1(paired)
 # %% [markdown]
 # ### Exercise 2: how many neurons would it take?
 #
-# You plan the next experiment. You expect a mean gain of `gain`, like one in the table above, and gains
-# that spread with the standard deviation `deviation`. How many neurons must you test, at least, for the
-# 95 % t interval of the mean gain to lie above 0? `stats.t.ppf(0.975, n - 1)` is $t_{n-1}$. Predict for
-# a gain of 0.02 and a deviation of 0.05 before you compute it: ten? twenty? fifty?
+# You are planning the next experiment. You expect a mean gain of `gain`, like one in the table above, and
+# a standard deviation of the gains of `deviation`. What is the smallest number of neurons for which the
+# 95 % t interval of the mean gain lies above 0? `stats.t.ppf(0.975, n - 1)` is $t_{n-1}$. Before you
+# compute it, make a guess for a gain of 0.02 and a deviation of 0.05: ten? twenty? fifty?
 
 
 # %% tags=["exercise"]
@@ -413,16 +413,16 @@ exercises.q2(needed)
 #     return n
 # ```
 #
-# For 0.02 and 0.05 it is 27, and even then the interval covers 0 in about every second experiment.
-# Above, seven neurons were enough for the gain of center, 0.073, although the gains spread by 0.066.
-# Center and average are level: with their mean difference of 0.003 and a deviation of 0.031, how many
-# neurons would it take? Ask your function: hundreds.
+# For 0.02 and 0.05 it is 27, and even then the interval covers 0 in about half of all experiments. Above,
+# seven neurons were enough for the gain of center, 0.073, although the gains have a standard deviation of
+# 0.066. Center and average are level: with their mean difference of 0.003 and a deviation of 0.031, how
+# many neurons would it take? Ask your function: hundreds.
 # </details>
 
 # %% [markdown]
 # ## Distances: another story
 #
-# Hd95 of the same predictions. A network that finds nothing counts with the diagonal of the volume.
+# This is the Hd95 of the same predictions. A network that finds nothing gets the diagonal of the volume.
 
 # %%
 hd95 = sweeps.by_network(rows, "hd95")
@@ -435,15 +435,15 @@ alt = "Hd95 of the networks on each neuron, beside that of filters; it differs b
 plotting.show(figure, "hd95", alt, run.figures)
 
 # %% [markdown]
-# The paper's Hd95 falls from 38 to 3 voxels with pre-training. In the stored run that of the 3D network
+# The paper's Hd95 falls from 38 to 3 voxels with pre-training. In the stored run, that of the 3D network
 # falls, too, on three neurons: from 26 to 9 and 11 on `in40`, from 36 to 13 on `in44`, and from 67 to 21
-# and 17 on `sensory_M4-5` (average and center); that of the 2D network from 16 to 11, 28 to 20, and 44
-# to 14. On `class1_sn23`, `sensory_I4-2` and `sensory_IM3-1_sn30`, the paper's networks, and nearly all
+# and 17 on `sensory_M4-5` (average and center). That of the 2D network falls from 16 to 11, 28 to 20, and
+# 44 to 14. On `class1_sn23`, `sensory_I4-2` and `sensory_IM3-1_sn30`, the paper's networks, and nearly all
 # filters, have about the same Hd95, 84 to 147 voxels, whatever their Dice. There, something far away
-# decides: false pieces, like the far speck of [04](04_evaluation.ipynb#one-far-speck), neurites that
-# nobody traced, or branches that are missed; Hd95 does not say which. On `sensory_M4-1` it even rises
-# with pre-training. So read Hd95 for what it is: the distance of the worst errors that are still common.
-# Where specks are common, report the surface Dice beside it.
+# decides it: false pieces, like the far speck of [04](04_evaluation.ipynb#one-far-speck), neurites that
+# nobody traced, or branches that are missed; Hd95 does not say which. On `sensory_M4-1` it even rises with
+# pre-training. So read Hd95 for what it is: the distance of the worst errors that are still common. Where
+# specks are common, report the surface Dice beside it.
 
 # %% [markdown]
 # ## Look for yourself
@@ -475,10 +475,10 @@ widgets.explore(draw, "explorer", alt, run.figures, measure=measures, against=ag
 # | 3D average | 0.4942 | 2.863 |
 # | 3D center | 0.5045 | 2.810 |
 #
-# Not comparable number by number: other volumes, another encoder (DINOv2 S/14 for DINO S/16), another
-# target (its threshold decides the Dice, see notebook 01), a network trained for minutes on one core
-# instead of hours on a GPU. What can be compared is the order of the rows, and the size of the
-# differences against their spread.
+# Do not compare number by number: ours come from other volumes, another encoder (DINOv2 S/14 instead of
+# DINO S/16), another target (its threshold decides the Dice, see notebook 01), and networks trained for
+# minutes on one core instead of hours on a GPU. You can compare the order of the rows, and the size of the
+# differences relative to their spread.
 #
 # ## Capstone: your own stack
 #
@@ -503,20 +503,20 @@ run.record("table1", summary)
 print(f"metrics.json: {len(summary)} networks")
 
 # %% [markdown]
-# **Summary.** The paper: pre-training on photographs raises the Dice of the 3D network by 0.077
-# (average) and 0.087 (center) and brings its Hd95 from 37.9 down to 2.9 and 2.8, on four neurons. Here,
-# with minutes of training and one seed, it raises the Dice on seven neurons by 0.071 (0.016 to 0.125) and
-# 0.073 (0.012 to 0.134), $p$ = 0.03 and 0.02: nearly the paper's gain. Center gains on every neuron,
-# average on six of seven. The 2D network gains 0.039 (-0.002 to 0.080; in the paper 0.041), and from
-# scratch, it is ahead of the 3D one by 0.038 (-0.008 to 0.084; in the paper 0.030): the signs agree, and
-# both intervals contain 0. Whether center is better than average, in the paper by 0.010, seven neurons
-# cannot tell. Two things differ from the paper. Five slices do not help the pre-trained network (center is
-# 0.004 below the 2D one, -0.021 to 0.013), and Hd95 falls on three neurons only. Neither these networks
-# nor a U-Net from scratch have been shown to be better than a difference of Gaussians or a ridge filter.
-# Only `ours`, which adds a stem, local contrast, a filter beside the network, and rendered neurons, has
-# been shown to beat every filter, and only with thresholds chosen on two validation neurons. And where a
-# stem and local contrast help a frozen encoder, photographs add 0.001 (-0.038 to 0.040): what they are
-# worth depends on what else the network can see.
+# **Summary.** The paper: pre-training on photographs raises the Dice of the 3D network by 0.077 (average)
+# and 0.087 (center) and brings its Hd95 from 37.9 down to 2.9 and 2.8, on four neurons. Here, with minutes
+# of training and one seed, it raises the Dice on seven neurons by 0.071 (0.016 to 0.125) and 0.073 (0.012
+# to 0.134), $p$ = 0.03 and 0.02: nearly the paper's gain. Center gains on every neuron, average on six of
+# seven. The 2D network gains 0.039 (-0.002 to 0.080; in the paper 0.041), and from scratch, it is ahead of
+# the 3D one by 0.038 (-0.008 to 0.084; in the paper 0.030): the signs agree, and both intervals contain 0.
+# Seven neurons cannot tell whether center is better than average, as it is in the paper, by 0.010. Two
+# things differ from the paper. Five slices do not help the pre-trained network (center is 0.004 below the
+# 2D one, -0.021 to 0.013), and Hd95 falls on three neurons only. Neither these networks nor a U-Net from
+# scratch have been shown to be better than a difference of Gaussians or a ridge filter. Only `ours`, which
+# adds a stem, local contrast, the help of a filter, and rendered neurons, has been shown to beat every
+# filter, and only with thresholds chosen on two validation neurons. And where a stem and local contrast
+# help a frozen encoder, photographs add 0.001 (-0.038 to 0.040): what they are worth depends on what else
+# the network can see.
 #
 # On your own volumes: `neurolib sweep profiles/table1-cpu.yaml --data my_pairs`, with a copy of the
 # profile in which `folds` and `validate_on` name your neurons.

@@ -10,7 +10,7 @@ from neurolib.evaluation import distance_to_tree
 from neurolib.swc import Tree
 
 
-@question("at a turn both ends point past the gap, and no rule about single ends can tell.")
+@question("at a turn, both ends point past the gap, and a rule about one end alone cannot tell.")
 def q1(place: Sequence[float]) -> str:
     """Centre (x, y) of a ball of radius 4 whose removal splits the turning neurite for good."""
     if np.shape(place) != (2,):
@@ -25,19 +25,19 @@ def q1(place: Sequence[float]) -> str:
         return f"At {tuple(place)} there is no neurite to cut."
     before, after = (tracing.find_foreground(m).component.max() for m in (mask, mask & ~cut))
     if after == before:
-        return "The ball takes an end away and leaves one piece: cut where there is more behind it."
+        return "The ball only cuts off an end and leaves one piece: cut where both sides continue."
     log: list = []
     if (tracing.trace(mask & ~cut, log=log).parent < 0).sum() == 1:
         return (
-            f"The tracer mended it with a bridge of {log[0].length:.1f} voxels: there the ends "
-            "face each other. Where do they not?"
+            f"The tracer mended it with a bridge of {log[0].length:.1f} voxels, because the ends "
+            "face each other there. Where do they not?"
         )
     return ""
 
 
-@question("any forest can be written as an SWC file now.")
+@question("now you can write any forest as an SWC file.")
 def q2(parents_first: Callable) -> str:
-    """Parents (n,), -1 for a root, give the rows with every parent before its children."""
+    """Rows in an order with parents before children, from the parents (n,), -1 for a root."""
     rng = np.random.default_rng(3)
     for n, roots in [(6, 1), (1, 1), (12, 3), (200, 4), (3000, 1)]:
         parent = np.concatenate([np.full(roots, -1), np.arange(n - roots)])
@@ -49,19 +49,19 @@ def q2(parents_first: Callable) -> str:
         order = np.asarray(call(parents_first, mixed.copy()))
         about = f"({n} nodes, {roots} {'root' if roots == 1 else 'roots'})"
         if order.ndim != 1 or order.dtype.kind not in "iu":
-            return f"Give a list of rows, whole numbers {about}."
+            return f"Return a list of rows, as whole numbers {about}."
         if len(order) < n and len(set(order.tolist())) == len(order):
             return f"{n - len(order)} of the rows are missing {about}: there may be several roots."
         if sorted(order.tolist()) != list(range(n)):
-            return f"Each row once {about}: give the rows in their new order, not their parents."
+            return f"List each row once {about}: the rows in their new order, not their parents."
         place = np.argsort(order)
         child = np.flatnonzero(mixed >= 0)
         late = child[place[mixed[child]] > place[child]]
         if len(child) and len(late) == len(child):
-            return f"Children come first {about}: turn the order round."
+            return f"Children come first {about}: reverse the order."
         if len(late):
             return (
-                f"Row {late[0]} comes before its parent, row {mixed[late[0]]} {about}: numbers say "
-                "nothing about who is whose parent."
+                f"Row {late[0]} comes before its parent, row {mixed[late[0]]} {about}: row "
+                "numbers do not tell which node is whose parent."
             )
     return ""
