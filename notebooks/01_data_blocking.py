@@ -114,7 +114,7 @@ plotting.show(figure, "frames", alt, run.figures)
 
 # %% [markdown]
 # A number shows this, too: if the tree belongs to the image, the image is brighter on the tree than
-# beside it. `swc.fit` measures this contrast. It also tries other coordinate frames, and names one that
+# on average. `swc.fit` measures this contrast. It also tries other coordinate frames, and names one that
 # fits clearly better.
 
 # %%
@@ -426,7 +426,7 @@ print(f"{run.path('split.json').name}: {len(pairs)} pairs, seed {seed}")
 # trees with 32 gold-standard SWCs of BigNeuron (trees on which several people agreed), stacks with six
 # confocal stacks of *Drosophila* neurons (ranges recorded in `neurolib.data.synthesis`, or measured now
 # if the parameters `gold` and `stacks` name folders). `axis`, `near` and `far` are percentiles of the
-# intensity on the neurite, 2 to 6 voxels from it, and elsewhere. `foreground` is the share of voxels
+# intensity on the neurite, 2 to 6 voxels from it, and beyond 10. `foreground` is the share of voxels
 # within 2 voxels of the tree, and `contrast` is their mean brightness divided by that of voxels far from
 # it (not the contrast of `swc.fit`); `dice` is the best Dice that a threshold alone can reach.
 

@@ -258,7 +258,7 @@ panels = {
     for i in range(depth)
 }
 figure = plotting.images(panels, columns=depth, shared=True, label="weight")
-alt = "Three rows of slices: average repeats a faint kernel, center has it in the middle alone."
+alt = "Slices of three inflated kernels: all alike, the middle one alone, and fading from it."
 plotting.show(figure, "kernels", alt, run.figures)
 
 # %% [markdown]

@@ -314,8 +314,8 @@ exercises.q2(soft_dice)
 #
 # The details needed to rebuild it: blocks are enlarged bicubically, maps bilinearly. The convolutions of
 # decoder, stem and head have 3 × 3 kernels, each followed by GroupNorm (groups of eight features) and
-# GELU; only three kinds are 1 × 1: from the taps to 64 features, from the pools (1, 2, 3 and 6 cells a
-# side) to 16, and the last of the head. Its bias starts at -4, because nearly all voxels are background.
+# GELU; only three kinds are 1 × 1, with neither: from the taps to 64 features, from the pools (1, 2, 3 and
+# 6 cells a side) to 16, and the last of the head. Its bias starts at -4, as nearly all voxels are background.
 # The stem has 16, 32, 64 and 128 features, and the transformer's MLP widens 384 numbers to 1536.
 
 # %%
@@ -438,11 +438,11 @@ plotting.show(plotting.images(panels, columns=5), "stages", alt, run.figures)
 #
 # ## A rate for every layer and every step
 #
-# We use AdamW. Its *weight decay* shrinks matrices (not norms, biases or position embeddings) by
+# We use AdamW. Its *weight decay* shrinks matrices (not norms, biases, or position and class tokens) by
 # 0.05 times the rate in every step. We also follow three habits of people who fine-tune
 # transformers. First, the decoder starts from random weights and has ten times the encoder's peak
 # rate. Second, the encoder's rate falls layer by layer towards the pixels, since the first layers
-# already know edges, while the last ones know photographs: layer $i$ of $0 \dots n$ has
+# already know edges, while the last ones are specialised in photographs: layer $i$ of $0 \dots n$ has
 # $r\,d^{\,n - i}$, with $d$ = `layer_decay` (Clark et al. 2020). Layer 0 is the patch embedding,
 # layers 1 to 12 are the transformer's, and 13 is its last norm, which is not used here. Third, all
 # rates warm up in a straight line (for the first twentieth of the steps), so that the random

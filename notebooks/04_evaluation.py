@@ -246,7 +246,7 @@ display(Markdown(runs.table(rows)))
 #   one, and it costs the tracer a branch. An error of 10 means ten gaps, or ten specks.
 #
 # Threshold and smallest piece were chosen together on validation neurons; nothing is chosen on the
-# test neurons. (For scale: a tube of radius 1.9 and length 18 has 200 voxels.)
+# test neurons. (For scale: a tube of radius 1.9 and length 18, like the target's, has 200 voxels.)
 
 # %%
 unit = evaluation.length_unit(tests)

@@ -88,8 +88,8 @@ probability = {
 # ## The tracer in six pictures
 #
 # How does a cloud of voxels become a tree that a neuroscientist can measure? A network makes mistakes of
-# its own, so to see what the tracer does, we give it a mask that is perfect except for one flaw that every
-# mask has, gaps: the target of the test neuron, with ten gaps cut into it. Each picture shows the whole
+# its own, so to see what the tracer does, we give it a mask that is perfect except for one flaw that most
+# masks have, gaps: the target of the test neuron, with ten gaps cut into it. Each picture shows the whole
 # mask, where you see what is missing, and an enlarged window, where you see what is crooked.
 
 # %%
@@ -238,7 +238,7 @@ print(f"{sum(equal)} of {len(theirs)} paths match the library's, voxel for voxel
 # %% [markdown]
 # ### 5. Pruning
 #
-# Some paths lead only to a bump on the mask. The target has no bumps, so we create some by deleting three
+# Some paths lead only to a bump on the mask. This mask has no bumps, so we create some by deleting three
 # in ten of its voxels at random. A path that reaches no more than 6 voxels beyond the surface of its
 # parent is taken for a bump and dropped. The price is that equally short true branches are lost as well.
 
@@ -301,8 +301,8 @@ exercises.q1(place)
 # ```
 #
 # At the turn, each end points 45 degrees past the other. Either deviation alone would be allowed, but
-# together they make 90 degrees, and the tracer accepts 80. Anywhere else the ends face each other. On your
-# own data, look at turns and branching points first: that is where cuts stay open.
+# together they make 90 degrees, and the tracer accepts 80. Far from the turn, the ends face each other. On
+# your own data, look at turns and branching points first: that is where cuts stay open.
 # </details>
 
 # %% [markdown]
@@ -505,7 +505,7 @@ if measured:
     plotting.show(figure, "real-recall", alt, run.figures)
 
 # %% [markdown]
-# In the stored file, `ours` finds more of each of the seven trees than any filter, and its tree is the
+# In the stored file, `ours` finds more of each tree than any filter, and its tree is the
 # closest (ESA) on all but two neurons: on `class1_sn23` the threshold's is closest, on `sensory_I4-2` the
 # ridge filter's. Still, its trees are far from complete: between a fifth and more than half of each neuron
 # is missing. Given the targets of such neurons, the tracer reaches an ESA of 0.3 to 0.4 voxels: most of

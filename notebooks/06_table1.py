@@ -253,9 +253,9 @@ for name, of in dice.items():
 
 # %% [markdown]
 # In the stored run, the paper's pre-trained networks beat every filter on two or three neurons, those from
-# scratch on one and on none, the frozen ones on one or two, and `ours` on five. That is a fair warning:
-# 100 steps from random weights, with or without a stem, are not enough for a useful network. They are
-# enough for a comparison, because all rows have them.
+# scratch on one and on none, the frozen ones on one or two, the U-Net on two, and `ours` on five. That is
+# a fair warning: 100 steps from random weights, with or without a stem, are not enough for a useful network.
+# They are enough to compare the paper's rows and the frozen ones, because all of these have them.
 #
 # ## The differences
 #
@@ -327,8 +327,8 @@ for one, other in (
 
 # %% [markdown]
 # Nothing that we could measure: `frozen center` is ahead of its control, `frozen random`, by 0.001 (-0.038
-# to 0.040). Their gains over 3D scratch (0.057 and 0.056) are somewhat below that of photographs alone,
-# above (0.073), but the control knows no photograph and its encoder learns nothing.
+# to 0.040). Both gain nearly as much over 3D scratch (0.057 and 0.056) as photographs alone do above
+# (0.073), although the control knows no photograph and its encoder learns nothing.
 #
 # One explanation: in the paper's network, all that the decoder learns about a voxel comes through tokens,
 # each of which describes a patch of the image, and it helps if lines can be told from noise in these
@@ -439,7 +439,7 @@ plotting.show(figure, "hd95", alt, run.figures)
 # falls, too, on three neurons: from 26 to 9 and 11 on `in40`, from 36 to 13 on `in44`, and from 67 to 21
 # and 17 on `sensory_M4-5` (average and center). That of the 2D network falls from 16 to 11, 28 to 20, and
 # 44 to 14. On `class1_sn23`, `sensory_I4-2` and `sensory_IM3-1_sn30`, the paper's networks, and nearly all
-# filters, have about the same Hd95, 84 to 147 voxels, whatever their Dice. There, something far away
+# filters, hardly differ in Hd95 on the same neuron (84 to 147 voxels), whatever their Dice. There, something far away
 # decides it: false pieces, like the far speck of [04](04_evaluation.ipynb#one-far-speck), neurites that
 # nobody traced, or branches that are missed; Hd95 does not say which. On `sensory_M4-1` it even rises with
 # pre-training. So read Hd95 for what it is: the distance of the worst errors that are still common. Where

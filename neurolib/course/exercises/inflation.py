@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from neurolib.course.exercises import call, question, recognise
 from neurolib.inflation import fold_rgb
 
-TOKENS, PATCH = 6, 4  # of the random kernels, (TOKENS, channels, PATCH, PATCH)
+WIDTH, PATCH = 6, 4  # of the random kernels, (WIDTH, channels, PATCH, PATCH)
 
 
 @question("black or bright, a grey slice gives the tokens of the 2D model.")
@@ -23,15 +23,15 @@ def q1(fold: Callable) -> str:
         if not isinstance(answer, tuple | list) or len(answer) != 2:
             return "Return two things: the grey kernel and the bias."
         grey, shifted = (torch.as_tensor(part) for part in answer)
-        if grey.shape != (TOKENS, 1, PATCH, PATCH):
+        if grey.shape != (WIDTH, 1, PATCH, PATCH):
             return (
-                f"One kernel per token, (E, 1, p, p) = {(TOKENS, 1, PATCH, PATCH)}, is expected; "
+                f"One kernel per number of a token, (E, 1, p, p) = {(WIDTH, 1, PATCH, PATCH)}, is expected; "
                 f"yours is {tuple(grey.shape)}. Sum over axis 1 with keepdim=True."
             )
-        if shifted.shape != (TOKENS,):
+        if shifted.shape != (WIDTH,):
             return (
-                f"One bias per token, (E,) = ({TOKENS},), is expected; yours is "
-                f"{tuple(shifted.shape)}. Sum over the colours and over the patch, not over tokens."
+                f"One bias per number of a token, (E,) = ({WIDTH},), is expected; yours is "
+                f"{tuple(shifted.shape)}. Sum over the colours and over the patch only."
             )
         per_channel = (part.view(1, 3, 1, 1) for part in (mean, std))
         if hint := _fold_hint(weight, bias, *per_channel, grey.to(weight), shifted.to(weight)):
@@ -84,10 +84,10 @@ def q2(inflate: Callable) -> str:
     for depth in (5, 1, 3, 7, 9):
         grey, _, _ = _random(draw, 1)
         kernel = torch.as_tensor(call(inflate, grey.clone(), depth)).to(grey)
-        if kernel.shape != (TOKENS, 1, depth, PATCH, PATCH):
+        if kernel.shape != (WIDTH, 1, depth, PATCH, PATCH):
             return (
                 f"Depth {depth}, kernels {tuple(grey.shape)}: expected (E, 1, D, p, p) = "
-                f"{(TOKENS, 1, depth, PATCH, PATCH)}, got {tuple(kernel.shape)}."
+                f"{(WIDTH, 1, depth, PATCH, PATCH)}, got {tuple(kernel.shape)}."
             )
         block = torch.rand(2, 1, depth, 3 * PATCH, 3 * PATCH, generator=draw, dtype=grey.dtype)
         answer = F.conv3d(block, kernel, stride=(depth, PATCH, PATCH))[:, :, 0]
@@ -148,8 +148,8 @@ def _random(
     draw: torch.Generator, channels: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Kernels (E, channels, p, p), a bias (E,) and slices (2, 3, 4p, 4p) with equal channels."""
-    weight = torch.randn(TOKENS, channels, PATCH, PATCH, generator=draw, dtype=torch.float64)
-    bias = torch.randn(TOKENS, generator=draw, dtype=torch.float64)
+    weight = torch.randn(WIDTH, channels, PATCH, PATCH, generator=draw, dtype=torch.float64)
+    bias = torch.randn(WIDTH, generator=draw, dtype=torch.float64)
     slices = torch.rand(2, 1, 4 * PATCH, 4 * PATCH, generator=draw, dtype=torch.float64)
     return weight, bias, slices.expand(-1, 3, -1, -1)
 
