@@ -1,8 +1,8 @@
 """The method of the course: 3D neuron segmentation with 2D vision transformers.
 
-Each notebook ``NN_stage`` has the module ``neurolib.stage`` beside it, in the order of the paper:
+Each notebook ``NN_stage`` has its own module ``neurolib.stage``, in the order of the paper:
 `blocking`, `weights`, `inflation`, `network`, `training`, `inference`, `evaluation`, `tracing`.
-They stand on `volume` and `swc`. Formats and data sets are in `neurolib.data`, the command line,
+They build on `volume` and `swc`. Formats and data sets are in `neurolib.data`, the command line,
 runs and figures in `neurolib.course`. `neurolib.segment` goes from an image to a tree.
 """
 
@@ -23,7 +23,7 @@ def __getattr__(name: str) -> object:
 
 
 class _Moved:
-    """Finds modules of `data` and `course` under their old flat names, as `neurolib.datasets`."""
+    """Finds modules of `data` and `course` by their old flat names, such as `neurolib.datasets`."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> object:
         package, _, module = name.partition(".")

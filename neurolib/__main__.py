@@ -1,4 +1,4 @@
-"""``python -m neurolib``: the command for torchrun, or where its script is not on the path."""
+"""``python -m neurolib``: the command, for torchrun or if its script is not on the path."""
 
 from neurolib.course.cli import main
 

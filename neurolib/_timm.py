@@ -1,4 +1,4 @@
-"""Import timm from here alone: this also works with a CPU-only torch.
+"""Import timm only from here: this also works with a CPU-only torch.
 
 timm imports torchvision. Its Linux wheels on the Python package index are CUDA builds, whose
 compiled operators do not load with a CPU build of torch; registering their shapes then fails with

@@ -1,8 +1,8 @@
 """From a tree and a volume to training blocks.
 
-Target: a traced tree becomes a response that falls off with the distance to the centreline, and
+Target: a traced tree becomes a response that falls off with distance from the centreline, and
 a mask. Blocks: five slices of 100 x 100, named by (centre slice z, first row y, first column x).
-`neurolib.inference` goes the other way and stacks the predictions of blocks to a volume.
+`neurolib.inference` goes the other way and assembles predictions of blocks into a volume.
 """
 
 import warnings
@@ -27,13 +27,13 @@ KINDS = ("sironi", "scale_space", "radius")
 STEEPNESS, REACH = 6.0, 5.0
 # Edges are cut into pieces no longer than this, and each piece is compared with a ball of voxels
 # around its middle: shorter pieces mean more balls, longer ones bigger balls. With a reach of 5
-# pixels the work per voxel of neurite is the same from 4 to 6.
+# pixels, the work per voxel of neurite is the same for pieces of 4 to 6.
 PIECE = 4.0
 # Pairs of a piece and a voxel computed at a time: temporary arrays take 0.5 MB each.
 PAIRS = 1 << 16
 # Distances are computed in float64; rounding must not lose a voxel that lies exactly on a radius.
 ROUNDING = 1e-9
-# Number of times a piece is halved to find the place nearest to a voxel's extent as exactly.
+# How often a piece is halved to find its place nearest to a voxel's extent to that precision.
 HALVINGS = 36
 
 
@@ -56,7 +56,7 @@ class Sample:
 def read_sample(pair: Pair, kind: str = "sironi", tau: float = 0.1) -> Sample:
     """Read a pair: normalised image, tree, response and mask of the target.
 
-    A tree of which most lies outside the image is a `DataError`.
+    A tree that lies mostly outside the image is a `DataError`.
     """
     volume, tree = read_pair(pair)
     if repairs := "; ".join(repair for repair in tree.repairs if "reordered" not in repair):
@@ -71,8 +71,8 @@ def ignore_untraced(sample: Sample) -> Sample:
     """Mark as unknown what looks like neurite but is far from the tree, which may lack branches.
 
     Where the image stands out as neurites do (`neurolib.volume.empty_level`) and the response is
-    0, the response becomes NaN, which no loss counts. The network then does not learn bright
-    specks as background either.
+    0, the response becomes NaN, which no loss counts. As a side effect, the network does not learn
+    that bright specks are background.
     """
     bright = standing_out(sample.image) > empty_level(sample.image)
     unknown = bright & (sample.response == 0)
@@ -97,7 +97,7 @@ def tube_radius(tau: float = 0.1) -> float:
     """Radius of the tube that `make_target` marks around a centreline, in pixels.
 
     It is the distance at which the response equals `tau`, in (0, 1]: 0.58, 1.90, 2.46, 3.65 for
-    tau = 0.5, 0.1, 0.05, 0.01. A pixel is a voxel of the finer of dy and dx.
+    tau = 0.5, 0.1, 0.05, 0.01. A pixel is the smaller of dy and dx.
     """
     check_range("tau", tau)
     return float(distance_of(tau))
@@ -117,15 +117,15 @@ def make_target(
     ----------
     tree : Tree
         Nodes in voxel coordinates, radii in voxels of the plane (see `Tree`). Parts of the tree
-        outside the volume mark what they reach inside; a tree without nodes marks nothing.
+        outside the volume mark the voxels they reach inside; a tree without nodes marks none.
     shape : (int, int, int)
         Volume shape (z, y, x).
     spacing : (float, float, float)
         Voxel size (dz, dy, dx) in any one unit; only the ratios matter.
     kind : {"sironi", "scale_space", "radius"}
         "sironi": y = (exp(a (1 - D / d_max)) - 1) / (exp(a) - 1) for D < d_max, else 0, with D
-        the distance to the nearest edge (see Notes), a = 6 and d_max = 5 pixels (voxels of the
-        finer of dy and dx); the mask is y >= tau.
+        the distance to the nearest edge (see Notes), a = 6 and d_max = 5 pixels (a pixel is the
+        smaller of dy and dx); the mask is y >= tau.
         "scale_space": another name for the same target (see Notes).
         "radius": the union of the balls of radius max(r, 1 pixel) along all edges, r interpolated
         between the nodes; the response is the mask as 0 or 1, and tau does not matter.
@@ -139,17 +139,17 @@ def make_target(
 
     Notes
     -----
-    Distances are exact. They are measured to the edge and not to samples of it, so that a slanted
-    neurite is as wide as a straight one. A voxel that is longer than a pixel along an axis counts
-    with its extent: D is the distance to the nearest of the pixel-sized cubes that fill it. So the
+    Distances are exact. They are measured to the edge itself, not to samples of it, so a slanted
+    neurite is as wide as a straight one. If a voxel is longer than a pixel along an axis, its
+    extent matters: D is the distance to the nearest of the pixel-sized cubes that fill it. So the
     voxels that an edge passes through lie within sqrt(3) / 2 pixels of it, and the mask of a
     connected tree is connected, whatever the spacing. Only voxels near the tree are visited.
 
-    The form of the response is that of Sironi, Türetken, Lepetit and Fua, "Multiscale Centerline
+    The response has the form given by Sironi, Türetken, Lepetit and Fua, "Multiscale Centerline
     Detection", TPAMI 2016; a, d_max and tau are choices of this course. Their paper defines it in
     scale space: at voxel x and radius r, D² = |x - c|² + (r - r_c)² to a point c of the centreline
     with radius r_c. The largest value over all r is at r = r_c, where D = |x - c|; so the two
-    names stand for one target.
+    names mean the same target.
     """
     if kind not in KINDS:
         raise SettingsError(f"kind: unknown target {kind!r}; choose one of {', '.join(KINDS)}")
@@ -204,7 +204,7 @@ def block_grid(shape: Shape, block: Shape = BLOCK, stride: Shape = STRIDE) -> np
         Block shape; the depth is odd, so that there is a centre slice.
     stride : (int, int, int)
         Steps between blocks. With stride 1 in z every slice is the centre of blocks; for a network
-        that predicts all slices of a block, a stride of the depth covers the volume too.
+        that predicts all slices of a block, a stride equal to the depth covers the volume too.
 
     Returns
     -------
@@ -272,7 +272,7 @@ def salient(
         From `block_grid`.
     minimum : float
         Least share of foreground in the centre slice, padding included. The paper asks for
-        salient blocks without a number; 0.001 (10 voxels of 100 x 100) is ours.
+        salient blocks but gives no number; 0.001 (10 of 100 x 100 voxels) is ours.
     block : (int, int, int)
         Block shape.
     """
@@ -298,8 +298,8 @@ def choose_blocks(
     mask, positions, block
         As in `salient`.
     negatives : float
-        Number of other blocks, as a share of the number of salient ones (rounded up); as many
-        as there are if there are fewer.
+        Number of other blocks, as a share of the number of salient ones (rounded up); all of
+        them if there are fewer.
     seed : int
         The same seed chooses the same blocks.
 
@@ -343,8 +343,8 @@ def distance_of(response: np.ndarray) -> np.ndarray:
 def _pieces(tree: Tree, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The tree's edges, cut into short pieces: their starts and ends, (n, 4) z, y, x, radius.
 
-    Lengths are in pixels; along a coarser axis, a piece may be as much longer as its voxels are. A
-    root gives a piece of length 0, so that a node without edges counts too.
+    Lengths are in pixels; along a coarser axis, a piece may be longer in proportion to its voxels.
+    A root gives a piece of length 0, so that a node without edges counts too.
     """
     nodes = np.column_stack([tree.xyz[:, ::-1] * scale, np.maximum(tree.radius, 0) * _plane(scale)])
     if not np.isfinite(nodes).all():
@@ -364,13 +364,13 @@ def _near(start, end, reach, scale, shape: Shape, growth=None) -> Iterator[tuple
 
     start, end: (n, 3); reach: (n,). With `growth` (n,), the change of radius from start to end,
     "nearest" is where distance minus radius is least. Yields four (m,) arrays at a time: flat
-    voxel index, piece, place on it (0 start to 1 end) and distance. A voxel may come once for
-    every piece.
+    voxel index, piece, place on it (0 start to 1 end) and distance. A voxel may be yielded once
+    for every piece.
     """
-    # Strategy: the same ball of voxels (`ball`, offsets to the voxel nearest to the middle) lies
-    # around the middle of every piece, so that distances are computed for many pieces at a time.
-    # Pieces are grouped by reach, because one soma must not enlarge all balls.
-    # The lower bound on the half length keeps a piece of length 0 from dividing by 0.
+    # Strategy: the same ball of voxels (`ball`, offsets from the voxel nearest to the middle) is
+    # placed around the middle of every piece, so distances are computed for many pieces at a time.
+    # Pieces are grouped by reach, because a single soma must not enlarge every ball.
+    # The lower bound on the half length avoids a division by 0 for a piece of length 0.
     middle, half = (start + end) / 2, np.maximum(np.linalg.norm(end - start, axis=1) / 2, ROUNDING)
     direction = (end - start) / (2 * half[:, None])
     slope = None if growth is None else growth / (2 * half)
@@ -380,7 +380,7 @@ def _near(start, end, reach, scale, shape: Shape, growth=None) -> Iterator[tuple
     for size in np.unique(level):
         radius = size + PIECE / 2 + np.linalg.norm(np.minimum(scale, 1)) / 2
         # Along a coarser axis, voxels may lie farther from the middle: by half their length for
-        # their extent, as much for the rounding of the middle, and more for the longer piece.
+        # their extent, by as much again because the middle is rounded, and more for longer pieces.
         slack = longer * (1 + PIECE / 2)
         extent = np.floor((radius + slack) / scale).astype(int)
         touching = ((centre >= -extent) & (centre < shape + extent)).all(axis=1)
@@ -416,7 +416,7 @@ def _balls(centre, radius: float, slack, extent, scale, shape: Shape) -> Iterato
         return
     low, high = -extent, extent
     if (scale < 1).any():
-        # A ball of thin slices may be many volumes deep: keep the offsets that lead into this one.
+        # Thin slices can make a ball many volumes deep: keep the offsets that lead into this one.
         low = np.maximum(low, -centre.max(axis=0))
         high = np.minimum(high, np.subtract(shape, 1) - centre.min(axis=0))
     sides = [np.arange(i, j + 1) for i, j in zip(low, high, strict=True)]
@@ -430,7 +430,7 @@ def _balls(centre, radius: float, slack, extent, scale, shape: Shape) -> Iterato
 def _to_centres(place, shift, direction, half, slope) -> tuple[np.ndarray, np.ndarray]:
     """Squared distances (n, m) of pieces to voxels `place` (3, m), and the nearest places.
 
-    The pieces have `shift` and `direction` (n, 3), half of their length and `slope` (n,).
+    The pieces have `shift` and `direction` (n, 3), half their length and `slope` (n,).
     The places are coordinates (n, m) along the pieces. The squared distance to the middle and the
     coordinate along the piece are two matrix products; the distance to the segment follows by
     Pythagoras.
@@ -443,7 +443,7 @@ def _to_centres(place, shift, direction, half, slope) -> tuple[np.ndarray, np.nd
     nearest = along
     if slope is not None:
         # The nearest point of a cone lies ahead of the foot of the perpendicular, by a multiple of
-        # the perpendicular's length. If the ball at one end holds all others, it is that end.
+        # the perpendicular's length. If the ball at one end holds all others, take that end.
         cone = np.abs(slope) < 1
         ahead = np.where(cone, slope, 0) / np.sqrt(1 - np.where(cone, slope, 0) ** 2)
         beyond = np.where(cone, 0, np.copysign(np.inf, slope))
@@ -460,8 +460,8 @@ def _to_extents(
 ) -> tuple[np.ndarray, np.ndarray]:
     """`_to_centres` for voxels that extend by `longer` (3,) on both sides; infinite beyond reach.
 
-    The distance to a box minus a slope is convex along a piece, so halving the piece finds its
-    minimum.
+    The distance to a box minus a slope is convex along a piece, so repeated halving finds
+    its minimum.
     """
     apart = shift[:, None] - place.T
     # A lower bound first, from the box around the piece.

@@ -1,4 +1,4 @@
-"""Choosing the device that computes, and the precision of its numbers."""
+"""Choosing the device to compute on, and the precision of its numbers."""
 
 import contextlib
 import functools
@@ -19,16 +19,16 @@ def _say_once(words: str) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; ``auto`` is a GPU if there is one, else the CPU."""
+    """The device with this name; ``auto`` is a GPU if there is one, else the CPU."""
     if name == "auto":
         name = "cpu"
         if torch.cuda.is_available():
             try:
                 return pick_device("cuda")
             except SettingsError as error:  # this PyTorch does not support this GPU
-                _say_once(f"{error}; 'auto' takes the CPU")
+                _say_once(f"{error}; 'auto' uses the CPU")
         elif torch.backends.mps.is_available():
-            _say_once("Apple GPU found, not tested: 'auto' takes the CPU; device 'mps' tries it")
+            _say_once("Apple GPU found, not tested: 'auto' uses the CPU; choose 'mps' to try it")
     try:
         device = torch.device(name)
         (torch.ones(1, device=device) + 1).item()  # fails on a GPU that PyTorch does not support
@@ -39,11 +39,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: str) -> str:
-    """The precision of this name on a type of device; ``auto`` is the fastest one that is safe.
+    """The precision with this name for a type of device; ``auto`` is the fastest one that is safe.
 
-    ``auto`` is bfloat16 for matrix products where the hardware has it (GPUs from Ampere on,
+    ``auto`` is bfloat16 for matrix products if the hardware has it (GPUs from Ampere on,
     processors with AVX-512 BF16 or AMX: 1.8 to 2.6 times faster in training), else float32 (with
-    AVX2 alone, bfloat16 is 7 times slower). `device` is ``cpu``, ``cuda`` or another type of
+    only AVX2, bfloat16 is 7 times slower). `device` is ``cpu``, ``cuda`` or another type of
     `torch.device`.
     """
     if name not in PRECISIONS:

@@ -2,7 +2,7 @@
 
 Masks are boolean arrays (z, y, x), trees are in voxels. Distances, tolerances and lengths are in
 the unit of `spacing`: µm, or voxels with the default (`length_unit` chooses one for a table).
-Every number comes with what it is undefined for: an empty mask, a tree without edges. Masks that
+Each function says what it gives where a score is undefined (empty mask, no edges). Masks that
 are not boolean, or differ in shape, are refused (VolumeError), and trees without nodes (SwcError).
 """
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from neurolib.volume import Volume
 
 DISTANCES = ("Hd95", "ESA", "DSA")
-# Smallest pieces that are tried, in voxels; 1 keeps all.
+# Sizes tried for the smallest piece to keep, in voxels; 1 keeps all.
 SIZES = (1, 50, 200, 800)
-# Thresholds at which they are tried.
+# Number of thresholds at which they are tried.
 TRIED = 32
 FULL_CONNECTIVITY = np.ones((3, 3, 3), dtype=bool)  # 26 neighbours: a neurite may run diagonally
 
@@ -38,20 +38,20 @@ FULL_CONNECTIVITY = np.ones((3, 3, 3), dtype=bool)  # 26 neighbours: a neurite m
 def length_unit(stacks: "Iterable[Volume | Sample]") -> str:
     """The unit of a table: "µm" if the spacing of every stack is known, else "voxels".
 
-    Where a voxel is 1 µm, the numbers are the same: generated stacks count in voxels.
+    Where a voxel is 1 µm, both give the same numbers; generated stacks are in voxels.
     """
     known = (not stack.unknown and tuple(stack.spacing) != (1, 1, 1) for stack in stacks)
     return "µm" if all(known) else "voxels"
 
 
 def in_unit(spacing: Zyx, unit: str) -> Zyx:
-    """The spacing in µm, or in voxels of the finest axis: what the scores of a table are given."""
+    """The spacing for the scores of a table: in µm, or in voxels of the finest axis."""
     scale = check_spacing(spacing)
     return tuple((scale if unit == "µm" else scale / scale.min()).tolist())
 
 
 def name_unit(row: Mapping) -> dict:
-    """A row of a table with the unit, which it has under ``unit``, in the heads of distances."""
+    """A row of a table, its ``unit`` moved into the headings of the distances."""
     unit = f" ({row['unit']})" if "unit" in row else ""
     heads = {key: key + unit if key in DISTANCES else key for key in row if key != "unit"}
     return {head: row[key] for key, head in heads.items()}
@@ -73,12 +73,12 @@ def hd95(
     """95th percentile of the distances between the surfaces of two masks (z, y, x).
 
     A surface is the set of foreground voxels with a background voxel among their six neighbours;
-    what lies outside the volume is background. Both reference implementations take it so. With
-    "monai", `method` is the larger of the two directed 95th percentiles, with "medpy" the 95th
+    what lies outside the volume is background. Both reference implementations do the same. The
+    `method` "monai" takes the larger of the two directed 95th percentiles, "medpy" the 95th
     percentile of both directions pooled (larger only by interpolation).
 
-    The result is in the unit of `spacing` (dz, dy, dx); 0 if both masks are empty, inf if one is.
-    `statistics.aggregate` takes means over such values.
+    The result is in the unit of `spacing` (dz, dy, dx); 0 if both masks are empty, inf if only one
+    is. `statistics.aggregate` averages such values.
     """
     a, b = _check_masks(a, b)
     spacing = check_spacing(spacing)
@@ -87,9 +87,9 @@ def hd95(
     one, two = (surface_voxels(mask) * spacing for mask in (a, b))
     if not len(one) or not len(two):
         return 0.0 if len(one) == len(two) else float("inf")
-    # Voxels of one surface that are also on the other are at distance 0: the search, which is
-    # fast for small distances, leaves them at once. Most time goes into the trees, and one that is
-    # not balanced is built in half of it.
+    # Voxels on both surfaces are at distance 0, and the search, which is fast for small distances,
+    # is done with them at once. Most of the time goes into building the trees; an unbalanced one
+    # takes half as long.
     quick = {"balanced_tree": False, "compact_nodes": False}
     there = KDTree(two, **quick).query(one, workers=-1)[0]
     back = KDTree(one, **quick).query(two, workers=-1)[0]
@@ -104,19 +104,19 @@ def surface_dice(
     """Share of the surfaces of two masks (z, y, x) that lies within a tolerance of the other.
 
     Nikolov et al., "Deep learning to achieve clinically applicable segmentation of head and neck
-    anatomy for radiotherapy", 2018 (arXiv:1809.04430), with surfaces as in its published code: an
-    element per corner at which eight voxels meet that are not all alike, weighted by the area of
-    the triangles that marching cubes puts there. A trace that runs a voxel beside a thin
+    anatomy for radiotherapy", 2018 (arXiv:1809.04430), with surfaces as in its published code: one
+    element for each corner where eight voxels meet that are not all alike, weighted by the area of
+    the triangles that marching cubes puts there. A trace that runs one voxel to the side of a thin
     neurite loses a third of its Dice or more, but nothing here.
 
     `tolerance` is in the unit of `spacing` (dz, dy, dx), by default 2 voxels of the finest axis.
-    The result is 1 if both masks are empty, 0 if one is.
+    The result is 1 if both masks are empty, 0 if only one is.
     """
     a, b = _check_masks(a, b)
     spacing = check_spacing(spacing)
     check_range("tolerance", tolerance)
     tolerance = 2 * np.min(spacing) if tolerance is None else tolerance
-    reach = float(tolerance * (1 + 1e-9))  # no rounding decides about equal distances
+    reach = float(tolerance * (1 + 1e-9))  # rounding must not separate equal distances
     if not a.any() or not b.any():
         return 1.0 if a.any() == b.any() else 0.0
     (points_a, areas_a), (points_b, areas_b) = (_surface_elements(m, spacing) for m in (a, b))
@@ -126,10 +126,10 @@ def surface_dice(
 
 
 def _surface_elements(mask: np.ndarray, spacing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places (m, 3) of the elements of a surface, in the unit of the spacing, and their areas."""
+    """Positions (m, 3) of a surface's elements, in the unit of the spacing, and their areas."""
     box = bounding_box(mask)
     crop = np.pad(mask[box], 1)
-    # The corner between eight voxels has the number whose bits they are.
+    # The eight voxels that meet at a corner are the bits of its number.
     number = np.zeros([n - 1 for n in crop.shape], dtype=np.uint8)
     for bit, corner in enumerate(np.ndindex(2, 2, 2)):
         ends = (slice(i, n - 1 + i) for i, n in zip(corner, crop.shape, strict=True))
@@ -141,7 +141,7 @@ def _surface_elements(mask: np.ndarray, spacing: np.ndarray) -> tuple[np.ndarray
 
 @cache
 def _corner_areas(spacing: Zyx) -> np.ndarray:
-    """Area (256,) of the triangles that marching cubes puts between each kind of eight voxels."""
+    """Area (256,) of the triangles that marching cubes puts into each pattern of eight voxels."""
     from skimage.measure import marching_cubes, mesh_surface_area
 
     areas = np.zeros(256)
@@ -155,8 +155,8 @@ def _corner_areas(spacing: Zyx) -> np.ndarray:
 def surface_shares(mask: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ascending distances (n,) in voxels, from 0, and the share of a mask's surface within each.
 
-    The distances are those from the mask's surface to that of `truth`. Where the share passes 0.95
-    lies the directed 95th percentile, one of the two of `hd95`.
+    The distances run from the mask's surface to that of `truth`. The share passes 0.95 at the
+    directed 95th percentile, one of the two that `hd95` compares.
     """
     mask, truth = _check_masks(mask, truth)
     if not mask.any() or not truth.any():
@@ -201,7 +201,7 @@ def cl_dice(a: np.ndarray, b: np.ndarray) -> float:
 
     Shit et al., "clDice: a novel topology-preserving loss function for tubular structure
     segmentation", CVPR 2021; skeletons by Lee's 3D thinning (scikit-image). 1 if both masks are
-    empty, 0 if one is.
+    empty, 0 if only one is.
     """
     a, b = _check_masks(a, b)
     if not a.any() or not b.any():
@@ -216,7 +216,7 @@ def skeleton(mask: np.ndarray) -> np.ndarray:
     """Skeleton of a mask by Lee's 3D thinning, in which every connected piece keeps a voxel.
 
     Lee, Kashyap and Chu, "Building skeleton models via 3-D medial surface/axis thinning
-    algorithms", CVGIP 1994, as scikit-image has it. Its thinning removes some pieces altogether,
+    algorithms", CVGIP 1994, as in scikit-image. Its thinning removes some pieces altogether,
     among them all tubes of 2 × 2 and 4 × 4 voxels; those are thinned once more on a finer grid.
     """
     from skimage.morphology import skeletonize  # half a second to import: only where it is used
@@ -233,8 +233,8 @@ def skeleton(mask: np.ndarray) -> np.ndarray:
     for number in lost:
         part = boxes[number - 1]
         piece = label[part] == number
-        # What is two voxels thick has no middle voxel. With a voxel between each two, every run
-        # of n voxels becomes one of 2n - 1, which has a middle.
+        # A piece two voxels thick has no middle voxel. With a voxel inserted between each pair,
+        # every run of n voxels becomes one of 2n - 1, which has a middle.
         fine = np.zeros([2 * n - 1 for n in piece.shape], dtype=bool)
         fine[::2, ::2, ::2] = piece
         for axis in range(3):
@@ -249,7 +249,7 @@ def skeleton(mask: np.ndarray) -> np.ndarray:
 
 
 def betti0_error(a: np.ndarray, b: np.ndarray) -> int:
-    """Difference of the numbers of connected components (26 neighbours) of two masks."""
+    """Difference between the numbers of connected components (26 neighbours) of two masks."""
     a, b = _check_masks(a, b)
     one, two = (ndimage.label(mask, FULL_CONNECTIVITY)[1] for mask in (a, b))
     return abs(one - two)
@@ -258,7 +258,7 @@ def betti0_error(a: np.ndarray, b: np.ndarray) -> int:
 def volume_diagonal(shape: tuple[int, int, int], spacing: Zyx = (1.0, 1.0, 1.0)) -> float:
     """Length of the diagonal of a volume, edge to edge: no two voxels of it are farther apart.
 
-    Takes the place of an infinite `hd95` in a mean (`neurolib.course.statistics.aggregate`).
+    It replaces an infinite `hd95` in a mean (`neurolib.course.statistics.aggregate`).
     """
     return float(np.linalg.norm(np.multiply(shape, check_spacing(spacing))))
 
@@ -273,7 +273,7 @@ def _check_masks(*masks: np.ndarray, dimensions: int | None = 3) -> list[np.ndar
     shapes = [mask.shape for mask in masks]
     if len(set(shapes)) > 1:
         found = " and ".join(map(str, shapes))
-        raise VolumeError(f"two masks of one volume must have one shape, got {found}")
+        raise VolumeError(f"two masks of one volume must have the same shape, got {found}")
     return masks
 
 
@@ -294,13 +294,13 @@ def tree_distance(
 ) -> TreeDistance:
     """Distances between two trees as Vaa3D's "neuron distance" defines them.
 
-    Every edge of one tree is sampled with int(1 + length + 0.5) points, both its nodes included
-    (so a node counts once per edge at it), its length in voxels of the finest axis. The distance of
-    a point is that to the nearest edge of the other tree.
+    Every edge of one tree is sampled with int(1 + length + 0.5) points, both its nodes included (so
+    a node counts once for each of its edges), with its length in voxels of the finest axis. The
+    distance of a point is its distance to the nearest edge of the other tree.
 
     - esa, "entire structure average": mean distance, averaged over the two directions;
-    - dsa, "different structure average": mean of the distances of at least `threshold`, averaged
-      over the directions that have any, 0 if none has;
+    - dsa, "different structure average": mean over the points at a distance of `threshold` or
+      more, averaged over the directions that have such points; 0 if neither has;
     - pds, "percentage of different structures": share of such points (0 to 1), averaged.
 
     Peng et al., "V3D enables real-time 3D visualization and quantitative analysis of large-scale
@@ -323,7 +323,7 @@ def tree_distance(
 
 
 def _comparable(tree: Tree, reference: Tree, spacing: tuple, threshold: float | None) -> tuple:
-    """Two trees in voxels of the finest axis, the edge of one, and the threshold in them."""
+    """Two trees in voxels of the finest axis, a voxel's edge, and the threshold in voxels."""
     if not (len(tree.parent) and len(reference.parent)):
         raise SwcError("a tree without nodes cannot be compared; expected at least one node")
     check_range("tolerance", threshold, "threshold=")
@@ -332,16 +332,16 @@ def _comparable(tree: Tree, reference: Tree, spacing: tuple, threshold: float | 
 
 
 def finest_voxels(spacing: Zyx, *trees: Tree) -> tuple:
-    """Trees in voxels of the finest axis, as all sampling takes them, and the edge of one."""
+    """Trees in voxels of the finest axis, as all sampling needs them, and the edge of a voxel."""
     scale = check_spacing(spacing)
     scaled = (replace(tree, xyz=tree.xyz * (scale / scale.min())[::-1]) for tree in trees)
     return *scaled, float(scale.min())
 
 
 def _cut_edges(tree: Tree, count_of: Callable[[np.ndarray], np.ndarray]) -> tuple:
-    """Edges from child to parent, repeated as often as `count_of` says of their lengths.
+    """Edges from child to parent, each repeated as often as `count_of` says for its length.
 
-    Returns, of each repetition, start and step (m, 3) of the edge, its number within the edge, how
+    Returns, for each repetition, start and step (m, 3) of the edge, its number within the edge, how
     many there are, the edge's length and the row of its child.
     """
     child, parent = edges(tree)
@@ -355,7 +355,7 @@ def _cut_edges(tree: Tree, count_of: Callable[[np.ndarray], np.ndarray]) -> tupl
 def sample_edges(tree: Tree) -> np.ndarray:
     """Points (m, 3), as x, y, z: int(1 + length + 0.5) per edge, from the child to the parent.
 
-    A tree without any edge gives its nodes.
+    A tree without edges gives its nodes.
     """
     if (tree.parent < 0).all():
         return tree.xyz
@@ -366,14 +366,14 @@ def sample_edges(tree: Tree) -> np.ndarray:
 def distance_to_tree(points: np.ndarray, tree: Tree) -> np.ndarray:
     """Exact distance (m,) of points (m, 3), as x, y, z, to the nearest edge of a tree, in voxels.
 
-    A tree without edges is taken as its nodes; to one without nodes all distances are infinite.
+    A tree without edges is taken as its nodes; without nodes, all distances are infinite.
     """
     # Strategy: cut the edges into pieces no longer than `longest` and put the middles into a
     # KD-tree. No point of a piece is farther than longest / 2 from its middle, so a piece whose
     # middle is at distance d is at least d - longest / 2 away. Look at the k pieces with the
     # nearest middles and take the best exact distance; if the k-th middle is at least
     # best + longest / 2 away, no piece left out can be better and the result is proved. The few
-    # points for which it is not are asked again with more pieces.
+    # points for which it is not are queried again with more pieces.
     if not len(tree.parent):
         return np.full(len(points), np.inf)
     start, step = _edge_pieces(tree)
@@ -427,8 +427,8 @@ def tree_scores(
     """Length-weighted precision and recall of a tree.
 
     Precision is the share of the length of `tree` that lies within `threshold` of the reference,
-    recall the share of the reference's length within `threshold` of `tree`. The length of a tree
-    without edges counts by its nodes.
+    recall the share of the reference's length within `threshold` of `tree`. A tree without
+    edges is scored by its nodes.
 
     `threshold` is in the unit of `spacing` (dz, dy, dx), by default 2 voxels of the finest axis.
     """
@@ -448,7 +448,7 @@ def _share_within(tree: Tree, other: Tree, threshold: float) -> float:
 def short_pieces(tree: Tree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Edges cut into equal pieces of at most half a voxel: middles (m, 3) x, y, z, lengths, rows.
 
-    The row (m,) is that of the node at whose edge to its parent a piece lies.
+    Each row (m,) is that of a node: the piece belongs to the edge from this node to its parent.
     """
     start, step, number, count, length, child = _cut_edges(
         tree, lambda x: np.maximum(np.ceil(2 * x), 1).astype(int)
@@ -460,7 +460,7 @@ def compare(tree: Tree, reference: Tree, spacing: Zyx = (1.0, 1.0, 1.0)) -> dict
     """The scores of a tree that a table of neurons shows: ESA, DSA, PDS, precision, recall, trees.
 
     See `tree_distance` and `tree_scores`; distances in the unit of `spacing`, within 2 voxels of
-    the finest axis. Of a tree without nodes, where nothing was found, recall is 0, distances are
+    the finest axis. For a tree without nodes (nothing was found), recall is 0, distances are
     infinite and the rest is NaN.
     """
     if not len(tree.parent):
@@ -488,13 +488,13 @@ def choose_cut(
 
     `responses` and `masks` are (z, y, x); `candidates` are thresholds, ascending. Pieces are
     counted at up to `TRIED` of them, spread over those whose Dice with all pieces is at least 0.8
-    of the best. Returns the threshold, the smallest size of a piece that is kept (one of `SIZES`,
+    of the best. Returns the threshold, the size of the smallest piece that is kept (one of `SIZES`,
     which `in_voxels` converts for each of the `spacings`), and their Dice.
     """
     candidates = np.asarray(candidates)
     spacings, curves = spacings or [(1, 1, 1)] * len(masks), []
     for response, mask in zip(responses, masks, strict=True):
-        # A voxel that reaches k thresholds is foreground under the first k of them.
+        # A voxel that reaches k thresholds is foreground at the first k of them.
         reached = np.searchsorted(candidates, response.ravel(), "right")
         counts = np.bincount(reached, minlength=len(candidates) + 1)
         hits = np.bincount(reached[mask.ravel()], minlength=len(candidates) + 1)
@@ -518,10 +518,10 @@ def choose_cut(
 
 
 def in_voxels(size: int, spacing: Sequence[float]) -> int:
-    """The size of a piece, given in cubes of the shortest edge of a voxel, in voxels (at least 1).
+    """A piece's size, given in cubes of the shortest voxel edge, converted to voxels (at least 1).
 
-    A neurite has fewer voxels where slices are far apart; a size chosen on one stack would drop it
-    in another.
+    A neurite has fewer voxels where slices are far apart; without conversion, a size chosen on one
+    stack would drop it in another.
     """
     edges = check_spacing(spacing)
     return max(1, round(size * edges.min() ** 3 / edges.prod()))

@@ -245,11 +245,11 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def decode(raw: bytes) -> str:
-    r"""Decode text in UTF-8, UTF-16 with its mark, or a Western code page; line ends become \n."""
+    r"""Decode text in UTF-8, UTF-16 with a BOM, or a Western code page; line ends become \n."""
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         text = raw.decode("utf-16", errors="replace")
     else:
-        # The last encoding that works counts. Vaa3D and Excel write the system's code page;
+        # The last encoding that works wins. Vaa3D and Excel write the system's code page;
         # only Latin-1 has a character for every byte.
         for encoding in ("latin-1", "cp1252", "utf-8-sig"):
             with contextlib.suppress(UnicodeDecodeError):
@@ -273,8 +273,8 @@ def check_name(*paths: str | Path) -> None:
             path.encode()
         except UnicodeEncodeError:
             raise SettingsError(
-                f"{path}: a name with bytes that are no UTF-8, expected UTF-8 here; rename it, as "
-                "with convmv"
+                f"{path}: the name has bytes that are not UTF-8, expected UTF-8 here; rename it, "
+                "for example with convmv"
             ) from None
 
 
@@ -311,8 +311,8 @@ def provenance(command: str, **facts: object) -> str:
 def is_result(path: Path) -> bool:
     """Whether neurolib wrote a file (or OME-Zarr), and nobody has changed it since.
 
-    An SWC is known by the seal on its lines, an OME-Zarr by that on its metadata, than which no
-    file is newer (`seal_zarr`), and a TIFF by its field Software alone.
+    An SWC is recognised by the seal on its lines, an OME-Zarr by the seal on its metadata, if no
+    file in it is newer than these (`seal_zarr`), and a TIFF only by its Software field.
     """
     import tifffile
 
@@ -335,7 +335,7 @@ def is_result(path: Path) -> bool:
 def seal_zarr(path: Path) -> None:
     """Mark an OME-Zarr as finished: files that change later are newer than its metadata.
 
-    These hold their own hash, because who adds an attribute writes them anew.
+    The metadata hold their own hash, because adding an attribute rewrites them.
     """
     head = path / "zarr.json"
     facts = json.loads(head.read_text(encoding="utf-8"))
@@ -353,7 +353,7 @@ def seal_text(text: str) -> str:
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether an SWC is as `neurolib.swc.write_swc` wrote it, its comments included."""
+    """Whether an SWC is still as `neurolib.swc.write_swc` wrote it, including its comments."""
     text = path.read_text(encoding="utf-8", errors="replace")
     seal = SEAL.search(text)
     return seal is not None and seal[1] == text_key(SEAL.sub("", text, count=1))
@@ -363,8 +363,8 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], overwrite: bo
     """Refuse outputs that would replace a user's file.
 
     No output may be, contain or lie inside an input or another output; links are followed. Files
-    that neurolib did not write are replaced only with `overwrite`, and a tree beside its image
-    never.
+    that neurolib did not write are replaced only with `overwrite`; a tree beside its image is
+    never replaced.
     """
     for number, path in enumerate(outputs):
         for other in (*inputs, *outputs[:number]):
@@ -377,12 +377,12 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], overwrite: bo
             continue
         if any(_is_tree_of(path, image) for image in inputs):
             raise SettingsError(
-                f"{path}: the tree of the image beside it, and no result of neurolib; choose "
+                f"{path}: is the tree of the image beside it, not a result of neurolib; choose "
                 "another name"
             )
         if not overwrite:
             raise SettingsError(
-                f"{path}: exists, and may hold work of yours; choose another name, or give "
+                f"{path}: exists, and may hold your own work; choose another name, or give "
                 "--overwrite to replace it"
             )
 

@@ -1,8 +1,8 @@
 """From a trained network and a volume to a probability for every voxel.
 
 Overlapping tiles cover the volume; each tile's probabilities become votes with Gaussian weights,
-summed slice by slice. Slices are finished in order, so that only the few that still wait for
-votes are in memory, which grows with a slice and with the batch, not with the volume.
+summed slice by slice. Slices are finished in order, so only the few that still wait for votes are
+in memory. Memory use grows with the size of a slice and of the batch, not of the volume.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ from neurolib.volume import empty_level, pieces, read_volume, standing_out, writ
 # both.
 FLIPS = ((-1,), (-2,), (-2, -1))
 
-# Smallest piece, in voxels, for a checkpoint for which none was chosen.
+# Smallest piece, in voxels, for a checkpoint without a chosen one.
 MIN_SIZE = 200
 # Weights of the filter that `calibrate` tries.
 FILTER_WEIGHTS = (0.0, 2.0, 4.0, 8.0)
@@ -43,8 +43,8 @@ class Tiling:
     overlap: float = 0.25  # fraction of a tile that neighbours share in y and x, 0 to 0.9
     batch: int = 8  # tiles per forward pass
     device: str = "auto"  # a GPU if there is one; or cpu, cuda, cuda:1 ...
-    # Average the probabilities of each tile, mirrored in neither, either and both of y and x
-    # (test-time augmentation), at four times the time.
+    # Average the probabilities of each tile as it is and mirrored in y, x and both (test-time
+    # augmentation), which takes four times as long.
     flips: bool = False
     # Run only tiles in which something stands out (`empty_level`); where no tile is run, the
     # probability is 0. Tiles that are exactly zero, as outside a mask, are never run.
@@ -88,7 +88,7 @@ def predict_volume(
         # NumPy's min and max pass NaN on, Python's do not.
         low, high = np.minimum(low, piece.min()), np.maximum(high, piece.max())
     if not (low >= 0 and high <= 1):
-        raise VolumeError(f"expected intensities in [0, 1], got {low:g} to {high:g}; normalise")
+        raise VolumeError(f"expected intensities in [0, 1], got {low:g} to {high:g}; normalise it")
     out = np.zeros((-(-image.shape[0] // tiling.every), *image.shape[1:]), np.float32)
     for first, slices in predict_slices(network, image, tiling, progress):
         out[first : first + len(slices)] = slices
@@ -103,7 +103,7 @@ def predicted(
     progress: bool = True,
     **tiling: object,
 ) -> np.ndarray:
-    """The probability of a volume by a checkpoint, read from `folder` if it was predicted before.
+    """A checkpoint's probabilities for a volume, read from `folder` if predicted before.
 
     `folder` holds one TIFF (float32) per volume, named after the volume and a hash of everything
     that decides the result: image, checkpoint, tiling, precision and the code that predicts.
@@ -125,11 +125,11 @@ def predicted(
 def calibrate(
     checkpoint: str | Path, samples: Sequence[Sample], fused: bool = True, **tiling: object
 ) -> dict:
-    """Choose how a checkpoint's probabilities are cut, on whole volumes, and store it in them.
+    """Choose on whole volumes how to cut a checkpoint's probabilities, and store it in the file.
 
     Training validates on blocks, which estimate a volume's Dice to about ± 0.04 and know nothing
-    of the size of pieces; here, every voxel of the validation volumes counts. `fused`: the filter
-    may count beside the network (`fuse`).
+    of the size of pieces; here, every voxel of the validation volumes counts. `fused`: the
+    filter may also contribute (`fuse`).
 
     Returns ``threshold``; ``min_size``, below which pieces are dropped (`smallest_piece`);
     ``filter_weight``; and ``calibrated``, the best mean Dice of all volumes, at these values.
@@ -156,7 +156,7 @@ def calibrate(
 
 
 def smallest_piece(facts: dict, spacing: Sequence[float]) -> int:
-    """Voxels below which a piece is dropped in a stack of this spacing, by a checkpoint's facts."""
+    """Voxels below which pieces are dropped at this spacing, according to a checkpoint's facts."""
     return in_voxels(facts.get("min_size", MIN_SIZE), spacing)
 
 
@@ -189,9 +189,9 @@ def predict_box(
     """The part of the result of `predict_volume` that lies in a box, as float32.
 
     All tiles that vote in the box are run, so the result does not depend on how a volume is cut
-    into boxes. The box and the margin that these tiles need, `box_of_tiles`, are read at once.
-    The image, normalised to [0, 1], is not checked, and `Tiling.every` is 1; `level` is the
-    `empty_level` of the whole image.
+    into boxes. The box and the margin that these tiles need (`box_of_tiles`) are read in one go.
+    The image must be normalised to [0, 1], which is not checked, and `Tiling.every` must be 1;
+    `level` is the `empty_level` of the whole image.
     """
     around, grid = box_of_tiles(network.settings, image.shape, box, tiling.overlap)
     origin = [part.start for part in around]
@@ -208,7 +208,7 @@ def predict_box(
 def box_of_tiles(
     settings: NetworkSettings, shape: tuple[int, int, int], box: Box, overlap: float
 ) -> tuple[Box, np.ndarray]:
-    """What the tiles that vote in a box see of a volume, and the places (n, 3) of the tiles."""
+    """The part of a volume seen by the tiles that vote in a box, and the tiles' places (n, 3)."""
     tile, stride = _tiles(settings, overlap)
     sees = settings.depth // 2
     votes = sees if settings.predict == "all" else 0  # slices on either side of the centre
@@ -228,7 +228,7 @@ def _tiles(
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Shape of the tiles and steps between them."""
     stride = max(1, round(settings.block * (1 - overlap)))
-    # A block that votes for all its slices is needed only every few; neighbours share two.
+    # Blocks that vote for all their slices are needed only every few slices; neighbours share two.
     z_stride = max(1, settings.depth - 2) if settings.predict == "all" else 1
     return (settings.depth, settings.block, settings.block), (z_stride, stride, stride)
 
@@ -244,8 +244,8 @@ def _stream(
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Run the tiles of a grid in order of z; yield the slices of a span as they are finished.
 
-    These are the first slice, probabilities, and `standing_out` in units of `level`. A tile's vote
-    counts by a Gaussian in z, y and x around its middle.
+    Each item holds the number of the first slice, the probabilities, and `standing_out` in units of
+    `level`. A tile's vote is weighted by a Gaussian in z, y and x around its middle.
     """
     settings, (first, depth) = network.settings, span
     network = network.to(pick_device(tiling.device)).eval()
@@ -256,7 +256,7 @@ def _stream(
     window = in_z[:, :, None] * in_plane
     # Where the votes begin, counted in predicted slices.
     places = grid // (tiling.every, 1, 1) - (slices // 2, 0, 0)
-    # Of the slices that wait for more votes: weights, probabilities, heights above the ground.
+    # For the slices that wait for more votes: weights, probabilities, heights above background.
     sums = np.zeros((3, 0, *image.shape[1:]), np.float32)
 
     def extended(end: int) -> np.ndarray:
@@ -272,7 +272,7 @@ def _stream(
             waiting.append(tile)
             heights.append(height * window)
             corners.append(places[i])
-        # Only the tiles that wait for a full batch vote above this slice; they wait a few slices.
+        # Before this slice, only tiles waiting for a full batch still vote; they wait a few slices.
         last = i + 1 == len(grid)
         after = depth if last else min(depth, int(places[i + 1, 0]))
         late = waiting and (last or after - corners[0][0] > tiling.batch)
@@ -318,10 +318,10 @@ def _run(network: Segmenter, tiles: np.ndarray, window: np.ndarray, tiling: Tili
 
 
 def fuse(chance: np.ndarray, heights: np.ndarray, weight: float) -> np.ndarray:
-    """A probability that a filter corrects: logit p + weight · (height - 1).
+    """A probability corrected by a filter: logit p + weight · (height - 1).
 
     `heights` are those of `standing_out` in units of `empty_level`: at 1 the filter changes
-    nothing, and from 2 on its correction is the largest. It knows how bright neurites are in this
+    nothing, and from 2 on its correction no longer grows. It knows how bright neurites are in this
     volume, which a network that sees one block does not, so a threshold chosen on one volume fits
     others better.
     """

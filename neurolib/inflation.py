@@ -197,12 +197,12 @@ def inflate_encoder(
         unexpected=tuple(k for k in weights if k not in target),
         misshapen=tuple(k for k in weights if k in target and k not in fits),
     )
-    # These are few keys of 174, but without them the encoder does not see what it was trained on.
+    # Only a few of 174 keys, but without them the encoder does not see what it was trained on.
     embeddings = {PATCH_WEIGHT, PATCH_BIAS, POSITION} & target.keys() <= fits.keys()
     if report.share < REQUIRED_MATCH or not embeddings:
         raise WeightsError(
             f"weights of another architecture: {report}; expected at least {REQUIRED_MATCH:.0%}, "
-            "the patch and position embedding among them"
+            "including the patch and position embedding"
         )
     encoder.load_state_dict({**target, **fits})
     return report

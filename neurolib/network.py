@@ -7,7 +7,7 @@
       → pyramid of 4 scales, pooled and fused (UPerNet-style decoder, GroupNorm)
       → logits of the centre slice (B, 1, 100, 100), or of all five (B, 5, 100, 100)
 
-Two additions are ours, not the paper's, and results with them are labelled so. `stem=True` adds a
+Two additions are ours, not the paper's, and results with them say so. `stem=True` adds a
 small U-Net at full resolution: a token of 14 pixels at this scale is 6 voxels wide, a neurite 2 to
 4. `contrast=True` shows the encoder local contrast instead of brightness, and the stem both.
 """
@@ -27,12 +27,12 @@ from neurolib.inflation import LoadReport, inflate_encoder
 from neurolib.parameters import check_range
 from neurolib.weights import load_pretrained
 
-# The U-Net for comparison: the name that takes the place of an encoder's, and the layout.
+# The U-Net for comparison: its name, given in place of an encoder's, and its layout.
 UNET = "monai_unet"
 CHANNELS = (32, 64, 128, 256)
 # Rows and columns are pooled three times, the few slices of a block never.
 STRIDES = ((1, 2, 2),) * 3
-# Neurites fill about one voxel in a hundred, so networks start near that share and not at one half.
+# Neurites fill about one voxel in a hundred, so networks start near that share, not at one half.
 EMPTY_LOGIT = -4.0
 
 # Pre-trained encoders that the course was made for; any other plain ViT in timm may work as well.
@@ -172,7 +172,7 @@ class Segmenter(nn.Module):
         return self._tokens(local_contrast(slices) if self.settings.contrast else slices)
 
     def _tokens(self, shown: torch.Tensor) -> list[torch.Tensor]:
-        """`encode` for slices that the encoder sees as they are."""
+        """`encode` for slices that have already been turned into what the encoder sees."""
         return self.encoder.forward_intermediates(
             self.resize(shown), indices=self.taps, intermediates_only=True, output_fmt="NCHW"
         )
@@ -297,8 +297,8 @@ def build(
     weights_file : str
         Your own file of 2D weights; if empty, the sources of `load_pretrained`.
     seed : int
-        Seeds the decoder, a scratch encoder and ``random`` inflation. With one seed, the decoder
-        is the same under every initialisation.
+        Seeds the decoder, a scratch encoder and ``random`` inflation. With the same seed, the
+        decoder is the same under every initialisation.
 
     Returns
     -------
@@ -310,8 +310,8 @@ def build(
     origin = {"initialisation": initialisation, "weights_file": str(weights_file)}
     network.origin = origin | {"network_seed": seed}
     if initialisation == "scratch":
-        # Some architectures scale what a block adds, initially by 1e-5. In a short training such
-        # blocks would have no effect.
+        # Some architectures scale what a block adds, initially by 1e-5. In a short training run,
+        # such blocks would have no effect.
         for name, scale in network.encoder.named_parameters() if network.encoder else ():
             if "gamma" in name:
                 nn.init.ones_(scale)
@@ -337,8 +337,8 @@ def normalisation(encoder: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def token_colours(networks: Mapping[str, Segmenter], slices: torch.Tensor) -> dict[str, np.ndarray]:
     """The last tokens of a block as images: three principal components as red, green, blue.
 
-    Slices (1, D, h, w) become one array (rows, columns, 3) per network, with a pixel per token. The
-    networks share the components; for this, the tokens of each are centred and scaled to the same
+    Slices (1, D, h, w) become one array (rows, columns, 3) per network, one pixel per token. The
+    networks share the components, so the tokens of each are first centred and scaled to the same
     spread. Each component is stretched to [0, 1].
     """
     tokens = {name: network.encode(slices)[-1][0] for name, network in networks.items()}
@@ -361,10 +361,10 @@ def token_colours(networks: Mapping[str, Segmenter], slices: torch.Tensor) -> di
 def attention(network: Segmenter, slices: torch.Tensor) -> torch.Tensor:
     """Attention (B, heads, N, N) of the encoder's last block: softmax(q kᵀ / √d), from timm.
 
-    Each row, the weights of one looking token, adds up to one; N counts class and register tokens,
-    which come first. timm's fused kernel never holds this matrix, so the last block of `network`,
-    in evaluation mode, takes timm's other path for one pass. Rotary embeddings and the norms of q
-    and k are thus included. Slices are (B, D, h, w).
+    Each row holds the weights of one looking token and adds up to one; N includes the class and
+    register tokens, which come first. timm's fused kernel never holds this matrix, so the last
+    block of `network`, in evaluation mode, takes timm's other path for one pass. This includes
+    rotary embeddings and the norms of q and k. Slices are (B, D, h, w).
     """
     layer = getattr(network.encoder.blocks[-1], "attn", None)
     if not hasattr(layer, "fused_attn") or not hasattr(layer, "attn_drop"):
@@ -400,7 +400,7 @@ def cost(settings: NetworkSettings) -> dict[str, tuple[int, int]]:
     """Parameters and floating-point operations (FLOPs) of one forward pass of one block.
 
     torch's `FlopCounterMode` counts on the meta device: nothing is computed, and no fused kernel
-    hides products from the counter, as that of attention does on a CPU. A multiplication and an
+    hides products from the counter, as the one for attention does on a CPU. A multiplication and an
     addition are two operations. Matrix products and convolutions are counted; norms, activations
     and resizing are not, because they are small in comparison. ``network`` contains ``encoder``,
     which contains ``patch embedding``.
@@ -470,8 +470,8 @@ def _flops(call: Callable, *inputs: torch.Tensor) -> int:
 class UNet(nn.Module):
     """For comparison: MONAI's residual U-Net (Kerfoot et al. 2019) on the same blocks of slices.
 
-    Only depth, block and predict of the settings matter; a `Segmenter` has the same input and
-    output.
+    Only the settings depth, block and predict matter. It has the same input and output as a
+    `Segmenter`.
     """
 
     encoder = None  # nothing is pre-trained

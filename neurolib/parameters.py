@@ -1,4 +1,4 @@
-"""Parameters and options: the values that they may have, and how their text is read.
+"""Parameters and options: the values they may take, and how they are read from text.
 
 Command line, profiles, grids and notebooks share these checks.
 """
@@ -7,7 +7,7 @@ import math
 
 from neurolib.errors import SettingsError
 
-# The numbers, options or parameters, that lie in each interval.
+# The numbers (options or parameters) that must lie in each interval.
 INTERVALS = {
     "[1, inf)": "accumulate batch block depth every label save_every size steps validate_every "
     "validation_blocks",
@@ -18,7 +18,7 @@ INTERVALS = {
     "(0, 1]": "layer_decay tau threshold",
     "[0, 1)": "average",
     "[0, 0.9]": "overlap",
-    "[0, 4294967295]": "seed",  # what NumPy and PyTorch both take
+    "[0, 4294967295]": "seed",  # what NumPy and PyTorch both accept
 }
 # The interval of each number, by its name.
 RANGES = {name: interval for interval, names in INTERVALS.items() for name in names.split()}
@@ -27,7 +27,7 @@ TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "of
 
 
 def check_range(name: str, value: object, shown: str = "") -> None:
-    """Refuse a number outside the interval that `RANGES` gives its name, else an infinite one.
+    """Refuse a number outside its interval in `RANGES`, or any that is not finite if it has none.
 
     Values that are not numbers pass. The error shows `shown`, by default ``name=``, before the
     value.
@@ -65,7 +65,7 @@ def read_as(default: object, value: object, shown: str) -> object:
         return value
     elif kind is float and type(value) is int:
         return float(value)
-    raise SettingsError(f"{shown}: expected {kind.__name__} as in {default!r}, got {value!r}")
+    raise SettingsError(f"{shown}: expected {kind.__name__}, such as {default!r}, got {value!r}")
 
 
 def three_numbers(
@@ -75,7 +75,7 @@ def three_numbers(
     if not text:
         return None
     try:
-        numbers = tuple(map(float, text.replace("_", "?").split(",")))  # 1_0 is no number
+        numbers = tuple(map(float, text.replace("_", "?").split(",")))  # 1_0 is not a number
     except ValueError:
         numbers = ()
     good = [math.isfinite(number) and (number > 0 or not positive) for number in numbers]

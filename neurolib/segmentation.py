@@ -39,22 +39,22 @@ def segment(
     image : path, Volume, or (z, y, x) array
         An array has cubic voxels; give a `neurolib.volume.Volume` for others.
     checkpoint : path
-        Of a trained network, or the folder of a run; by default the shipped network.
+        File of a trained network, or folder of a run; by default the shipped network.
     threshold : float, optional
-        On the probability; by default the one chosen on the validation neurons.
+        Threshold on the probability; by default the one chosen on the validation neurons.
     min_size : int, optional
-        Smaller pieces are dropped, in voxels; by default as chosen on the validation neurons.
+        Pieces of fewer voxels are dropped; by default the size chosen on the validation neurons.
     bridge, seed
         As in `neurolib.tracing.trace`; the seed is (z, y, x).
     progress : bool
         Show a progress bar over tiles.
     **tiling
-        Attributes of `neurolib.inference.Tiling`, as ``overlap`` and ``device``.
+        Attributes of `neurolib.inference.Tiling`, such as ``overlap`` and ``device``.
 
     Returns
     -------
     Tree
-        In voxels of the image, see `neurolib.tracing.trace`.
+        In voxels of the image; see `neurolib.tracing.trace`.
 
     Examples
     --------
@@ -80,7 +80,7 @@ def predict_image(
     progress: bool = True,
     **reading: object,
 ) -> Volume:
-    """The probability of neurite in an image, a path, `Volume` or array, with the image's spacing.
+    """The probability of neurite in an image (path, `Volume` or array), with the image's spacing.
 
     `progress` shows a progress bar over tiles; `reading` are options of
     `neurolib.volume.read_volume`, such as ``channel``.
@@ -102,9 +102,9 @@ def predict_image(
 def choose_size(facts: dict, volume: Volume, cut: float, name: str) -> int:
     """Voxels below which pieces are dropped: `smallest_piece`, or less in a small stack.
 
-    `facts` are those of the checkpoint, whose size was chosen on whole neurons. Where no piece of
-    the `volume`, a probability, has as many voxels, it would drop everything; that is looked at
-    only if the volume is in memory.
+    `facts` are the checkpoint's; the size in them was chosen on whole neurons. If no piece of
+    `volume`, a probability, is that large, this size would drop everything, which is checked only
+    if the volume is in memory.
     """
     size, least = (smallest_piece(values, volume.spacing) for values in (facts, {}))
     if size <= least or not isinstance(volume.data, np.ndarray):
@@ -121,11 +121,11 @@ def _name(image: object) -> str:
 
 
 def _check_fits(name: str, shape: tuple[int, int, int]) -> None:
-    """Refuse what cannot be segmented in memory: image and probability, both float32."""
+    """Refuse an image too large to segment in memory: image and probability, both float32."""
     needed, free = 8 * prod(shape), psutil.virtual_memory().available
     if needed > free:
         raise SettingsError(
             f"{name}: {tuple(shape)} voxels take {needed / 2**30:.1f} GiB of memory, found "
-            f"{free / 2**30:.1f} GiB free; from OME-Zarr to --probability NAME.zarr it goes part "
-            "by part"
+            f"{free / 2**30:.1f} GiB free; work part by part, from OME-Zarr to --probability "
+            "NAME.zarr"
         )

@@ -28,7 +28,7 @@ COLUMNS = "id type x y z radius parent"
 SOMA = 1
 # R, Python and C write these for a missing radius.
 NO_RADIUS = ("na", "none", "null", "nan(ind)", "-nan(ind)")
-# Names of units in the comments of SWC files, in µm; 0 stands for voxels.
+# Units named in the comments of SWC files, and their lengths in µm; 0 means voxels.
 UNITS = {
     r"nm|nanomet\w+": 1e-3,
     r"[uµμ]m|microns?|micromet\w+": 1.0,
@@ -43,7 +43,7 @@ class Tree:
 
     xyz (n, 3) float64: x = column, y = row, z = slice; radius (n,) voxels; type (n,) SWC type;
     parent (n,) row index of the parent, -1 for a root; repairs: what the reader mended or
-    converted; spacing: (dz, dy, dx) of the voxels in µm, if the file names it.
+    converted; spacing: (dz, dy, dx) of the voxels in µm, if the file gives it.
     """
 
     xyz: np.ndarray
@@ -77,9 +77,9 @@ def read_swc(path: str | Path, spacing: Sequence[float] | None = None) -> Tree:
     path : str or Path
         See `transform` for frames that the file does not describe.
     spacing : sequence of float, optional
-        (dz, dy, dx) of the image in µm, for files in a physical unit. By default the voxel size
-        in the comments counts (``# Voxel separation (x,y,z): 0.5, 0.5, 2``), as `write_swc` and
-        SNT write it.
+        (dz, dy, dx) of the image in µm, for files in a physical unit. By default, the voxel size
+        is taken from the comments (``# Voxel separation (x,y,z): 0.5, 0.5, 2``, as written by
+        `write_swc` and SNT).
 
     Returns
     -------
@@ -106,7 +106,7 @@ def read_swc(path: str | Path, spacing: Sequence[float] | None = None) -> Tree:
 
 
 def _parse(report: "_Report") -> np.ndarray:
-    """Columns of all nodes, (n, 7); a heading without # is cleared in the lines of the report.
+    """Columns of all nodes, (n, 7); a heading without # is blanked in the report's lines.
 
     Strategy: NumPy's C parser reads a well-formed file. What it refuses goes through the line
     parser, which either understands it or names the bad line.
@@ -204,8 +204,8 @@ def _assemble(table: np.ndarray, report: _Report) -> Tree:
     differ = (keys[first] != keys[second]).any(axis=1)
     differ |= ~np.isclose(table[first], table[second], 0, 0, equal_nan=True).all(axis=1)
     for one, other in zip(first[differ], second[differ], strict=True):
-        known = f"id {keys[other, 0]} is already that of line {report.numbers[one]}"
-        raise report.error(other, f"{known}, with other content; ids must be unique")
+        known = f"id {keys[other, 0]} is already used in line {report.numbers[one]}"
+        raise report.error(other, f"{known}, with different content; ids must be unique")
     report.repair(np.sort(second), "repeats an earlier node, dropped")
     rows = np.delete(np.arange(len(table)), second)
     table, (ids, wanted), n = table[rows], keys[rows].T, len(rows)
@@ -263,7 +263,7 @@ def _one_sphere(tree: Tree) -> Tree:
     """Turn each soma of three points into one sphere.
 
     NeuroMorpho.org writes a soma as its centre and two children, at the centre - r and + r: a
-    cylinder with the surface of the sphere.
+    cylinder with the sphere's surface area.
     """
     soma = tree.type == SOMA
     inner = np.flatnonzero(soma & (tree.parent >= 0))
@@ -273,7 +273,7 @@ def _one_sphere(tree: Tree) -> Tree:
         pair = inner[tree.parent[inner] == root]
         r = tree.radius[root]
         steps = tree.xyz[pair] - tree.xyz[root]
-        # Files have two decimals; the points may lie along any axis.
+        # Files give two decimals; the points may lie along any axis.
         near = {"rtol": 0.05, "atol": 0.02}
         if (
             len(pair) == 2
@@ -292,7 +292,7 @@ def _one_sphere(tree: Tree) -> Tree:
 
 
 def _use_comments(tree: Tree, lines: list[str], spacing: Sequence[float] | None) -> Tree:
-    """Apply the offset and the unit in the comments of an SWC file, and report it."""
+    """Apply the offset and the unit in the comments of an SWC file, and report this."""
     unit, header, repairs = None, {}, []
     number = r"\s*[:=]?\s*" + r"[\s,;]+".join([r"([-+.\de]+)"] * 3)
     keys = {"OFFSET": "OFFSET", "SCALE": "SCALE", "separation": r"Voxel separation \(x,\s*y,\s*z\)"}
@@ -309,7 +309,7 @@ def _use_comments(tree: Tree, lines: list[str], spacing: Sequence[float] | None)
         try:
             unit = _unit_in(comment) or unit
         except ValueError:
-            repairs.append(f"header: {shown!r} not used, expected one unit, as '# units: um'")
+            repairs.append(f"header: {shown!r} not used, expected one unit, such as '# units: um'")
 
     def text(values: np.ndarray) -> str:
         return ", ".join(f"{value:g}" for value in values)
@@ -321,7 +321,7 @@ def _use_comments(tree: Tree, lines: list[str], spacing: Sequence[float] | None)
         repairs.append(f"header: SCALE {text(header['SCALE'])} not used")
     written, separation = None, header.get("separation")
     if unit and separation is not None:
-        # Beside positions in voxels, `write_swc` gives it in µm.
+        # With positions in voxels, `write_swc` still gives it in µm.
         written = separation[::-1] * (unit[1] or 1)
         tree = replace(tree, spacing=tuple(written.tolist()))
     if unit and unit[1]:
@@ -329,20 +329,20 @@ def _use_comments(tree: Tree, lines: list[str], spacing: Sequence[float] | None)
         voxel = written if spacing is None else np.array(spacing)
         if voxel is not None:
             tree = transform(tree, voxel / size)
-            note = f"{word}, brought into voxels of {text(voxel[::-1])} µm (x, y, z)"
+            note = f"{word}, converted to voxels of {text(voxel[::-1])} µm (x, y, z)"
             if written is not None and not np.allclose(voxel, written, 1e-3):
                 note += f"; the header has {text(separation)} {word}"
         else:
-            note = f"{word}, taken as it is, since the voxel size is not known"
+            note = f"{word}, not converted, because the voxel size is not known"
         repairs.append(f"header: unit {note}")
     return replace(tree, repairs=(*tree.repairs, *repairs))
 
 
 def _unit_in(comment: str) -> tuple[str, float] | None:
-    """The unit of all coordinates that a comment names, in words and in µm, if it names one.
+    """The unit that a comment names for all coordinates, in words and in µm, if it names one.
 
     After ``units:`` it may have a factor, as in navis' ``"units": "8 nanometer"``. ValueError:
-    several units, an unknown one, a factor per axis, or a number that is none of ``units:``.
+    several units, an unknown one, a factor per axis, or a number that does not follow ``units:``.
     """
     whole = r"\b(units?|coordinates|positions|all values|xyz|x, ?y, ?z in)\b"
     if not re.search(whole, comment, re.IGNORECASE):
@@ -367,8 +367,8 @@ def _unit_in(comment: str) -> tuple[str, float] | None:
 def topological_order(tree: Tree) -> np.ndarray:
     """Rows of `tree` (n,) with every parent before its children.
 
-    A tree already in such an order keeps it; others become depth first, with siblings in the
-    tree's order. A cycle is an `SwcError`.
+    A tree already in such an order keeps it; others are put in depth-first order, with
+    siblings in the tree's order. A cycle is an `SwcError`.
     """
     parent = _checked_parent(tree)
     if np.all(parent < np.arange(len(parent))):
@@ -450,10 +450,10 @@ def write_swc(
 ) -> Path:
     """Write a tree with ids 1 to n, parents before children, -1 at every root.
 
-    The header gives the unit, the voxel size if known, and the place of the first voxel, in the
-    words of SNT, so that `read_swc` converts a file in µm back to voxels.
+    The header gives the unit, the voxel size if known, and the place of the first voxel, in
+    SNT's wording, so that `read_swc` converts a file in µm back to voxels.
 
-    Nothing is written of a tree without nodes, with a cycle, or with values that are not finite.
+    Nothing is written if the tree has no nodes, a cycle, or values that are not finite.
 
     Parameters
     ----------
@@ -613,7 +613,7 @@ def resample(tree: Tree, step: float) -> Tree:
     begin, extent = axis[offset], axis[offset + sizes - 1] - axis[offset]
     line, t = _cuts(extent / step - 1e-9)
     s = begin[line] + extent[line] * t
-    # Rounding can put the last position just behind the end of the path.
+    # Rounding can put the last position just beyond the end of the path.
     kind = tree.type[rows[np.minimum(np.searchsorted(axis, s), len(rows) - 1)]]
     xyz = np.stack([np.interp(s, axis, tree.xyz[rows, k]) for k in range(3)], axis=1)
     radius = np.interp(s, axis, tree.radius[rows])
@@ -693,7 +693,7 @@ def check_frame(tree: Tree, volume: Volume, name: str) -> None:
     if not result.fits:
         raise DataError(
             f"{name}: the SWC does not lie on the neurites of its image ({result.follows:.0%} "
-            f"brighter than around): {result}; correct it with neurolib.swc.transform"
+            f"brighter than its surroundings): {result}; correct it with neurolib.swc.transform"
         )
 
 
@@ -741,22 +741,22 @@ class Fit:
         if self.hint:
             return (
                 f"another fits better: {self.hint} (contrast {self.hint_contrast:.2f}, "
-                f"{self.hint_follows:.0%} brighter than around)"
+                f"{self.hint_follows:.0%} brighter than its surroundings)"
             )
         if self.fits:
             return "no other fits better"
         return (
-            f"no frame that was tried fits: {FOLLOWS:.0%} of a tree or more are brighter than "
-            "around where it belongs; it may be another neuron's, of another scale, or far off"
+            f"no frame that was tried fits: where it belongs, at least {FOLLOWS:.0%} of a tree is "
+            "brighter than its surroundings; it may be another neuron's, wrongly scaled, or far off"
         )
 
 
 def fit(tree: Tree, volume: Volume) -> Fit:
-    """Compare the image on and off the tree, in its frame and in frames that are often confused.
+    """Compare the image on and off the tree, in its frame and in others often confused with it.
 
-    These are mirrored axes, x and y exchanged, and if the volume has a spacing, coordinates in µm
-    or nm, in voxels of equal sides, or multiplied by the spacing; each with a shift of up to 8
-    voxels along every axis. A frame needs 20 voxels of tree for each of its changes.
+    They differ by mirrored axes, exchanged x and y, and if the volume has a spacing, by coordinates
+    in µm or nm, in cubic voxels, or multiplied by the spacing; each is tried with a shift of up to
+    8 voxels along every axis. A frame needs 20 voxels of tree for each of its changes.
     """
     if not len(tree.parent):
         raise SwcError("a tree without nodes cannot be compared with an image")
@@ -766,7 +766,7 @@ def fit(tree: Tree, volume: Volume) -> Fit:
     # A fixed sample of the image: a million voxels give its mean to a thousandth of its spread.
     rng = np.random.default_rng(0)
     sample = data[tuple(rng.integers(0, shape[:, None], size=(3, 1_000_000)))].astype(np.float64)
-    # Saturated spots must not outweigh the neurites; training has the same ceiling.
+    # Saturated spots must not outweigh the neurites; training uses the same ceiling.
     ceiling = np.percentile(sample, 99.8)
     ceiling = ceiling if ceiling > sample.min() else sample.max()
     sample = np.minimum(sample, ceiling)
@@ -840,7 +840,7 @@ def _orientations(
         }
     if spacing[0] != spacing[2]:
         ratio = spacing[0] / spacing[2]
-        scaled["divide z by its spacing over that of x",] = np.array([ratio, 1, 1])
+        scaled["divide z by the ratio of its spacing to that of x",] = np.array([ratio, 1, 1])
     for scale, size in scaled.items():
         frame, room = points / size, np.array([shape[0], *[shape[1:].max()] * 2]) + 2 * REACH
         if scale and (np.ptp(frame, axis=0) > room).any():
@@ -857,12 +857,12 @@ def _best_shift(contrast, points: np.ndarray, shift: np.ndarray, step: float) ->
     shift = shift.copy()
     for axis in (0, 1, 2, 0, 1, 2):
         scores = {}
-        # Zero first: of equal shifts the smallest is kept.
+        # Zero first: of shifts with equal scores the smallest is kept.
         for size in sorted(np.arange(-REACH, REACH + step / 2, step), key=abs):
             moved = np.where(np.arange(3) == axis, size, shift)
             scores[size] = contrast(points + moved)
         best = max(scores, key=scores.get)
-        # A shift along a neurite changes little and does not count.
+        # A shift along a neurite changes little and is not taken.
         kept = max(scores[0.0], contrast(points + shift))
         if scores[best] > max(1.03 * kept, kept + 0.05):
             shift[axis] = best

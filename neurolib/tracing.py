@@ -42,20 +42,20 @@ from neurolib.volume import pieces
 SOMA_RATIO = 2.5  # a soma is this many times thicker than the median foreground voxel
 SOMA_NEURITES = 4.0  # and its tree this many times longer than its radius, unlike a thick fragment
 HALF_VOXEL = 0.5
-DENSE = 0.05  # share of its bounding box from which on a dense distance transform is faster
+DENSE = 0.05  # share of its bounding box above which a dense distance transform is faster
 CENTRING = 10.0  # weight of the radius in the cost of a path
 CERTAINTY = 2.0  # weight of the probability in the cost of a path
 EXPLAINED_SCALE, EXPLAINED_MARGIN = 1.5, 3.0  # a path explains voxels within 1.5 r + 3 of it
 DETOUR = 2.0  # unless the way to the path is twice as long: another neurite, a loop
 BRANCH_MARGIN = 6.0  # a branch is longer than 6 + r, from the middle of its parent
 # Degrees by which one end, and both together, may point away from the bridge. For 600 random cuts
-# in six real neurons, 60 alone closes as many and joins twice as many wrong ends.
+# in six real neurons, a limit of 60 alone closes as many and joins twice as many wrong ends.
 BRIDGE_ANGLE, BRIDGE_BEND = 60.0, 80.0
 END_LENGTH = 10.0  # length of the stretch that gives an end its direction
 MOVES = np.array([move for move in np.ndindex(3, 3, 3) if move != (1, 1, 1)]) - 1
-# Share of the radius nearby; tubes of radius 1.5 to 3.5 then end in the right place on average.
+# Share of the radius nearby; with it, tubes of radius 1.5 to 3.5 end in the right place on average.
 FULL_THICKNESS = 0.7
-SMOOTHING_PASSES = 2  # of weight 1/2: a Gaussian with a deviation of 1 node; more would cut bends
+SMOOTHING_PASSES = 2  # of weight 1/2: a Gaussian of standard deviation 1 node; more cuts corners
 UNDEFINED = 0  # SWC type; a tracer cannot tell axon from dendrite
 # Peak memory in bytes per foreground voxel, and per voxel of the current component: measured 670 in
 # tubes of radius 1.9 and 1650 in a cube, each of a million voxels or more.
@@ -109,16 +109,16 @@ class Foreground:
         return rows, replace(self, number=number, values=values, start=np.array([0, len(number)]))
 
     def numbers(self, seed: Zyx | None) -> list[tuple[int, int | None]]:
-        """Numbers of the components, first that of the voxel nearest to a point (z, y, x).
+        """Numbers of the components, starting with the one nearest to a point (z, y, x).
 
-        Each comes with the row of that voxel within the component, or None.
+        It comes with the row of its nearest voxel within the component, the others with None.
         """
         numbers = [(number, None) for number in range(len(self.start) - 1)]
         if seed is None:
             return numbers
         point, size = np.asarray(seed, dtype=float), np.array(self.shape)
         if point.shape != (3,) or not np.all((point >= -0.5) & (point <= size - 0.5)):
-            raise VolumeError(f"seed {seed} lies outside of the volume; expected z, y, x in {size}")
+            raise VolumeError(f"seed {seed} lies outside the volume; expected z, y, x in {size}")
         row = np.argmin(((self.points - point * self.scale) ** 2).sum(axis=1))
         number = self.component[row]
         del numbers[number]
@@ -166,12 +166,12 @@ def trace(
     Returns
     -------
     Tree
-        Parents before children, one root per tree. The tree with the seed comes first, then by
+        Parents before children, one root per tree. The tree with the seed comes first, the rest by
         size. Radii are in voxels of the plane, the geometric mean of dy and dx being 1; the type
         is 1 for the soma, else 0. There is at most one soma: the thickest candidate (`find_soma`)
-        whose tree is not a mere fragment, or with a seed only one that contains the seed.
+        whose tree is not a mere fragment; with a seed, only a soma that contains the seed.
 
-        If nothing reaches the threshold, there is a `NothingFoundError`.
+        If nothing reaches the threshold, `trace` raises a `NothingFoundError`.
     """
     check_range("step", step)
     check_range("bridge", bridge)
@@ -225,7 +225,7 @@ def find_foreground(
     probability, scale = _check_volume(probability), _scale(spacing)
     check_range("threshold", threshold)
     check_range("min_size", min_size)
-    min_size = max(1, min_size)  # 0 keeps all pieces, too
+    min_size = max(1, min_size)  # 0 also keeps all pieces
     shape = tuple(probability.shape)
     total, held, labels = 0, 0, 0
     parts: list[tuple[np.ndarray, ...]] = []
@@ -273,9 +273,9 @@ def _check_memory(held: int, graph: int, threshold: float) -> None:
     free = psutil.virtual_memory().available
     if held * VOXEL_BYTES + graph * GRAPH_BYTES > free:
         raise VolumeError(
-            f"{held + graph} connected voxels or more reach the threshold {threshold:g}, but about "
-            f"{free // GRAPH_BYTES} can be traced in the {free / 2**30:.1f} GiB of memory that are "
-            "free; raise the threshold, or min_size where most are specks"
+            f"{held + graph} connected voxels or more reach the threshold {threshold:g}, but only "
+            f"about {free // GRAPH_BYTES} can be traced in the {free / 2**30:.1f} GiB of free "
+            "memory; raise the threshold, or min_size if most are specks"
         )
 
 
@@ -312,7 +312,7 @@ def _backward(number: np.ndarray, shape: tuple) -> Iterator[tuple[np.ndarray, np
     for move in MOVES[: len(MOVES) // 2]:
         wanted = number + move @ strides
         place = np.searchsorted(number, wanted)
-        # A smaller number than one of `number` is never beyond its end.
+        # A value smaller than one of `number` is never placed beyond its end.
         row = np.flatnonzero(number[place] == wanted).astype(np.int32)
         yield row, place[row].astype(np.int32)
 
@@ -380,7 +380,7 @@ def measure_extent(foreground: Foreground, radius: np.ndarray) -> np.ndarray:
 
 def _edge_distance(shell: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Distance (m,) of points to the edge of the foreground, half a voxel before its shell."""
-    # The voxels are spread evenly, so a tree need not be balanced, which halves the time.
+    # The voxels are spread evenly, so the tree need not be balanced, which halves the time.
     nearby = KDTree(shell, balanced_tree=False, compact_nodes=False)
     return np.maximum(nearby.query(points, workers=-1)[0] - HALF_VOXEL, 0)
 
@@ -388,8 +388,8 @@ def _edge_distance(shell: np.ndarray, points: np.ndarray) -> np.ndarray:
 def _distance_transform(foreground: Foreground) -> np.ndarray:
     """Distance of each foreground voxel to the nearest background voxel, by a dense transform.
 
-    It equals the search in the shell, and is much faster where the foreground fills its bounding
-    box (a bulky cell body, a threshold too low).
+    It gives the same as the search in the shell, and is much faster where the foreground fills its
+    bounding box (a bulky cell body, a threshold that is too low).
     """
     low, size = foreground.voxels.min(axis=0), np.ptp(foreground.voxels, axis=0) + 1
     margin = np.zeros(3, dtype=int)
@@ -408,8 +408,8 @@ def _distance_transform(foreground: Foreground) -> np.ndarray:
 def background_shell(foreground: Foreground) -> np.ndarray:
     """Indices (m, 3) of the background voxels with a face neighbour in the foreground.
 
-    The background voxel nearest to a foreground voxel is one of them: a step from it towards that
-    foreground voxel is nearer, so it ends in the foreground.
+    The background voxel nearest to a foreground voxel is one of them: one step from it towards that
+    foreground voxel leads nearer, and so into the foreground.
     """
     strides = _strides(foreground.shape)
     inside = np.sort(_number(foreground.voxels, foreground.shape))
@@ -546,9 +546,9 @@ def _component_paths(
 def _explained(path, way, reach, lengths, nearby: KDTree, place: np.ndarray) -> np.ndarray:
     """Numbers of the voxels that a path explains, including its own.
 
-    They lie within `reach` of a voxel of the path, the half axes (n, 3) of an ellipsoid, and the
-    way to it through the foreground is at most `DETOUR` times as long as the longest of them, so
-    that a path does not explain a neurite beside it or the other side of a loop. `place` (n,) is
+    Each lies in an ellipsoid with half axes `reach` (n, 3) around a voxel of the path, and its way
+    to that voxel through the foreground is at most `DETOUR` times as long as the longest half axis,
+    so a path does not explain a neurite beside it or the other side of a loop. `place` (n,) is
     working memory: -1 everywhere, before and after.
     """
     # Balls a quarter of their radius apart cover all but 1/128 of the path's surroundings.
@@ -598,7 +598,7 @@ def prune_paths(
         length = np.linalg.norm(np.diff(points[path], axis=0), axis=1).sum()
         is_first = component[path[0]] != last
         last = component[path[0]]
-        # Like r, the length reaches the edge, half a voxel beyond the last centre.
+        # Like r, the length is measured to the edge, half a voxel beyond the last centre.
         if is_first or length + HALF_VOXEL >= BRANCH_MARGIN + radius[path[0]]:
             kept.append(path)
     return kept
@@ -608,7 +608,7 @@ def paths_to_tree(paths: list[np.ndarray], foreground: Foreground, radius: np.nd
     """The tree whose nodes are the voxels of the paths; see `trace` for its order and units.
 
     Radii are r + 0.5, so that drawing the tree gives back the mask: a tube of radius R, drawn as
-    the voxels whose centres lie within R of the axis, measures r = R - 0.5.
+    the voxels whose centres lie within R of the axis, has a measured r of R - 0.5.
     """
     parent, row = [], {}
     for path in paths:
@@ -793,7 +793,7 @@ def _first_thick(radius: np.ndarray) -> int:
 def _walks_inward(
     tree: Tree, points: np.ndarray, around: sparse.csr_array, reach: Callable[[list[int]], float]
 ) -> Iterator[list[int]]:
-    """Rows from each end that is no soma along its unbranched neurite, up to `reach` from it."""
+    """Rows from each end that is not a soma along its unbranched neurite, up to `reach` from it."""
     for end in tips(tree)[tree.type[tips(tree)] != SOMA]:
         walk, last = [int(end)], -1
         while np.linalg.norm(points[walk[-1]] - points[end]) < reach(walk):
@@ -807,7 +807,7 @@ def _walks_inward(
 
 
 def _angle(a: np.ndarray, b: np.ndarray) -> float:
-    """Angle of two steps in degrees; 0 if one has no length (a tree of one voxel)."""
+    """Angle between two steps in degrees; 0 if one has no length (a tree of one voxel)."""
     lengths = np.linalg.norm(a) * np.linalg.norm(b)
     return float(np.degrees(np.arccos(np.clip(a @ b / lengths, -1, 1)))) if lengths else 0.0
 
@@ -856,8 +856,8 @@ def smooth_tree(tree: Tree, shell: np.ndarray, scale: np.ndarray, step: float) -
     for _ in range(SMOOTHING_PASSES):
         xyz = np.where(free[:, None], (xyz + mean @ xyz) / 2, xyz)
         radius = np.where(free, (radius + mean @ radius) / 2, radius)
-    # Both balls lie in the foreground. The second is better off the grid; bridges have only the
-    # first.
+    # Both balls lie in the foreground. The second is more accurate off the grid, but bridges have
+    # only the first.
     radius = np.maximum(radius, _edge_distance(shell, xyz[:, ::-1]) + HALF_VOXEL)
     tree = resample(_draw_back(replace(tree, xyz=xyz, radius=radius), around), step)
     return replace(tree, xyz=tree.xyz / scale, radius=tree.radius / np.sqrt(scale[0] * scale[1]))
@@ -885,8 +885,8 @@ def _check_volume(probability: np.ndarray) -> np.ndarray:
         probability = np.asarray(probability)
     if len(probability.shape) != 3 or 0 in probability.shape:
         raise VolumeError(
-            f"expected a 3D stack (z, y, x), got shape {tuple(probability.shape)}; a single slice "
-            "is image[None]"
+            f"expected a 3D stack (z, y, x), got shape {tuple(probability.shape)}; pass a "
+            "single slice as image[None]"
         )
     if not (probability.dtype == bool or np.issubdtype(probability.dtype, np.floating)):
         raise VolumeError(

@@ -41,13 +41,13 @@ from neurolib.network import NetworkSettings, Segmenter, build, make
 from neurolib.parameters import check_range
 from neurolib.weights import StateDict, save_weights
 
-# Voxels with at least this response are the target's dilated skeleton: they lie at most one voxel
+# Voxels with at least this response form the target's dilated skeleton: they lie at most one voxel
 # off the centreline.
 SKELETON = float(response_at(np.ones(())))
 STRIDE = 50  # between training blocks in y and x; in z every slice is the centre of a block
 
 LOSSES = ("dice+focal", "dice+ce", "dice+ce+skeleton", "dice+ce+cldice")
-# Modules on which the result of a training depends.
+# Modules on which the result of a training run depends.
 CODE = ("training", "network", "inflation", "blocking")
 # The initialisation that a network reports if its encoder came from a checkpoint.
 RESTORED = "checkpoint"
@@ -97,7 +97,7 @@ class BlockSource:
     """Training blocks (depth, size, size) of samples, drawn by step number.
 
     For each salient block there are `negatives` blocks without foreground, or fewer if the
-    volumes do not have as many.
+    volumes do not have that many.
     """
 
     def __init__(
@@ -153,8 +153,8 @@ def augment(blocks: torch.Tensor, responses: torch.Tensor, generator: torch.Gene
     """Random variants of blocks that a microscope could have recorded.
 
     Flips, quarter turns and zoom (0.8 to 1.25) in the plane, z reversed; gamma (0.7 to 1.5),
-    noise (σ up to 0.05), one slice blanked in one block of ten. The geometry moves block and
-    response alike.
+    noise (σ up to 0.05), one slice blanked in one block out of ten. Flips, turns and zoom
+    move block and response alike.
 
     Blocks (n, 1, D, h, w) are in [0, 1], responses (n, D, h, w); `generator`, on the CPU, is the
     only source of randomness.
@@ -192,7 +192,7 @@ def zoom(block: torch.Tensor, response: torch.Tensor, factor: float) -> Batch:
     both = torch.stack([block, torch.from_numpy(distance_of(response.numpy()))])
     grid = F.affine_grid(theta, list(both.shape), align_corners=False)
     block, distance = F.grid_sample(both, grid, padding_mode="reflection", align_corners=False)
-    # A response of 0 means a distance of 5 or more, so where shrinking would move it is unknown.
+    # A response of 0 means a distance of 5 or more; where shrinking would move it is unknown.
     known = distance < distance_of(0.0) - 1e-3
     zoomed = torch.from_numpy(response_at((distance * factor).numpy())).clamp_min(0)
     return block, zoomed * known
@@ -309,7 +309,7 @@ def start(device: str = "auto", precision: str = "auto") -> Fabric:
 
 
 def device_name(fabric: Fabric) -> str:
-    """The GPU on which a training runs, or ``CPU``, and the precision, as ``CPU, bf16-mixed``."""
+    """The GPU on which a training runs, or ``CPU``, and the precision: ``CPU, bf16-mixed``."""
     on_gpu = fabric.device.type == "cuda"
     name = torch.cuda.get_device_name(fabric.device) if on_gpu else fabric.device.type.upper()
     return f"{name}, {fabric.strategy.precision.precision}"
@@ -363,7 +363,7 @@ def schedule(step: int, settings: TrainingSettings) -> float:
 
 
 class TrainingResult(NamedTuple):
-    """What a run leaves: best validation Dice and its step, history, checkpoint."""
+    """What a run leaves behind: best validation Dice and its step, history, checkpoint."""
 
     dice: float
     step: int
@@ -563,10 +563,10 @@ def validation_blocks(
 def validate(
     network: Segmenter, weights: StateDict, checks: Sequence[ValidationBlocks], tau: float
 ) -> tuple[float, float]:
-    """The volumes' mean estimated Dice at its best threshold, and that one of `THRESHOLDS`.
+    """The volumes' mean estimated Dice at its best threshold, and that threshold.
 
-    The network runs with the state dict `weights` (the running average) and keeps its own weights;
-    `tau` is the threshold of the target.
+    `THRESHOLDS` are tried; `tau` is the threshold of the target. The network runs with the state
+    dict `weights` (the running average) and keeps its own weights.
     """
     device = next(network.parameters()).device
     scores = []
@@ -598,8 +598,8 @@ def validate(
 def save_checkpoint(path: str | Path, network: Segmenter, weights: StateDict, facts: dict) -> None:
     """Write weights and everything needed to rebuild the network as safetensors, atomically.
 
-    A frozen encoder is left out, because it can be recreated from the pre-trained weights and the
-    file is then much smaller. An encoder that came from a checkpoint cannot be, and is stored.
+    A frozen encoder is left out, which makes the file much smaller: it can be recreated from the
+    pre-trained weights. An encoder that came from a checkpoint cannot be, so it is stored.
     """
     facts = facts | {"initialisation": network.origin["initialisation"]}
     if facts["training"]["frozen"] and facts["initialisation"] != RESTORED:
@@ -639,8 +639,8 @@ def load_checkpoint(path: str | Path) -> tuple[Segmenter, dict]:
         origin = [facts[key] for key in keys]
     except (KeyError, TypeError, ValueError):
         raise WeightsError(
-            f"{path}: no checkpoint of this package; expected one that notebook 03 or "
-            "`neurolib run` wrote"
+            f"{path}: not a checkpoint of this package; expected one written by notebook 03 or "
+            "`neurolib run`"
         ) from None
     network = build(settings, *origin)[0] if origin else make(settings)
     _fill(network, path, facts, weights)
@@ -655,18 +655,18 @@ def restore(network: Segmenter, path: str | Path) -> None:
 
 
 def check_start(path: str | Path, settings: NetworkSettings, initialisation: str) -> None:
-    """Refuse (WeightsError) a checkpoint from which a network of other settings cannot continue."""
+    """Refuse (WeightsError) to continue from a checkpoint of a network with other settings."""
     header = _read(path)[0]
     facts = json.loads(header.get("facts", "{}"))
     theirs = json.loads(header.get("network", "{}")) | {"initialisation": initialisation}
-    if "encoder_sum" in facts:  # an encoder that the file does not hold, and both must have
+    if "encoder_sum" in facts:  # the file does not hold its encoder, which both must share
         theirs["initialisation"] = facts["initialisation"]
     ours = asdict(settings) | {"initialisation": initialisation}
     if other := [name for name in ours if theirs.get(name, ours[name]) != ours[name]]:
         told = [", ".join(f"{name}={side[name]}" for name in other) for side in (theirs, ours)]
         raise WeightsError(
-            f"start_from={path}: has {told[0]}, and this network {told[1]}; make them equal, or "
-            "give start_from= to begin without it"
+            f"start_from={path}: has {told[0]}, but this network has {told[1]}; make them equal, "
+            "or give start_from= to begin without it"
         )
 
 
@@ -738,7 +738,7 @@ def _identity(
 ) -> str:
     """What must be equal to resume a run: settings, data, code, and initial weights.
 
-    A network that has already been in this training no longer has its initial weights, so the
+    A network that has already begun this training no longer has its initial weights, so the
     object remembers their sum.
     """
     targets = [[content_key(s.response) for s in part] for part in (samples, validation)]

@@ -20,7 +20,7 @@ from neurolib.data.formats import Box, LazyStack, check_memory, check_spacing, c
 from neurolib.errors import NeurolibWarning, VolumeError
 from neurolib.files import atomic_path, naming, seal_zarr
 
-# Code that turns masks and probabilities of NIfTI, nnU-Net and ilastik into .npy.
+# Code that turns masks and probabilities from NIfTI, nnU-Net and ilastik into .npy.
 CONVERT = {
     (".nii", ".nii.gz"): "import nibabel, numpy; numpy.save('out.npy', "
     "numpy.asarray(nibabel.load({0!r}).dataobj).T)",
@@ -29,12 +29,12 @@ CONVERT = {
     "h5py.File({0!r})['exported_data'][..., 0])",
 }
 
-# Formats of microscopes that Fiji opens.
+# Microscope formats that Fiji opens.
 PROPRIETARY = (".czi", ".lif", ".nd2", ".oib", ".oif", ".ims", ".lsm", ".mrc", ".nhdr", ".ome")
 
 SUFFIXES = (*formats.FORMATS, ".zarr")
 
-# A larger ratio of voxel edges is probably a wrong field.
+# A larger ratio of voxel edges probably comes from a wrong field in the file.
 ANISOTROPY = 20
 # Voxels processed at a time: 8-byte temporaries take 32 MB.
 SLAB = 1 << 22
@@ -46,7 +46,7 @@ SAMPLE = 1 << 24
 class Volume:
     """A stack: data (z, y, x) and the lengths (dz, dy, dx) of a voxel.
 
-    spacing: in µm, unless `unknown` says why not; then only the ratio counts. notes: one sentence
+    spacing: in µm, unless `unknown` says why not; then only the ratio matters. notes: one sentence
     for each choice or conversion of the reader.
     """
 
@@ -141,7 +141,7 @@ def _read(path: Path, channel: int | None) -> formats.Stack:
             f"suffix {suffix or 'missing'!r}, expected one of {', '.join(SUFFIXES)}"
             + (f"; convert it in Python: {convert.format(name)}" if convert else "")
             + ("; unpack it first" if suffix in (".gz", ".zip", ".bz2") and not convert else "")
-            + ("; save it as TIFF, as Fiji can" if suffix in PROPRIETARY else "")
+            + ("; save it as TIFF, for example with Fiji" if suffix in PROPRIETARY else "")
         )
     try:
         stack = (formats.read_zarr if suffix == ".zarr" else formats.read_file)(path, channel)
@@ -177,7 +177,7 @@ def check_values(volume: Volume, name: str) -> None:
     low, high = np.inf, -np.inf
     whole = ((box[0].start, data[box]) for box in pieces(data))
     for start, piece in data.stored() if isinstance(data, LazyStack) else whole:
-        # NaN and infinities show in the extremes.
+        # NaN and infinities show up in the extremes.
         bottom, top = float(piece.min()), float(piece.max())
         if not (np.isfinite(bottom) and np.isfinite(top)):
             z = start + int(np.argmin(np.isfinite(piece).all(axis=(1, 2))))
@@ -196,7 +196,7 @@ def check_values(volume: Volume, name: str) -> None:
 def pieces(data: Any, chunks: Sequence[int] | None = None) -> Iterator[Box]:
     """Cut a volume into boxes of whole chunks, of at most SLAB voxels or one chunk.
 
-    So each stored chunk is unpacked once.
+    This way, each stored chunk is unpacked only once.
     """
     step = list(chunks or getattr(data, "chunks", None) or (1, 1, 1))
     for axis in (2, 1, 0):
@@ -215,7 +215,7 @@ def normalise(data: np.ndarray) -> np.ndarray:
 
     If more than half of the voxels are exactly zero, as in masked volumes, the percentiles are
     those of the other voxels. The ceiling keeps saturated spots from dimming the neurites. The
-    data, finite integers or floats, need not be in memory; if they are constant, all becomes zero.
+    data, finite integers or floats, need not be in memory; constant data become zero.
 
     Percentiles (linear between ranks) are exact for 8- and 16-bit integers, by histogram, and
     for other types up to 2^24 voxels. Larger volumes are sampled with a fixed seed; the levels
@@ -293,24 +293,24 @@ def _sample(data: np.ndarray) -> np.ndarray:
 
 
 POLARITY = 1 << 21  # voxels that `inverted` looks at
-# What users read about an inverted stack.
+# What users are told about an inverted stack.
 INVERT = (
-    "dark structures on a bright ground; neurites must be bright: invert it, in ImageJ by Edit > "
-    "Invert, in NumPy by image.max() - image"
+    "dark structures on a bright background; neurites must be bright: invert it, in ImageJ with "
+    "Edit > Invert, in NumPy with image.max() - image"
 )
 
 # Bins of the histogram of `standing_out`, which lies in [-1, 1].
 BINS = 1 << 16
-# Nothing stands out in a tile that stays below this percentile of the volume, or below so many
+# Nothing stands out in a tile that stays below this percentile of the volume, or below this many
 # standard deviations of the background if that is less.
 EMPTY, CERTAIN = 99.7, 20.0
 
 
 def standing_out(slices: np.ndarray) -> np.ndarray:
-    """How far voxels are brighter than what surrounds them: a difference of two Gaussians.
+    """How much brighter voxels are than their surroundings: a difference of two Gaussians.
 
-    Each of the slices (z, y, x) is averaged with its neighbours, then smoothed in the plane by
-    σ = 1.5 voxels, less the same smoothed by 6: neurites remain, haze and broad background go.
+    Each of the slices (z, y, x) is averaged with its neighbours, then smoothed in the plane with
+    σ = 1.5 voxels, minus the same with σ = 6: neurites remain, haze and broad background go.
     """
     mean = uniform_filter1d(np.asarray(slices, np.float32), 3, axis=0, mode="nearest")
     return gaussian_filter(mean, (0, 1.5, 1.5)) - gaussian_filter(mean, (0, 6, 6))
@@ -340,8 +340,8 @@ def inverted(data: np.ndarray) -> bool:
 
     The difference of Gaussians of 1.5 and 6 pixels in each slice leaves structures about as thick
     as a neurite. Its skewness is 3.3 to 6.3 in ten confocal stacks, -5.6 to -2.8 in their
-    negatives, and within .03 of 0 in noise. The bound of -0.3 lies between. Of large images, only
-    evenly spaced slices are used.
+    negatives, and within 0.03 of 0 in noise. The bound of -0.3 lies between. For large images,
+    only evenly spaced slices are used.
     """
     some = data[:: max(1, -(-data.size // POLARITY))]
     fine, coarse = (gaussian_filter(some, (0, sigma, sigma)) for sigma in (1.5, 6))
@@ -359,7 +359,7 @@ IMAGEJ_BYTES = (1 << 32) - (1 << 20)
 OME_TYPES = ("int8", "int16", "int32", "uint32", "float64")
 
 # Chunks of OME-Zarr, of half a megabyte in 16 bits; a block of 5 x 100 x 100 touches four of them
-# on average. Smaller ones hardly speed up a block, slow down the rest, and make millions of files.
+# on average. Smaller ones hardly speed up a block, slow down all else, and make millions of files.
 CHUNKS = (16, 128, 128)
 
 

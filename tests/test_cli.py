@@ -250,7 +250,7 @@ def test_a_small_stack_keeps_pieces_that_a_large_one_loses(checkpoint, tmp_path)
         assert call(*arguments) == 0
     assert tifffile.imread(mask).all()
     dark, small = (str(warning.message) for warning in told)
-    assert dark.startswith("scan.tif: dark structures on a bright ground")
+    assert dark.startswith("scan.tif: dark structures on a bright background")
     assert "Edit > Invert" in dark
     assert "image.max() - image" in dark
     assert small == "scan.tif: no piece has 1000000 voxels; those of at least 200 are kept"
@@ -799,11 +799,11 @@ def test_a_corrected_zarr_is_not_replaced(segment, tmp_path, refused):
     zarr = pytest.importorskip("zarr")
     array = zarr.open_array(mask / "0", mode="r+")
     array[:4] = 1
-    refused(*arguments, says="may hold work of yours")
+    refused(*arguments, says="may hold your own work")
     assert (zarr.open_array(mask / "0", mode="r")[:4] == 1).all()
     # To write its metadata last makes it no result either.
     zarr.open_group(mask, mode="r+").attrs["corrected_by"] = "Ann"
-    refused(*arguments, says="may hold work of yours")
+    refused(*arguments, says="may hold your own work")
     assert call(*arguments, "--overwrite") == 0
 
 
@@ -815,7 +815,7 @@ def test_a_corrected_probability_is_replaced_if_asked(segment, tmp_path, refused
     assert call(*arguments) == 0
     before = zarr.open_array(out / "0", mode="r")[:]
     zarr.open_array(out / "0", mode="r+")[:4] = 1
-    refused(*arguments, says="may hold work of yours")
+    refused(*arguments, says="may hold your own work")
     assert call(*arguments, "--overwrite") == 0
     assert np.array_equal(zarr.open_array(out / "0", mode="r")[:], before)
 

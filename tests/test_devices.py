@@ -53,7 +53,7 @@ def test_auto_takes_the_cpu_beside_a_gpu_that_fails(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     devices._say_once.cache_clear()
     assert devices.pick_device("auto").type == "cpu"
-    assert "'auto' takes the CPU" in capsys.readouterr().err
+    assert "'auto' uses the CPU" in capsys.readouterr().err
 
 
 class NoDoubles(TorchDispatchMode):

@@ -307,7 +307,7 @@ MASK = np.ones((3, 3, 3), bool)
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda: dice(MASK, MASK[:2]), VolumeError, "one shape"),
+        (lambda: dice(MASK, MASK[:2]), VolumeError, "the same shape"),
         (lambda: dice(MASK, MASK.astype(float)), VolumeError, "float64; threshold"),
         (lambda: hd95(MASK.astype("u1"), MASK), VolumeError, "uint8"),
         (lambda: hd95(MASK[0], MASK[0]), VolumeError, "3D"),
@@ -317,7 +317,7 @@ MASK = np.ones((3, 3, 3), bool)
         (lambda: surface_dice(MASK, MASK, -1), SettingsError, "tolerance=-1"),
         (lambda: surface_dice(MASK, MASK, 1, (1, 1)), VolumeError, "three"),
         (lambda: cl_dice(MASK[0], MASK[0]), VolumeError, "3D"),
-        (lambda: betti0_error(MASK, MASK[:, :2]), VolumeError, "one shape"),
+        (lambda: betti0_error(MASK, MASK[:, :2]), VolumeError, "the same shape"),
         (lambda: tree_distance(line(), line((0, 0, 0))), SwcError, "without nodes"),
         (lambda: tree_distance(NODE, NODE, float("nan")), SettingsError, "threshold=nan"),
         (lambda: tree_scores(NODE, NODE, -1), SettingsError, "threshold=-1"),

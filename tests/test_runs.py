@@ -282,7 +282,7 @@ def test_a_sweep_with_two_workers_keeps_what_succeeds_and_goes_on(data, tmp_path
     [
         (("measure: validation", "measure: luck"), "expected one of test, tree, validation"),
         (("seeds: [0]", "seeds: []"), r"seeds is \[\], expected a list"),
-        (("seeds: [0]", "seeds: [yes]"), "seeds: expected int as in 0, got 'yes'"),
+        (("seeds: [0]", "seeds: [yes]"), "seeds: expected int, such as 0, got 'yes'"),
         (("folds: [cell0]", "folds: [[cell0]]"), "folds: expected str"),
         (("  slow:", "  ridge filter:"), "a filter's name; choose another"),
         (("folds: [cell0]", "folds: [{held_out: a, steps: 3}]"), "expected held_out and, if any"),
@@ -613,7 +613,7 @@ def test_names_that_notebooks_cannot_hold_are_refused(data, tmp_path, where):
     if where == "runs":
         runs_folder = tmp_path / strange
     parameters = {"held_out": strange} if where == "parameter" else {}
-    with pytest.raises(SettingsError, match=r"that are no UTF-8.* rename it"):
+    with pytest.raises(SettingsError, match=r"that are not UTF-8.* rename it"):
         runs.run_course(str(own), "smoke", folder=runs_folder, parameters=parameters)
     assert not runs_folder.exists()
 

@@ -234,7 +234,7 @@ def test_a_table_replaces_none_but_its_own_kind(folders):
         ("none.tif", "references/A.swc", [], "none.tif: no such file"),
         ("predictions", "references/A.swc", [], "two files or two folders"),
         ("predictions", "empty", [], "no two of equal name"),
-        ("predictions/a.tif", "small.npy", [], "a.tif with small.npy: .*one shape"),
+        ("predictions/a.tif", "small.npy", [], "a.tif with small.npy: .*the same shape"),
         ("predictions/a.tif", "far.swc", [], "a.tif with far.swc: .*0% of the SWC"),
         ("predictions/a.tif", "other.tif", [], "voxel sizes differ"),
         ("predictions/a.tif", "references/A.swc", ["--spacing", "1,0,1"], "positive"),
@@ -264,7 +264,7 @@ def test_wrong_input_is_one_line(
     assert not (tmp_path / "scores.csv").exists()
 
 
-@pytest.mark.parametrize(("one", "words"), [(MASK[:-1], "one shape"), (1.0 * MASK, "boolean")])
+@pytest.mark.parametrize(("one", "words"), [(MASK[:-1], "the same shape"), (1.0 * MASK, "boolean")])
 def test_errors_are_of_ours(one, words):
     with pytest.raises(NeurolibError, match=words):
         evaluate(one, MASK)
@@ -305,7 +305,7 @@ def test_of_a_folder_what_can_be_compared_is(tmp_path, monkeypatch, capsys):
     out, error = capsys.readouterr()
     assert "2 of 4 pairs could not be compared (b, c)" in error
     assert re.search(r"(?m)^b: not compared: b.tif: ", out)
-    assert re.search(r"(?m)^c: not compared: c.tif with c.tif: .*one shape", out)
+    assert re.search(r"(?m)^c: not compared: c.tif with c.tif: .*the same shape", out)
     names = [line.split(",")[0] for line in (tmp_path / "scores.csv").read_text().splitlines()]
     assert names == ["name", "a", "d"]
 

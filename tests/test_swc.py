@@ -230,7 +230,7 @@ def test_long_repairs_are_counted_not_listed(tmp_path):
         ("1 3 0 0 0 1 -1\n2 3 0 4e12 0 1 1\n", "line 2: y is 4e\\+12, expected voxels"),
         ("7e17 3 0 0 0 1 -1\n", "line 1: an id above 2\\^53 without all its digits"),
         ("1 3 0 0 0 1 99999999999999999999\n", "line 1: parent is 1e\\+20"),
-        ("1 3 0 0 0 1 -1\n1 3 5 0 0 1 -1\n", "line 2: id 1 is already that of line 1"),
+        ("1 3 0 0 0 1 -1\n1 3 5 0 0 1 -1\n", "line 2: id 1 is already used in line 1"),
         ("1 3 0 0 0 1 -1\n2 3 1 0 0 1 3\n3 3 1 0 0 1 2\n", "its own ancestor"),
         ("1 3 0 0 0 1 2\n2 3 0 0 0 1 3\n3 3 0 0 0 1 1\n", "its own ancestor"),
         # Node 2 hangs on the cycle 3-4 but is not part of it.
@@ -385,19 +385,19 @@ NODE = "1 3 40 20 8 2 -1\n2 3 80 20 8 2 1\n"
         ("# OFFSET 40.0 30.0 10.0", None, (80, 50, 18), 2, "OFFSET 40, 30, 10 added"),
         ("# offset: -1, 2e1, 0", None, (39, 40, 8), 2, "OFFSET -1, 20, 0 added"),
         ("# SCALE 0.5 0.5 2", None, (40, 20, 8), 2, "SCALE 0.5, 0.5, 2 not used"),
-        ("# units: microns", None, (40, 20, 8), 2, "unit microns, taken as it is"),
-        ("# Coordinates in µm", (1, 1, 1), (40, 20, 8), 2, "unit µm, brought into voxels of 1"),
-        ("# Coordinates in nm", (1, 1, 1), (0.04, 0.02, 0.008), 0.002, "unit nm, brought into"),
-        ("# Coordinates in µm", (2, 0.5, 0.5), (80, 40, 4), 4, "unit µm, brought into voxels"),
-        ('# Meta: {"units": "8 nanometer"}', (0.016,) * 3, (20, 10, 4), 1, "8 nanometer, b"),
-        ("# x, y, z in nm", (0.004, 0.004, 0.004), (10, 5, 2), 0.5, "unit nm, brought into"),
-        ("# Unit = nm", (0.002, 0.004, 0.004), (10, 5, 4), 0.5, "unit nm, brought into voxels"),
+        ("# units: microns", None, (40, 20, 8), 2, "unit microns, not converted"),
+        ("# Coordinates in µm", (1, 1, 1), (40, 20, 8), 2, "unit µm, converted to voxels of 1"),
+        ("# Coordinates in nm", (1, 1, 1), (0.04, 0.02, 0.008), 0.002, "unit nm, converted to"),
+        ("# Coordinates in µm", (2, 0.5, 0.5), (80, 40, 4), 4, "unit µm, converted to voxels"),
+        ('# Meta: {"units": "8 nanometer"}', (0.016,) * 3, (20, 10, 4), 1, "8 nanometer, c"),
+        ("# x, y, z in nm", (0.004, 0.004, 0.004), (10, 5, 2), 0.5, "unit nm, converted to"),
+        ("# Unit = nm", (0.002, 0.004, 0.004), (10, 5, 4), 0.5, "unit nm, converted to voxels"),
         (
             "# All positions and radii in um\n# Voxel separation (x,y,z): 0.5, 0.5, 2.0",
             None,
             (80, 40, 4),
             4,
-            "brought into voxels of 0.5, 0.5, 2 µm",
+            "converted to voxels of 0.5, 0.5, 2 µm",
         ),
         (
             "# All positions and radii in nanometers\n# Voxel separation (x,y,z): 4, 4, 2",
@@ -495,7 +495,7 @@ def test_micrometres_come_back_as_voxels(tmp_path_factory, tree, spacing, given)
     back = read_swc(path, spacing if given else None)
     assert np.allclose(back.xyz, tree.xyz, 1e-4, 1e-3)
     assert np.allclose(back.radius, tree.radius, 1e-4)
-    assert "unit um, brought into voxels" in back.repairs[-1]
+    assert "unit um, converted to voxels" in back.repairs[-1]
 
 
 def stack_tree():
@@ -828,7 +828,7 @@ def test_a_tree_too_short_to_tell_its_frame_gets_none(stacks, size):
         ((0.25, 0.25, 1), "divide by the spacing?"),
         ((250, 250, 1000), "divide by the spacing in nm?"),
         ((4, 4, 1), "multiply by the spacing?"),
-        ((1, 1, 4), "divide z by its spacing over that of x?"),
+        ((1, 1, 4), "divide z by the ratio of its spacing to that of x?"),
     ],
 )
 def test_fit_names_the_scale(stacks, factor, hint):

@@ -893,7 +893,7 @@ def test_a_decoder_is_not_joined_to_an_encoder_it_was_not_trained_behind(tmp_pat
 def test_checkpoint_that_is_cut_missing_or_of_another_network_is_refused(checkpoint, tmp_path):
     data = checkpoint.read_bytes()
     other = dataclasses.replace(NETWORK, depth=5)
-    said = r"start_from=.*: has depth=3.*, and this network depth=5"
+    said = r"start_from=.*: has depth=3.*, but this network has depth=5"
     with pytest.raises(WeightsError, match=said) as error:
         restore(Segmenter(other), checkpoint)
     assert "\n" not in str(error.value)
@@ -916,7 +916,7 @@ FOREIGN += [{"network": "[1]", "facts": "[]"}]
 def test_foreign_file_is_refused(tmp_path, metadata):
     path = tmp_path / "foreign.safetensors"
     save_file({"x": torch.zeros(2)}, path, metadata)
-    with pytest.raises(WeightsError, match="no checkpoint of this package"):
+    with pytest.raises(WeightsError, match="not a checkpoint of this package"):
         load_checkpoint(path)
 
 
