@@ -1,9 +1,9 @@
 """The method of the course: 3D neuron segmentation with 2D vision transformers.
 
-Each notebook ``NN_stage`` has its own module ``neurolib.stage``, in the order of the paper:
-`blocking`, `weights`, `inflation`, `network`, `training`, `inference`, `evaluation`, `tracing`.
-They build on `volume` and `swc`. Formats and data sets are in `neurolib.data`, the command line,
-runs and figures in `neurolib.course`. `neurolib.segment` goes from an image to a tree.
+The modules follow the paper, and notebooks 01 to 05 go through them in this order: `blocking`,
+`weights`, `inflation`, `network`, `training`, `inference`, `evaluation`, `tracing`. They build on
+`volume` and `swc`. Formats and data sets are in `neurolib.data`, the command line, runs and figures
+in `neurolib.course`. `neurolib.segment` goes from an image to a tree.
 """
 
 import sys

@@ -71,8 +71,8 @@ def ignore_untraced(sample: Sample) -> Sample:
     """Mark as unknown what looks like neurite but is far from the tree, which may lack branches.
 
     Where the image stands out as neurites do (`neurolib.volume.empty_level`) and the response is
-    0, the response becomes NaN, which no loss counts. As a side effect, the network does not learn
-    that bright specks are background.
+    0, the response becomes NaN, which every loss counts as right. As a side effect, the network
+    does not learn that bright specks are background.
     """
     bright = standing_out(sample.image) > empty_level(sample.image)
     unknown = bright & (sample.response == 0)

@@ -460,8 +460,8 @@ def compare(tree: Tree, reference: Tree, spacing: Zyx = (1.0, 1.0, 1.0)) -> dict
     """The scores of a tree that a table of neurons shows: ESA, DSA, PDS, precision, recall, trees.
 
     See `tree_distance` and `tree_scores`; distances in the unit of `spacing`, within 2 voxels of
-    the finest axis. For a tree without nodes (nothing was found), recall is 0, distances are
-    infinite and the rest is NaN.
+    the finest axis. For a tree without nodes (nothing was found), recall and trees are 0,
+    distances are infinite and the rest is NaN.
     """
     if not len(tree.parent):
         nothing = {"ESA": np.inf, "DSA": np.inf, "PDS": np.nan, "precision": np.nan}

@@ -32,7 +32,7 @@ UNET = "monai_unet"
 CHANNELS = (32, 64, 128, 256)
 # Rows and columns are pooled three times, the few slices of a block never.
 STRIDES = ((1, 2, 2),) * 3
-# Neurites fill about one voxel in a hundred, so networks start near that share, not at one half.
+# Neurites fill about one voxel in a hundred of a salient block: start near that, not at one half.
 EMPTY_LOGIT = -4.0
 
 # Pre-trained encoders that the course was made for; any other plain ViT in timm may work as well.

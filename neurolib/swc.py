@@ -707,8 +707,8 @@ def _inside(tree: Tree, shape: Sequence[int]) -> float:
 REACH = 8.0
 # Share of a tree that must be brighter than its surroundings, AROUND voxels away. Measured: 0.89 to
 # 1.00 for the right trees of 10 real and 32 rendered stacks, also with noise; at most 0.67 for 41
-# trees of other neurons in their best frames. Of 32 trees at half their scale one reaches 0.86, the
-# others 0.79.
+# trees of other neurons in their best frames. Of 32 trees at half their scale, one reaches
+# 0.86 and passes, the others at most 0.79.
 FOLLOWS, AROUND = 0.85, 6.0
 # Voxels of tree that each change of a frame needs as evidence. Of 70 pieces of other neurons,
 # 15 to 130 voxels long, 24 found a frame without this bound, and 2 find one with it.

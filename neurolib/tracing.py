@@ -39,7 +39,7 @@ from neurolib.swc import SOMA, Tree, Zyx, components, length, resample, take, ti
 from neurolib.swc import edges as tree_edges
 from neurolib.volume import pieces
 
-SOMA_RATIO = 2.5  # a soma is this many times thicker than the median foreground voxel
+SOMA_RATIO = 2.5  # a soma is at least this many times as thick as the median neurite
 SOMA_NEURITES = 4.0  # and its tree this many times longer than its radius, unlike a thick fragment
 HALF_VOXEL = 0.5
 DENSE = 0.05  # share of its bounding box above which a dense distance transform is faster

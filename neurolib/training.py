@@ -319,8 +319,8 @@ def layer_rates(network: Segmenter, settings: TrainingSettings) -> list[float]:
     """Peak rate of each layer of the encoder, from the pixels up; none without an encoder.
 
     Layer 0 is the patch embedding with the position embedding, and layer i + 1 is transformer
-    block i. The last layer, the norm after them, has the encoder's full rate; each other layer
-    has `layer_decay` times the rate of the one above it (Clark et al. 2020; Bao et al. 2022).
+    block i. The last layer, a norm that is not used here, has the full rate; each other layer has
+    `layer_decay` times the rate of the one above it (Clark et al. 2020; Bao et al. 2022).
     """
     if network.encoder is None:
         return []

@@ -38,7 +38,7 @@ SUFFIXES = (*formats.FORMATS, ".zarr")
 ANISOTROPY = 20
 # Voxels processed at a time: 8-byte temporaries take 32 MB.
 SLAB = 1 << 22
-# Voxels drawn for the percentiles of a larger float volume.
+# Voxels drawn for the percentiles of a larger volume of floats or wide integers.
 SAMPLE = 1 << 24
 
 

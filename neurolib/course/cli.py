@@ -554,7 +554,7 @@ def _trace_one(
     shape = foreground.shape
     if seed and not all(-0.5 <= s < n - 0.5 for s, n in zip(seed, shape, strict=True)):
         raise SettingsError(
-            f"--seed {','.join(f'{value:g}' for value in seed[::-1])}: lies outside of "
+            f"--seed {','.join(f'{value:g}' for value in seed[::-1])}: lies outside "
             f"{volume.name}, which has {shape[::-1]} voxels (x, y, z); voxels count from 0"
         )
     regions = stored_boxes(foreground) if in_parts else None

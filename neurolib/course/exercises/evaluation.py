@@ -47,7 +47,7 @@ def q2(fool: Callable) -> str:
     scores = []
     for mask in map(np.asarray, masks):
         if mask.shape != truth.shape or mask.dtype != bool:
-            return f"Expected boolean masks {truth.shape}; one of yours is {mask.dtype} {mask.shape}."
+            return f"Expected boolean masks {truth.shape}; one is {mask.dtype} {mask.shape}."
         scores.append((evaluation.dice(mask, truth), evaluation.hd95(mask, truth)))
     (high, far), (low, near) = scores
     if high < 0.9:

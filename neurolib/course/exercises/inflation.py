@@ -25,8 +25,8 @@ def q1(fold: Callable) -> str:
         grey, shifted = (torch.as_tensor(part) for part in answer)
         if grey.shape != (WIDTH, 1, PATCH, PATCH):
             return (
-                f"One kernel per number of a token, (E, 1, p, p) = {(WIDTH, 1, PATCH, PATCH)}, is expected; "
-                f"yours is {tuple(grey.shape)}. Sum over axis 1 with keepdim=True."
+                f"Expected one kernel per number of a token, {(WIDTH, 1, PATCH, PATCH)}, as "
+                f"(E, 1, p, p); yours is {tuple(grey.shape)}. Sum over axis 1 with keepdim=True."
             )
         if shifted.shape != (WIDTH,):
             return (
