@@ -3,18 +3,18 @@
 # make test     lint, notebooks against their texts, unit tests, every notebook
 # make notebooks [NAMES=03]   write and execute notebooks from their texts
 # make site     the course as web pages                           -> build/site/index.html
-# make faults   what is too slow for every day: a hundred kills, notebooks twice, all in JupyterLab
-# make bench    speed beside others' implementations            -> data/results/bench.json
+# make faults   tests too slow for every day: a hundred kills, notebooks twice, all in JupyterLab
+# make bench    speed compared with other implementations       -> data/results/bench.json
 # make lab      JupyterLab;   make lint;   make clean
 #
-# Each works alone, on a machine that has nothing but Python 3.11 or newer.
+# Each works by itself, on a machine that has nothing but Python 3.11 or newer.
 
 PYTHON ?= python3
 DATA ?= synthetic
 PROFILE ?= course
 NAME ?=
 NAMES ?=
-# More for pip, such as `-r binder/torch-cpu.txt` for torch without CUDA on Linux.
+# More options for pip, such as `-r binder/torch-cpu.txt` for torch without CUDA on Linux.
 INSTALL_FLAGS ?=
 
 VENV := .venv
@@ -47,7 +47,7 @@ lint: $(INSTALLED)
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --ip 127.0.0.1 notebooks
 
-# Slow: processes that are killed, notebooks twice in one kernel, all of them in JupyterLab.
+# Slow: killed processes, notebooks twice in one kernel, all of them in JupyterLab.
 faults: $(INSTALLED)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[cluster]"
 	NEUROLIB_FAULTS=1 $(BIN)/python -m pytest tests/test_faults.py
@@ -69,10 +69,10 @@ clean:
 	rm -rf $(VENV) build dist docs/api docs/notebooks *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find neurolib notebooks tests -name __pycache__ -prune -exec rm -rf {} +
 
-# An environment that an interrupted installation left half-filled still has the file
-# .incomplete, and is made anew; the file becomes the stamp when everything is in place.
+# An environment that an interrupted installation left half-finished still has the file
+# .incomplete and is built again; the file becomes the stamp when everything is in place.
 CHECK := import sys; sys.version_info < (3, 11) and sys.exit("Python 3.11 or newer is needed, \
-  this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")
+  this is " + sys.version.split()[0] + "; choose another: make PYTHON=python3.12")
 $(INSTALLED): pyproject.toml constraints.txt
 	@if test -e $(VENV)/.incomplete; then rm -rf $(VENV); fi
 	@test -x $(BIN)/pip || $(PYTHON) -c '$(CHECK)'

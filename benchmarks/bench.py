@@ -3,8 +3,8 @@
     python benchmarks/bench.py [target hd95 tracing ...] [--repeats 5] [--out FILE]
 
 ``pip install -c constraints.txt -e .[bench]`` installs the peers; the table names missing ones.
-Each time is the median of the repeats, after a call that does not count. Ours and the peer take
-turns, so that other work on the machine affects both. A ratio says how many times better ours is.
+Each time is the median of the repeats, after one untimed call. Ours and the peer take turns, so
+that other work on the machine affects both. A ratio says how many times better ours is.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("tasks", nargs="*", help=f"some of {', '.join(TASKS)}; default: all")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write machine, date and rows as JSON")
-    parser.add_argument("--tiny", action="store_true", help="only see that everything runs")
+    parser.add_argument("--tiny", action="store_true", help="only check that everything runs")
     chosen = parser.parse_args(arguments)
     if unknown := set(chosen.tasks) - set(TASKS):
         parser.error(f"unknown task {', '.join(sorted(unknown))}; choose from {', '.join(TASKS)}")

@@ -116,18 +116,18 @@ def compete(
     work: float | None = None,
     unit: str = "s",
 ) -> dict:
-    """Time ours and a peer in turns, after a first call of each whose results are compared.
+    """Time ours and a peer in turn, after a first call of each whose results are compared.
 
     Parameters
     ----------
     compare : function of both results
         Says how far they agree.
     repeats : int
-        At most; fewer if `PATIENCE` runs out.
+        At most this many; fewer if `PATIENCE` runs out.
     target : float, optional
-        Smallest ratio that is wanted, provided that `holds` is true of both results.
+        Smallest acceptable ratio, provided that `holds` is true of both results.
     work : float, optional
-        Of one call; the row then has rates in `unit` instead of seconds.
+        Work done by one call; the row then has rates in `unit` instead of seconds.
     """
     a, b = ours(), theirs()
     times = []

@@ -39,7 +39,7 @@ class Identity(nn.Module):
 def monai_slices(
     network: nn.Module, image: np.ndarray, overlap: float, device: str = "cpu"
 ) -> np.ndarray:
-    """MONAI on the tiles of `predict_volume`: slices are its batch, their neighbours channels.
+    """MONAI on the tiles of `predict_volume`: slices are its batch, neighbours its channels.
 
     The blocks are views of the image, so that only MONAI copies.
     """
@@ -112,7 +112,7 @@ def bench_stitching(scale: Scale, repeats: int) -> list[dict]:
 
 
 def predict(network: nn.Module, image: np.ndarray, overlap: float, device: str, **options):
-    """`predict_volume`, as all peers are called."""
+    """`predict_volume`, called in the same way as its peers."""
     options = {"overlap": overlap, "batch": BATCH, "device": device, "skip_empty": False} | options
     return inference.predict_volume(network, image, progress=False, **options)
 

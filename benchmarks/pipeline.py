@@ -15,7 +15,7 @@ from neurolib.data import synthesis
 from neurolib.swc import Tree
 
 TAU = 0.1  # threshold of the target
-# Excess of a fitted exponent over 1 that caches and scatter may cause.
+# How far caches and scatter may raise a fitted exponent above 1.
 TOLERANCE = 0.1
 
 

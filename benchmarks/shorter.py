@@ -1,4 +1,4 @@
-"""How much shorter is the trace of a faultless mask than its tree, and how much of it is zigzag?
+"""How much shorter is the trace of a perfect mask than its tree, and how much of it is zigzag?
 
     python benchmarks/shorter.py FOLDER_OF_SWC
 

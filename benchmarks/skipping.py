@@ -1,9 +1,9 @@
-"""What it saves and costs not to run tiles in which nothing stands out, on a folder of pairs.
+"""What is saved and lost by skipping tiles in which nothing stands out, on a folder of pairs.
 
     python benchmarks/skipping.py FOLDER [--out data/results/skipping.csv]
 
-No network is run. Tiles of 5 x 100 x 100, overlap as `neurolib.inference.Tiling` has it by
-default; target "sironi" at 0.1.
+No network is run. Tiles of 5 x 100 x 100, with the default overlap of
+`neurolib.inference.Tiling`; target "sironi" at 0.1.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from neurolib.network import NetworkSettings
 
 @dataclass(frozen=True)
 class Skipping:
-    """Share of the tiles that are skipped, and share of the foreground that no tile covers then."""
+    """Share of the tiles that are skipped, and share of the foreground that no tile then covers."""
 
     tiles: float
     foreground: float
@@ -47,7 +47,7 @@ def skipping(
     settings: NetworkSettings,
     overlap: float = inference.Tiling.overlap,
 ) -> Skipping:
-    """What is saved and lost by not running the tiles in which nothing stands out."""
+    """What is saved and lost by skipping the tiles in which nothing stands out."""
     every, some = Certain(settings), Certain(settings)
     options = {"overlap": overlap, "device": "cpu", "progress": False}
     whole = np.maximum(image, 1e-6)  # not even tiles that are exactly zero are skipped

@@ -38,7 +38,7 @@ def trace_kimimaro(
     """kimimaro (Silversmith et al., 2021) with the parameters of `neurolib.tracing.trace`.
 
     The study of robustness can use it: `robustness(mask, tree, {"kimimaro": trace_kimimaro})`. It
-    joins the nearest pieces up to `bridge` apart in any direction. Radii stay in its unit.
+    joins the nearest pieces up to `bridge` apart in any direction. Radii stay in kimimaro's unit.
     """
     import kimimaro
 

@@ -36,7 +36,7 @@ def cut(tree: Tree, kept: float, seed: int) -> Tree:
         for node in range(first + 1, len(parent)):
             branch[node] = parent[node] >= 0 and branch[parent[node]]
         rest = alive & ~branch
-        # Twigs would leave all long branches, and long ones too little.
+        # Cutting twigs alone would spare all long branches; cutting trunks would leave too little.
         if left[alive & branch].sum() > 0.02 and left[rest].sum() > kept - 0.05:
             alive = rest
         if left[alive].sum() < kept + 0.05:

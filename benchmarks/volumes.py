@@ -20,7 +20,7 @@ SALIENT = 0.001
 
 
 def target_by_transform(tree: Tree, shape: tuple, transform: Callable) -> np.ndarray:
-    """The same mask by a distance transform of rasterised edges, as usual."""
+    """The same mask in the usual way, by a distance transform of rasterised edges."""
     points, _ = densify(tree, 0.25)
     seeds = np.ones(shape, bool)
     seeds[tuple(np.rint(points[:, ::-1]).astype(int).T)] = False
@@ -100,7 +100,7 @@ def our_blocks(volume: np.ndarray, mask: np.ndarray | None) -> Iterable[np.ndarr
     """The blocks that the peers' grid shares, one view at a time; with a mask the salient ones.
 
     Our full grid also covers the rim: slices repeated beyond the ends, and rows and columns that
-    the stride leaves.
+    the stride leaves out.
     """
     grid = blocking.block_grid(volume.shape)
     depth = blocking.BLOCK[0] // 2

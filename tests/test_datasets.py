@@ -143,7 +143,7 @@ def test_names_pair_whatever_their_suffixes_case_and_unicode_form(tmp_path_facto
         else:
             lonely |= set(files)
     if not twin:
-        assert "no two of equal" in refused(DataError, folder_pairs, folder)
+        assert "no two with the same name" in refused(DataError, folder_pairs, folder)
         return
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -345,7 +345,7 @@ def test_validation_neurons_can_be_named_and_are_never_drawn_for_the_test():
         assert len(neurons_of(split.test) - {"a"}) == 2
     split = split_by_neuron(pairs, held_out="b,c", validate_on="p0")
     assert list(map(neurons_of, split)) == [{"d", "e"}, {"a"}, {"b", "c"}]
-    assert "both in" in refused(DataError, split_by_neuron, pairs, held_out="a", validate_on="p0")
+    assert "in both" in refused(DataError, split_by_neuron, pairs, held_out="a", validate_on="p0")
     assert "validate_on" in refused(DataError, split_by_neuron, pairs, validate_on="x")
     assert "5 neurons" in refused(DataError, split_by_neuron, pairs, test=4, validate_on="a")
 

@@ -546,9 +546,9 @@ def test_only_the_repositorys_notebooks_are_run(tmp_path, monkeypatch, count):
     (tmp_path / "notebooks/link.ipynb").symlink_to(tmp_path / "strange.ipynb")
     assert runs.notebook_path("03_training").is_file()
     for name in ("../strange", str(tmp_path / "strange"), "link"):
-        with pytest.raises(SettingsError, match="only they are run"):
+        with pytest.raises(SettingsError, match="only those can be run"):
             runs.notebook_path(name)
-        with pytest.raises(SettingsError, match="only they are run"):
+        with pytest.raises(SettingsError, match="only those can be run"):
             runs.run_course("synthetic", "empty", "x", tmp_path / "runs", {}, (name,))
         count("notebooks from elsewhere")
     assert not (tmp_path / "runs").exists()

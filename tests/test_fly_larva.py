@@ -173,7 +173,7 @@ def test_servers_that_drop_or_are_busy_are_borne_with(server, monkeypatch, way):
         ("missing", "answered 404"),
         ("huge", "bytes, expected"),
         ("endless", "more bytes"),
-        ("elsewhere", "the server sent"),
+        ("elsewhere", "but got"),
         ("loop", "redirect"),
         ("altered", "has sha256"),
         ("short", "has sha256"),
@@ -279,12 +279,12 @@ def test_a_folder_of_pairs_stands_in_for_the_download(own, server, monkeypatch, 
 def test_missing_pairs_are_said_and_foreign_ones_refused(own, monkeypatch, tmp_path):
     monkeypatch.setenv("NEUROLIB_DATA", str(own))
     (own / "beta_body.swc").unlink()
-    with pytest.warns(UserWarning, match=r"1 of 3 pairs of fly-larva are not there \(beta_body\)"):
+    with pytest.warns(UserWarning, match=r"1 of 3 pairs of fly-larva are missing \(beta_body\)"):
         pairs = load_fly_larva()
     check_pairs(pairs, ("alpha", "beta_tail"))
     for name in NAMES[:3]:
         (own / f"{name}.tif").unlink()
-    assert "3 of 3 pairs of fly-larva are not there" in refused()
+    assert "3 of 3 pairs of fly-larva are missing" in refused()
     (tmp_path / "empty").mkdir()
     for place, words in (("empty", "found 0 images"), ("nowhere", "no such folder")):
         monkeypatch.setenv("NEUROLIB_DATA", str(tmp_path / place))

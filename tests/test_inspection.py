@@ -170,7 +170,7 @@ def test_bad_files_are_named_and_the_others_read(folder):
     assert [("unusable" in text) for text in said] == [True, False, False, False]
     empty = folder / "empty"
     empty.mkdir()
-    with pytest.raises(NeurolibError, match="without images"):
+    with pytest.raises(NeurolibError, match=r"no images .* and no trees"):
         list(inspect_files([empty]))
 
 

@@ -127,7 +127,7 @@ def test_cells_that_compare_bear_small_stacks_of_the_readers_own():
         ("mine.yaml", "steps: [1, 2]\n", "flat list"),
         ("mine.yaml", "steps: !foo 3\n", "not valid YAML .could not determine a constructor"),
         ("mine.yaml", "steps: {\n", "not valid YAML"),
-        ("mine.yaml", "a: 3\nb: 2\na: 30\n", r"line 1 not valid YAML .the key 'a' comes twice"),
+        ("mine.yaml", "a: 3\nb: 2\na: 30\n", r"line 1 not valid YAML .the key 'a' appears twice"),
         ("mine.txt", "steps: 3\n", r"no such profile; .*, or give a \.yaml file"),
     ],
 )

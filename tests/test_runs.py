@@ -236,7 +236,7 @@ def test_a_run_split_from_other_data_is_no_run_of_these(tmp_path):
             (tmp_path / name / f"cell{k}.swc").write_text("1 2 1 1 1 1 -1\n")
     split = runs.split_of(run, str(tmp_path / "ours"))
     assert runs.split_of(run, str(tmp_path / "ours")) == split
-    with pytest.raises(DataError, match=r"split of other data than .*theirs.*run_dir"):
+    with pytest.raises(DataError, match=r"split of data other than .*theirs.*run_dir"):
         runs.split_of(run, str(tmp_path / "theirs"))
 
 
@@ -285,10 +285,10 @@ def test_a_sweep_with_two_workers_keeps_what_succeeds_and_goes_on(data, tmp_path
         (("seeds: [0]", "seeds: [yes]"), "seeds: expected int, such as 0, got 'yes'"),
         (("folds: [cell0]", "folds: [[cell0]]"), "folds: expected str"),
         (("  slow:", "  ridge filter:"), "a filter's name; choose another"),
-        (("folds: [cell0]", "folds: [{held_out: a, steps: 3}]"), "expected held_out and, if any"),
-        (("folds: [cell0]", "folds: [{validate_on: a}]"), "expected held_out and, if any"),
+        (("folds: [cell0]", "folds: [{held_out: a, steps: 3}]"), "expected held_out, optionally"),
+        (("folds: [cell0]", "folds: [{validate_on: a}]"), "expected held_out, optionally"),
         (("{encoder_rate: 1.0e-5}", "3"), "network 'slow': '3'"),
-        (("  steps: 2", "  held_out: a"), "has 'held_out'; give it by folds"),
+        (("  steps: 2", "  held_out: a"), "has 'held_out'; use folds for it"),
         (("results: x.csv", "results:"), "results is ''"),
         (("results: x.csv", "results: x.txt"), "expected a .csv"),
         (("networks:", "common_networks:"), "expected the keys"),
@@ -502,7 +502,7 @@ def test_a_run_folder_is_of_one_data_set(data, tmp_path):
 
 def test_a_folder_of_other_things_does_not_become_a_run(data, tmp_path):
     before = {path: path.read_bytes() for path in data.iterdir()}
-    with pytest.raises(SettingsError, match=r"holds other things than a run; .*--name"):
+    with pytest.raises(SettingsError, match=r"holds something other than a run; .*--name"):
         runs.run_course(str(data), "empty", data.name, data.parent, {}, ())
     assert {path: path.read_bytes() for path in data.iterdir()} == before
 
@@ -511,7 +511,7 @@ def test_a_file_that_is_no_results_is_not_replaced(data, tmp_path):
     results = tmp_path / "mine.csv"
     grid = write_grid(tmp_path, PAIR.format(results=results, data=data))
     results.write_text("name,neuron\n")
-    with pytest.raises(SettingsError, match=r"mine\.csv: not a file of results"):
+    with pytest.raises(SettingsError, match=r"mine\.csv: not a results file"):
         sweeps.run_sweep(grid, tmp_path / "runs")
     assert results.read_text() == "name,neuron\n"
     assert not (tmp_path / "runs").exists()
@@ -530,7 +530,7 @@ def test_paths_are_where_the_user_stands(data, tmp_path, monkeypatch):
         sweeps.run_sweep(grid, tmp_path / "runs")
     (tmp_path / "mine.csv").write_text("mine\n")
     grid.write_text(text)
-    with pytest.raises(SettingsError, match=rf"{tmp_path}/mine\.csv: not a file of results"):
+    with pytest.raises(SettingsError, match=rf"{tmp_path}/mine\.csv: not a results file"):
         sweeps.run_sweep(grid, tmp_path / "runs")
 
 

@@ -166,10 +166,10 @@ def test_folders_are_matched_by_name(folders, tmp_path):
     text = "\n".join(lines)
     rows = {row["name"]: row for row in read(out)}
     assert set(rows) == {"a", "b", "c"}
-    assert "whose SWC is taken: a.tif" in text
-    assert "no prediction of their name: d.swc" in text
+    assert "because their SWC is used: a.tif" in text
+    assert "that have no prediction of the same name: d.swc" in text
     assert "c.tif: no foreground, an empty mask" in text
-    assert "b.zarr: a probability, foreground from 0.5 on" in text
+    assert "b.zarr: a probability, foreground from 0.5 up" in text
     expected = evaluate(np.roll(MASK, 1, 2), TREE, SPACING)
     for key in SCORES:
         head = key if key in rows["a"] else f"{key}_um"
@@ -177,7 +177,7 @@ def test_folders_are_matched_by_name(folders, tmp_path):
     assert rows["c"]["esa_um"] == "inf"
     assert float(rows["b"]["dice"]) == 1
     mean = next(line for line in lines if line.startswith("mean of 3"))
-    assert "1 empty, with the diagonal" in mean
+    assert "1 empty, their distances set to the diagonal" in mean
     esa = [float(rows[name]["esa_um"]) for name in "ab"] + [float(rows["c"]["diagonal_um"])]
     assert f"ESA {np.mean(esa):.4g} µm" in mean
 
@@ -233,7 +233,7 @@ def test_a_table_replaces_none_but_its_own_kind(folders):
     [
         ("none.tif", "references/A.swc", [], "none.tif: no such file"),
         ("predictions", "references/A.swc", [], "two files or two folders"),
-        ("predictions", "empty", [], "no two of equal name"),
+        ("predictions", "empty", [], "no two with the same name"),
         ("predictions/a.tif", "small.npy", [], "a.tif with small.npy: .*the same shape"),
         ("predictions/a.tif", "far.swc", [], "a.tif with far.swc: .*0% of the SWC"),
         ("predictions/a.tif", "other.tif", [], "voxel sizes differ"),

@@ -3,12 +3,12 @@
 ``NN_name.ipynb`` is built from ``NN_name.py``, text in jupytext's py:percent format::
 
     python tools/build.py              write and execute all notebooks
-    python tools/build.py 03 05_swc    only those whose names start like this
+    python tools/build.py 03 05_swc    only those whose names start with these
     python tools/build.py --text       new text around the same code: keep the stored outputs
     python tools/build.py --check      compare and check without executing
     python tools/build.py --twice 06   execute twice in one kernel, write nothing
 
-The result does not depend on when, where and by whom it was executed.
+The result does not depend on when, where or by whom it was executed.
 """
 
 import argparse
@@ -41,12 +41,12 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-# Seconds in which a kernel must start, and a cell must end.
+# Seconds within which a kernel must start and a cell must end.
 START_TIMEOUT, CELL_TIMEOUT = 120, 1200
 
 # Non-blank lines of a code cell, other than parameters and bootstrap.
 MAX_LINES, MEDIAN_LINES = 15, 5
-# A cell with this tag builds a part of the method: it may be longer and does not count for the
+# A cell with this tag builds a part of the method: it may be longer and is not counted in the
 # median.
 METHOD, METHOD_LINES = "method", 32
 PARAMETERS, BOOTSTRAP = "parameters", "bootstrap"
@@ -64,8 +64,8 @@ LONG = {
     "05_swc_tracing": ("probability",),
 }
 
-# Paths that exist on one machine only: folders where machines keep people's files, and those of
-# the reader and the repository. After a word or a dot, a path is relative or part of an address
+# Paths that exist on one machine only: folders where machines keep people's files, the reader's
+# home, and the repository. After a word or a dot, a path is relative or part of an address
 # (https://a/home/b).
 _PLACES = "home|root|Users|tmp|var|opt|mnt|media|srv|work|workspace|private|content"
 _OWN = "|".join(re.escape(str(path)) for path in (FOLDER.parent, Path.home()))
@@ -85,7 +85,7 @@ SECRETS = (
 
 
 def private(user: str, machine: str) -> re.Pattern:
-    """A pattern of what must not be stored, for this user and machine."""
+    """A pattern that matches what must not be stored, for this user and machine."""
     names = [rf"\b{re.escape(user)}@[A-Za-z]\w*"] if user else []
     if re.search(r"[\d.-]", machine):
         names.append(rf"\b{re.escape(machine)}\b")
@@ -280,7 +280,7 @@ def check_drift(expected: NotebookNode, stored: NotebookNode) -> Iterator[str]:
 
 
 def check_outputs(notebook: NotebookNode) -> Iterator[str]:
-    """Problems of code cells: not executed in order, errors, live outputs, private texts."""
+    """Problems of code cells: not executed in order, errors, live outputs, private text."""
     first, again = notebook.cells[0], copy.deepcopy(notebook)
     attach(again)
     for name, picture in again.cells[0].get("attachments", {}).items():
@@ -331,7 +331,7 @@ def check_titles(notebook: NotebookNode) -> Iterator[str]:
     titles = []
     for number, cell in enumerate(notebook.cells):
         if cell.cell_type == "markdown":
-            # Comments in fenced examples are no titles.
+            # Comments in fenced examples are not titles.
             text = re.sub(r"^(```|~~~).*?^\1", "", cell.source, flags=re.DOTALL | re.MULTILINE)
             titles += [number] * len(re.findall(r"^# ", text, flags=re.MULTILINE))
     if titles != [0] or not notebook.cells[0].source.startswith("# "):
@@ -395,9 +395,9 @@ def absolute_path(text: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns 1 if a check finds a problem."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="only notebooks whose names start like this")
+    parser.add_argument("names", nargs="*", help="only notebooks whose names start with these")
     parser.add_argument("--check", action="store_true", help="compare and check, do not execute")
-    parser.add_argument("--text", action="store_true", help="keep the outputs, renew the text")
+    parser.add_argument("--text", action="store_true", help="keep the outputs, update the text")
     parser.add_argument("--twice", action="store_true", help="execute twice in one kernel")
     options = parser.parse_args(arguments)
     paths = sources(options.names)

@@ -47,10 +47,10 @@ def stage(folder: Path) -> None:
     pages = {f"api/{name}.md": PAGE.format(name=name) for name in modules()}
     for path in (ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"):
         notebook = nbformat.read(path, as_version=4)
-        # Readers look for the number, and do not need the cell for Colab.
+        # Readers look for the number and do not need the cell for Colab.
         first = notebook.cells[0]
         first.source = f"# {path.name[:2]} {first.source[2:]}"
-        for name, picture in first.pop("attachments", {}).items():  # MyST-NB knows none
+        for name, picture in first.pop("attachments", {}).items():  # MyST-NB ignores them
             address = f"data:image/png;base64,{picture['image/png']}"
             first.source = first.source.replace(f"attachment:{name}", address)
         notebook.cells = [c for c in notebook.cells if build.BOOTSTRAP not in build.tags(c)]
@@ -262,7 +262,7 @@ def visit_block(self, node: nodes.math_block) -> None:
 
 
 def without_badges(app, doctree: nodes.document) -> None:
-    """Replace badges by their texts, so that a page loads nothing from elsewhere."""
+    """Replace badges with their text, so that a page loads nothing from elsewhere."""
     for image in list(doctree.findall(nodes.image)):
         if "://" in image["uri"]:
             image.replace_self(nodes.Text(f"{image.get('alt', '')} "))

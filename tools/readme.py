@@ -27,7 +27,7 @@ HEADS = {
     "precision": "precision",
     "esa": "ESA, voxels",
 }
-# What must be beaten, then the paper's rows, in its order; other networks come after them.
+# The filters to beat, then the paper's rows in its order; other networks come after them.
 ORDER = (*FILTERS, "2D scratch", "2D pre-trained", "3D scratch", "3D average", "3D center")
 BASELINE = "3D scratch"
 FACTS = re.compile(
@@ -37,7 +37,7 @@ FACTS = re.compile(
 
 
 def facts(source: Path) -> dict:
-    """What the text source of a notebook says of it, and a link under its short title."""
+    """What the text source of a notebook says about it, and a link with its short title."""
     text = source.read_text(encoding="utf-8")
     found = FACTS.match(text[text.index("# # ") :]).groupdict()
     link = f"[{source.stem[:2]} {found['title'].partition(':')[0]}](notebooks/{source.stem}.ipynb)"

@@ -54,7 +54,7 @@ def figures(folder: Path = build.FOLDER) -> dict[str, str]:
 
 
 def slides(text: str, pictures: dict[str, str]) -> str:
-    """The page of a Markdown text; a figure that no notebook draws is a KeyError."""
+    """The page of a Markdown text; a figure that no notebook draws raises a KeyError."""
 
     def picture(match: re.Match) -> str:
         source = f"data:image/png;base64,{pictures[match[2]]}"

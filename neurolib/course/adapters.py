@@ -1,4 +1,4 @@
-"""Segmentations of other programs: masks, labels and probabilities."""
+"""Segmentations from other programs: masks, labels and probabilities."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ FULL_SCALE = {"uint8": 255, "uint16": 65535}  # the value of probability 1
 def as_probability(
     data: np.ndarray, label: int | None = None, threshold: float | None = None, name: str = "volume"
 ) -> tuple[np.ndarray, str]:
-    """Turn a segmentation of another program into a mask or a probability.
+    """Turn a segmentation from another program into a mask or a probability.
 
     ================  ============  ===========================================================
     voxels            threshold     meaning
@@ -29,7 +29,7 @@ def as_probability(
     threshold : float, optional
         As given to a tracer; here it only means that whole numbers are probabilities.
     name : str
-        Of the file, for errors.
+        Name of the file, for errors.
 
     Returns
     -------
@@ -52,7 +52,7 @@ def as_probability(
         if not (low >= 0 and high <= 1):  # NaN fails too
             raise VolumeError(
                 f"{name}: found values from {low:g} to {high:g}, expected probabilities in "
-                "[0, 1]; divide by the value of a certain voxel, or save labels as integers"
+                "[0, 1]; divide by the value that stands for 1, or save labels as integers"
             )
         result, meaning = data, "a probability"
     elif kind not in "iu":

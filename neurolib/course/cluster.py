@@ -9,7 +9,7 @@ from neurolib.errors import NeurolibError, SettingsError
 
 
 def require_dask() -> None:
-    """Refuse to go on without Dask."""
+    """Refuse to continue without Dask."""
     if find_spec("distributed") is None:
         raise SettingsError(
             "several workers need Dask, which is not installed; pip install -e .[cluster]"
@@ -27,7 +27,7 @@ def connect(workers: int = 0, scheduler: str = "") -> Iterator[Any]:
         client = distributed.Client(**({"address": scheduler} if scheduler else local))
     except (OSError, ValueError) as error:
         raise SettingsError(
-            f"scheduler={scheduler!r}: cannot be reached ({error}); give its address, as "
+            f"scheduler={scheduler!r}: cannot be reached ({error}); give its address, such as "
             "tcp://10.0.0.1:8786"
         ) from None
     with client:
@@ -49,8 +49,8 @@ def share(
         error = job.exception()
         if isinstance(error, distributed.scheduler.KilledWorker):
             error = SettingsError(
-                f"workers keep dying of it (the last: {error.last_worker}), of too little memory "
-                "perhaps; take fewer workers or smaller pieces, the same command goes on"
+                f"workers keep dying on it (last: {error.last_worker}), perhaps for lack of "
+                "memory; use fewer workers or smaller pieces, and run the same command to resume"
             )
         if error is not None and not isinstance(error, NeurolibError):
             raise error

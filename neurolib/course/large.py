@@ -45,9 +45,9 @@ from neurolib.parameters import check_range
 from neurolib.training import load_checkpoint
 from neurolib.volume import Volume, create_zarr, empty_level, limits, pieces, read_volume, rescale
 
-# Slices, rows, columns. Tiles that cross the border of a region run for both sides: with tiles of
-# 100 that overlap by a quarter, a fifth more than for the whole volume at once. A region takes at
-# most 0.44 GB (measured) beside the network: its input, its probability and its votes.
+# Slices, rows, columns. Tiles that cross the border of a region run for both sides: a fifth more
+# tiles than for the whole volume at once, if tiles of 100 overlap by a quarter. A region takes at
+# most 0.44 GB (measured) besides the network: for its input, its probability and its votes.
 REGION = (32, 1024, 1024)
 
 MANIFEST = "neurolib.json"
@@ -74,7 +74,7 @@ class Mapped:
 
 
 def normalised(data: np.ndarray, low: float, high: float) -> Mapped:
-    """`neurolib.volume.normalise` part by part, when it is read; `low` and `high` of `limits`."""
+    """`neurolib.volume.normalise` part by part, as it is read; `low` and `high` as in `limits`."""
 
     def function(part: np.ndarray) -> np.ndarray:
         return rescale(part, low, high, np.empty(part.shape, np.float32))
@@ -83,14 +83,14 @@ def normalised(data: np.ndarray, low: float, high: float) -> Mapped:
 
 
 def thresholded(probability: np.ndarray, cut: float) -> Mapped:
-    """The mask of a probability, 0 and 255 as uint8, part by part, when it is read."""
+    """The mask of a probability, 0 and 255 as uint8, part by part, as it is read."""
     return Mapped(probability, lambda part: (part >= cut) * np.uint8(255), np.dtype(np.uint8))
 
 
 def segmentation(
     data: np.ndarray, label: int | None = None, threshold: float | None = None, name: str = "volume"
 ) -> tuple[np.ndarray | Mapped, str]:
-    """`neurolib.course.adapters.as_probability` part by part, when it is read.
+    """`neurolib.course.adapters.as_probability` part by part, as it is read.
 
     Labels are read once here, to know which exist; whether probabilities lie in [0, 1] is checked
     when they are traced.
@@ -117,7 +117,7 @@ def _distinct(data: np.ndarray) -> np.ndarray:
         read += part.size
         values.update(np.unique(part).tolist() if part.any() else [0])
     if read < prod(data.shape):
-        values.add(0)  # of the parts that need not be read
+        values.add(0)  # in the parts that need not be read
     return np.array(sorted(values), data.dtype)
 
 
@@ -127,8 +127,8 @@ def _distinct(data: np.ndarray) -> np.ndarray:
 def stored_boxes(data: np.ndarray) -> Iterator[Box]:
     """Boxes of whole chunks that do not overlap and contain every voxel that is not zero.
 
-    They are the `neurolib.volume.pieces` of any volume. For a `LazyStack`, or a `Mapped` one, each
-    is cut down to the stored chunks, if missing chunks stand for zero.
+    They are the `neurolib.volume.pieces` of the volume. For a `LazyStack`, or a `Mapped` one, each
+    is cut down to the stored chunks, if missing chunks mean zeros.
     """
     cells = _stored(data)
     if cells is None:
@@ -177,7 +177,7 @@ def _stored(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]] | None:
 
 @functools.lru_cache(1)
 def _blank_of(job: "_Job") -> Callable[[Box], bool]:
-    """Whether everything that the tiles of a box see is known, without reading it, to be zero."""
+    """A test of whether the tiles of a box are known, without reading, to see only zeros."""
     image, settings = _image(job), _network(job.checkpoint, job.digest).settings
     grid = _stored(image)
     if grid is None:
@@ -224,13 +224,13 @@ def predict_large(
     """Predict the probability of neurite of an image on disk, into an OME-Zarr on disk.
 
     The result is that of `neurolib.inference.predict_volume` on the normalised image, up to
-    rounding. If the call is interrupted, the same call resumes; if it had finished, it returns.
+    rounding. The same call resumes an interrupted one, and returns at once after a finished one.
 
     Parameters
     ----------
     image : path
         OME-Zarr, or a file that can be mapped into memory (`neurolib.volume.read_volume`); every
-        worker reads other files whole.
+        worker reads any other file whole.
     checkpoint : path
     out : path
         Ends in ``.zarr``: float32, in chunks, with the spacing of the image.
@@ -272,8 +272,8 @@ def predict_large(
         differs = [key for key in wanted if begun.get(key) != wanted[key]]
         if differs:
             raise SettingsError(
-                f"{part.name}: begun with another {' and '.join(differs)}; go on with the same, or "
-                f"remove {part} to begin anew"
+                f"{part.name}: begun with another {' and '.join(differs)}; continue with "
+                f"the same, or remove {part} to start again"
             )
         threads = max(1, (os.cpu_count() or 1) // workers) if workers and not scheduler else 0
         levels = begun["low"], begun["high"], begun["empty"]
@@ -320,7 +320,7 @@ def fingerprint(path: Path) -> str:
 
 
 def _begin(part: Path, name: str, volume: Volume, wanted: dict) -> None:
-    """Make an output without chunks, and the manifest, with whatever needs the whole input."""
+    """Make an output without chunks, and a manifest with all that depends on the whole input."""
     low, high = limits(volume.data, stored_boxes(volume.data))
     level = empty_level(normalised(volume.data, low, high))
     with atomic_path(part) as temporary:
@@ -347,7 +347,7 @@ def _array(part: Path) -> Any:
 
 
 def _missing(job: _Job, box: Box) -> list[Box]:
-    """The chunks of a region that still need a file; a chunk without one means zeros."""
+    """The chunks of a region that still need a file; chunks without one mean zeros."""
     blank, chunks, missing = _blank_of(job), _array(job.part).chunks, []
     lower, upper = ([getattr(s, end) for s in box] for end in ("start", "stop"))
     for chunk in boxes(lower, upper, chunks):
@@ -382,7 +382,7 @@ def _image(job: _Job) -> Mapped:
     return normalised(_read(job.image, job.channel, job.source).data, job.low, job.high)
 
 
-# A cluster's worker outlives a call, so its cache goes by contents, not by name alone.
+# A cluster's worker outlives a call, so its cache is keyed by contents, not by name alone.
 @functools.lru_cache(1)
 def _read(image: Path, channel: int | None, source: str) -> Volume:
     return read_volume(image, channel, check=False)

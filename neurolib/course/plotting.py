@@ -413,7 +413,7 @@ def curves(
     """Panels of lines side by side; a label has the same colour and mark in all of them.
 
     `panels` maps a y label to lines (label: (x, y)); `xlabel` may list one per panel. An axis
-    begins at zero if no value is negative. A dashed `line` serves for comparison.
+    begins at zero if no value is negative. A dashed `line` is drawn for comparison.
     """
     wide = {1: 6.5, 2: 5.0}.get(len(panels), 2.6)
     size = (wide * len(panels), 3.4)
@@ -460,7 +460,7 @@ def dots(
 
     `groups` maps a method to its value on each neuron, drawn as a dot; `references` does so for
     methods to beat, drawn as lines. `intervals` belong to the methods' means. `line` is a value to
-    compare with, such as zero for differences; without it the axis begins at zero.
+    compare with, such as zero for differences; without it, the axis begins at zero.
     """
     references = references or {}
     both = [*groups.values(), *references.values()]
@@ -537,7 +537,7 @@ def scale_bar(axes: Axes, pixels: int, on_white: bool = False) -> None:
 def inflated(kernel: np.ndarray, response: Sequence[float], limit: float) -> Figure:
     """The slices of an inflated kernel, and below each the response to a tube in that slice.
 
-    A response of 1 is that of the 2D kernel; colours go from -limit to limit.
+    A response of 1 equals the 2D kernel's; colours go from -limit to limit.
     """
     depth = len(kernel)
     # One size for all depths: a picture with a slider must not jump.
@@ -622,7 +622,7 @@ def scene(image: np.ndarray, trees: Mapping[str, Tree], spacing: Spacing = (1.0,
     except ImportError:
         return None
     step = np.asarray(spacing)[::-1]
-    # From half a voxel before the first centre to half a voxel behind the last one.
+    # From half a voxel before the first centre to half a voxel beyond the last one.
     bounds = np.stack([-step / 2, (np.array(image.shape[::-1]) - 0.5) * step], axis=1).ravel()
     plot = k3d.plot()
     plot += k3d.volume(

@@ -43,11 +43,11 @@ def trace_skeleton(
     threshold: float = 0.5,
     min_size: int = 20,
 ) -> Tree:
-    """The simplest tracer: join the voxels of scikit-image's thinning (Lee et al., 1994) to trees.
+    """The simplest tracer: join the voxels of scikit-image's thinning (Lee et al. 1994) into trees.
 
     A minimum spanning tree over neighbouring voxels opens loops. Nothing is pruned, no gap is
     closed, and thinning ignores the spacing (`neurolib.evaluation.skeleton`). Parameters and result
-    are those of `neurolib.tracing.trace`; each root is an end of its tree.
+    are as in `neurolib.tracing.trace`; each root is an end of its tree.
     """
     foreground = find_foreground(probability, spacing, threshold, min_size)
     mask = np.zeros(foreground.shape, bool)
@@ -125,7 +125,7 @@ def robustness(
     """Trace a mask (z, y, x) under growing damage of every kind, with several tracers.
 
     The reference `tree` is in voxels of the mask. `tracers` maps names to functions that are called
-    like `neurolib.tracing.trace`, `damage` kinds to amounts (by default those of `DAMAGE`).
+    like `neurolib.tracing.trace`, `damage` maps kinds to amounts (by default those of `DAMAGE`).
 
     Returns
     -------
@@ -148,14 +148,14 @@ def robustness(
 
 
 def agreement(tree: Tree, reference: Tree, spacing: Zyx = (1.0, 1.0, 1.0)) -> dict[str, Tree]:
-    """Tell which edges of two trees are near the other tree: correct, false and missed ones.
+    """Tell which edges of two trees are near the other tree: correct, false and missed edges.
 
     Returns
     -------
     dict
         ``correct`` and ``false``, parts of `tree`, and ``missed``, a part of `reference`. An edge
-        is near if its middle is within `NEAR` voxels of the finest axis of the other tree. Each
-        part keeps all nodes; those without their edge become roots.
+        is near if its middle is at most `NEAR` voxels (of the finest axis) from the other tree.
+        Each part keeps all nodes; those without their edge become roots.
     """
     scale = np.array(in_unit(spacing, "voxels"))[::-1]
     near, far = _parts(tree, reference, scale)

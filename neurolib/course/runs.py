@@ -47,7 +47,7 @@ COURSE = (
 )  # fmt: skip
 # The notebooks that evaluate a finished network (parameter `checkpoint` of `run_course`).
 EVALUATION = ("04_evaluation", "05_swc_tracing")
-# Modules that cannot change a number.
+# Modules that cannot change any number.
 SHOWING = {"plotting", "widgets", "runs", "parameters", "exercises", "errors"}
 # Seconds after which a hanging kernel is killed: at its start; per cell (GPUs train for hours).
 START_TIMEOUT, CELL_TIMEOUT = 120, 24 * 3600
@@ -115,7 +115,7 @@ def split_of(run: Run, data: str) -> Split:
     for pair in (*split.train, *split.validation, *split.test):
         if pair.image.resolve() not in images:
             raise DataError(
-                f"{path}: a split of other data than {data} (of {pair.image}); choose another "
+                f"{path}: a split of data other than {data} (of {pair.image}); choose another "
                 "run_dir, or run notebook 01 with these data"
             )
     return split
@@ -127,10 +127,10 @@ def target_of(run: Run) -> dict:
 
 
 def checkpoint_of(run: Run) -> Path:
-    """The checkpoint that notebook 03 left in a run, or before that the shipped network.
+    """The checkpoint that notebook 03 left in a run or, before that, the shipped network.
 
-    ``data/neurite.md`` describes the shipped network. It is no substitute for a checkpoint that
-    is gone (WeightsError).
+    ``data/neurite.md`` describes the shipped network. It does not replace a checkpoint that is
+    missing (WeightsError).
     """
     path = run.path(CHECKPOINT)
     if path.exists():
@@ -159,7 +159,7 @@ def open_run(folder: str | Path, notebook: str = "", names: dict | None = None) 
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(
-            f"{folder}: cannot be made ({error.strerror}); choose a folder you may write to"
+            f"{folder}: cannot be created ({error.strerror}); choose a folder you may write to"
         ) from None
     return Run(folder)
 
@@ -177,7 +177,7 @@ def read_profile(name: str | Path) -> dict:
         path = PROFILES / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
-        raise SettingsError(f"{name}: no such profile; there are {known}, or give a .yaml file")
+        raise SettingsError(f"{name}: no such profile; choose from {known}, or give a .yaml file")
     values = read_yaml(path) or {}
     if not isinstance(values, dict) or any(isinstance(v, dict | list) for v in values.values()):
         raise SettingsError(f"{path}: expected a flat list of 'parameter: value' lines")
@@ -190,12 +190,12 @@ class _Text(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict] = {}
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.Node:
-        """Refuse a key that comes twice; YAML's parser would keep the last."""
+        """Refuse a key that appears twice; YAML's parser would keep the last."""
         node = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key, _ in node.value:
             if keys.count(key.value) > 1:
-                problem = f"the key {key.value!r} comes twice"
+                problem = f"the key {key.value!r} appears twice"
                 raise yaml.composer.ComposerError(problem=problem, problem_mark=key.start_mark)
         return node
 
@@ -233,7 +233,7 @@ def _code_cells(notebook: str) -> list[tuple[str, list[str]]]:
 def read_assignments(code: str, shown: str) -> dict:
     """Names and values of the lines ``name = literal`` of Python code that holds nothing else.
 
-    `shown` says in errors where the code is from.
+    `shown` says in errors where the code comes from.
     """
     try:
         statements = ast.parse(code).body
@@ -246,7 +246,7 @@ def read_assignments(code: str, shown: str) -> dict:
             values[target.id] = ast.literal_eval(value)
         except (AttributeError, ValueError):
             line = ast.unparse(statement).splitlines()[0]
-            raise SettingsError(f"{shown}: {line!r} is no 'name = literal'") from None
+            raise SettingsError(f"{shown}: {line!r} is not 'name = literal'") from None
     return values
 
 
@@ -256,7 +256,7 @@ def defaults_of(notebooks: Iterable[str]) -> dict[str, dict]:
 
 
 def merge(*settings: dict[str, dict]) -> dict:
-    """The parameters of all notebooks in one; later settings go before earlier ones."""
+    """The parameters of all notebooks together; later settings override earlier ones."""
     return {k: v for part in settings for own in part.values() for k, v in own.items()}
 
 
@@ -359,7 +359,7 @@ def run_course(
     checkpoint = str(files.checkpoint_file(checkpoint)) if checkpoint else ""
     notebooks = EVALUATION if checkpoint else notebooks
     defaults = defaults_of(notebooks)
-    if checkpoint:  # what a profile says of training does not matter
+    if checkpoint:  # what a profile says about training does not matter
         used = {"checkpoint"} | merge(defaults).keys() | (parameters or {}).keys()
         given = {key: given[key] for key in given if key in used}
     path = _run_path(data, profile, name, folder)
@@ -443,14 +443,14 @@ def _merge_parameters(profile: str | Path, parameters: dict | None) -> dict:
     """Parameters of a profile and of the caller; those with their own options are refused."""
     values = read_profile(profile) | (parameters or {})
     for name in OPTIONS.keys() & values.keys():
-        raise SettingsError(f"parameter {name!r}: give it by {OPTIONS[name]}")
+        raise SettingsError(f"parameter {name!r}: set it with {OPTIONS[name]}")
     return values
 
 
 def check_run(folder: Path, data: str, given: dict | None = None) -> None:
     """Refuse a folder that holds something else (SettingsError).
 
-    This includes a network trained with other parameters than `given`, or on other files.
+    This includes a network trained with parameters other than `given`, or on other files.
     """
     files.check_name(folder.resolve())
     if not folder.is_dir():
@@ -458,7 +458,7 @@ def check_run(folder: Path, data: str, given: dict | None = None) -> None:
     if not (folder / "metrics.json").is_file():
         if any(not path.name.startswith(".") for path in folder.iterdir()):
             raise SettingsError(
-                f"{folder}: holds other things than a run; choose another --name or --folder"
+                f"{folder}: holds something other than a run; choose another --name or --folder"
             )
         return
     made = Run(folder).metrics().get("made_from", {})
@@ -481,7 +481,7 @@ def check_run(folder: Path, data: str, given: dict | None = None) -> None:
     if changed:
         raise SettingsError(
             f"{folder}: its network was trained with {', '.join(changed)}; choose another --name, "
-            "or give --overwrite to train anew"
+            "or give --overwrite to train again"
         )
 
 
@@ -525,7 +525,7 @@ def notebook_path(name: str) -> Path:
     """Path of one of the repository's own notebooks."""
     path = NOTEBOOKS / f"{name}.ipynb"
     if path.resolve().parent != NOTEBOOKS:
-        raise SettingsError(f"{path}: not one of the repository's notebooks, and only they are run")
+        raise SettingsError(f"{path}: not one of the repository's notebooks; only those can be run")
     if not path.is_file():
         raise SettingsError(
             f"{path}: no such notebook; the command works in a clone of the repository "
@@ -559,12 +559,12 @@ def check_data(data: str, choices: Sequence[dict], ignore_frames: bool = False) 
 
 
 def refuse_misplaced(volume: Volume, tree: Tree, name: str) -> None:
-    """Refuse a tree that lies beside the neurites of its image, with the command's way out."""
+    """Refuse a tree that lies beside the neurites of its image, and name the command's way out."""
     try:
         check_frame(tree, volume, name)
     except DataError as error:
         why = f"{name}: {INVERT}" if inverted(normalise(volume.data)) else error
-        raise DataError(f"{why}, or go on with --ignore-frames") from None
+        raise DataError(f"{why}, or continue with --ignore-frames") from None
 
 
 def _split(pairs: list[Pair], values: dict) -> Split:
@@ -647,7 +647,7 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
 
     source, target = notebook_path(notebook), run.path(f"{notebook}.ipynb")
     if notebook == "05_swc_tracing":
-        # Trees of neurons no longer tested would look like results.
+        # Trees of neurons that are no longer tested would look like results.
         for path in run.path("swc").glob("*.swc"):
             if files.is_sealed(path):
                 path.unlink()
@@ -681,7 +681,7 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
             shutil.copy(temporary, failed)
             ours = {cls.__name__: cls for cls in NeurolibError.__subclasses__()}
             cell = f"{notebook}, cell {error.exec_count}: {error.evalue}"
-            raise ours.get(error.ename, NotebookError)(f"{cell} (all of it: {failed})") from None
+            raise ours.get(error.ename, NotebookError)(f"{cell} (notebook: {failed})") from None
         except (DeadKernelError, CellTimeoutError) as error:
             # When memory runs out, the system kills the kernel.
             reason = (str(error).splitlines() or ["the kernel died"])[0]
@@ -706,7 +706,7 @@ def strip_live_outputs(outputs: Iterable[dict]) -> Iterator[dict]:
 
     for output in outputs:
         if output.output_type == "stream" and output.name == "stderr":
-            # A bar redraws itself with returns and "cursor up".
+            # A bar redraws itself with carriage returns and "cursor up".
             lines = re.split(r"[\r\n]+", output.text.replace("\x1b[A", ""))
             kept = [line for line in lines if line.strip() and not PROGRESS.search(line)]
             output = from_dict({**output, "text": "".join(f"{line}\n" for line in kept)})
@@ -775,11 +775,11 @@ def summary(run: Run) -> str:
     sections = []
     if made := metrics.get("made_from"):
         given = ", ".join(f"{key} {value}" for key, value in made["parameters"].items())
-        sections.append(f"Data: {made['data']}. Parameters: {given or 'all by default'}.")
+        sections.append(f"Data: {made['data']}. Parameters: {given or 'all defaults'}.")
     if neurons := metrics.get("neurons"):
         sections.append(table([name_unit({"neuron": name, **neurons[name]}) for name in neurons]))
     about = metrics.get("about", {}).items()
-    # Notebooks know the data by a path from their own folder; users have read it above.
+    # Notebooks know the data by a path from their own folder; its name is given above.
     if facts := [f"- {key}: {value}" for key, value in about if key != "data" or not made]:
         sections.append("\n".join(facts))
     if records := metrics.get("notebooks"):

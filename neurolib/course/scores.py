@@ -54,17 +54,17 @@ def evaluate(
 ) -> dict[str, float]:
     """All scores of a prediction against a reference; each is a mask or a tree.
 
-    If one of them is a mask, they are compared both as masks and as trees: a tree is drawn as a
-    tube (`neurolib.blocking.make_target`), a mask is traced (`neurolib.tracing.trace`), with
-    default parameters; pieces that those would drop count where there are no others. For two
-    trees, mask scores are NaN.
+    If either is a mask, they are compared both as masks and as trees: a tree is drawn as a tube
+    (`neurolib.blocking.make_target`), a mask is traced (`neurolib.tracing.trace`), with default
+    parameters; if all pieces are too small, they are kept. For two trees, mask scores are NaN.
 
     Each connected piece (of a mask) or tree matches the piece of the other side with which it
-    shares most voxels, or most length within the tolerance. ``splits`` counts the matched pieces
-    of the prediction beyond the pieces that they match, ``merges`` does so for the reference.
+    shares most voxels, or most length within the tolerance. ``splits`` is the number of matched
+    pieces of the prediction minus the number of pieces that they match, and ``merges`` is the same
+    for the reference.
 
-    If both are empty, overlaps are 1 and distances 0. If one is, overlaps, precision and recall
-    are 0, PDS is 1 and distances are infinite.
+    If both are empty, overlaps are 1 and distances 0. If only one is, overlaps, precision and
+    recall are 0, PDS is 1 and distances are infinite.
 
     Parameters
     ----------
@@ -145,7 +145,7 @@ def _shared_voxels(a: np.ndarray, b: np.ndarray) -> sparse.csr_array:
 def _shared_length(
     tree: Tree, other: Tree, tolerance: float, scale: np.ndarray
 ) -> sparse.csr_array:
-    """Length of each tree (rows) that is near a tree of another forest (columns) and nearest it."""
+    """Length of each tree (rows) near another forest, by the nearest tree there (columns)."""
     tree, other, fine = finest_voxels(tuple(scale), tree, other)
     (points, lengths, row), (others, _, other_row) = short_pieces(tree), short_pieces(other)
     label, other_label = components(tree), components(other)
@@ -161,7 +161,7 @@ def _shared_length(
 
 
 def _excess(shared: sparse.csr_array) -> int:
-    """Number of matched pieces (rows) beyond the number of pieces (columns) that they match."""
+    """Number of matched pieces (rows) minus the number of pieces (columns) that they match."""
     rows = shared.tocsr()
     ends = zip(rows.indptr[:-1], rows.indptr[1:], strict=True)
     matches = [int(rows.indices[i + np.argmax(rows.data[i:j])]) for i, j in ends if j > i]
@@ -189,7 +189,7 @@ def evaluate_files(
     prediction, reference : paths
         Two files or two folders: masks, labels or probabilities (`neurolib.volume.read_volume`)
         and SWC files. A tree is in the voxels of its pair's mask. If a folder has a tree and an
-        image of one name, the tree counts.
+        image of one name, the tree is used.
     out : path, optional
         The table to write, .csv, one line per pair.
     spacing : (dz, dy, dx) in µm, instead of those of the files
@@ -199,9 +199,9 @@ def evaluate_files(
     Yields
     ------
     str
-        What is left out or converted, a line per pair, and a line of means over several pairs, in
-        which an infinite distance counts as the diagonal of its volume. Of several pairs, one that
-        cannot be compared gets a line and none in the table; a `DataError` follows at the end.
+        What is left out or converted, a line per pair, and, for several pairs, a line of means, in
+        which an infinite distance becomes the diagonal of its volume. If one of several pairs
+        cannot be compared, its line says why, the table omits it, and a `DataError` ends the call.
     """
     for option, value in (("tolerance", tolerance), ("threshold", threshold)):
         check_range(option, value, f"--{option} ")
@@ -265,18 +265,18 @@ def _pairs(one: Path, two: Path) -> tuple[dict[str, tuple[Path, Path]], list[str
         usable = files_of(folder, (*SUFFIXES, *TREES))
         trees = {same_name(path.name) for path in usable if path.suffix.lower() in TREES}
         beside = [p for p in usable if p.suffix.lower() not in TREES and same_name(p.name) in trees]
-        notes += _left_out(beside, "whose SWC is taken")
+        notes += _left_out(beside, "because their SWC is used")
         files.append([p for p in usable if p not in beside])
     pairs = dict(sorted(pair_files(*files).items()))
     if not pairs:
         raise DataError(
             f"{one}, {two}: found {len(files[0])} and {len(files[1])} masks and SWC files, but no "
-            "two of equal name; expected names such as cell1.tif and cell1.swc"
+            "two with the same name; expected names such as cell1.tif and cell1.swc"
         )
     used = {path for pair in pairs.values() for path in pair}
     for listed, other in zip(files, ("reference", "prediction"), strict=True):
         unused = [p for p in listed if p not in used]
-        notes += _left_out(unused, f"that have no {other} of their name")
+        notes += _left_out(unused, f"that have no {other} of the same name")
     return pairs, notes
 
 
@@ -325,7 +325,7 @@ def _read(
         meaning = meaning if data.any() else "no foreground, an empty mask"
         return data, [f"{path.name}: {meaning}"] if meaning != "a mask" else []
     cut = 0.5 if threshold is None else threshold
-    return data >= cut, [f"{path.name}: {meaning}, foreground from {cut:g} on"]
+    return data >= cut, [f"{path.name}: {meaning}, foreground from {cut:g} up"]
 
 
 def _mean(rows: list[dict]) -> tuple[str, dict]:
@@ -337,7 +337,7 @@ def _mean(rows: list[dict]) -> tuple[str, dict]:
         if measured:
             diagonals = np.array([row["diagonal"] for row in measured])
             mean[key] = aggregate([row[key] for row in measured], diagonals).mean
-    note = f" ({missed} empty, with the diagonal for each distance)" if missed else ""
+    note = f" ({missed} empty, their distances set to the diagonal)" if missed else ""
     return f"mean of {len(rows)}{note}", mean
 
 

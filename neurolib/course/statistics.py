@@ -24,7 +24,7 @@ class Interval:
 def t_interval(values: np.ndarray, level: float = 0.95) -> Interval:
     """Mean over neurons (and seeds) and its t interval.
 
-    Four neurons are enough: for normal values it covers the true mean in 95 % of all experiments,
+    Four neurons are enough: for normal values it covers the true mean in 95 % of experiments, but
     the percentile bootstrap only in 80 %. With several seeds, both neurons and seeds count as
     random. The variance of the mean is then the sum of three parts (neurons, seeds, their
     interaction), estimated by the mean squares of a two-way table, with degrees of freedom after

@@ -70,9 +70,9 @@ KEYS = {"data", "networks", "seeds", "folds", "common", "results"}
 USABLE: dict[str, tuple[Callable, str]] = {
     "measure": (lambda v: isinstance(v, str) and v in MEASURES, f"one of {', '.join(MEASURES)}"),
     "common": (lambda v: isinstance(v, dict), "parameters: values"),
-    "networks": (lambda v: isinstance(v, dict) and v, "rows, as 'a: {depth: 1}'"),
-    "seeds": (lambda v: isinstance(v, list) and v, "a list, as [0, 1]"),
-    "folds": (lambda v: isinstance(v, list) and v, "a list, as ['cell1', 'cell2']"),
+    "networks": (lambda v: isinstance(v, dict) and v, "rows such as 'a: {depth: 1}'"),
+    "seeds": (lambda v: isinstance(v, list) and v, "a list such as [0, 1]"),
+    "folds": (lambda v: isinstance(v, list) and v, "a list such as ['cell1', 'cell2']"),
     "data": (lambda v: isinstance(v, str) and v, "a name"),
     "results": (lambda v: isinstance(v, str) and v.endswith(".csv"), "a .csv"),
 }
@@ -115,12 +115,12 @@ def read_grid(path: str | Path) -> dict:
     Keys: ``networks`` maps the name of each row to its parameters, ``folds`` lists test neurons
     held out together (comma-separated, or a mapping of ``held_out`` and ``validate_on``),
     ``seeds`` lists numbers, ``common`` holds parameters of all runs, ``data`` and ``results`` name
-    the data set and the file to write; ``measure`` is
-    ``test`` (the default), ``tree`` or ``validation``.
+    the data set and the file to write, and ``measure`` is ``test`` (the default), ``tree`` or
+    ``validation``.
     """
     path = Path(path)
     if not path.is_file():
-        raise SettingsError(f"{path}: no such grid; profiles/table1-cpu.yaml is one")
+        raise SettingsError(f"{path}: no such grid; expected one like profiles/table1-cpu.yaml")
     grid = runs.read_yaml(path)
     if not isinstance(grid, dict) or set(grid) - {"measure"} != KEYS:
         given = ", ".join(sorted(grid)) if isinstance(grid, dict) else type(grid).__name__
@@ -139,12 +139,12 @@ def read_grid(path: str | Path) -> dict:
                 f"{path}: network {name!r}: that is a filter's name; choose another"
             )
         for key in RESERVED.keys() & (grid["common"].keys() | changes.keys()):
-            raise SettingsError(f"{path}: network {name!r} has {key!r}; give it by {RESERVED[key]}")
+            raise SettingsError(f"{path}: network {name!r} has {key!r}; use {RESERVED[key]} for it")
     grid["seeds"] = [read_as(0, seed, f"{path}: seeds") for seed in grid["seeds"]]
     folds = [fold if isinstance(fold, dict) else {"held_out": fold} for fold in grid["folds"]]
     for fold in folds:
         if "held_out" not in fold or fold.keys() - {"held_out", "validate_on"}:
-            raise SettingsError(f"{path}: fold {fold}: expected held_out and, if any, validate_on")
+            raise SettingsError(f"{path}: fold {fold}: expected held_out, optionally validate_on")
     grid["folds"] = [
         {key: read_as("cell1", names, f"{path}: folds") for key, names in fold.items()}
         for fold in folds
@@ -163,7 +163,7 @@ def run_sweep(
     folds: Sequence[int] = (),
     ignore_frames: bool = False,
 ) -> Path:
-    """Run every network, seed and fold of a grid that is not done; write the results.
+    """Run every network, seed and fold of a grid that is not yet done; write the results.
 
     Parameters
     ----------
@@ -172,9 +172,9 @@ def run_sweep(
     folder : path
         Parent of the runs, which are in ``<grid>/<network>-s<seed>-f<fold>``.
     data : str
-        Replaces the grid's; folders and results are then named after the data too.
+        Replaces the grid's; folders and results are then also named after the data.
     workers : int
-        Runs at the same time, each in its own process; they share the cores.
+        How many runs at the same time, each in its own process; they share the cores.
     seeds : sequence of int
         Replaces the grid's. Results of other seeds stay in the file.
     scheduler : str
@@ -182,17 +182,17 @@ def run_sweep(
         must have one thread each, and see repository, data and `folder` under the same absolute
         paths; a run whose worker dies goes to another one.
     rows, folds : sequence of str, sequence of int
-        Run only the networks of these names and the folds of these numbers, from 0. Other results
-        stay in the file, so that parts add up to it.
+        Run only the networks with these names and the folds with these numbers, from 0. Other
+        results stay in the file, so that the parts of a grid add up.
     ignore_frames : bool
         Accept trees that do not lie on the neurites of their images.
 
     Returns
     -------
     Path
-        The results file, which is written after every run. One with rows of other data, networks,
-        folds or settings is refused. If runs fail, a NotebookError follows at the end; a second
-        call tries them again.
+        The results file, which is written after every run. An existing one with rows of other data,
+        networks, folds or settings is refused. If runs fail, a NotebookError follows at the end; a
+        second call tries them again.
     """
     if workers < 1:
         raise SettingsError(f"workers={workers}: expected at least one")
@@ -216,7 +216,7 @@ def run_sweep(
         runs.check_run(folder / cell.name, data)
     locks = folder / stem / ".lock", results.with_name(f".{results.name}.lock")
     order, failed = [*FILTERS, *grid["networks"]], {}
-    # A network with a sampling of its own, say, would store other rows of the same filters.
+    # A network with its own sampling, say, would store other rows for the same filters.
     usual = [_hash_filtered(grid["common"] | fold) for fold in grid["folds"]]
     with claim(locks[0]), claim(locks[1], results):
         kept, done = _kept(results, cells, whole, data, measure), {}
@@ -235,7 +235,7 @@ def run_sweep(
     if failed:
         raise NotebookError(
             f"{len(failed)} of {len(cells)} runs failed (the first: {next(iter(failed.values()))});"
-            " the same command tries them again"
+            " run the same command to try them again"
         )
     return results
 
@@ -257,7 +257,7 @@ def _check(
     except SettingsError as error:
         reason = str(error).removeprefix(f"{results}: ")
         raise SettingsError(
-            f"{results}: not a file of results on measure {measure} ({reason}), and is not "
+            f"{results}: not a results file for measure {measure} ({reason}), so it is not "
             "replaced; name another one, or move it away"
         ) from None
     name, count = Counter(cell.name for cell in cells).most_common(1)[0]
@@ -324,7 +324,7 @@ def _execute(
 
 
 def _run_apart(job: functools.partial, threads: int, cell: Cell) -> Run | NeurolibError:
-    """Do a job on a cell in its own process, with `threads` threads there and in its kernels."""
+    """Run a job on a cell in its own process, with `threads` threads there and in its kernels."""
     env, pipe = os.environ | {"OMP_NUM_THREADS": str(threads)}, subprocess.PIPE
     with (
         tempfile.TemporaryFile("w+") as errors,
@@ -343,7 +343,7 @@ def _run_apart(job: functools.partial, threads: int, cell: Cell) -> Run | Neurol
 
 
 def _work() -> None:
-    """Do the run in the first line of the input; write an error as JSON and exit with status 2."""
+    """Do the run described by the input's first line; report an error as JSON, with status 2."""
     *job, cell = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
@@ -360,7 +360,7 @@ def _end_with_parent() -> None:
 
 
 def _rows(run: Run, cell: Cell, data: str, measure: str, with_filters: bool) -> list[dict]:
-    """Lines of a results file for one run, and for the filters measured beside it if wanted."""
+    """Lines of a results file for one run and, if wanted, for the filters measured beside it."""
     metrics = run.metrics()
     records, about = metrics["notebooks"], metrics["about"]
     chain = MEASURES[measure]
@@ -444,9 +444,9 @@ def _write_index(path: Path, cells: list[Cell], rows: list[dict], failed: dict[s
 
 
 def _kept(path: Path, cells: list[Cell], grid: list[Cell], data: str, measure: str) -> list[dict]:
-    """Results of earlier calls that this call does not run.
+    """Results of earlier calls that this call does not repeat.
 
-    A file with rows that do not belong to this grid, and so would be lost, is refused.
+    A file is refused if it has rows that do not belong to this grid and so would be lost.
     """
     rows = read_results(path, measure) if path.exists() else []
     ours = {(cell.network, str(cell.fold), cell.settings) for cell in grid}
@@ -460,8 +460,8 @@ def _kept(path: Path, cells: list[Cell], grid: list[Cell], data: str, measure: s
     if foreign:
         raise SettingsError(
             f"{path}: has rows of other data, networks, folds or settings than this grid "
-            f"({', '.join(sorted(foreign))}), and is not replaced; name another file in 'results', "
-            "or move this one away"
+            f"({', '.join(sorted(foreign))}), so it is not replaced; name another file in "
+            "'results', or move this one away"
         )
     now = {(cell.network, str(cell.seed), str(cell.fold)) for cell in cells}
     return [row for row in rows if (row["network"], row["seed"], row["fold"]) not in now]
@@ -508,7 +508,7 @@ def read_results(path: str | Path, measure: str = "test") -> list[dict]:
 def by_neuron_and_seed(rows: list[dict], column: str) -> dict[str, dict[str, dict[str, float]]]:
     """Mean of a column over the volumes of a neuron, as network → neuron → seed → value.
 
-    An infinite distance, of a network that found nothing, counts as the diagonal of its volume.
+    If a network found nothing, its infinite distance is replaced by the volume's diagonal.
     """
     groups: dict[tuple, list[float]] = {}
     for row in rows:

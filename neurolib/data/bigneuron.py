@@ -2,8 +2,8 @@
 
 The release (Manubens-Gil et al., Nature Methods 2023) is one archive of 166 image stacks with
 their gold-standard SWC files. It is too large to ship and is fetched once, into the cache. The
-neurons of the paper are those of Janelia's FlyLight project, in the two folders
-``..._janelia_flylight_part1`` and ``..._part2``, one folder per neuron.
+paper uses the neurons of Janelia's FlyLight project, which are in the two folders
+``..._janelia_flylight_part1`` and ``..._part2``, each in a folder of its own.
 """
 
 import hashlib
@@ -26,25 +26,25 @@ from neurolib.errors import DataError, NeurolibWarning, SettingsError
 URL = "https://github.com/BigNeuron/Data/releases/download/Gold166_v1/gold166.zip"
 VARIABLE = "NEUROLIB_BIGNEURON_URL"
 GROUP = "janelia_flylight"
-# Best first, where a folder holds one image in several formats.
+# In order of preference, for a folder that holds one image in several formats.
 IMAGES = (".v3dpbd", ".v3draw", ".tif", ".tiff")
 # Vaa3D names a proofread tree after its image and the time of saving:
 # "cell.v3dpbd_stamp_2015_06_15_18_06.swc", "cell.v3dpbd.ano_stamp_2015_06_17_11_23.swc".
 GOLD = re.compile(r"_stamp_[\d_]+\.swc$", re.IGNORECASE)
-# The archive has a few gigabytes, its Janelia part less than fifty unpacked; anything far larger
-# must not fill a disk.
+# The archive is a few gigabytes, and its Janelia part under fifty once unpacked. Anything much
+# larger must not fill a disk.
 MAX_ARCHIVE = 40 << 30
 MAX_UNPACKED = 100 << 30
-# Errors of zipfile for archives that are damaged, encrypted or packed in unknown ways.
+# Errors that zipfile raises for archives that are damaged, encrypted or packed in unknown ways.
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
 
 
 def fetch_janelia() -> Path:
-    """Folder of the Janelia image/SWC pairs, downloaded and unpacked at the first call.
+    """Folder of the Janelia image/SWC pairs, downloaded and unpacked on the first call.
 
     The archive comes from ``$NEUROLIB_BIGNEURON_URL``, by default the release's address (`URL`),
-    and must have the hash ``$NEUROLIB_BIGNEURON_SHA256``. The release publishes no hash: by default
-    that of the first download is recorded in the cache and enforced later.
+    and must have the hash ``$NEUROLIB_BIGNEURON_SHA256``. The release publishes no hash, so by
+    default the hash of the first download is recorded in the cache and enforced from then on.
 
     Returns
     -------
@@ -65,7 +65,7 @@ def fetch_janelia() -> Path:
             f"{expected[:16]}...; delete {folder} and {record} to fetch it again"
         )
     archive, lock = cache / f"archive-{key}.zip", cache / f".{GROUP}-{key}.lock"
-    # A call killed after unpacking leaves the archive.
+    # A call killed after unpacking leaves the archive behind.
     if folder.is_dir() and not archive.exists() and not lock.exists():
         return folder
     with files.claim(lock):
@@ -125,7 +125,7 @@ def _unpack(archive: Path, folder: Path) -> None:
         total = sum(member.file_size for pair in pairs.values() for member in pair)
         if total > min(MAX_UNPACKED, shutil.disk_usage(folder).free):
             raise DataError(
-                f"{archive.name}: {total} bytes unpacked do not fit on the disk, or are not the "
+                f"{archive.name}: unpacked, it has {total} bytes, too many for the disk or for the "
                 "release; make room, or check the address"
             )
         if unpaired:
@@ -137,7 +137,7 @@ def _unpack(archive: Path, folder: Path) -> None:
             )
         for name, (image, tree) in tqdm(sorted(pairs.items()), desc="unpacking"):
             for member, suffix in ((image, _path(image).suffix.lower()), (tree, ".swc")):
-                # zipfile stops at the size summed up above, and checks the CRC.
+                # zipfile stops at the size added up above, and checks the CRC.
                 with opened.open(member) as source, open(folder / f"{name}{suffix}", "wb") as out:
                     shutil.copyfileobj(source, out, 1 << 20)
 
@@ -147,7 +147,7 @@ def _path(member: zipfile.ZipInfo) -> PurePosixPath:
 
 
 def _pairs(members: list[zipfile.ZipInfo]) -> tuple[dict[str, tuple], list[str]]:
-    """Image and gold SWC of each Janelia neuron by name; names of images without a sure SWC."""
+    """Image and gold SWC of each Janelia neuron, by name; names of images without a clear SWC."""
     folders: dict[PurePosixPath, list[zipfile.ZipInfo]] = defaultdict(list)
     for member in members:
         path = _path(member)
@@ -156,7 +156,7 @@ def _pairs(members: list[zipfile.ZipInfo]) -> tuple[dict[str, tuple], list[str]]
             folders[path.parent].append(member)
     pairs, unpaired = {}, []
     for _, inside in sorted(folders.items()):
-        # Of several formats of one image, the last one here counts: the first of IMAGES.
+        # If an image comes in several formats, the last one here wins: the first of IMAGES.
         images = {
             _path(m).stem: m
             for suffix in reversed(IMAGES)
@@ -174,6 +174,6 @@ def _pairs(members: list[zipfile.ZipInfo]) -> tuple[dict[str, tuple], list[str]]
             if len(gold) != 1:
                 unpaired.append(name)
             else:
-                # If both parts have the same image, the first counts.
+                # If both parts have the same image, the first one wins.
                 pairs.setdefault(name, (image, gold[0]))
     return pairs, unpaired

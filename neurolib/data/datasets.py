@@ -64,9 +64,9 @@ def load_dataset(name: str | Path, channel: int = -1, spacing: str = "") -> list
         pairs, or ``rendered:FOLDER`` (or ``rendered-STYLE:FOLDER``) for the SWC files of a folder
         (see `rendered_pairs`). Folders are relative to the working directory.
     channel : int
-        Of multi-channel images, from 0; -1 for images with one.
+        Which channel of the images to read, counted from 0; -1 if they have only one.
     spacing : str
-        Z,Y,X in µm; empty for those of the images.
+        Z,Y,X in µm; empty for what the images record.
     """
     options = {"channel": None if channel < 0 else channel}
     options["spacing"] = three_numbers(spacing, "spacing=", positive=True)
@@ -82,7 +82,7 @@ def _pairs_of(name: str | Path) -> list[Pair]:
     if str(name) in NAMED:
         return load_fly_larva(str(name))
     if rendered := RENDERED.fullmatch(str(name)):
-        # "rendered-:" is a style left out by mistake, not the default one.
+        # In "rendered-:" the style was forgotten; it does not mean the default one.
         style = rendered["style"]
         return rendered_pairs(rendered["folder"], "flylight" if style is None else style)
     return folder_pairs(name)
@@ -142,15 +142,15 @@ def split_by_neuron(
     seed : int
         Seeds the shuffle of the neurons.
     held_out, validate_on : str, int or sequence of str
-        Names of test and of validation neurons (or of their pairs), separated by commas, instead
-        of a draw. A name may itself contain commas, or be a number.
+        Names of test and validation neurons (or of their pairs), separated by commas, instead of a
+        random draw. A name may itself contain commas, or be a number.
     train : int
         Number of neurons to train on, drawn from the rest; 0 takes all. With the same seed, a
         smaller draw is part of a larger one.
     """
     if any(pair.style == FINAL_STYLE for pair in pairs):
         raise DataError(
-            f"{pairs[0].name}: of a final test set, neither trained nor validated on; evaluate by "
+            f"{pairs[0].name}: in a final test set, which is for evaluation only: "
             "'neurolib run --data fly-larva-final --profile final -p checkpoint=FILE'"
         )
     if min(test, validation, train) < 0:
@@ -166,7 +166,7 @@ def split_by_neuron(
     tests, checks = named("held_out", held_out), named("validate_on", validate_on)
     both = set(tests) & set(checks)
     if both:
-        raise DataError(f"{min(both)}: both in held_out and in validate_on; choose one")
+        raise DataError(f"{min(both)}: named in both held_out and validate_on; choose one")
     free = [n for n in order if n not in tests and n not in checks]
     if not tests:
         tests, free = free[:test], free[test:]
@@ -243,7 +243,7 @@ def read_manifest(path: str | Path) -> Split:
             pair = Pair(entry["name"], entry["neuron"], *files, *options)
             for kind, file in zip(("image", "swc"), files, strict=True):
                 if not file.exists() or _digest(file) != entry[f"{kind}_sha256"]:
-                    raise DataError(f"{file}: missing, or not as in {path}; rerun notebook 01")
+                    raise DataError(f"{file}: missing, or not the one in {path}; rerun notebook 01")
             groups[entry["split"]] += (pair,)
     except DataError:
         raise
@@ -280,11 +280,11 @@ def rendered_pairs(folder: str | Path, style: str = "flylight") -> list[Pair]:
     """Render the trees of a folder as a microscope would show them, or find them in the cache.
 
     The folder holds SWC files in voxels of equal sides, and optionally ``neurons.csv`` as for
-    `folder_pairs`; the style is one of `neurolib.data.synthesis.STYLES`. Trees are real, stacks are
-    not: the pairs' `style` is "rendered from gold". Each stack is the tree's bounding box with a
-    margin (`synthesis.ROOM` voxels beyond the tubes). The SWC beside it is the given one moved into
-    that box; its first lines give the shift. Staining and noise depend on the file name alone, so
-    that a neuron looks the same in any folder. If a tree is unusable, nothing is rendered.
+    `folder_pairs`; the style is one of `neurolib.data.synthesis.STYLES`. The trees are real, the
+    stacks are not: the pairs' `style` is "rendered from gold". Each stack is the tree's bounding
+    box with a margin (`synthesis.ROOM` voxels beyond the tubes). The SWC beside it is the given one
+    moved into that box; its first lines give the shift. Staining and noise depend on the file name
+    alone, so a neuron looks the same in any folder. If a tree is unusable, nothing is rendered.
 
     Each pair is cached under the style, the hash of the generator's source, and the hash of its
     SWC's name and content. So an interrupted call resumes, and only a changed tree is rendered
@@ -293,7 +293,7 @@ def rendered_pairs(folder: str | Path, style: str = "flylight") -> list[Pair]:
     if style not in synthesis.STYLES:
         known = ", ".join(f"rendered-{name}:FOLDER" for name in synthesis.STYLES)
         raise DataError(
-            f"rendered-{style}: no such microscope; expected {known}, rendered:FOLDER for flylight"
+            f"rendered-{style}: no such microscope; expected {known}; rendered:FOLDER is flylight"
         )
     folder = Path(folder)
     files = trees_by_name(folder)
@@ -306,14 +306,14 @@ def rendered_pairs(folder: str | Path, style: str = "flylight") -> list[Pair]:
         except OSError as error:
             reason = f"cannot be read ({error.strerror}); expected an SWC file"
             raise DataError(f"{path}: {reason}") from None
-        # The name of a file may be just as long as a name may be.
+        # A file's name may already be as long as a name can be.
         places[name] = shelf / f"{name[:40]}-{key}"
     missing = [name for name, place in places.items() if not place.is_dir()]
     for name in missing:
-        # Check all before rendering the first: an error must not come after minutes.
+        # Check all trees before rendering the first, so that no error comes minutes later.
         _read_to_render(files[name])
     for name in tqdm(missing, desc="rendering", mininterval=2, disable=not missing):
-        if not places[name].is_dir():  # another process may have made it meanwhile
+        if not places[name].is_dir():  # another process may have made it by now
             _render_pair(files[name], places[name], style)
     return [
         Pair(n, neurons[n], place / f"{n}.tif", place / f"{n}.swc", "rendered from gold")
@@ -344,7 +344,7 @@ def _render_pair(path: Path, place: Path, style: str) -> None:
 def measure(data: list[Pair] | str | Path) -> list[dict[str, float]]:
     """Statistics of trees and stacks for `neurolib.data.synthesis.calibration`.
 
-    A row per neuron: `synthesis.statistics` and, with images, `synthesis.image_statistics`. A
+    One row per neuron: `synthesis.statistics` and, with images, `synthesis.image_statistics`. A
     folder without pairs gives the statistics of its trees alone.
     """
     if not isinstance(data, list):

@@ -14,8 +14,8 @@ from urllib3.exceptions import HTTPError
 from neurolib.errors import DataError, SettingsError
 from neurolib.files import sha256 as hash_of
 
-# A connection ends when nothing comes for TIMEOUT seconds, or less than SLOWEST bytes per second
-# over WINDOW seconds; the transfer fails after TRIES connections in a row without progress.
+# A connection is dropped if nothing arrives for TIMEOUT seconds, or less than SLOWEST bytes per
+# second over WINDOW seconds. After TRIES connections in a row without progress, the transfer fails.
 TIMEOUT = 30.0
 WINDOW = 30.0
 SLOWEST = 4096
@@ -23,7 +23,7 @@ TRIES = 5
 # Limits a transfer whose connections each drop after a few bytes.
 MAX_CONNECTIONS = 100
 PAUSE = 1.0
-# Most seconds that a server may make us wait between two connections.
+# The longest that a server may make us wait between two connections, in seconds.
 MAX_WAIT = 60.0
 # Smaller files need no progress bar.
 SMALL = 16 << 20
@@ -61,7 +61,7 @@ def download(url: str, path: Path, sha256: str, limit: int, variable: str) -> No
 
 
 def _transfer_all(url: str, path: Path, limit: int, variable: str) -> None:
-    """Connect again until the file is whole."""
+    """Reconnect until the file is complete."""
     part = path.with_suffix(".part")
     fruitless, connections, wait = 0, 0, 0.0
     while fruitless < TRIES and connections < MAX_CONNECTIONS:
@@ -102,16 +102,16 @@ def _reason(error: Exception) -> str:
 
 
 def _transfer(url: str, part: Path, limit: int, variable: str) -> None:
-    """Append to `part` over one connection until the file is whole, or raise."""
+    """Append to `part` over one connection until the file is complete, or raise."""
     have = _size(part)
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with SESSION.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         if response.status_code == 416:
-            # Nothing is left to send: the part is complete, or of another file.
+            # Nothing is left to send: the part is complete, or belongs to another file.
             if response.headers.get("Content-Range") == f"bytes */{have}":
                 return
             part.unlink()
-            raise _Interrupted("the server has fewer bytes than were already here")
+            raise _Interrupted("the server's file is shorter than the part already here")
         if response.status_code in (429, 500, 502, 503, 504):
             wait = response.headers.get("Retry-After", "")
             raise _Interrupted(f"the server answered {response.status_code}", wait)
@@ -125,7 +125,7 @@ def _transfer(url: str, part: Path, limit: int, variable: str) -> None:
             content = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", sent)
             if not content or int(content[1]) != have:
                 raise DataError(
-                    f"{url}: asked for the bytes from {have} on, the server sent {sent!r}; set "
+                    f"{url}: asked for the bytes from {have} on, but got {sent!r}; set "
                     f"${variable} to another address"
                 )
             start, length = have, content[2]
@@ -165,4 +165,4 @@ def read_record(path: Path) -> dict[str, str]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, TypeError):
-        raise DataError(f"{path}: not a readable record; delete it and call again") from None
+        raise DataError(f"{path}: not a readable record; delete it and try again") from None

@@ -1,7 +1,7 @@
 """Neurons of the fly larva's central nervous system: download, check, pair.
 
-The volumes (confocal, one TIFF per slice) and semi-automatic traces lie in the repository
-TuFF_toolkit, of the Tubularity Flow Field (Mukherjee, Condron and Acton, IEEE Trans. Image
+The volumes (confocal, one TIFF per slice) and semi-automatic traces are in the repository
+TuFF_toolkit of the Tubularity Flow Field (Mukherjee, Condron and Acton, IEEE Trans. Image
 Process. 24, 2015). It has no licence, so we copy only names and hashes: ``fly_larva.json``.
 ``fly-larva`` has 10 volumes of 8 neurons; ``fly-larva-final`` has 4 neurons for evaluating a
 finished network, never for training or for any choice.
@@ -40,7 +40,7 @@ ORIGIN = (
     "Source: {repository} at commit {commit:.12}. It carries no licence: use the files, do not "
     "redistribute them."
 )
-# A slice has 0.4 MB at most.
+# A slice takes 0.4 MB at most.
 MAX_FILE = 1 << 20
 # Hashes of the trees made here; those in the manifest are valid too.
 RECORD = "trees.json"
@@ -52,7 +52,7 @@ def load_fly_larva(name: str = NAME) -> list[Pair]:
     """Pairs of ``fly-larva`` or ``fly-larva-final``; the first call downloads them.
 
     ``$NEUROLIB_DATA`` (a folder of finished pairs, or one with a folder for each data set)
-    replaces the download. Images and trees must have the known hashes in any case.
+    replaces the download. Either way, images and trees must have the known hashes.
     """
     wanted, folder = _entries(name), stand_in(name)
     if folder is None:
@@ -60,11 +60,11 @@ def load_fly_larva(name: str = NAME) -> list[Pair]:
     by_name = {pair.name: pair for pair in folder_pairs(folder)}
     missing = [entry["name"] for entry in wanted if entry["name"] not in by_name]
     if missing:
-        message = f"{folder}: {len(missing)} of {len(wanted)} pairs of {name} are not there"
+        message = f"{folder}: {len(missing)} of {len(wanted)} pairs of {name} are missing"
         message += f" ({', '.join(missing)})"
         if len(missing) == len(wanted):
             raise DataError(f"{message}; unset NEUROLIB_DATA to download them")
-        warnings.warn(f"{message}; going on without them", NeurolibWarning, stacklevel=3)
+        warnings.warn(f"{message}; continuing without them", NeurolibWarning, stacklevel=3)
     style = "real" if name == NAME else FINAL_STYLE
     made = read_record(folder / RECORD)
     pairs = []
@@ -132,7 +132,7 @@ def _fetch(entries: list[dict]) -> Path:
     """Make the pairs that the cache lacks; return their folder."""
     folder = cache_folder() / NAME
     left = [folder / f".{entry['name']}" for entry in entries]
-    # A call killed after finishing a pair leaves its raw files.
+    # A call killed after finishing a pair leaves its raw files behind.
     if not _lacking(entries, folder) and not any(raw.exists() for raw in left):
         return folder
     address = (os.environ.get(VARIABLE) or URL.format(**_manifest())).rstrip("/")
@@ -198,7 +198,7 @@ def repair_trace(trace: bytes, height: int, z_shift: float = 0.0) -> tuple[Tree,
         return minimum_spanning_tree(graph), connected_components(graph, directed=False)[1]
 
     # Strategy: a minimum spanning forest cuts cycles at their longest edge and joins components
-    # where they are closest. Gaps weigh more than all edges, so that none displaces an edge.
+    # where they are closest. A gap weighs more than all edges together, so it never displaces one.
     _, component = forest(np.ones(len(edges)), edges)
     gaps = KDTree(xyz).query_pairs(GAP, output_type="ndarray").reshape(-1, 2)
     gaps = gaps[component[gaps[:, 0]] != component[gaps[:, 1]]]

@@ -52,9 +52,9 @@ class Spacing:
 
 @dataclass(frozen=True)
 class Stack:
-    """Result of a reader: voxels (z, y, x) of any byte order, their spacing, and notes.
+    """Result of a reader: voxels (z, y, x) in any byte order, their spacing, and notes.
 
-    A note is a sentence on a choice or a conversion.
+    A note is a sentence about a choice or a conversion.
     """
 
     data: Any
@@ -66,8 +66,8 @@ class Stack:
 class Header:
     """The header of a file with one array, which begins at byte `offset`.
 
-    shape: slowest axis first; axis: that of the channels, or None; unpack: makes the voxels of the
-    path and this header if they are packed.
+    shape: slowest axis first; axis: the channel axis, or None; unpack: if the voxels are packed,
+    makes them from the path and this header.
     """
 
     shape: tuple[int, ...]
@@ -105,7 +105,7 @@ MICRONS |= dict.fromkeys(NO_LENGTH, 0.0)
 
 
 def microns(unit: str) -> float | None:
-    """Micrometres per `unit`; 0 if it is no length (`NO_LENGTH`), None if it is unknown."""
+    """Micrometres per `unit`; 0 if it is not a length (`NO_LENGTH`), None if unknown."""
     # "Mm" is not "mm": try it as written first. µ has two code points, and an escape in ImageJ.
     unit = unit.strip().replace("\\u00b5", "µ").replace("\\u00B5", "µ").replace("μ", "µ")
     names = (unit, unit.lower(), unit.lower().replace("metre", "meter"))
@@ -124,8 +124,8 @@ def calibrate(values: Sequence[float], units: Sequence[str], fields: Sequence[st
     Returns
     -------
     Spacing
-        In µm. If no axis has a unit, the numbers of the file, as a ratio. If an axis has no usable
-        value, or an unknown unit, (1, 1, 1).
+        In µm; if no axis has a unit, the numbers of the file as a ratio; if an axis has no usable
+        value or an unknown unit, (1, 1, 1).
     """
     factors = [microns(unit) for unit in units]
     source = ", ".join(
@@ -134,18 +134,18 @@ def calibrate(values: Sequence[float], units: Sequence[str], fields: Sequence[st
     )
     odd = {repr(unit): None for unit, f in zip(units, factors, strict=True) if f is None}
     if odd:
-        return Spacing(unknown=f"{', '.join(odd)} is no known length ({source})")
+        return Spacing(unknown=f"{', '.join(odd)} is not a known length ({source})")
     scale = factors if any(factors) else [1.0] * 3
     lengths = tuple(float(v) * f for v, f in zip(values, scale, strict=True))
     if not all(np.isfinite(d) and d > 0 for d in lengths):
         return Spacing(unknown=f"not every axis has a length ({source})")
     if any(factors):
         return Spacing(lengths, "", source)
-    return Spacing(lengths, f"no unit of length ({source}), so that only the ratio counts", source)
+    return Spacing(lengths, f"no unit of length ({source}), so only the ratio is known", source)
 
 
 def _number(value: Any) -> float:
-    """`value` as float, NaN if it is none."""
+    """`value` as float, NaN if it is not a number."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -195,7 +195,7 @@ def choose_channel(channels: int, channel: int | None) -> int:
             f"{channels} channels (0 to {channels - 1}), expected one; give channel= (--channel)"
         )
     if not 0 <= (channel or 0) < channels:
-        raise VolumeError(f"channel {channel} asked for, there are channels 0 to {channels - 1}")
+        raise VolumeError(f"channel {channel} does not exist, only channels 0 to {channels - 1}")
     return channel or 0
 
 
@@ -272,10 +272,10 @@ def read_tiff(path: Path, channel: int | None) -> Stack:
 
 
 def _check_directories(tif: tifffile.TiffFile) -> None:
-    """Follow the directories of all pages; refuse a chain or a tag that leaves the file.
+    """Follow the directories of all pages; refuse a chain or a tag that leads out of the file.
 
-    tifffile stops at the first page that it cannot reach, so that a truncated file would pass for
-    a smaller volume.
+    tifffile stops at the first page that it cannot reach, so a truncated file would pass for a
+    smaller volume.
     """
     form, file, at = tif.tiff, tif.filehandle, tif.pages.first.offset
     seen: set[int] = set()
@@ -306,7 +306,7 @@ def _read_series(path: Path, tif: tifffile.TiffFile, channel: int | None) -> Sta
         readable = described[1].lower().endswith((".tif", ".tiff"))
         raise VolumeError(
             f"only a part of the OME set that {described[1]} describes; "
-            f"{'read that file, or ' * readable}save the set as one file, as with Fiji"
+            f"{'read that file, or ' * readable}save the set as one file, for example with Fiji"
         )
     chosen, notes = _choose_images(tif)
     first, axes = chosen[0], "ZYX"
@@ -336,15 +336,15 @@ def _read_series(path: Path, tif: tifffile.TiffFile, channel: int | None) -> Sta
             if (table == table[0]).all():
                 data = table[0][data]
                 notes += ("stored with a table of greys, whose brightness is used",)
-            else:  # labels, if it is no image
-                notes += ("stored with a table of colours; their numbers are read, not brightness",)
+            else:  # perhaps labels, not an image
+                notes += ("stored with a table of colours; its indices are read, not brightness",)
     if (turned := page.tags.valueof("Orientation", 1)) != 1:
         notes += (f"its Orientation {int(turned)} is not applied; rows and columns as stored",)
     # ImageJ stores pixels as they are and inverts only the display.
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and not tif.is_imagej:
         if data.dtype == bool and page.software.startswith("tifffile"):
-            # tifffile marks boolean arrays so, but stores them as they are.
-            notes += ("a mask marked MinIsWhite by tifffile, kept as it is",)
+            # tifffile marks boolean arrays this way, but stores them unchanged.
+            notes += ("a mask marked MinIsWhite by tifffile, kept unchanged",)
         else:
             data = _negative(data, page.bitspersample)
             notes += ("stored with 0 as white (MinIsWhite), inverted",)
@@ -367,13 +367,13 @@ def _choose_images(
     main = max(groups.values(), key=weight)
     first = main[0]
     if first.dtype is None:
-        raise VolumeError("its voxel type is none that TIFF defines; convert it")
+        raise VolumeError("its voxel type is not one that TIFF defines; convert it")
     # Thumbnails, labels and smaller copies have other rows and columns than the image.
     alike = [s for s in tif.series if s.shape[-2:] == first.shape[-2:]]
     if len(alike) > 1 and (len(first.shape) != 2 or len(alike) > len(main)):
         raise VolumeError(
             f"{len(alike)} separate images, the first of shape {alike[0].shape}, expected "
-            "one 3D stack; save it as one, or each as a file"
+            "one 3D stack; save them as one, or each as its own file"
         )
     if len(main) == len(tif.series):
         return main, ()
@@ -388,7 +388,7 @@ def _axes(axes: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
     if "S" in axes:
         raise VolumeError(
             f"colour image with {shape[axes.index('S')]} samples per pixel, expected grey; split "
-            "its channels, or, if slices, save it as grey (tifffile: photometric='minisblack')"
+            "its channels or, if they are slices, save as grey (tifffile: photometric='minisblack')"
         )
     # tifffile calls the axis of plain pages I, Q or "other".
     unnamed = [a for a in axes if a not in "ZCTYX"]
@@ -414,22 +414,22 @@ def _check_imagej(tif: tifffile.TiffFile, slices: int) -> None:
         laid = f" as {slices} channels times slices" if claimed == pages else ""
         raise VolumeError(
             f"ImageJ's header claims {claimed:.0f} slices{laid}, found {max(slices, pages)}; the "
-            "file is truncated, or the header another stack's: save it again with ImageJ"
+            "file is truncated, or the header is another stack's: save it again with ImageJ"
         )
 
 
 def _check_pages(
     tif: tifffile.TiffFile, chosen: Sequence[tifffile.TiffPageSeries], shape: Sequence[int]
 ) -> None:
-    """Refuse pages whose data are missing, leave their file, or are too few for `shape`."""
+    """Refuse pages whose data are missing, exceed their file, or are too few for `shape`."""
     available, pages = 0, [page for series in chosen for page in series.pages]
     for number, page in enumerate(pages):
         if page is None and tif.is_ome:
             found = {page.parent.filehandle.name for page in pages if page is not None}
             lost = ", ".join(file for file in _set_of(tif) if file not in found)
             raise VolumeError(
-                f"slice {number} of its set of files is missing: {lost} not found, or no TIFF; put "
-                "all files of the set into one folder"
+                f"slice {number} of its set of files is missing: {lost} not found, or not a TIFF; "
+                "put all files of the set into one folder"
             )
         # In a set of OME files, most pages are in other files.
         file = (tif if page is None else page.parent).filehandle
@@ -470,7 +470,7 @@ def _check_member(tif: tifffile.TiffFile, page: tifffile.TiffPage) -> None:
     other = page.parent.pages.first
     if (own and wanted and own[1] != wanted) or other.shape != first.shape:
         raise VolumeError(
-            f"{file}, in its set of files, is another's (shape {other.shape}); "
+            f"{file} does not belong to its set of files (shape {other.shape}); "
             "expected the file that was saved with it: copy the set again"
         )
 
@@ -511,7 +511,7 @@ def _ome_spacing(tif: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Spa
     fields = [f"PhysicalSize{axis}" for axis in "ZYX"]
     if len(pixels) == len(tif.series):  # one series per image, in the same order
         pixels = [pixels[list(tif.series).index(series)]]
-    elif len(pixels) > 1:  # some images are described only, or lie in other files
+    elif len(pixels) > 1:  # some images are only described, or are in other files
         size = dict(zip(series.axes, map(str, series.shape), strict=True))
         size = [size.get(axis, "1") for axis in "ZYX"]
         pixels = [p for p in pixels if [p.get(f"Size{axis}", "1") for axis in "ZYX"] == size]
@@ -536,14 +536,14 @@ def read_npy(path: Path, begin: bytes) -> Header:
     except OSError:
         raise
     except Exception as error:
-        # Parsing a damaged header, a Python literal, fails in many ways.
+        # The header is a Python literal: parsing a damaged one fails in many ways.
         raise VolumeError(
-            f"its NumPy header cannot be read ({type(error).__name__}); save it by numpy.save"
+            f"its NumPy header cannot be read ({type(error).__name__}); save it with numpy.save"
         ) from error
     if dtype.hasobject or dtype.names:
         raise VolumeError(
             f"holds Python objects or records, expected an array of numbers; if it is "
-            "Cellpose's, and you trust it, convert it in Python: import numpy; "
+            "from Cellpose, and you trust it, convert it in Python: import numpy; "
             f"numpy.save('out.npy', numpy.load({path.name!r}, allow_pickle=True).item()['masks'])"
         )
     return Header(shape, dtype, 0 if len(shape) == 4 else None, offset, "F" if fortran else "C")
@@ -594,7 +594,7 @@ def read_v3dpbd(path: Path, begin: bytes) -> Header:
 
 
 # For voxels of 1 and 2 bytes: the first code of each class of runs, and its bits per difference.
-# The first class are literals, the last one repeats a value.
+# The first class is literals, the last one repeats a value.
 _PBD = {1: ((0, 33, 128), (0, 2, 0)), 2: ((0, 32, 80, 183, 223), (0, 3, 4, 5, 0))}
 # Runs unpacked at a time.
 _PBD_RUNS = 1 << 16
@@ -616,7 +616,7 @@ def _pbd_unpack(path: Path, header: Header) -> np.ndarray:
     data = np.frombuffer(packed + bytes(2), np.uint8)
     codes = data[at]
     if len(codes) and difference[codes[0]]:
-        raise VolumeError("begins with a difference to no voxel; the file is damaged")
+        raise VolumeError("begins with a difference, but no voxel precedes it; the file is damaged")
     if (unpacked := int(lengths[codes].sum())) != total:
         raise VolumeError(
             f"header claims {shape} (c, z, y, x) = {total} voxels, its data unpack to "
@@ -652,7 +652,7 @@ def _pbd_unpack(path: Path, header: Header) -> np.ndarray:
 
 
 def _pbd_codes(packed: bytes, stored: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """Place of each run's code; by code, a run has `bits`, or if 0 `stored` bytes."""
+    """Place of each run's code; by code, `bits` follow it or, where 0, `stored` bytes."""
     sizes = (1 + np.where(bits > 0, -(-bits // 8), stored)).tolist()
     starts, position, end = [], 0, len(packed)
     while position < end:
@@ -717,7 +717,7 @@ def _gunzip(path: Path, header: Header) -> np.ndarray:
                 if "CRC" in str(error):
                     raise  # other bytes after the data do not matter
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise VolumeError(f"gzip data are damaged ({error}); export again") from error
+        raise VolumeError(f"gzip data are damaged ({error}); export it again") from error
     check_size(header.shape, header.dtype, len(unpacked))
     return np.frombuffer(unpacked, header.dtype).reshape(header.shape)
 
@@ -746,7 +746,7 @@ def _nrrd_axes(fields: dict[str, str], dims: int) -> tuple[int | None, Spacing]:
     units = [*units, *[""] * dims][:dims][::-1]
     axis = None
     if dims == 4:
-        # The channel axis is not of a spatial kind or has no spacing; otherwise it is the slowest.
+        # The channel axis is the one that is not spatial or has no spacing, else the slowest.
         kinds = fields.get("kinds", "").lower().split()[::-1]
         odd = [k for k, n in enumerate(kinds) if n not in ("domain", "space") and len(kinds) == 4]
         axis = [*odd, *np.flatnonzero(~np.isfinite(values)).tolist(), 0][0]
@@ -802,7 +802,7 @@ class LazyStack:
             raise
         except MemoryError as error:
             raise VolumeError(
-                f"{self.name}: what is read of its {self.shape} voxels does not fit in memory; "
+                f"{self.name}: the part read of its {self.shape} voxels does not fit in memory; "
                 "read a smaller part"
             ) from error
         except Exception as error:
@@ -814,7 +814,7 @@ class LazyStack:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
-            raise ValueError("a stack on disk becomes an array only by a copy")
+            raise ValueError("a stack on disk can become an array only by copying")
         check_memory(self.name, self.shape, self.dtype)
         return np.asarray(self[:], dtype=dtype)
 
@@ -822,7 +822,7 @@ class LazyStack:
         """Grid places of the cells that have a file; size of a cell; size of the grid.
 
         The time depends on the number of files, not on the shape that the array claims. A cell is
-        a chunk or, with sharding, many.
+        one chunk or, with sharding, many.
         """
         lead = len(self.fixed)
         step = getattr(self.array, "shards", None) or self.array.chunks
@@ -865,7 +865,7 @@ def read_zarr(path: Path, channel: int | None) -> Stack:
     except VolumeError:
         raise
     except Exception as error:
-        # Metadata are any JSON, and zarr has its own errors.
+        # Metadata can be any JSON, and zarr has its own errors.
         raise VolumeError(
             f"not an OME-Zarr image ({type(error).__name__}: {_first_line(error)}); "
             f"expected multiscales with axes and datasets{_inside(path)}"
@@ -884,7 +884,7 @@ def read_zarr(path: Path, channel: int | None) -> Stack:
     if smallest < 1 or prod(chunks) * dtype.itemsize > CHUNK_BYTES:
         raise VolumeError(
             f"chunks of {chunks} voxels, expected 1 byte to 2 GiB each; it is damaged, or "
-            "write it again in other chunks"
+            "has to be written again with other chunks"
         )
     index = choose_channel(shape[axes.index("c")] if "c" in axes else 1, channel)
     fixed = tuple(index if axis == "c" else 0 for axis in axes[:-3])
@@ -899,7 +899,7 @@ def _inside(path: Path) -> str:
     )
     images = sorted(p.parent for p in files if '"multiscales"' in p.read_text("utf-8", "replace"))
     if images:
-        return f"; name the image, as {path.name}/{images[0].relative_to(path)}"
+        return f"; name the image, such as {path.name}/{images[0].relative_to(path)}"
     return "; a bare array can be saved as .npy"
 
 
@@ -909,9 +909,9 @@ def _open_multiscale(path: Path) -> tuple[Any, list[str], Spacing, int]:
     group = zarr.open_group(zarr.storage.LocalStore(path, read_only=True), mode="r")
     attributes = dict(group.attrs)
     if "bioformats2raw.layout" in attributes.get("ome", attributes):
-        # The converter's folder of images, usually with one.
+        # The converter's folder of images, usually with only one.
         if "1" in group:
-            raise VolumeError(f"several images, expected one; name it, as {path.name}/0")
+            raise VolumeError(f"several images, expected one; name it, such as {path.name}/0")
         group = group["0"]
         attributes = dict(group.attrs)
     images = attributes.get("ome", attributes)["multiscales"]
@@ -922,7 +922,7 @@ def _open_multiscale(path: Path) -> tuple[Any, list[str], Spacing, int]:
     levels = [level for level in image["datasets"] if level["path"] in group]
     # Some writers list the smallest level first.
     level = max(levels, key=lambda level: prod(group[level["path"]].shape))
-    # The scale of the image multiplies that of the level; up to 0.3 there is none.
+    # The scales of image and level are multiplied; up to version 0.3 there are none.
     scales = [
         step["scale"]
         for part in (level, image)
@@ -942,7 +942,7 @@ def _open_multiscale(path: Path) -> tuple[Any, list[str], Spacing, int]:
 def _import_zarr() -> Any:
     """The package zarr, imported on first use (half a second), with a safer Blosc.
 
-    numcodecs does not compare the length that a Blosc chunk claims with its real one, so that a
+    numcodecs does not compare the length that a Blosc chunk claims with its real one, so a
     damaged chunk can crash the process (https://github.com/zarr-developers/numcodecs/issues/228).
     """
     import zarr

@@ -24,8 +24,8 @@ from neurolib.volume import (
     read_volume,
 )
 
-# Most voxels to read; of larger volumes, evenly spaced slices are read, or evenly spaced chunks of
-# OME-Zarr, where a slice touches many chunks.
+# The most voxels to read. From a larger volume, only evenly spaced slices are read, or evenly
+# spaced chunks of OME-Zarr, where one slice touches many chunks.
 WHOLE, WHOLE_ZARR = 1 << 27, 1 << 25
 
 
@@ -34,8 +34,8 @@ def inspect_files(
 ) -> Iterator[str]:
     """Facts about images and SWC files, or folders of them, and about each image with its tree.
 
-    An image and a tree of equal names (`pairs.pair_files`) belong together, and so do the only
-    image and the only tree. `channel` and `spacing` are those of `neurolib.volume.read_volume`.
+    An image and a tree of the same name (`pairs.pair_files`) belong together, and so do the only
+    image and the only tree. `channel` and `spacing` are as in `neurolib.volume.read_volume`.
 
     Yields
     ------
@@ -60,7 +60,7 @@ def inspect_files(
         yield block(str(file), facts)
     pairs = _pairs(images, trees, len(files) == 2)
     for image, tree in pairs:
-        # Read again, because all images together need not fit into memory.
+        # Read again, because all images together may not fit in memory.
         volume = read_volume(image, channel, check=False, spacing=spacing)
         facts = fit_facts(swc.read_swc(tree, volume.known_spacing), volume)
         yield block(f"{image.name} with {tree.name}", facts)
@@ -82,7 +82,7 @@ def _expand(path: Path) -> list[Path]:
         return [path]
     if files := files_of(path, (*SUFFIXES, *TREES)):
         return files
-    raise NeurolibError(f"{path}: without images ({', '.join(SUFFIXES)}) and trees; name another")
+    raise NeurolibError(f"{path}: no images ({', '.join(SUFFIXES)}) and no trees; name another")
 
 
 def _pairs(images: list[Path], trees: dict[Path, swc.Tree], only: bool) -> list[tuple[Path, Path]]:
@@ -90,7 +90,7 @@ def _pairs(images: list[Path], trees: dict[Path, swc.Tree], only: bool) -> list[
     if only and len(images) == len(trees) == 1:
         return [(images[0], next(iter(trees)))]
     pairs = [(i, t) for i in images for t in trees if same_name(i.name) == same_name(t.name)]
-    # Of several trees of that name, prefer those in the image's folder, then those whose names
+    # If several trees have that name, prefer those in the image's folder, then those whose names
     # agree in case and further suffixes.
     for key in (attrgetter("parent"), lambda file: stem(file.name), attrgetter("stem")):
         agreeing = [pair for pair in pairs if key(pair[0]) == key(pair[1])]
@@ -105,13 +105,13 @@ def block(title: str, facts: dict[str, str]) -> str:
 
 
 def _checked_sample(volume: Volume, name: str) -> tuple[np.ndarray, str]:
-    """Voxels (n, y, x) that represent a volume, checked by `check_values`; in words which part."""
+    """Voxels (n, y, x) that represent a volume, checked by `check_values`; which part, in words."""
     data = volume.data
     if not isinstance(data, LazyStack) or prod(data.shape) <= WHOLE_ZARR:
         check_values(volume, name)
         step = max(1, -(-prod(data.shape) // WHOLE))
         return np.asarray(data[::step]), f"; every {step}th slice" if step > 1 else ""
-    # Whole chunks only, and of a sparse volume those that are stored.
+    # Only whole chunks and, in a sparse volume, only stored ones.
     places, step, grid = data.stored_cells()
     chunk = np.minimum(data.chunks, data.shape)
     corners = np.array(places or [(0, 0, 0)]) * step
@@ -130,7 +130,7 @@ def volume_facts(volume: Volume, name: str) -> dict[str, str]:
     shape, spacing = volume.data.shape, volume.spacing
     values, part = _checked_sample(volume, name)
     values = values.view(np.uint8) if values.dtype == bool else values
-    # As in `normalise`, masked voxels do not count.
+    # As in `normalise`, masked voxels are ignored.
     masked = (values == 0).mean() > 0.5 and values.any()
     kept = values[values != 0] if masked else values
     low, middle, high = np.percentile(kept, (LEVELS[0], 50, LEVELS[1]))
@@ -175,7 +175,7 @@ def tree_facts(tree: swc.Tree) -> dict[str, str]:
 def fit_facts(tree: swc.Tree, volume: Volume) -> dict[str, str]:
     """Whether a tree lies on the bright structures of a volume, in words."""
     if isinstance(volume.data, LazyStack) and prod(volume.data.shape) > WHOLE:
-        return {"frame": "not compared, as all of the image would be read; cut out a part"}
+        return {"frame": "not compared: that would read the whole image; cut out a part"}
     fit = swc.fit(tree, volume)
     return {
         "inside": f"{fit.inside:.1%} of the nodes lie in the image",

@@ -29,7 +29,7 @@ MARKS = (".ome", ".cng")
 NEURONS_FILE = "neurons.csv"
 # What a spreadsheet may have saved instead.
 OTHER_TABLES = re.compile(r"neurons\.(csv\..+|tsv|txt|xlsx?|ods)")
-# Data sets that their name and this version determine, so that no file need be hashed.
+# Data sets that are determined by their name and this version, so no file need be hashed.
 GENERATED = ("synthetic", "bigneuron-janelia")
 NAMED = (*GENERATED, "fly-larva", "fly-larva-final")
 
@@ -79,7 +79,7 @@ def folder_pairs(folder: str | Path, style: str = "real") -> list[Pair]:
 
     An optional ``neurons.csv`` with the columns ``name,neuron`` says which pairs show the same
     neuron. Without it, names that differ only in a final part word (``_body``, ``_tail``,
-    ``_crop2``, ``_left_part1`` ...) count as one neuron. Both ignore case. A warning lists images
+    ``_crop2``, ``_left_part1`` ...) show one neuron. Both ways ignore case. A warning lists images
     and trees without a partner.
     """
     folder = Path(folder)
@@ -87,8 +87,8 @@ def folder_pairs(folder: str | Path, style: str = "real") -> list[Pair]:
     pairs = pair_files(images, trees)
     if not pairs:
         raise DataError(
-            f"{folder}: found {len(images)} images and {len(trees)} SWC files but no two of equal "
-            "name; expected pairs such as cell1.tif and cell1.swc"
+            f"{folder}: found {len(images)} images and {len(trees)} SWC files, but no two with the "
+            "same name; expected pairs such as cell1.tif and cell1.swc"
         )
     left = {file.name: why for file, why in alone(images, trees, pairs.values()).items()}
     if left:
@@ -102,11 +102,11 @@ def folder_pairs(folder: str | Path, style: str = "real") -> list[Pair]:
 
 
 def pair_files(images: Sequence[Path], trees: Sequence[Path]) -> dict[str, tuple[Path, Path]]:
-    """Images and trees of equal names, by that name.
+    """Images and trees of the same name, by that name.
 
-    Names are first compared without their suffix; then, for files left over, without further
-    suffixes (``cell.ome.tif``, ``cell.tif.swc``, ``cell.CNG.swc``) and in one Unicode form; then
-    also without case. Several images or trees of one name are a `DataError`.
+    Names are first compared without their suffix. Files left over are compared without further
+    suffixes (``cell.ome.tif``, ``cell.tif.swc``, ``cell.CNG.swc``) and in one Unicode form, and
+    finally also without case. Several images or trees of one name raise a `DataError`.
     """
     pairs: dict[str, tuple[Path, Path]] = {}
     for key in (lambda name: _without(name, (*SUFFIXES, *TREES)), stem, same_name):
@@ -120,7 +120,7 @@ def pair_files(images: Sequence[Path], trees: Sequence[Path]) -> dict[str, tuple
             if not all(found):
                 continue
             image, tree = (files[0] for files in found)
-            # If the cases differ, the image's counts.
+            # If the names differ in case, the image's is used.
             name = stem(image.name) if key is same_name else name
             for kind, files in zip(("images", "trees"), found, strict=True):
                 if len(files) > 1 or name in pairs:
@@ -157,7 +157,7 @@ def stem(name: str) -> str:
 
 
 def same_name(name: str) -> str:
-    """A file's name in the form that must agree with another's."""
+    """A file's name in the form in which it must agree with another's."""
     return unicodedata.normalize("NFC", stem(name).casefold())
 
 
@@ -169,7 +169,7 @@ def _without(name: str, suffixes: tuple[str, ...]) -> str:
 
 
 def find_name(asked: str, names: Iterable[str]) -> str | None:
-    """The one of `names` that `asked` means; it may have a suffix or another case."""
+    """The one of `names` that `asked` means; `asked` may have a suffix or another case."""
     # A spreadsheet may list paths.
     asked, names = asked.strip().replace("\\", "/").rpartition("/")[2], list(names)
     for key in (str, stem, same_name):
@@ -205,7 +205,7 @@ def trees_by_name(folder: Path) -> dict[str, Path]:
             raise DataError(f"{folder}: two trees named {name}; keep one of them")
         files[name] = path
     if not files:
-        raise DataError(f"{folder}: found no SWC file; expected trees, as cell1.swc")
+        raise DataError(f"{folder}: found no SWC file; expected trees, such as cell1.swc")
     return dict(sorted(files.items()))
 
 
@@ -247,7 +247,7 @@ def neurons_of(folder: Path, names: Iterable[str], others: Iterable[str] = ()) -
 
 
 def _tidy(cell: str) -> str:
-    """A cell without the characters that nobody sees, blanks as single ones."""
+    """A cell without invisible characters, with single blanks only."""
     seen = "".join(c for c in cell if unicodedata.category(c) != "Cf")
     return unicodedata.normalize("NFC", " ".join(seen.split()))
 
