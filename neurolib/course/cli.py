@@ -173,7 +173,7 @@ def sweep(
     folds: _option(list[int] | None, "Run this fold only, from 0; may be repeated.") = None,
     ignore_frames: IgnoreFramesOption = False,
 ) -> None:
-    """Run notebooks 03 and 04, or 05 too, for every network, seed and fold of a grid.
+    """Train and evaluate (notebooks 03 to 05) every network, seed and fold of a grid.
 
     Finished runs are skipped, and failed ones are tried again. A grid can also be run in parts,
     which add up to one results file. Notebook 06 shows it.

@@ -46,8 +46,8 @@ def trace_skeleton(
     """The simplest tracer: join the voxels of scikit-image's thinning (Lee et al. 1994) into trees.
 
     A minimum spanning tree over neighbouring voxels opens loops. Nothing is pruned, no gap is
-    closed, and thinning ignores the spacing (`neurolib.evaluation.skeleton`). Parameters and result
-    are as in `neurolib.tracing.trace`; each root is an end of its tree.
+    closed, and thinning ignores the spacing (`neurolib.evaluation.skeleton`). Its parameters and
+    result are as in `neurolib.tracing.trace`; each root is an end of its tree.
     """
     foreground = find_foreground(probability, spacing, threshold, min_size)
     mask = np.zeros(foreground.shape, bool)

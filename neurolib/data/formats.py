@@ -463,7 +463,7 @@ def _set_of(tif: tifffile.TiffFile) -> dict[str, str]:
 
 
 def _check_member(tif: tifffile.TiffFile, page: tifffile.TiffPage) -> None:
-    """Refuse a page of another file if the set does not name this file."""
+    """Refuse a page of another file that was saved with another set."""
     file, first = page.parent.filehandle.name, tif.pages.first
     own = re.search(r'<OME\b[^>]* UUID="([^"]*)"', page.parent.ome_metadata or "")
     wanted = _set_of(tif).get(file)
@@ -833,7 +833,7 @@ class LazyStack:
         return sorted(p for p in inside if all(map(lt, p, grid))), step[lead:], grid
 
     def stored(self) -> Iterator[tuple[int, np.ndarray]]:
-        """First slice and voxels of each stored chunk, by z; then one voxel of a missing chunk."""
+        """First slice and voxels of each stored chunk, then one voxel of a missing chunk."""
         places, step, grid = self.stored_cells()
         for place in places:
             lower = tuple(map(mul, place, step))

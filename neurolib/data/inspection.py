@@ -180,7 +180,7 @@ def fit_facts(tree: swc.Tree, volume: Volume) -> dict[str, str]:
     return {
         "inside": f"{fit.inside:.1%} of the nodes lie in the image",
         "contrast": f"{fit.contrast:.2f} standard deviations brighter on the tree; "
-        f"{fit.follows:.0%} of it brighter than {swc.AROUND:g} voxels around",
+        f"{fit.follows:.0%} of it brighter than its surroundings, {swc.AROUND:g} voxels away",
         "frame": str(fit),
         # In another frame, the length would be wrong.
         **({"length": swc.length_text(tree, volume.spacing)} if fit.fits else {}),
