@@ -621,7 +621,7 @@ def test_names_that_notebooks_cannot_hold_are_refused(data, tmp_path, where):
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("steps", "abc", "'steps': expected int as in 200, got 'abc'"),
+        ("steps", "abc", "'steps': expected int, such as 200, got 'abc'"),
         ("frozen", "maybe", "expected bool"),
         ("size", 22.5, "expected int"),
         ("batch", 0, "batch=0: expected at least 1"),
