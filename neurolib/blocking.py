@@ -33,7 +33,7 @@ PIECE = 4.0
 PAIRS = 1 << 16
 # Distances are computed in float64; rounding must not lose a voxel that lies exactly on a radius.
 ROUNDING = 1e-9
-# How often a piece is halved to find its place nearest to a voxel's extent to that precision.
+# Number of halvings of a piece that find its point nearest to a voxel's extent so precisely.
 HALVINGS = 36
 
 
@@ -71,8 +71,8 @@ def ignore_untraced(sample: Sample) -> Sample:
     """Mark as unknown what looks like neurite but is far from the tree, which may lack branches.
 
     Where the image stands out as neurites do (`neurolib.volume.empty_level`) and the response is
-    0, the response becomes NaN, which every loss counts as right. As a side effect, the network
-    does not learn that bright specks are background.
+    0, the response becomes NaN, which every loss counts as correct background. As a side effect,
+    the network does not learn that bright specks are background.
     """
     bright = standing_out(sample.image) > empty_level(sample.image)
     unknown = bright & (sample.response == 0)
@@ -343,7 +343,7 @@ def distance_of(response: np.ndarray) -> np.ndarray:
 def _pieces(tree: Tree, scale: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The tree's edges, cut into short pieces: their starts and ends, (n, 4) z, y, x, radius.
 
-    Lengths are in pixels; along a coarser axis, a piece may be longer in proportion to its voxels.
+    Lengths are in pixels; along a coarser axis, a piece may be longer, as its voxels are.
     A root gives a piece of length 0, so that a node without edges counts too.
     """
     nodes = np.column_stack([tree.xyz[:, ::-1] * scale, np.maximum(tree.radius, 0) * _plane(scale)])

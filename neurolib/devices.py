@@ -28,7 +28,7 @@ def pick_device(name: str) -> torch.device:
             except SettingsError as error:  # this PyTorch does not support this GPU
                 _say_once(f"{error}; 'auto' uses the CPU")
         elif torch.backends.mps.is_available():
-            _say_once("Apple GPU found, not tested: 'auto' uses the CPU; choose 'mps' to try it")
+            _say_once("Apple GPU found, not tested: 'auto' uses the CPU; device='mps' tries it")
     try:
         device = torch.device(name)
         (torch.ones(1, device=device) + 1).item()  # fails on a GPU that PyTorch does not support

@@ -3,7 +3,8 @@
 Masks are boolean arrays (z, y, x), trees are in voxels. Distances, tolerances and lengths are in
 the unit of `spacing`: µm, or voxels with the default (`length_unit` chooses one for a table).
 Each function says what it gives where a score is undefined (empty mask, no edges). Masks that
-are not boolean, or differ in shape, are refused (VolumeError), and trees without nodes (SwcError).
+are not boolean, or differ in shape, are a VolumeError; trees without nodes are a SwcError, except
+in `compare` and `distance_to_tree`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,7 +39,7 @@ FULL_CONNECTIVITY = np.ones((3, 3, 3), dtype=bool)  # 26 neighbours: a neurite m
 def length_unit(stacks: "Iterable[Volume | Sample]") -> str:
     """The unit of a table: "µm" if the spacing of every stack is known, else "voxels".
 
-    Where a voxel is 1 µm, both give the same numbers; generated stacks are in voxels.
+    If a stack has voxels of 1 µm, as all generated ones do, the unit is voxels.
     """
     known = (not stack.unknown and tuple(stack.spacing) != (1, 1, 1) for stack in stacks)
     return "µm" if all(known) else "voxels"
@@ -294,9 +295,9 @@ def tree_distance(
 ) -> TreeDistance:
     """Distances between two trees as Vaa3D's "neuron distance" defines them.
 
-    Every edge of one tree is sampled with int(1 + length + 0.5) points, both its nodes included (so
-    a node counts once for each of its edges), with its length in voxels of the finest axis. The
-    distance of a point is its distance to the nearest edge of the other tree.
+    Every edge of one tree is sampled with int(1 + length + 0.5) points, where the length is in
+    voxels of the finest axis. Both its nodes are among them, so a node counts once for each of its
+    edges. The distance of a point is its distance to the nearest edge of the other tree.
 
     - esa, "entire structure average": mean distance, averaged over the two directions;
     - dsa, "different structure average": mean over the points at a distance of `threshold` or

@@ -174,7 +174,7 @@ def explain_full_disk(path: str | Path) -> Iterator[None]:
         if not reason or isinstance(error, SettingsError):
             raise
         raise SettingsError(
-            f"{path}: cannot be written ({reason}); make room, or choose another place"
+            f"{path}: cannot be written ({reason}); free some space, or choose another folder"
         ) from None
 
 
@@ -192,8 +192,8 @@ def claim(path: str | Path, what: str | Path = "") -> Iterator[None]:
         while (lock := _hold(path)) is None:
             if time.monotonic() > until:
                 raise SettingsError(
-                    f"{what or path.parent}: another process is at work here; wait for it, end "
-                    "it, or choose another place"
+                    f"{what or path.parent}: another process uses it; wait until it ends, "
+                    "stop it, or choose another folder"
                 )
             time.sleep(0.1)
     except OSError as error:
@@ -312,7 +312,7 @@ def is_result(path: Path) -> bool:
     """Whether neurolib wrote a file (or OME-Zarr), and nobody has changed it since.
 
     An SWC is recognised by the seal on its lines, an OME-Zarr by the seal on its metadata, if no
-    file in it is newer than these (`seal_zarr`), and a TIFF only by its Software field.
+    other file in it is newer (`seal_zarr`), and a TIFF only by its Software field.
     """
     import tifffile
 
@@ -371,7 +371,7 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], overwrite: bo
             if _overlap(path, other):
                 kind = "input" if other in inputs else "output"
                 raise SettingsError(
-                    f"{path}: is, or lies inside, the {kind} {other}; choose another name"
+                    f"{path}: is the {kind} {other}, or lies inside it; choose another name"
                 )
         if not path.exists() or is_result(path):
             continue

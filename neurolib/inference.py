@@ -88,7 +88,7 @@ def predict_volume(
         # NumPy's min and max pass NaN on, Python's do not.
         low, high = np.minimum(low, piece.min()), np.maximum(high, piece.max())
     if not (low >= 0 and high <= 1):
-        raise VolumeError(f"expected intensities in [0, 1], got {low:g} to {high:g}; normalise it")
+        raise VolumeError(f"expected intensities in [0, 1], got {low:g} to {high:g}; normalise")
     out = np.zeros((-(-image.shape[0] // tiling.every), *image.shape[1:]), np.float32)
     for first, slices in predict_slices(network, image, tiling, progress):
         out[first : first + len(slices)] = slices
@@ -125,11 +125,11 @@ def predicted(
 def calibrate(
     checkpoint: str | Path, samples: Sequence[Sample], fused: bool = True, **tiling: object
 ) -> dict:
-    """Choose on whole volumes how to cut a checkpoint's probabilities, and store it in the file.
+    """Choose, on whole volumes, how to cut a checkpoint's probabilities; store the choice in it.
 
     Training validates on blocks, which estimate a volume's Dice to about ± 0.04 and know nothing
-    of the size of pieces; here, every voxel of the validation volumes counts. `fused`: the
-    filter may also contribute (`fuse`).
+    of the size of pieces; here, every voxel of the validation volumes counts. `fused`: a
+    filter may correct the network (`fuse`).
 
     Returns ``threshold``; ``min_size``, below which pieces are dropped (`smallest_piece`);
     ``filter_weight``; and ``calibrated``, the best mean Dice of all volumes, at these values.

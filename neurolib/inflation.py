@@ -214,7 +214,7 @@ def tube_response(
     """How strongly the tokens respond to a bright tube in one slice of an empty block.
 
     `size` (rows and columns of the block) and `radius` (σ of the horizontal tube) are in pixels of
-    the encoder; 4 of them are 1.8 voxels, enlarged 2.24 times. Each of the kernels
+    the encoder; the default is 1.8 voxels, enlarged 2.24 times. Each of the kernels
     (E, 1, D, p, p) gives D norms, one per slice in which the tube lies, relative to the largest of
     all kernels.
     """

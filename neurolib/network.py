@@ -7,7 +7,7 @@
       → pyramid of 4 scales, pooled and fused (UPerNet-style decoder, GroupNorm)
       → logits of the centre slice (B, 1, 100, 100), or of all five (B, 5, 100, 100)
 
-Two additions are ours, not the paper's, and results with them say so. `stem=True` adds a
+Two additions are ours, not the paper's, and results that use them say so. `stem=True` adds a
 small U-Net at full resolution: a token of 14 pixels at this scale is 6 voxels wide, a neurite 2 to
 4. `contrast=True` shows the encoder local contrast instead of brightness, and the stem both.
 """
@@ -32,7 +32,7 @@ UNET = "monai_unet"
 CHANNELS = (32, 64, 128, 256)
 # Rows and columns are pooled three times, the few slices of a block never.
 STRIDES = ((1, 2, 2),) * 3
-# Neurites fill about one voxel in a hundred of a salient block: start near that, not at one half.
+# Neurites fill about one voxel in a hundred of a salient block; networks start near that share.
 EMPTY_LOGIT = -4.0
 
 # Pre-trained encoders that the course was made for; any other plain ViT in timm may work as well.

@@ -159,7 +159,7 @@ def _check_heading(line: str, where: str) -> None:
             if word in cells and cells.index(word) != place:
                 raise SwcError(
                     f"{where}: {word} is column {cells.index(word) + 1}, expected the columns "
-                    f"{COLUMNS}; save it in this order, without an index"
+                    f"{COLUMNS}; save them in this order, without an index column"
                 )
 
 
@@ -242,7 +242,7 @@ def _checked_keys(table: np.ndarray, report: _Report) -> np.ndarray:
         # Some programs write NaN for an unknown radius.
         (~np.isfinite(table) & ~(np.isnan(table) & (column == 5)), "a number"),
         (whole & ((np.floor(table) != table) | (np.abs(table) >= 2**63)), "a whole number"),
-        (~whole & (np.abs(table) > 1e9), "voxels, 1e9 at most; the file is damaged"),
+        (~whole & (np.abs(table) > 1e9), "at most 1e9 voxels; the file is damaged"),
     ):
         for row, k in np.argwhere(wrong)[:1]:
             what = f"{COLUMNS.split()[k]} is {table[row, k]:g}, expected {expected}"
@@ -254,7 +254,7 @@ def _checked_keys(table: np.ndarray, report: _Report) -> np.ndarray:
         try:
             keys[row] = [int(tokens[k].removesuffix(".0")) for k in (0, 6)]
         except (ValueError, OverflowError):
-            what = "an id above 2^53 without all its digits, expected a whole number"
+            what = "an id above 2^53 that has lost digits, expected a whole number"
             raise report.error(row, what) from None
     return keys
 
@@ -453,7 +453,7 @@ def write_swc(
     The header gives the unit, the voxel size if known, and the place of the first voxel, in
     SNT's wording, so that `read_swc` converts a file in µm back to voxels.
 
-    Nothing is written if the tree has no nodes, a cycle, or values that are not finite.
+    Nothing is written if the tree has no nodes, contains a cycle, or has values not finite.
 
     Parameters
     ----------
@@ -683,7 +683,7 @@ def check_pair(tree: Tree, volume_shape: Sequence[int], name: str) -> None:
     span = ", ".join(f"{k} {a:.0f} to {b:.0f}" for k, a, b in zip("xyz", low, high, strict=True))
     raise DataError(
         f"{name}: {inside:.0%} of the SWC lies in the image of shape {tuple(volume_shape)} "
-        f"(z, y, x), expected most of it; it spans {span}: give its spacing, origin or flip"
+        f"(z, y, x), expected most of it; it spans {span}: correct it with neurolib.swc.transform"
     )
 
 
@@ -721,7 +721,7 @@ class Fit:
 
     contrast: mean intensity on the tree minus that of the image, in standard deviations of the
     image; inside: share of the nodes within the image; follows: share of the tree in the image
-    that is brighter than 6 voxels away, about 0.5 for any line and `FOLLOWS` or more along
+    that is brighter than its surroundings, about 0.5 for any line and `FOLLOWS` or more along
     neurites; hint: a frame that fits clearly better, with its contrast and `follows`, or empty.
     """
 
@@ -754,7 +754,7 @@ class Fit:
 def fit(tree: Tree, volume: Volume) -> Fit:
     """Compare the image on and off the tree, in its frame and in others often confused with it.
 
-    They differ by mirrored axes, exchanged x and y, and if the volume has a spacing, by coordinates
+    They differ by mirrored axes, exchanged x and y and, if the volume has a spacing, by coordinates
     in µm or nm, in cubic voxels, or multiplied by the spacing; each is tried with a shift of up to
     8 voxels along every axis. A frame needs 20 voxels of tree for each of its changes.
     """

@@ -40,7 +40,7 @@ from neurolib.swc import edges as tree_edges
 from neurolib.volume import pieces
 
 SOMA_RATIO = 2.5  # a soma is at least this many times as thick as the median neurite
-SOMA_NEURITES = 4.0  # and its tree this many times longer than its radius, unlike a thick fragment
+SOMA_NEURITES = 4.0  # and its tree this many times as long as its radius, unlike a thick fragment
 HALF_VOXEL = 0.5
 DENSE = 0.05  # share of its bounding box above which a dense distance transform is faster
 CENTRING = 10.0  # weight of the radius in the cost of a path
@@ -111,7 +111,7 @@ class Foreground:
     def numbers(self, seed: Zyx | None) -> list[tuple[int, int | None]]:
         """Numbers of the components, starting with the one nearest to a point (z, y, x).
 
-        It comes with the row of its nearest voxel within the component, the others with None.
+        That one comes with the row of its nearest voxel within it, the others with None.
         """
         numbers = [(number, None) for number in range(len(self.start) - 1)]
         if seed is None:
@@ -275,7 +275,7 @@ def _check_memory(held: int, graph: int, threshold: float) -> None:
         raise VolumeError(
             f"{held + graph} connected voxels or more reach the threshold {threshold:g}, but only "
             f"about {free // GRAPH_BYTES} can be traced in the {free / 2**30:.1f} GiB of free "
-            "memory; raise the threshold, or min_size if most are specks"
+            "memory; raise the threshold or, if most are specks, min_size"
         )
 
 
@@ -491,7 +491,7 @@ def find_root(lengths: sparse.csr_array, radius: np.ndarray, seed: int | None = 
 
 
 def find_soma(lengths: sparse.csr_array, radius: np.ndarray) -> int | None:
-    """Number of the thickest voxel if it is 2.5 times thicker than the neurites, else None.
+    """Number of the thickest voxel if it is at least 2.5 times as thick as the neurites.
 
     The thickness of the neurites is the median over voxels no thinner than their neighbours; other
     voxels lie at the rim of a neurite. `lengths` and `radius` are those of `find_root`.

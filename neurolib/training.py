@@ -291,7 +291,7 @@ def pulls(logits: torch.Tensor, response: torch.Tensor, tau: float) -> dict[str,
 def start(device: str = "auto", precision: str = "auto") -> Fabric:
     """Start Lightning Fabric on a device, or as one of the processes that torchrun has started.
 
-    `device` and `precision` are those of `neurolib.devices`: ``auto`` takes the best there is.
+    `device` and `precision` are those of `neurolib.devices`: ``auto`` uses the best there is.
     """
     chosen = pick_device(device)
     # torchrun sets both variables; without it, one process trains.
@@ -309,7 +309,7 @@ def start(device: str = "auto", precision: str = "auto") -> Fabric:
 
 
 def device_name(fabric: Fabric) -> str:
-    """The GPU on which a training runs, or ``CPU``, and the precision: ``CPU, bf16-mixed``."""
+    """The GPU on which a training runs, or ``CPU``, and the precision, as ``CPU, bf16-mixed``."""
     on_gpu = fabric.device.type == "cuda"
     name = torch.cuda.get_device_name(fabric.device) if on_gpu else fabric.device.type.upper()
     return f"{name}, {fabric.strategy.precision.precision}"
@@ -436,7 +436,7 @@ def train(
             # The gradient of a finite loss can be infinite, and one such step ruins all weights.
             if not math.isfinite(loss + norm):
                 raise SettingsError(
-                    f"the loss is {loss:g}, its gradient {norm:g} in step {step + 1}; lower the "
+                    f"step {step + 1}: the loss is {loss:g} and its gradient {norm:g}; lower the "
                     f"rates ({settings.encoder_rate}, {settings.decoder_rate}); best step kept in "
                     f"{checkpoint}: {best['step'] or 'none'}"
                 )
@@ -682,9 +682,7 @@ def _read(path: str | Path) -> tuple[dict[str, str], StateDict]:
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a readable checkpoint ({error})") from None
     if "sha256" in header and header["sha256"] != _seal(weights, header):
-        raise WeightsError(
-            f"{path}: damaged, its content is not what was saved; copy it again, or train again"
-        )
+        raise WeightsError(f"{path}: damaged, not what was saved; copy it again, or train again")
     return header, weights
 
 
@@ -709,7 +707,7 @@ def _fill(network: Segmenter, path: str | Path, facts: dict, weights: dict) -> N
 
 
 def names_by_content(samples: Sequence[Sample]) -> dict[str, str]:
-    """The names of samples by the hashes of their images, as a checkpoint remembers them."""
+    """The names of samples by the hashes of their images, as stored in a checkpoint."""
     return {content_key(sample.image): sample.pair.name for sample in samples}
 
 
@@ -725,7 +723,7 @@ def check_unseen(facts: dict, samples: Sequence[Sample], checkpoint: str | Path)
         if name:
             raise DataError(
                 f"{checkpoint}: was trained or validated on {name}, so a test on "
-                f"{sample.pair.name} would say nothing; run notebook 03 with these neurons held "
+                f"{sample.pair.name} would be meaningless; run notebook 03 with these neurons held "
                 "out, or test on others"
             )
 

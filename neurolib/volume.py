@@ -117,7 +117,7 @@ def read_volume(
     if spacing is None and max(size.lengths) > ANISOTROPY * min(size.lengths):
         warnings.warn(
             f"{name}: voxels are more than {ANISOTROPY} times longer along one axis than along "
-            f"another ({size.source}); if that is wrong, give --spacing Z,Y,X in µm",
+            f"another ({size.source}); if that is wrong, give spacing= (--spacing Z,Y,X in µm)",
             NeurolibWarning,
             stacklevel=2,
         )
@@ -159,7 +159,7 @@ def remarks(volume: Volume, name: str) -> Iterator[str]:
     """Lines for the user on how the file `name` was read."""
     yield from (f"{name}: {note}" for note in volume.notes)
     if volume.unknown:
-        yield f"{name}: spacing not known: {volume.unknown}; give --spacing Z,Y,X in µm"
+        yield f"{name}: spacing not known: {volume.unknown}; give spacing= (--spacing Z,Y,X in µm)"
 
 
 def is_image(path: Path) -> bool:
@@ -189,7 +189,7 @@ def check_values(volume: Volume, name: str) -> None:
             return
     if low == high:
         raise VolumeError(
-            f"{name}: every voxel is {low:g}, expected an image; check the export or the channel"
+            f"{name}: every voxel is {low:g}, expected an image; check its export and its channel"
         )
 
 

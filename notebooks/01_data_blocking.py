@@ -398,8 +398,8 @@ exercises.q4(order)
 # </details>
 
 # %% [markdown]
-# So we hold out whole neurons, and two crops of one neuron count as one: their names differ only in a
-# last word for the part (`in40_body`, `in40_tail`), or a file `neurons.csv` says so.
+# So we hold out whole neurons. Two crops count as one neuron if their names differ only in a final word
+# for the part (`in40_body`, `in40_tail`), or if a file `neurons.csv` says so.
 
 # %%
 named = {"held_out": held_out, "validate_on": validate_on, "train": train_neurons}

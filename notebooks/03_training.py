@@ -193,7 +193,7 @@ exercises.q1(draw)
 # | cross-entropy | mean of $-\log p_{true}$ | that every voxel be right, with $p_{true}$ the probability of its true class |
 # | focal | mean of $-(1 - p_{true})^2 \log p_{true}$ | the same, above all for voxels that are still wrong (Lin et al. 2017) |
 # | skeleton recall | $1 - (\sum p\,s + 1) / (\sum s + 1)$ | that the middle $s$ of every neurite be found: one voxel missing there cuts a tree in two (Kirchhoff et al. 2024). $s$ marks the voxels at most one voxel from the centreline |
-# | soft clDice | 1 - harmonic mean of two shares: of the answer's skeleton that lies on the target, and of the target's skeleton that lies on the answer | that both have the same branches, however thick (Shit et al. 2021) |
+# | soft clDice | 1 - harmonic mean of two shares: that of the answer's skeleton lying on the target, and that of the target's skeleton lying on the answer | that both have the same branches, however thick (Shit et al. 2021) |
 #
 # The skeleton of an answer comes from repeated minimum and maximum filters, which have a gradient.
 # You can choose among four sums of terms: `dice+ce`, `dice+ce+skeleton`, `dice+ce+cldice`, and
@@ -308,9 +308,9 @@ exercises.q2(soft_dice)
 #
 # A token is 6 voxels wide at this scale, and a neurite 2 to 4. So a small U-Net at full resolution,
 # the *stem*, reads the block itself, as brightness and as contrast (ten slices in all). It halves
-# rows and columns three times and enlarges them again, joined at each size by the features from the
-# way down. It locates what the tokens have recognised. The stem is our addition; the paper's rows
-# in [06 Table 1](06_table1.ipynb) do without it.
+# rows and columns three times and enlarges them again, with the features of the same size from the way
+# down as further channels, and so locates what the tokens have recognised. It is our addition; the
+# paper's rows in [06 Table 1](06_table1.ipynb) do without it.
 #
 # The details needed to rebuild it: blocks are enlarged bicubically, maps bilinearly. The convolutions of
 # decoder, stem and head have 3 × 3 kernels, each followed by GroupNorm (groups of eight features) and
@@ -438,11 +438,11 @@ plotting.show(plotting.images(panels, columns=5), "stages", alt, run.figures)
 #
 # ## A rate for every layer and every step
 #
-# We use AdamW. Its *weight decay* shrinks matrices (not norms, biases, or position and class tokens) by
+# We use AdamW. Its *weight decay* shrinks matrices (not norms, biases, position embeddings or class tokens) by
 # 0.05 times the rate in every step. We also follow three habits of people who fine-tune
 # transformers. First, the decoder starts from random weights and has ten times the encoder's peak
 # rate. Second, the encoder's rate falls layer by layer towards the pixels, since the first layers
-# already know edges, while the last ones are specialised in photographs: layer $i$ of $0 \dots n$ has
+# already know edges, while the last ones are specialised for photographs: layer $i$ of $0 \dots n$ has
 # $r\,d^{\,n - i}$, with $d$ = `layer_decay` (Clark et al. 2020). Layer 0 is the patch embedding,
 # layers 1 to 12 are the transformer's, and 13 is its last norm, which is not used here. Third, all
 # rates warm up in a straight line (for the first twentieth of the steps), so that the random
@@ -532,8 +532,8 @@ exercises.q4(share)
 # The library's loop does the same and adds what long runs need: validation, and a state on disk
 # from which a stopped run resumes. Ten steps of both must give the same weights, bit for bit.
 #
-# Single steps make the weights jitter, so we keep a running average of them (an exponential moving
-# average, *EMA*). After step $k$, counted from 0, it keeps $\min(0.98, (1 + k) / (10 + k))$ of
+# Single steps make the weights jitter, so we keep a running average of the weights (an exponential
+# moving average, *EMA*). After step $k$, counted from 0, it keeps $\min(0.98, (1 + k) / (10 + k))$ of
 # itself and takes the rest from the new weights: 90 % after the first step, 4 % after the 200th.
 
 

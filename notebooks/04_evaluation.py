@@ -211,8 +211,9 @@ widgets.explore(draw, "viewer", alt, run.figures, z=slider)
 # every block first: the mean of three slices, smoothed by a Gaussian of 1.5 voxels, minus the same
 # mean smoothed by one of 6 voxels. A block is skipped if, in the slice it votes for, this
 # difference never exceeds its 99.7th percentile over the volume. What that costs can be counted
-# without a network: a true voxel that no block covers any more is lost. The table gives both shares
-# for ten confocal stacks of *Drosophila* neurons (`benchmarks/skipping.py`):
+# without a network: a true voxel that no block covers any more is lost. The table gives the
+# shares of blocks skipped and of true voxels lost for ten confocal stacks of *Drosophila* neurons
+# (`benchmarks/skipping.py`):
 
 # %%
 with open(runs.REPOSITORY / "data" / "results" / "skipping.csv") as file:
@@ -246,7 +247,7 @@ display(Markdown(runs.table(rows)))
 #   one, and it costs the tracer a branch. An error of 10 means ten gaps, or ten specks.
 #
 # Threshold and smallest piece were chosen together on validation neurons; nothing is chosen on the
-# test neurons. (For scale: a tube of radius 1.9 and length 18, like the target's, has 200 voxels.)
+# test neurons. (For scale: 18 voxels along a tube as thick as the target's hold 200 voxels.)
 
 # %%
 unit = evaluation.length_unit(tests)

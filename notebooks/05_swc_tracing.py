@@ -90,7 +90,7 @@ probability = {
 # How does a cloud of voxels become a tree that a neuroscientist can measure? A network makes mistakes of
 # its own, so to see what the tracer does, we give it a mask that is perfect except for one flaw that most
 # masks have, gaps: the target of the test neuron, with ten gaps cut into it. Each picture shows the whole
-# mask, where you see what is missing, and an enlarged window, where you see what is crooked.
+# neuron, where you see what is missing, and an enlarged window, where you see what is crooked.
 
 # %%
 sample, cut = tests[0], facts["threshold"]
@@ -334,8 +334,8 @@ exercises.q2(parents_first)
 #     return np.argsort(depth, kind="stable")
 # ```
 #
-# A parent is one step nearer to its root than its child. With a cycle, the loop would never end, so
-# `swc.read_swc` looks for one first.
+# A parent is one step nearer to its root than its child. With a cycle in the tree, this `while` would
+# never end, so `swc.read_swc` looks for cycles first.
 # </details>
 
 # %% [markdown]

@@ -78,7 +78,7 @@ print(f"{len(rows)} measurements on {len(neurons)} neurons: {', '.join(neurons)}
 # where that one is tested, `sensory_IM3-1_sn30`. `ours` is our own configuration: a frozen encoder with
 # the weights from photographs, a decoder, and a small U-Net. The decoder and the U-Net start from the
 # shipped network, which has seen only rendered neurons, and train on the real ones for minutes; a
-# difference of Gaussians may contribute, too (notebook 04). `neurolib sweep profiles/ours-cpu.yaml` writes
+# difference of Gaussians may contribute to its answer (notebook 04). `neurolib sweep profiles/ours-cpu.yaml` writes
 # the file, fold by fold. `shipped` is that starting point, without further training. Its threshold was
 # chosen on three of these stacks, among them all of `sensory_I4-2` and half of `in40`, so on these two
 # neurons its row is not a test; and the rendering imitates the brightness and noise of six confocal stacks
@@ -146,7 +146,7 @@ for name in by_method:
 # patches with neurite before it had been trained on any neuron; from scratch, 22 million weights must
 # learn such things from a few neurons, in a short time. That would explain it, but is not proven here.
 #
-# - **Nothing is chosen on a test neuron.** One validation neuron, which is never tested, decides the step
+# - **Nothing is chosen on a test neuron.** One validation neuron, on which nothing is tested, decides the step
 #   (50 or 100), the threshold and the smallest piece. The encoder's learning rates were judged on it, too
 #   (below); the decoder's rate was not tuned.
 # - **Scratch is not crippled.** DINOv2's architecture scales what each block adds by a factor
@@ -304,7 +304,7 @@ for one, other in (
 # %% [markdown]
 # `ours` is ahead of every network of the paper, and none of these intervals contains 0. On these terms,
 # its lead over the ridge filter, 0.04, has not been shown. With two validation neurons, above, it was:
-# `ours` has 0.42 there (here 0.39), the ridge filter 0.31 (here 0.35). A threshold chosen on one neuron is
+# there `ours` has 0.42 instead of 0.39, and the ridge filter 0.31 instead of 0.35. A threshold chosen on one neuron is
 # partly luck, for filters as for networks, so distrust a comparison whose winner depends on it.
 #
 # Intervals and p-values can disagree, and do so in the stored file: from scratch, 2D is ahead of 3D on all
@@ -327,8 +327,8 @@ for one, other in (
 
 # %% [markdown]
 # Nothing that we could measure: `frozen center` is ahead of its control, `frozen random`, by 0.001 (-0.038
-# to 0.040). Both gain nearly as much over 3D scratch (0.057 and 0.056) as photographs alone do above
-# (0.073), although the control knows no photograph and its encoder learns nothing.
+# to 0.040). Both gain somewhat less over 3D scratch (0.057 and 0.056) than photographs alone do above
+# (0.073), but they do gain, although the control knows no photograph and its encoder learns nothing.
 #
 # One explanation: in the paper's network, all that the decoder learns about a voxel comes through tokens,
 # each of which describes a patch of the image, and it helps if lines can be told from noise in these
@@ -386,7 +386,7 @@ exercises.q1(paired)
 # ### Exercise 2: how many neurons would it take?
 #
 # You are planning the next experiment. You expect a mean gain of `gain`, like one in the table above, and
-# a standard deviation of the gains of `deviation`. What is the smallest number of neurons for which the
+# gains whose standard deviation is `deviation`. What is the smallest number of neurons for which the
 # 95 % t interval of the mean gain lies above 0? `stats.t.ppf(0.975, n - 1)` is $t_{n-1}$. Before you
 # compute it, make a guess for a gain of 0.02 and a deviation of 0.05: ten? twenty? fifty?
 
@@ -422,7 +422,7 @@ exercises.q2(needed)
 # %% [markdown]
 # ## Distances: another story
 #
-# This is the Hd95 of the same predictions. A network that finds nothing gets the diagonal of the volume.
+# Here is the Hd95 of the same predictions. A network that finds nothing gets the diagonal of the volume.
 
 # %%
 hd95 = sweeps.by_network(rows, "hd95")
@@ -438,9 +438,9 @@ plotting.show(figure, "hd95", alt, run.figures)
 # The paper's Hd95 falls from 38 to 3 voxels with pre-training. In the stored run, that of the 3D network
 # falls, too, on three neurons: from 26 to 9 and 11 on `in40`, from 36 to 13 on `in44`, and from 67 to 21
 # and 17 on `sensory_M4-5` (average and center). That of the 2D network falls from 16 to 11, 28 to 20, and
-# 44 to 14. On `class1_sn23`, `sensory_I4-2` and `sensory_IM3-1_sn30`, the paper's networks, and nearly all
-# filters, hardly differ in Hd95 on the same neuron (84 to 147 voxels), whatever their Dice. There, something far away
-# decides it: false pieces, like the far speck of [04](04_evaluation.ipynb#one-far-speck), neurites that
+# 44 to 14. On each of `class1_sn23`, `sensory_I4-2` and `sensory_IM3-1_sn30`, the paper's networks and nearly
+# all filters have about the same Hd95 (84 to 147 voxels over the three), whatever their Dice. There, something
+# far away decides it: false pieces, like the far speck of [04](04_evaluation.ipynb#one-far-speck), neurites that
 # nobody traced, or branches that are missed; Hd95 does not say which. On `sensory_M4-1` it even rises with
 # pre-training. So read Hd95 for what it is: the distance of the worst errors that are still common. Where
 # specks are common, report the surface Dice beside it.

@@ -209,9 +209,12 @@ def test_neurons_file_is_matched_tolerantly(tmp_path, rows, code):
     [
         ("", "expected the columns name,neuron"),
         ("name;neuron\nx1;X\n", "name,neuron once each, found 'name;neuron'; save it as CSV"),
-        ('name,neuron\nx1,"X\nx2,X\n', "not a CSV (unexpected end of data); close its quotes"),
+        (
+            'name,neuron\nx1,"X\nx2,X\n',
+            "not a CSV file (unexpected end of data); close its quotation marks",
+        ),
         ("a,b\n1,2\n", "expected the columns name,neuron"),
-        ("name,neuron\nx1,X\nx3,X\n", "row 3: no pair named 'x3'; there are x1, x2"),
+        ("name,neuron\nx1,X\nx3,X\n", "row 3: no pair named 'x3'; expected one of x1, x2"),
         ("name,neuron\n,X\n", "row 2: no pair named ''"),
         ("name,neuron\nx1,X\nx2,\n", "row 3: no neuron for 'x2'; name it"),
         ("name,neuron\nx1,X\nx2\n", "row 3: no neuron for 'x2'"),
@@ -235,7 +238,7 @@ def test_a_table_of_neurons_is_never_passed_over(tmp_path):
     assert "cannot be read" in refused(DataError, folder_pairs, tmp_path)
     (tmp_path / "neurons.csv").unlink()
     (tmp_path / "neurons.tsv").write_text("name\tneuron\nx1\tX\nx2\tX\n")
-    with pytest.warns(NeurolibWarning, match="neurons.tsv: not read; save it as neurons.csv"):
+    with pytest.warns(NeurolibWarning, match="neurons.tsv: cannot be read; save it as neurons.csv"):
         assert neurons_in(tmp_path) == {"x1": "x1", "x2": "x2"}
 
 
@@ -345,7 +348,9 @@ def test_validation_neurons_can_be_named_and_are_never_drawn_for_the_test():
         assert len(neurons_of(split.test) - {"a"}) == 2
     split = split_by_neuron(pairs, held_out="b,c", validate_on="p0")
     assert list(map(neurons_of, split)) == [{"d", "e"}, {"a"}, {"b", "c"}]
-    assert "in both" in refused(DataError, split_by_neuron, pairs, held_out="a", validate_on="p0")
+    assert "named in both held_out and validate_on" in refused(
+        DataError, split_by_neuron, pairs, held_out="a", validate_on="p0"
+    )
     assert "validate_on" in refused(DataError, split_by_neuron, pairs, validate_on="x")
     assert "5 neurons" in refused(DataError, split_by_neuron, pairs, test=4, validate_on="a")
 
@@ -431,7 +436,7 @@ def test_damaged_manifest_is_refused(tmp_path, content):
     path = tmp_path / "split.json"
     path.write_text(content)
     for file in (path, tmp_path / "missing.json"):
-        assert "no readable split" in refused(DataError, read_manifest, file)
+        assert "not a readable split" in refused(DataError, read_manifest, file)
 
 
 # ------------------------------------------------------------------------------- samples

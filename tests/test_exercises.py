@@ -299,7 +299,7 @@ WRONG = [
     (blocking.q3, lambda n, b, s: [-1, *range(0, n - b, s), n - b], "begins at -1"),
     (inflation.q1, lambda w, b, m, s: folded(w, s), "two things"),
     (inflation.q1, lambda w, b, m, s: (folded(w, s)[:, 0], b), "keepdim"),
-    (inflation.q1, lambda w, b, m, s: (w, b), "one kernel per number"),
+    (inflation.q1, lambda w, b, m, s: (w, b), "one kernel for each"),
     (inflation.q1, lambda w, b, m, s: (folded(w, s), (w * m.max()).sum()), "over the patch only"),
     (inflation.q1, lambda w, b, m, s: (w.sum(1, keepdim=True), b), "so must w'"),
     (inflation.q1, lambda w, b, m, s: (folded(w * s.view(1, 3, 1, 1) ** 2, s), b), "you multiply"),

@@ -417,7 +417,7 @@ def test_a_folder_in_which_another_process_is_at_work(work, tmp_path, monkeypatc
         else:
             runs.run_course("synthetic", "empty", "x", tmp_path / "runs", {}, ())
 
-    with pytest.raises(SettingsError, match="another process is at work here"):
+    with pytest.raises(SettingsError, match="another process uses it"):
         again()
     before = sorted(tmp_path.rglob("*"))
     process.kill()

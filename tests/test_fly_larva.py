@@ -173,7 +173,7 @@ def test_servers_that_drop_or_are_busy_are_borne_with(server, monkeypatch, way):
         ("missing", "answered 404"),
         ("huge", "bytes, expected"),
         ("endless", "more bytes"),
-        ("elsewhere", "but got"),
+        ("elsewhere", "asked for the bytes from"),
         ("loop", "redirect"),
         ("altered", "has sha256"),
         ("short", "has sha256"),

@@ -186,13 +186,13 @@ def test_channels_of_tiff(tmp_path, axes):
     path = tiff(tmp_path / "a.ome.tif", data, metadata={"axes": axes})
     refused(path, r"3 channels \(0 to 2\)")
     for channel in (3, -1):
-        refused(path, f"channel {channel} does not exist", channel=channel)
+        refused(path, f"channel {channel} does not exist; .* from 0 to 2", channel=channel)
     for k in range(3):
         reads(path, stack("uint16", seed=k), channel=k)
     # A single channel has the number 0.
     path = tiff(tmp_path / "a.tif", stack())
     reads(path, stack(), channel=0)
-    refused(path, "channel 1 does not exist", channel=1)
+    refused(path, "channel 1 does not exist; .* 0, the only one", channel=1)
 
 
 SINGLE = r"expected a 3D stack, got shape \(5, 6\); a single slice is not a volume"
@@ -304,7 +304,7 @@ def test_sets_of_ome_files(tmp_path):
     files[3].write_bytes(files[4].read_bytes())
     refused(files[1], r"s3\.ome\.tif does not belong to its set of files")
     tifffile.imwrite(files[3], data[3, :9, :9].copy())
-    refused(files[1], r"s3\.ome\.tif does not belong .*shape \(9, 9\)")
+    refused(files[1], r"s3\.ome\.tif does not belong .*shape \(9, 9\).*copy the set again")
     ome_set(tmp_path, data, binary_only=True)
     reads(files[0], data)
     refused(files[2], r"that s0\.ome\.tif describes; read that file")
@@ -726,11 +726,11 @@ def test_nrrd_of_several_gzip_members(tmp_path):
 
 def test_nrrd_refusals(tmp_path):
     for content, words in (
-        (nrrd(stack(), extra="data file: a.raw\n"), "data file.*attached"),
+        (nrrd(stack(), extra="data file: a.raw\n"), "data file.*in one .nrrd file"),
         (nrrd(stack(), "bzip2"), "encoding 'bzip2'"),
         (nrrd(stack())[:-1], "truncated"),
         (nrrd(stack(), "gzip")[:-20], "truncated|damaged"),
-        (b"NRRD0004\ntype: uchar\n\n", "lacks"),
+        (b"NRRD0004\ntype: uchar\n\n", "no usable sizes, type or encoding"),
         (b"something else", "does not begin like"),
     ):
         refused(save(tmp_path, content, "a.nrrd"), words)
@@ -867,7 +867,7 @@ def test_zarr_of_bioformats2raw(tmp_path):
     ome_zarr(path / "0", stack(), ngff="0.4")
     reads(path, stack())
     root.create_group("1")
-    refused(path, r"several images, expected one; name it, such as a\.zarr/0")
+    refused(path, r"several images, expected one; name one, for example a\.zarr/0")
     reads(path / "0", stack())
 
 
@@ -942,7 +942,7 @@ def test_zarr_refusals(tmp_path):
     zarr.create_group(path, overwrite=True)
     refused(path, "not an OME-Zarr image .KeyError: 'multiscales'")
     ome_zarr(path / "B/2/0", stack())  # the field of a plate
-    refused(path, r"expected multiscales .*; name the image, such as a\.zarr/B/2/0$")
+    refused(path, r"expected multiscales .*; name the image, for example a\.zarr/B/2/0$")
     reads(path / "B/2/0", stack())
     refused(ome_zarr(path, stack(), multiscales() | {"datasets": []}), "expected multiscales")
     flat = multiscales("yx", (0.5, 0.25))

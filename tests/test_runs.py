@@ -285,10 +285,16 @@ def test_a_sweep_with_two_workers_keeps_what_succeeds_and_goes_on(data, tmp_path
         (("seeds: [0]", "seeds: [yes]"), "seeds: expected int, such as 0, got 'yes'"),
         (("folds: [cell0]", "folds: [[cell0]]"), "folds: expected str"),
         (("  slow:", "  ridge filter:"), "a filter's name; choose another"),
-        (("folds: [cell0]", "folds: [{held_out: a, steps: 3}]"), "expected held_out, optionally"),
-        (("folds: [cell0]", "folds: [{validate_on: a}]"), "expected held_out, optionally"),
+        (
+            ("folds: [cell0]", "folds: [{held_out: a, steps: 3}]"),
+            "expected held_out and, optionally, validate_on",
+        ),
+        (
+            ("folds: [cell0]", "folds: [{validate_on: a}]"),
+            "expected held_out and, optionally, validate_on",
+        ),
         (("{encoder_rate: 1.0e-5}", "3"), "network 'slow': '3'"),
-        (("  steps: 2", "  held_out: a"), "has 'held_out'; use folds for it"),
+        (("  steps: 2", "  held_out: a"), "has 'held_out'; set it with folds"),
         (("results: x.csv", "results:"), "results is ''"),
         (("results: x.csv", "results: x.txt"), "expected a .csv"),
         (("networks:", "common_networks:"), "expected the keys"),
@@ -545,7 +551,7 @@ def test_a_run_stops_on_misplaced_trees(data, tmp_path, capsys):
     runs.run_course(str(data), "empty", "x", tmp_path / "runs", parameters, (), True)
     said = capsys.readouterr().out
     assert "cell0.tif: spacing not known" in said
-    assert "; set the parameter spacing=Z,Y,X in µm" in said
+    assert "; give spacing= (--spacing Z,Y,X in µm)" in said
 
 
 def test_trees_in_micrometres_lie_in_their_images(data, tmp_path, capsys):

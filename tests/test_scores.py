@@ -169,7 +169,7 @@ def test_folders_are_matched_by_name(folders, tmp_path):
     assert "because their SWC is used: a.tif" in text
     assert "that have no prediction of the same name: d.swc" in text
     assert "c.tif: no foreground, an empty mask" in text
-    assert "b.zarr: a probability, foreground from 0.5 up" in text
+    assert "b.zarr: a probability, foreground from 0.5" in text
     expected = evaluate(np.roll(MASK, 1, 2), TREE, SPACING)
     for key in SCORES:
         head = key if key in rows["a"] else f"{key}_um"
@@ -177,7 +177,7 @@ def test_folders_are_matched_by_name(folders, tmp_path):
     assert rows["c"]["esa_um"] == "inf"
     assert float(rows["b"]["dice"]) == 1
     mean = next(line for line in lines if line.startswith("mean of 3"))
-    assert "1 empty, their distances set to the diagonal" in mean
+    assert "1 empty, each distance set to the diagonal" in mean
     esa = [float(rows[name]["esa_um"]) for name in "ab"] + [float(rows["c"]["diagonal_um"])]
     assert f"ESA {np.mean(esa):.4g} µm" in mean
 

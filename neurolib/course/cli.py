@@ -66,7 +66,7 @@ ParametersOption = _option(
     list[str] | None, "One parameter, key=value; may be repeated.", "--set", "-p"
 )
 IgnoreFramesOption = _option(
-    bool, "Accept trees that lie beside their neurites.", "--ignore-frames"
+    bool, "Accept trees that do not lie on their neurites.", "--ignore-frames"
 )
 DeviceOption = _option(str, "auto, cpu, cuda, cuda:1 ...")
 OverwriteOption = _option(bool, "Replace files that neurolib did not write.", "--overwrite")
@@ -78,7 +78,7 @@ ChannelOption = _option(int | None, "Channel of multi-channel images, counted fr
 CheckpointOption = _option(
     Path, "A checkpoint, or the folder of a run; default: the shipped network.", show_default=False
 )
-UnitsOption = _option(str, "Units of the SWC: voxels, or um, as other programs expect.")
+UnitsOption = _option(str, "Unit of the SWC: voxels, or um, which most other programs expect.")
 
 
 def _version(asked: bool) -> None:
@@ -112,7 +112,7 @@ def run(
 ) -> None:
     """Execute all notebooks on a data set and write runs/NAME, with report.html.
 
-    Finished notebooks are skipped: run an interrupted call again to resume it.
+    Finished notebooks are skipped, so the same command resumes an interrupted run.
 
     Example: neurolib run --data my_pairs -p held_out=cell3 -p steps=300
     """
@@ -125,7 +125,7 @@ def run(
 
 def _run_name(name: str) -> str:
     if name and Path(name).name != name:
-        raise SettingsError(f"--name {name}: expected a name; set the folder with --folder")
+        raise SettingsError(f"--name {name}: expected a name alone; --folder sets the folder")
     return name
 
 
@@ -150,7 +150,7 @@ def train(
     ignore_frames: IgnoreFramesOption = False,
     overwrite: RetrainOption = False,
 ) -> None:
-    """Train only, on several GPUs or machines; `neurolib run` with the same options continues.
+    """Train only, on several GPUs or machines; continue with `neurolib run` and the same options.
 
     Example: torchrun --nproc-per-node 4 -m neurolib train --profile gpu --data my_pairs
     """
@@ -166,14 +166,14 @@ def sweep(
     grid: _argument(Path, "A grid, such as profiles/table1-cpu.yaml."),
     data: _option(str, "A folder of pairs instead of the grid's data.") = "",
     folder: RunsOption = Path("runs"),
-    workers: _option(int, "How many runs at the same time; they share the cores.") = 1,
+    workers: _option(int, "Number of runs at a time; they share the cores.") = 1,
     seed: _option(list[int] | None, "Replaces the grid's seeds; may be repeated.") = None,
     scheduler: _option(str, "Address of a Dask cluster to do the runs instead.") = "",
-    rows: _option(list[str] | None, "Run this network only; may be repeated.") = None,
+    rows: _option(list[str] | None, "Run this row (network) only; may be repeated.") = None,
     folds: _option(list[int] | None, "Run this fold only, from 0; may be repeated.") = None,
     ignore_frames: IgnoreFramesOption = False,
 ) -> None:
-    """Train and evaluate (notebooks 03 to 05) every network, seed and fold of a grid.
+    """Train every network, seed and fold of a grid, and evaluate it as its `measure` asks.
 
     Finished runs are skipped, and failed ones are tried again. A grid can also be run in parts,
     which add up to one results file. Notebook 06 shows it.
@@ -240,8 +240,8 @@ def segment(
 ) -> None:
     """Segment stacks and trace them: image in, SWC (and mask, and probability) out.
 
-    From .zarr to a --probability NAME.zarr, the image need not fit in memory; run an interrupted
-    call again to resume it. Tracing needs memory for the foreground only.
+    From .zarr to a --probability NAME.zarr, the image need not fit in memory, and the same
+    command resumes an interrupted call. Tracing needs memory for the foreground only.
 
     Example: neurolib segment cell.tif --out cell.swc
     """
@@ -268,7 +268,7 @@ def segment(
     inputs = dict.fromkeys(file for image in outputs for file in files_read(image))
     check_outputs(written, [*inputs, checkpoint], overwrite)
     if (workers or scheduler) and not all(_is_zarr(paths[2]) for paths in outputs.values()):
-        raise SettingsError("--workers and --scheduler write parts; give --probability NAME.zarr")
+        raise SettingsError("--workers and --scheduler need a --probability NAME.zarr to share")
     if workers or scheduler:
         cluster.require_dask()
     loaded = load_checkpoint(checkpoint)
@@ -321,7 +321,7 @@ def _outputs(
             if path is not None and (several or (not path.suffix and path.is_dir())):
                 if path.suffix.lower() in suffixes:
                     raise SettingsError(
-                        f"{option} {path}: expected a folder, since there are {len(inputs)} images"
+                        f"{option} {path}: expected a folder for {len(inputs)} images"
                     )
                 path = path / f"{image.stem}{suffixes[0]}"
             _check_output(path, *suffixes)
@@ -354,9 +354,9 @@ def _expand(paths: list[Path]) -> tuple[list[Path], bool]:
         usable = sorted(p for p in listed if p.name.lower().endswith(SUFFIXES))
         new = [p for p in usable if not is_result(p)]
         if len(new) < len(usable):
-            print(f"{path}: {len(usable) - len(new)} results of earlier calls left out")
+            print(f"{path}: skipped {len(usable) - len(new)} results of earlier calls")
         if not new:
-            raise SettingsError(f"{path}: no image; expected one of {', '.join(SUFFIXES)}")
+            raise SettingsError(f"{path}: no image; expected files in {', '.join(SUFFIXES)}")
         members: set[Path] = set()  # of sets of OME files, each of which is one image
         for file in new:
             if file not in members:
@@ -420,7 +420,7 @@ def _segment_one(
             binary = binary[:]
         about = provenance("mask", **made, min_size=size if kept else 1)
         write_volume(mask, binary, volume.spacing, known=known, about=about)
-        print(f"{mask}: voxels of at least {cut:g}{kept}")
+        print(f"{mask}: voxels with a probability of at least {cut:g}{kept}")
     if out:
         options = {"threshold": cut, "min_size": size, "regions": stored_boxes(volume.data)}
         tree = trace(volume.data, volume.spacing, **options)
@@ -465,7 +465,7 @@ def trace(
     out_dir: _option(
         Path | None, "A folder instead of --out: traces every label to NAME_LABEL.swc."
     ) = None,
-    label: _option(int | None, "The only label to trace; default: all but 0.") = None,
+    label: _option(int | None, "This label only; default: all but 0, as one foreground.") = None,
     threshold: _option(
         float | None,
         "Probability threshold, 0 to 1; default 0.5. Without it, whole numbers are labels; with "
@@ -477,7 +477,7 @@ def trace(
         "as in the file.",
     ) = "",
     seed: _option(
-        str, "X,Y,Z in voxels (--spacing is Z,Y,X): the root of the piece nearest to it."
+        str, "X,Y,Z in voxels (--spacing is Z,Y,X): root of the piece nearest to it, traced first."
     ) = "",
     min_size: _option(int, "Size of the smallest piece to keep, in voxels.") = 20,
     bridge: _option(float, "Longest gap to close, in voxels of the finest axis; 0: none.") = 15.0,
@@ -579,7 +579,7 @@ def calibrate(
     """Choose a network's threshold, smallest piece and filter weight on traced stacks.
 
     What suits one microscope often fails on another; one traced stack of your own is enough to
-    choose again, without training. The checkpoint records the stacks, which can no longer test it.
+    choose again, without training. The checkpoint records these stacks and is not tested on them.
 
     Example: neurolib calibrate my_pairs --out mine.safetensors
     """
@@ -611,7 +611,7 @@ def calibrate(
     print(f"pieces of at least {chosen['min_size']} voxels, if slices are as far apart as pixels;")
     print(f"mean Dice {chosen['calibrated']:.3f} on {names}, on which they were chosen")
     if chosen["threshold"] in (0.01, 0.99):
-        print("the threshold is at the end of its range: does the network suit these stacks?")
+        print("the threshold is at the end of its range; this network may not suit these stacks")
 
 
 @app.command()
@@ -722,7 +722,7 @@ def _check_machine() -> Iterator[str]:
         facts = torch.cuda.get_device_properties(i)
         print(f"cuda:{i} {facts.name}, {facts.total_memory / 2**30:.0f} GiB")
     if not torch.cuda.is_available():
-        print("no GPU: the small profiles are made for that")
+        print("no GPU; the small profiles are made for machines without one")
     if memory.available < 1.5 * 2**30:
         yield "less than 1.5 GiB of memory free; close other programs"
 

@@ -49,8 +49,8 @@ def share(
         error = job.exception()
         if isinstance(error, distributed.scheduler.KilledWorker):
             error = SettingsError(
-                f"workers keep dying on it (last: {error.last_worker}), perhaps for lack of "
-                "memory; use fewer workers or smaller pieces, and run the same command to resume"
+                f"the workers that tried a part died (the last: {error.last_worker}); perhaps they "
+                "ran out of memory: use fewer workers, and run the same command to resume"
             )
         if error is not None and not isinstance(error, NeurolibError):
             raise error

@@ -177,7 +177,7 @@ def _stored(data: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]] | None:
 
 @functools.lru_cache(1)
 def _blank_of(job: "_Job") -> Callable[[Box], bool]:
-    """A test of whether the tiles of a box are known, without reading, to see only zeros."""
+    """A test whether the tiles of a box, as far as known without reading, see only zeros."""
     image, settings = _image(job), _network(job.checkpoint, job.digest).settings
     grid = _stored(image)
     if grid is None:
@@ -272,8 +272,8 @@ def predict_large(
         differs = [key for key in wanted if begun.get(key) != wanted[key]]
         if differs:
             raise SettingsError(
-                f"{part.name}: begun with another {' and '.join(differs)}; continue with "
-                f"the same, or remove {part} to start again"
+                f"{part.name}: begun with another {' and '.join(differs)}; use the "
+                f"same as before, or remove {part} to start again"
             )
         threads = max(1, (os.cpu_count() or 1) // workers) if workers and not scheduler else 0
         levels = begun["low"], begun["high"], begun["empty"]

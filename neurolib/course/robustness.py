@@ -23,7 +23,7 @@ from neurolib.tracing import (
 # In voxels.
 GAP = 3.5  # radius of a ball cut out of a neurite; a cut is 7 long
 SPECK = (1.8, 3.2)  # radii of specks, balls of 27 to 123 voxels
-CLEAR = 8.0  # least distance from the centre of a speck to the neurite
+CLEAR = 8.0  # smallest distance from the centre of a speck to the neurite
 NEAR = 2.0  # largest distance between trees that agree
 BLUR = 1.5  # σ of the blur for the damage "threshold"
 
@@ -79,7 +79,7 @@ def degrade(mask: np.ndarray, tree: Tree, kind: str, amount: float) -> tuple[np.
     threshold    a Gaussian of σ = 1.5, cut at other values than 0.5    threshold, 0 to 1
     ===========  =====================================================  ==================
 
-    `mask` (z, y, x) is faultless, the target of `tree`. A larger amount adds to the damage of a
+    `mask` (z, y, x) is perfect, the target of `tree`. A larger amount adds to the damage of a
     smaller one.
     """
     if kind not in DAMAGE:

@@ -95,7 +95,7 @@ class Run:
             return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
         except (ValueError, TypeError):
             raise SettingsError(
-                f"{path}: damaged, expected the JSON that a run writes; choose another --name"
+                f"{path}: damaged; expected the JSON file that a run writes; choose another --name"
             ) from None
 
     def hand_over(self, name: str) -> str:
@@ -129,8 +129,8 @@ def target_of(run: Run) -> dict:
 def checkpoint_of(run: Run) -> Path:
     """The checkpoint that notebook 03 left in a run or, before that, the shipped network.
 
-    ``data/neurite.md`` describes the shipped network. It does not replace a checkpoint that is
-    missing (WeightsError).
+    ``data/neurite.md`` describes the shipped network. If a trained run has
+    lost its checkpoint, this is a WeightsError instead.
     """
     path = run.path(CHECKPOINT)
     if path.exists():
@@ -283,7 +283,7 @@ def choose_parameters(values: dict, defaults: dict[str, dict]) -> dict[str, dict
 
 
 def check_settings(values: dict, folder: str | Path = NOTEBOOKS) -> tuple:
-    """Refuse now what a stage would refuse hours later (SettingsError).
+    """Refuse early what a stage would refuse hours later (SettingsError).
 
     `values` holds all parameters of the notebooks; their paths are relative to `folder`. This
     returns the settings of network and training.
@@ -480,8 +480,8 @@ def check_run(folder: Path, data: str, given: dict | None = None) -> None:
         changed.append("other files")
     if changed:
         raise SettingsError(
-            f"{folder}: its network was trained with {', '.join(changed)}; choose another --name, "
-            "or give --overwrite to train again"
+            f"{folder}: its network was trained with other settings ({', '.join(changed)}); choose "
+            "another --name, or give --overwrite to train again"
         )
 
 
@@ -550,8 +550,7 @@ def check_data(data: str, choices: Sequence[dict], ignore_frames: bool = False) 
         files.check_name(data, pair.image.resolve(), pair.swc.resolve())
         volume, tree = read_pair(pair)
         for remark in set(remarks(volume, "")) - printed:  # once, not for every image
-            told = remark.replace("give --spacing ", "set the parameter spacing=")
-            print(f"{pair.image.name}{told}", flush=True)
+            print(f"{pair.image.name}{remark}", flush=True)
             printed.add(remark)
         check_pair(tree, volume.data.shape, pair.name)
         if not ignore_frames:
@@ -559,7 +558,7 @@ def check_data(data: str, choices: Sequence[dict], ignore_frames: bool = False) 
 
 
 def refuse_misplaced(volume: Volume, tree: Tree, name: str) -> None:
-    """Refuse a tree that lies beside the neurites of its image, and name the command's way out."""
+    """Refuse a tree that does not lie on its neurites, and name the command's way out."""
     try:
         check_frame(tree, volume, name)
     except DataError as error:
@@ -685,7 +684,7 @@ def _execute(run: Run, notebook: str, parameters: dict, key: str) -> None:
         except (DeadKernelError, CellTimeoutError) as error:
             # When memory runs out, the system kills the kernel.
             reason = (str(error).splitlines() or ["the kernel died"])[0]
-            raise NotebookError(f"{notebook}: {reason}; perhaps for lack of memory") from None
+            raise NotebookError(f"{notebook}: {reason}; perhaps it ran out of memory") from None
         executed = nbformat.read(temporary, as_version=4)
         for cell in executed.cells:
             if cell.cell_type == "code":

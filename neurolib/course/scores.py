@@ -59,9 +59,9 @@ def evaluate(
     parameters; if all pieces are too small, they are kept. For two trees, mask scores are NaN.
 
     Each connected piece (of a mask) or tree matches the piece of the other side with which it
-    shares most voxels, or most length within the tolerance. ``splits`` is the number of matched
-    pieces of the prediction minus the number of pieces that they match, and ``merges`` is the same
-    for the reference.
+    shares the most voxels, or the most length within the tolerance. ``splits`` is the number of
+    matched pieces of the prediction minus the number of pieces that they match, and ``merges`` is
+    the same for the reference.
 
     If both are empty, overlaps are 1 and distances 0. If only one is, overlaps, precision and
     recall are 0, PDS is 1 and distances are infinite.
@@ -201,7 +201,7 @@ def evaluate_files(
     str
         What is left out or converted, a line per pair, and, for several pairs, a line of means, in
         which an infinite distance becomes the diagonal of its volume. If one of several pairs
-        cannot be compared, its line says why, the table omits it, and a `DataError` ends the call.
+        cannot be compared, a line says why, the table omits it, and a `DataError` follows.
     """
     for option, value in (("tolerance", tolerance), ("threshold", threshold)):
         check_range(option, value, f"--{option} ")
@@ -218,7 +218,7 @@ def evaluate_files(
     if unknown:
         yield (
             f"voxel size unknown ({', '.join(unknown[:3])}{' ...' * (len(unknown) > 3)}): "
-            "distances are in voxels of the finest axis; --spacing Z,Y,X sets it"
+            "distances are in voxels of the finest axis; give --spacing Z,Y,X in µm"
         )
     rows = []
     for name, (size, known) in sizes.items():
@@ -302,7 +302,9 @@ def _pair_spacing(pair: tuple[Path, Path]) -> tuple[Zyx, bool]:
     for sizes, unit in ((known, " µm"), (ratios, "")):
         if len(sizes) == 2 and not np.allclose(*sizes.values(), rtol=0.01):
             both = " and ".join(f"{name} {spacing}" for name, spacing in sizes.items())
-            raise DataError(f"voxel sizes differ: {both} (z, y, x){unit}; give --spacing Z,Y,X")
+            raise DataError(
+                f"voxel sizes differ: {both} (z, y, x){unit}; give --spacing Z,Y,X in µm"
+            )
     return next(iter((known or ratios).values()), (1.0, 1.0, 1.0)), bool(known)
 
 
@@ -325,7 +327,7 @@ def _read(
         meaning = meaning if data.any() else "no foreground, an empty mask"
         return data, [f"{path.name}: {meaning}"] if meaning != "a mask" else []
     cut = 0.5 if threshold is None else threshold
-    return data >= cut, [f"{path.name}: {meaning}, foreground from {cut:g} up"]
+    return data >= cut, [f"{path.name}: {meaning}, foreground from {cut:g}"]
 
 
 def _mean(rows: list[dict]) -> tuple[str, dict]:
@@ -337,7 +339,7 @@ def _mean(rows: list[dict]) -> tuple[str, dict]:
         if measured:
             diagonals = np.array([row["diagonal"] for row in measured])
             mean[key] = aggregate([row[key] for row in measured], diagonals).mean
-    note = f" ({missed} empty, their distances set to the diagonal)" if missed else ""
+    note = f" ({missed} empty, each distance set to the diagonal)" if missed else ""
     return f"mean of {len(rows)}{note}", mean
 
 
@@ -369,7 +371,7 @@ def _cell(value: float) -> str:
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file is a table of `evaluate_files` to which nobody has added words or columns."""
+    """Whether a file is a table of `evaluate_files` without added words or columns."""
     try:
         head, *rows = csv.reader(path.read_text(encoding="utf-8").splitlines())
         numbers = [cell for row in rows for cell in row[1:] if cell]

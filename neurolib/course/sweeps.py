@@ -132,19 +132,23 @@ def read_grid(path: str | Path) -> dict:
     for name, changes in grid["networks"].items():
         if not isinstance(changes, dict):
             raise SettingsError(
-                f"{path}: network {name!r}: {changes!r}, expected parameters, as 'a: {{depth: 1}}'"
+                f"{path}: network {name!r}: {changes!r}, expected parameters such as {{depth: 1}}"
             )
         if name in FILTERS:
             raise SettingsError(
                 f"{path}: network {name!r}: that is a filter's name; choose another"
             )
         for key in RESERVED.keys() & (grid["common"].keys() | changes.keys()):
-            raise SettingsError(f"{path}: network {name!r} has {key!r}; use {RESERVED[key]} for it")
+            raise SettingsError(
+                f"{path}: network {name!r} has {key!r}; set it with {RESERVED[key]}"
+            )
     grid["seeds"] = [read_as(0, seed, f"{path}: seeds") for seed in grid["seeds"]]
     folds = [fold if isinstance(fold, dict) else {"held_out": fold} for fold in grid["folds"]]
     for fold in folds:
         if "held_out" not in fold or fold.keys() - {"held_out", "validate_on"}:
-            raise SettingsError(f"{path}: fold {fold}: expected held_out, optionally validate_on")
+            raise SettingsError(
+                f"{path}: fold {fold}: expected held_out and, optionally, validate_on"
+            )
     grid["folds"] = [
         {key: read_as("cell1", names, f"{path}: folds") for key, names in fold.items()}
         for fold in folds
@@ -174,7 +178,7 @@ def run_sweep(
     data : str
         Replaces the grid's; folders and results are then also named after the data.
     workers : int
-        How many runs at the same time, each in its own process; they share the cores.
+        Number of runs at a time, each in its own process; they share the cores.
     seeds : sequence of int
         Replaces the grid's. Results of other seeds stay in the file.
     scheduler : str
@@ -243,7 +247,7 @@ def run_sweep(
 def _check(
     path: str | Path, measure: str, cells: list[Cell], defaults: dict, results: Path
 ) -> None:
-    """Refuse now what would fail hours later (SettingsError)."""
+    """Refuse early what would fail hours later (SettingsError)."""
     known = runs.merge(defaults)
     for cell in {cell.network: cell for cell in cells}.values():
         runs.localise(cell.parameters)
@@ -258,7 +262,7 @@ def _check(
         reason = str(error).removeprefix(f"{results}: ")
         raise SettingsError(
             f"{results}: not a results file for measure {measure} ({reason}), so it is not "
-            "replaced; name another one, or move it away"
+            "replaced; name another file in 'results', or move this one away"
         ) from None
     name, count = Counter(cell.name for cell in cells).most_common(1)[0]
     if count > 1:
@@ -282,7 +286,7 @@ def _part(
     known = list(grid["networks"])
     for name in rows:
         if name not in known:
-            raise SettingsError(f"--rows {name}: no such row in {path}; there are {known}")
+            raise SettingsError(f"--rows {name}: no such row in {path}; expected one of {known}")
     for fold in folds:
         if not 0 <= fold < len(grid["folds"]):
             raise SettingsError(
@@ -338,7 +342,7 @@ def _run_apart(job: functools.partial, threads: int, cell: Cell) -> Run | Neurol
     if status == 0:
         return Run(Path(job.args[1]) / cell.name)
     if status < 0:
-        return NotebookError("its process was killed, perhaps for lack of memory")
+        return NotebookError("its process was killed; perhaps it ran out of memory")
     return NotebookError(json.loads(last) if status == 2 else f"{cell.name}: {last}")
 
 
@@ -558,7 +562,7 @@ def gains(
     """Difference of a network from another on each neuron that both have."""
     for name in (network, baseline):
         if name not in values:
-            raise SettingsError(f"no network {name!r}; there are {', '.join(values)}")
+            raise SettingsError(f"no network {name!r}; expected one of {', '.join(values)}")
     ours, theirs = values[network], values[baseline]
     return {neuron: ours[neuron] - theirs[neuron] for neuron in ours if neuron in theirs}
 

@@ -3,7 +3,7 @@
 The release (Manubens-Gil et al., Nature Methods 2023) is one archive of 166 image stacks with
 their gold-standard SWC files. It is too large to ship and is fetched once, into the cache. The
 paper uses the neurons of Janelia's FlyLight project, which are in the two folders
-``..._janelia_flylight_part1`` and ``..._part2``, each in a folder of its own.
+``..._janelia_flylight_part1`` and ``..._part2``; each neuron has its own folder there.
 """
 
 import hashlib
@@ -125,8 +125,8 @@ def _unpack(archive: Path, folder: Path) -> None:
         total = sum(member.file_size for pair in pairs.values() for member in pair)
         if total > min(MAX_UNPACKED, shutil.disk_usage(folder).free):
             raise DataError(
-                f"{archive.name}: unpacked, it has {total} bytes, too many for the disk or for the "
-                "release; make room, or check the address"
+                f"{archive.name}: unpacked, its pairs have {total} bytes, too many for this disk "
+                "or for the release; make room, or check the address"
             )
         if unpaired:
             warnings.warn(

@@ -150,7 +150,7 @@ def split_by_neuron(
     """
     if any(pair.style == FINAL_STYLE for pair in pairs):
         raise DataError(
-            f"{pairs[0].name}: in a final test set, which is for evaluation only: "
+            f"{pairs[0].name}: in a final test set, never to train or validate on; evaluate with "
             "'neurolib run --data fly-larva-final --profile final -p checkpoint=FILE'"
         )
     if min(test, validation, train) < 0:
@@ -204,7 +204,7 @@ def _asked(
             end, name = next((hit for hit in hits if hit[1] is not None), (1, ""))
             word, rest = rest[0].strip(), rest[end:]
             if word and not name:
-                raise DataError(f"{key}: no neuron {word!r}; there are {', '.join(neurons)}")
+                raise DataError(f"{key}: no neuron {word!r}; expected one of {', '.join(neurons)}")
             chosen += [name] if name else []
     return chosen
 
@@ -248,7 +248,7 @@ def read_manifest(path: str | Path) -> Split:
     except DataError:
         raise
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{path}: no readable split; run notebook 01 first") from None
+        raise DataError(f"{path}: not a readable split; run notebook 01 first") from None
     return Split(**groups)
 
 

@@ -66,8 +66,8 @@ class Stack:
 class Header:
     """The header of a file with one array, which begins at byte `offset`.
 
-    shape: slowest axis first; axis: the channel axis, or None; unpack: if the voxels are packed,
-    makes them from the path and this header.
+    shape: slowest axis first; axis: the channel axis, or None; unpack: for
+    packed voxels, the function that makes them from the path and this header.
     """
 
     shape: tuple[int, ...]
@@ -195,7 +195,8 @@ def choose_channel(channels: int, channel: int | None) -> int:
             f"{channels} channels (0 to {channels - 1}), expected one; give channel= (--channel)"
         )
     if not 0 <= (channel or 0) < channels:
-        raise VolumeError(f"channel {channel} does not exist, only channels 0 to {channels - 1}")
+        known = f"from 0 to {channels - 1}" if channels > 1 else "0, the only one"
+        raise VolumeError(f"channel {channel} does not exist; give channel= (--channel) {known}")
     return channel or 0
 
 
@@ -463,7 +464,7 @@ def _set_of(tif: tifffile.TiffFile) -> dict[str, str]:
 
 
 def _check_member(tif: tifffile.TiffFile, page: tifffile.TiffPage) -> None:
-    """Refuse a page of another file that was saved with another set."""
+    """Refuse a page from another file if that belongs to another set or has another shape."""
     file, first = page.parent.filehandle.name, tif.pages.first
     own = re.search(r'<OME\b[^>]* UUID="([^"]*)"', page.parent.ome_metadata or "")
     wanted = _set_of(tif).get(file)
@@ -479,7 +480,7 @@ def _negative(data: np.ndarray, bits: Any) -> np.ndarray:
     """Invert pixels whose 0 is white."""
     if data.dtype.kind == "f":
         raise VolumeError(
-            f"0 is white (MinIsWhite) in voxels of {data.dtype}, which have no black; "
+            f"0 is white (MinIsWhite) in {data.dtype} voxels, which have no defined black; "
             "invert and save it as MinIsBlack"
         )
     if data.dtype.kind != "u":
@@ -585,7 +586,9 @@ def read_v3draw(path: Path, begin: bytes) -> Header:
     if len(header.shape) == 4:
         return header
     if header.shape[0] != 1:
-        raise VolumeError(f"a series of {header.shape[0]} time points, expected one 3D stack")
+        raise VolumeError(
+            f"a series of {header.shape[0]} time points; save one of them as a 3D stack"
+        )
     return replace(header, shape=header.shape[1:])
 
 
@@ -652,7 +655,7 @@ def _pbd_unpack(path: Path, header: Header) -> np.ndarray:
 
 
 def _pbd_codes(packed: bytes, stored: np.ndarray, bits: np.ndarray) -> np.ndarray:
-    """Place of each run's code; by code, `bits` follow it or, where 0, `stored` bytes."""
+    """Place of each run's code, which is followed by its `bits` or, if 0, by `stored` bytes."""
     sizes = (1 + np.where(bits > 0, -(-bits // 8), stored)).tolist()
     starts, position, end = [], 0, len(packed)
     while position < end:
@@ -676,15 +679,15 @@ def read_nrrd(path: Path, begin: bytes) -> Header:
     head = re.match(rb".*?\n(?=[ \t]*\r?\n)", begin, re.DOTALL)
     if not head:
         raise VolumeError(
-            "no empty line after the header; its data are in another file or "
-            "cut off, expected both in one .nrrd file"
+            "no empty line after the header; its data are missing or in another file, "
+            "expected both in one .nrrd file"
         )
     offset = begin.index(b"\n", head.end()) + 1
     lines = re.findall(r"^([^#:\n]+):(?!=)[ \t]*(.*?)[ \t]*$", decode(head[0]), re.MULTILINE)
     fields = {key.strip().lower(): value for key, value in lines}
     for key in ("data file", "datafile", "line skip", "lineskip", "byte skip", "byteskip"):
         if fields.get(key, "0") != "0":
-            raise VolumeError(f"header with {key!r}, expected all in one .nrrd file; save attached")
+            raise VolumeError(f"header with {key!r}; save header and data in one .nrrd file")
     try:
         shape = tuple(int(n) for n in fields["sizes"].split())[::-1]
         word = fields["type"].lower().replace("unsigned ", "u").replace("signed ", "")
@@ -692,7 +695,7 @@ def read_nrrd(path: Path, begin: bytes) -> Header:
         encoding = fields["encoding"].lower()
     except (KeyError, ValueError) as error:
         raise VolumeError(
-            f"NRRD header lacks a usable sizes, type or encoding ({error}); export it again"
+            f"the NRRD header has no usable sizes, type or encoding ({error}); export it again"
         ) from error
     if encoding not in ("raw", "gzip", "gz"):
         raise VolumeError(f"encoding {encoding!r}, expected raw or gzip; save it as raw")
@@ -717,7 +720,7 @@ def _gunzip(path: Path, header: Header) -> np.ndarray:
                 if "CRC" in str(error):
                     raise  # other bytes after the data do not matter
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise VolumeError(f"gzip data are damaged ({error}); export it again") from error
+        raise VolumeError(f"the gzip data are damaged ({error}); export the file again") from error
     check_size(header.shape, header.dtype, len(unpacked))
     return np.frombuffer(unpacked, header.dtype).reshape(header.shape)
 
@@ -833,7 +836,7 @@ class LazyStack:
         return sorted(p for p in inside if all(map(lt, p, grid))), step[lead:], grid
 
     def stored(self) -> Iterator[tuple[int, np.ndarray]]:
-        """First slice and voxels of each stored chunk, then one voxel of a missing chunk."""
+        """First slice and voxels of each stored chunk, in order; then a voxel of a missing one."""
         places, step, grid = self.stored_cells()
         for place in places:
             lower = tuple(map(mul, place, step))
@@ -878,13 +881,13 @@ def read_zarr(path: Path, channel: int | None) -> Stack:
     for axis, n in zip(axes[:-3], shape, strict=False):
         if n < 1 or (axis != "c" and n != 1):
             what = "time points" if axis == "t" else f"images along {axis!r}"
-            raise VolumeError(f"a series of {n} {what}, expected one 3D stack")
+            raise VolumeError(f"a series of {n} {what}; save one of them as a 3D stack")
     check_shape(shape[-3:])
     smallest = min(*chunks, *(getattr(array, "shards", None) or chunks))
     if smallest < 1 or prod(chunks) * dtype.itemsize > CHUNK_BYTES:
         raise VolumeError(
-            f"chunks of {chunks} voxels, expected 1 byte to 2 GiB each; it is damaged, or "
-            "has to be written again with other chunks"
+            f"chunks of {chunks} voxels, expected 1 byte to 2 GiB each; write it "
+            "again with other chunks, or copy it again if it is damaged"
         )
     index = choose_channel(shape[axes.index("c")] if "c" in axes else 1, channel)
     fixed = tuple(index if axis == "c" else 0 for axis in axes[:-3])
@@ -899,7 +902,7 @@ def _inside(path: Path) -> str:
     )
     images = sorted(p.parent for p in files if '"multiscales"' in p.read_text("utf-8", "replace"))
     if images:
-        return f"; name the image, such as {path.name}/{images[0].relative_to(path)}"
+        return f"; name the image, for example {path.name}/{images[0].relative_to(path)}"
     return "; a bare array can be saved as .npy"
 
 
@@ -911,7 +914,7 @@ def _open_multiscale(path: Path) -> tuple[Any, list[str], Spacing, int]:
     if "bioformats2raw.layout" in attributes.get("ome", attributes):
         # The converter's folder of images, usually with only one.
         if "1" in group:
-            raise VolumeError(f"several images, expected one; name it, such as {path.name}/0")
+            raise VolumeError(f"several images, expected one; name one, for example {path.name}/0")
         group = group["0"]
         attributes = dict(group.attrs)
     images = attributes.get("ome", attributes)["multiscales"]

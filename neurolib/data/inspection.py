@@ -82,7 +82,9 @@ def _expand(path: Path) -> list[Path]:
         return [path]
     if files := files_of(path, (*SUFFIXES, *TREES)):
         return files
-    raise NeurolibError(f"{path}: no images ({', '.join(SUFFIXES)}) and no trees; name another")
+    raise NeurolibError(
+        f"{path}: no images ({', '.join(SUFFIXES)}) and no trees; name another folder"
+    )
 
 
 def _pairs(images: list[Path], trees: dict[Path, swc.Tree], only: bool) -> list[tuple[Path, Path]]:
@@ -137,7 +139,7 @@ def volume_facts(volume: Volume, name: str) -> dict[str, str]:
     size = prod(shape) * volume.data.dtype.itemsize / 2**20
     levels = "/".join(f"{q:g}" for q in (LEVELS[0], 50, LEVELS[1]))
     lengths = " × ".join(f"{d:g}" for d in spacing)
-    remedy = "give --spacing Z,Y,X in µm"
+    remedy = "give spacing= (--spacing Z,Y,X in µm)"
     facts = {
         "shape": f"{' × '.join(map(str, shape))} (z, y, x), {volume.data.dtype}, {size:.1f} MiB",
         "spacing": f"{lengths} (z, y, x), not known in µm: {volume.unknown}; {remedy}"

@@ -78,9 +78,9 @@ def folder_pairs(folder: str | Path, style: str = "real") -> list[Pair]:
     """Find the image/SWC pairs of a folder, sorted by name; see `pair_files` for the names.
 
     An optional ``neurons.csv`` with the columns ``name,neuron`` says which pairs show the same
-    neuron. Without it, names that differ only in a final part word (``_body``, ``_tail``,
-    ``_crop2``, ``_left_part1`` ...) show one neuron. Both ways ignore case. A warning lists images
-    and trees without a partner.
+    neuron. Without it, pairs whose names differ only in a final part word (``_body``, ``_tail``,
+    ``_crop2``, ``_left_part1`` ...) show the same neuron. Case is ignored either way. A warning
+    lists images and trees without a partner.
     """
     folder = Path(folder)
     images, trees = files_of(folder, SUFFIXES), files_of(folder, TREES)
@@ -187,7 +187,7 @@ def files_of(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     if not folder.is_dir():
         raise DataError(
             f"{folder}: no such folder; expected {', '.join(NAMED)}, rendered:FOLDER or a folder "
-            "of image/SWC pairs with equal names"
+            "of image/SWC pairs with the same names"
         )
     return [
         path
@@ -220,7 +220,9 @@ def neurons_of(folder: Path, names: Iterable[str], others: Iterable[str] = ()) -
     rows = _read_rows(path) if tables else []
     for name in listed:
         if OTHER_TABLES.fullmatch(name.casefold()):
-            told = f"{folder / name}: not read; save it as {NEURONS_FILE}, with commas"
+            told = (
+                f"{folder / name}: cannot be read; save it as {NEURONS_FILE}, separated by commas"
+            )
             warnings.warn(told, NeurolibWarning, stacklevel=2)
     for number, row in enumerate(rows, start=2):
         asked, neuron = unicodedata.normalize("NFC", row["name"].strip()), _tidy(row["neuron"])
@@ -232,7 +234,7 @@ def neurons_of(folder: Path, names: Iterable[str], others: Iterable[str] = ()) -
             )
         if name is None and (asked or neuron) and find_name(asked, others) is None:
             raise DataError(
-                f"{path}: row {number}: no pair named {asked!r}; there are "
+                f"{path}: row {number}: no pair named {asked!r}; expected one of "
                 f"{', '.join(sorted(names)[:20])}"
             )
         if name and given.setdefault(name, neuron).casefold() != neuron.casefold():
@@ -260,7 +262,7 @@ def _read_rows(path: Path) -> list[Mapping[str, str]]:
     try:
         header, *rows = [*csv.reader(text.split("\n"), strict=True), []]
     except csv.Error as error:  # an open quote would swallow the rows below it
-        raise DataError(f"{path}: not a CSV ({error}); close its quotes") from None
+        raise DataError(f"{path}: not a CSV file ({error}); close its quotation marks") from None
     columns = [column.strip().casefold() for column in header]
     if [columns.count(column) for column in ("name", "neuron")] != [1, 1]:
         given = ",".join(header)[:60]

@@ -25,12 +25,12 @@ def q1(fold: Callable) -> str:
         grey, shifted = (torch.as_tensor(part) for part in answer)
         if grey.shape != (WIDTH, 1, PATCH, PATCH):
             return (
-                f"Expected one kernel per number of a token, {(WIDTH, 1, PATCH, PATCH)}, as "
+                f"Expected one kernel for each of a token's numbers, {(WIDTH, 1, PATCH, PATCH)} as "
                 f"(E, 1, p, p); yours is {tuple(grey.shape)}. Sum over axis 1 with keepdim=True."
             )
         if shifted.shape != (WIDTH,):
             return (
-                f"One bias per number of a token, (E,) = ({WIDTH},), is expected; yours is "
+                f"One bias for each of a token's numbers, (E,) = ({WIDTH},), is expected; yours is "
                 f"{tuple(shifted.shape)}. Sum over the colours and over the patch only."
             )
         per_channel = (part.view(1, 3, 1, 1) for part in (mean, std))

@@ -10,7 +10,9 @@ from neurolib.evaluation import distance_to_tree
 from neurolib.swc import Tree
 
 
-@question("at a turn, both ends point past the gap, and a rule about one end alone cannot tell.")
+@question(
+    "at a turn, both ends point past the gap, and a rule that judges one end alone is blind to it."
+)
 def q1(place: Sequence[float]) -> str:
     """Centre (x, y) of a ball of radius 4 whose removal splits the turning neurite for good."""
     if np.shape(place) != (2,):
