@@ -637,7 +637,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
 ):
     network, _ = build(NETWORK, "scratch", seed=0)
     bad = dataclasses.replace(samples[0], image=np.full_like(samples[0].image, np.nan))
-    with pytest.raises(SettingsError, match=r"loss is nan.*in step 1; lower.*: none$") as error:
+    with pytest.raises(SettingsError, match=r"step 1: the loss is nan.*; lower.*: none$") as error:
         fit(network, "bad", [bad])
     assert "\n" not in str(error.value)
 
@@ -646,7 +646,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
             network.head[1].bias.data.fill_(math.nan)
 
     # The same network: gradients of the failed run must not leak into this one.
-    said = r"loss is nan.*in step 5; .*late/checkpoint.safetensors: 3$"
+    said = r"step 5: the loss is nan.*late/checkpoint.safetensors: 3$"
     with pytest.raises(SettingsError, match=said):
         fit(network, "late", on_step=poison)
     kept, facts = load_checkpoint(tmp_path / "late" / "checkpoint.safetensors")
@@ -661,7 +661,7 @@ def test_finite_loss_with_an_infinite_gradient_stops_the_run_too(fit, monkeypatc
     monkeypatch.setattr(
         training, "loss_terms", lambda _, logits, *__: {"root": (logits * 0).abs().sqrt().sum()}
     )
-    with pytest.raises(SettingsError, match="loss is 0, its gradient nan in step 1"):
+    with pytest.raises(SettingsError, match="step 1: the loss is 0 and its gradient nan"):
         fit(network)
     assert same(before, network.state_dict())
 
