@@ -306,13 +306,14 @@ BINS = 1 << 16
 EMPTY, CERTAIN = 99.7, 20.0
 
 
-def standing_out(slices: np.ndarray) -> np.ndarray:
+def standing_out(slices: np.ndarray, kept: slice = slice(None)) -> np.ndarray:
     """How much brighter voxels are than their surroundings: a difference of two Gaussians.
 
     Each of the slices (z, y, x) is averaged with its neighbours, then smoothed in the plane with
-    σ = 1.5 voxels, minus the same with σ = 6: neurites remain, haze and broad background go.
+    σ = 1.5 voxels, minus the same with σ = 6: neurites remain, haze and broad background go. Only
+    the slices `kept` are smoothed and returned.
     """
-    mean = uniform_filter1d(np.asarray(slices, np.float32), 3, axis=0, mode="nearest")
+    mean = uniform_filter1d(np.asarray(slices, np.float32), 3, axis=0, mode="nearest")[kept]
     return gaussian_filter(mean, (0, 1.5, 1.5)) - gaussian_filter(mean, (0, 6, 6))
 
 

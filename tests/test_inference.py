@@ -209,6 +209,7 @@ def test_what_stands_out_is_a_difference_of_gaussians_of_three_slices():
     for z, share in enumerate((0, 1 / 3, 1 / 3, 1 / 3, 0)):
         heights = standing_out(image)[z]
         np.testing.assert_allclose(heights, share * (bells[0] - bells[1]), atol=2e-4)
+        np.testing.assert_array_equal(standing_out(image, slice(z, z + 1))[0], heights)
 
 
 def thread(brightness=0.5, background=0.3):
