@@ -304,6 +304,7 @@ BINS = 1 << 16
 # Nothing stands out in a tile that stays below this percentile of the volume, or below this many
 # standard deviations of the background if that is less.
 EMPTY, CERTAIN = 99.7, 20.0
+REACH = 24  # of the wider Gaussian of `standing_out`, which SciPy cuts off at 4 σ
 
 
 def standing_out(slices: np.ndarray, kept: slice = slice(None)) -> np.ndarray:
@@ -328,7 +329,13 @@ def empty_level(image: np.ndarray) -> float:
     """
     counts = np.zeros(BINS, np.int64)
     for box in pieces(image):
-        heights = standing_out(image[box])
+        part = image[box]
+        # Heights are exactly zero where everything that the Gaussians reach is zero.
+        used = [np.flatnonzero(part.any(axis)) for axis in ((1, 2), (0, 2), (0, 1))]
+        if not len(used[0]):
+            continue
+        near = (slice(max(0, i[0] - REACH), i[-1] + 1 + REACH) for i in used)
+        heights = standing_out(part[tuple(near)])
         counts += np.histogram(heights[heights != 0], BINS, (-1, 1))[0]
     ranks = np.array([25, 75, EMPTY]) / 100 * (counts.sum() - 1)
     low, high, level = np.searchsorted(np.cumsum(counts), ranks, "right") * 2 / BINS - 1

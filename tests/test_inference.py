@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neurolib import inference
+from neurolib import volume as volumes
 from neurolib.devices import pick_device
 from neurolib.errors import SettingsError, VolumeError, WeightsError
 from neurolib.inference import (
@@ -255,6 +256,19 @@ def test_the_level_of_emptiness_is_a_percentile_that_bright_parts_do_not_raise_w
     masked = np.zeros((9, 300, 60), np.float32)
     masked[:, 100:160] = thread()
     assert empty_level(masked) > empty_level(thread())
+
+
+def test_the_level_of_emptiness_of_a_sparse_volume_is_that_of_the_whole(monkeypatch):
+    """Leaving out what is zero changes nothing; a margin too narrow would."""
+    rng, levels = np.random.default_rng(4), {}
+    sparse = np.zeros((12, 200, 220), np.float32)
+    sparse[5:7, 70:110, 90:130] = rng.random((2, 40, 40))
+    for reach in (volumes.REACH, 10_000, 8):
+        monkeypatch.setattr(volumes, "REACH", reach)
+        levels[reach] = empty_level(sparse)
+    exact, whole, narrow = levels.values()
+    assert exact == whole != narrow
+    assert empty_level(np.zeros((3, 9, 9), np.float32)) == 0
 
 
 def test_a_filter_counts_beside_the_network_by_its_weight():

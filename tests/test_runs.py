@@ -128,7 +128,7 @@ def test_damaged_metrics_are_one_line(data, tmp_path, text):
     call = str(data), "empty", "x", tmp_path, {}, ()
     path = runs.run_course(*call).path("metrics.json")
     path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(SettingsError, match=r"metrics.json: damaged, .*another --name"):
+    with pytest.raises(SettingsError, match=r"metrics.json: damaged; .*another --name"):
         runs.run_course(*call)
     assert path.read_bytes() == text.encode("latin-1")
 
