@@ -16,10 +16,11 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial import KDTree
 
-from neurolib.data.formats import Box, check_spacing
+from neurolib.data.formats import check_spacing
 from neurolib.errors import SettingsError, SwcError, VolumeError
 from neurolib.parameters import check_range
 from neurolib.swc import Tree, Zyx, edges, repeated
+from neurolib.volume import bounding_box
 
 if TYPE_CHECKING:
     from neurolib.blocking import Sample
@@ -187,14 +188,6 @@ def surface_voxels(mask: np.ndarray) -> np.ndarray:
         inside &= flat[foreground + step]
     surface = np.unravel_index(foreground[~inside], crop.shape)
     return np.stack(surface, axis=1) - 1 + [part.start for part in box]
-
-
-def bounding_box(mask: np.ndarray) -> Box | None:
-    """Slices of the smallest box around the foreground of a 3D mask; None if it is empty."""
-    used = [np.flatnonzero(mask.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
-    if not len(used[0]):
-        return None
-    return tuple(slice(int(places[0]), int(places[-1]) + 1) for places in used)
 
 
 def cl_dice(a: np.ndarray, b: np.ndarray) -> float:

@@ -267,8 +267,9 @@ def _stream(
     bar = tqdm(grid, "segmenting", mininterval=2, disable=not progress)
     for i, place in enumerate(bar):
         tile = read_block(image, place, shape)
-        height = standing_out(tile, middle) / level if level else np.zeros_like(window)
-        if tile.max() > 0 and (height.max() > 1 or not (level and tiling.skip_empty)):
+        seen = tile.max() > 0
+        height = standing_out(tile, middle) / level if seen and level else np.zeros_like(window)
+        if seen and (height.max() > 1 or not (level and tiling.skip_empty)):
             waiting.append(tile)
             heights.append(height * window)
             corners.append(places[i])

@@ -204,6 +204,14 @@ def pieces(data: Any, chunks: Sequence[int] | None = None) -> Iterator[Box]:
     return formats.boxes((0, 0, 0), data.shape, step)
 
 
+def bounding_box(data: np.ndarray) -> Box | None:
+    """Slices of the smallest box around what is not zero in a volume or mask; None if all is."""
+    used = [np.flatnonzero(data.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
+    if not len(used[0]):
+        return None
+    return tuple(slice(int(places[0]), int(places[-1]) + 1) for places in used)
+
+
 # Scaling ------------------------------------------------------------------------------------------
 
 
@@ -331,10 +339,9 @@ def empty_level(image: np.ndarray) -> float:
     for box in pieces(image):
         part = image[box]
         # Heights are exactly zero where everything that the Gaussians reach is zero.
-        used = [np.flatnonzero(part.any(axis)) for axis in ((1, 2), (0, 2), (0, 1))]
-        if not len(used[0]):
+        if (inside := bounding_box(part)) is None:
             continue
-        near = (slice(max(0, i[0] - REACH), i[-1] + 1 + REACH) for i in used)
+        near = (slice(max(0, side.start - REACH), side.stop + REACH) for side in inside)
         heights = standing_out(part[tuple(near)])
         counts += np.histogram(heights[heights != 0], BINS, (-1, 1))[0]
     ranks = np.array([25, 75, EMPTY]) / 100 * (counts.sum() - 1)

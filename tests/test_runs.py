@@ -364,6 +364,10 @@ def test_results_of_other_seeds_stay_and_a_file_with_others_is_refused(tmp_path)
         assert path.read_bytes() == before
     for name in sweeps.FILTERED:
         assert cell(**{name: 7}).data_settings != cell().data_settings
+    # Filters come from the common settings; if no network has them, from all.
+    grid = {"common": parameters, "folds": [{}]}
+    assert sweeps._usual(grid, [cell(every=1), cell()]) == {cell().data_settings}
+    assert sweeps._usual(grid, [cell(every=1)]) == {cell(every=1).data_settings}
 
 
 def test_the_page_of_a_sweep_shows_all_its_runs_without_their_filters(tmp_path):

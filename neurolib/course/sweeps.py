@@ -220,8 +220,7 @@ def run_sweep(
         runs.check_run(folder / cell.name, data)
     locks = folder / stem / ".lock", results.with_name(f".{results.name}.lock")
     order, failed = [*FILTERS, *grid["networks"]], {}
-    # A network with its own sampling, say, would store other rows for the same filters.
-    usual = [_hash_filtered(grid["common"] | fold) for fold in grid["folds"]]
+    usual = _usual(grid, whole)
     with claim(locks[0]), claim(locks[1], results):
         kept, done = _kept(results, cells, whole, data, measure), {}
         job = functools.partial(_run_cell, data, str(folder), chain, os.getcwd())
@@ -230,7 +229,7 @@ def run_sweep(
                 failed[cell.name] = str(ended)
                 print(f"== {cell.name} failed: {ended}", flush=True)
             else:
-                with_filters = cell.data_settings == usual[cell.fold]
+                with_filters = cell.data_settings in usual
                 done[cell.name] = _rows(ended, cell, data, measure, with_filters)
                 _write_together(results, [kept, *done.values()], order, measure)
                 print(f"== {len(done)} of {len(cells)} done: {cell.name}", flush=True)
@@ -277,6 +276,15 @@ def _cells(grid: dict, stem: str, seeds: Sequence[int]) -> Iterator[Cell]:
                 name = f"{stem}/{label}-s{seed}-f{fold}"
                 own = neurons | {"seed": seed}
                 yield Cell(network, seed, fold, name, grid["common"] | changes | own)
+
+
+def _usual(grid: dict, cells: list[Cell]) -> set[str]:
+    """The `Cell.data_settings` whose filters are stored: the common ones, or all if none is.
+
+    A network with its own sampling, say, would store other rows for the same filters.
+    """
+    measured = {cell.data_settings for cell in cells}
+    return {_hash_filtered(grid["common"] | fold) for fold in grid["folds"]} & measured or measured
 
 
 def _part(
