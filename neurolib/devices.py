@@ -38,6 +38,11 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+@functools.cache
+def _cpu_facts(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
+
+
 def pick_precision(name: str, device: str) -> str:
     """The precision with this name for a type of device; ``auto`` is the fastest one that is safe.
 
@@ -53,7 +58,7 @@ def pick_precision(name: str, device: str) -> str:
     if device == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        facts = CPU_FACTS.read_text() if device == "cpu" and CPU_FACTS.is_file() else ""
+        facts = _cpu_facts(CPU_FACTS) if device == "cpu" else ""
         fast = "avx512_bf16" in facts or "amx_bf16" in facts
     return "bf16-mixed" if fast else "32-true"
 

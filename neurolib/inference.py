@@ -248,7 +248,8 @@ def _stream(
     `level`. A tile's vote is weighted by a Gaussian in z, y and x around its middle.
     """
     settings, (first, depth) = network.settings, span
-    network = network.to(pick_device(tiling.device)).eval()
+    device = pick_device(tiling.device)
+    network = network.to(device).eval()
     shape, _ = _tiles(settings, tiling.overlap)
     slices = settings.depth if settings.predict == "all" else 1
     middle = slice(settings.depth // 2 - slices // 2, settings.depth // 2 + slices // 2 + 1)
@@ -256,42 +257,41 @@ def _stream(
     window = in_z[:, :, None] * in_plane
     # Where the votes begin, counted in predicted slices.
     places = grid // (tiling.every, 1, 1) - (slices // 2, 0, 0)
-    # For the slices that wait for more votes: weights, probabilities, heights above background.
-    sums = np.zeros((3, 0, *image.shape[1:]), np.float32)
+    # For the slices that wait for more votes: weights, probabilities, heights if there is a level.
+    sums = np.zeros((3 if level else 2, 0, *image.shape[1:]), np.float32)
 
     def extended(end: int) -> np.ndarray:
-        missing = max(0, min(depth, end) - first - sums.shape[1])
-        return np.pad(sums, ((0, 0), (0, missing), (0, 0), (0, 0)))
+        missing = min(depth, end) - first - sums.shape[1]
+        return np.pad(sums, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing > 0 else sums
 
     waiting, heights, corners = [], [], []
     bar = tqdm(grid, "segmenting", mininterval=2, disable=not progress)
     for i, place in enumerate(bar):
         tile = read_block(image, place, shape)
         seen = tile.max() > 0
-        height = standing_out(tile, middle) / level if seen and level else np.zeros_like(window)
-        if seen and (height.max() > 1 or not (level and tiling.skip_empty)):
+        height = standing_out(tile, middle) / level if seen and level else None
+        if seen and (height is None or height.max() > 1 or not tiling.skip_empty):
             waiting.append(tile)
-            heights.append(height * window)
             corners.append(places[i])
+            if level:
+                heights.append(height * window)
         # Before this slice, only tiles waiting for a full batch still vote; they wait a few slices.
         last = i + 1 == len(grid)
         after = depth if last else min(depth, int(places[i + 1, 0]))
         late = waiting and (last or after - corners[0][0] > tiling.batch)
         if late or len(waiting) == tiling.batch:
             sums = extended(corners[-1][0] + slices)
-            votes = (
-                [window] * len(waiting),
-                _run(network, np.stack(waiting), window, tiling),
-                heights,
-            )
-            for total, vote in zip(sums, votes, strict=True):
+            chances = _run(network, np.stack(waiting), window, device, tiling.flips)
+            votes = [window] * len(waiting), chances, heights
+            for total, vote in zip(sums, votes, strict=False):
                 _add(total, vote, np.array(corners) - (first, 0, 0))
             waiting, heights, corners = [], [], []
         done = int(corners[0][0]) if waiting else after
         if done > first:
             finished, sums = np.split(extended(done), [done - first], axis=1)
             finished[1:] /= np.maximum(finished[0], np.finfo(np.float32).tiny)
-            yield first, finished[1], finished[2]
+            flat = np.broadcast_to(np.float32(0), finished[1].shape)
+            yield first, finished[1], finished[2] if level else flat
             first = done
 
 
@@ -305,13 +305,14 @@ def _add(sums: np.ndarray, votes: Sequence[np.ndarray], corners: np.ndarray) -> 
 
 
 @torch.inference_mode()
-def _run(network: Segmenter, tiles: np.ndarray, window: np.ndarray, tiling: Tiling) -> np.ndarray:
+def _run(
+    network: Segmenter, tiles: np.ndarray, window: np.ndarray, device: torch.device, flips: bool
+) -> np.ndarray:
     """The votes (n, slices, y, x) of tiles (n, z, y, x): the probability times the window."""
-    device = pick_device(tiling.device)
     blocks = torch.from_numpy(tiles[:, None]).float().to(device)
     with autocast("auto", device.type):
         chance = network(blocks).float().sigmoid()
-        if tiling.flips:
+        if flips:
             for axes in FLIPS:
                 chance = chance + network(blocks.flip(axes)).float().sigmoid().flip(axes)
             chance = chance / (1 + len(FLIPS))
