@@ -288,7 +288,7 @@ def pulls(logits: torch.Tensor, response: torch.Tensor, tau: float) -> dict[str,
 # ------------------------------------------------------------------------------------- loop
 
 
-def start(device: str = "auto", precision: str = "auto") -> Fabric:
+def start_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     """Start Lightning Fabric on a device, or as one of the processes that torchrun has started.
 
     `device` and `precision` are those of `neurolib.devices`: ``auto`` uses the best there is.
@@ -403,7 +403,7 @@ def train(
     if not validation:
         raise DataError("no validation volume; hold out at least one neuron for validation")
     shape, checkpoint = network.settings, Path(folder) / CHECKPOINT
-    fabric = fabric or start(precision=settings.precision)
+    fabric = fabric or start_fabric(precision=settings.precision)
     writes = fabric.is_global_zero  # only rank 0 writes
     alone = claim(checkpoint.with_name(".training.lock")) if writes else contextlib.nullcontext()
     with alone, _explain_memory(settings, shape.size):

@@ -586,7 +586,7 @@ if net.encoder is not None:
     average = train_by_hand(by_hand, source, ten, target["tau"])
     theirs, _ = network.build(shape, initialisation, weights_file, seed)
     with TemporaryDirectory() as folder:
-        how = (ten, target["tau"], training.start("cpu", "32-true"))
+        how = (ten, target["tau"], training.start_fabric("cpu", "32-true"))
         training.train(theirs, train, validation[:1], Path(folder), *how)
         after = load_file(Path(folder) / "resume.safetensors")
     assert all(torch.equal(v, after[f"network.{k}"]) for k, v in by_hand.state_dict().items())
@@ -619,7 +619,7 @@ if net.encoder is not None:
 # network (see [04](04_evaluation.ipynb)).
 
 # %% tags=["nbval-ignore-output"]
-fabric = training.start(device, precision)
+fabric = training.start_fabric(device, precision)
 watch = widgets.live(plotting.learning, "Loss and validation Dice so far.")
 how = (settings, target["tau"], fabric, watch)
 result = training.train(net, train, validation, run.folder, *how)
@@ -696,7 +696,7 @@ run.record(
         "validation": f"Dice {result.dice:.3f}, {len(validation)} volumes, step {result.step}",
     },
 )
-print(run.hand_over("checkpoint.safetensors"))
+print(run.describe_file("checkpoint.safetensors"))
 
 # %% [markdown]
 # **Summary.** A loss is a sum of terms, each blind to something; rates differ by layer and by step;

@@ -538,7 +538,7 @@ for s in tests:
     score = compared(found["prediction"][s.pair.name], s)
     neurons[s.pair.name] = neurons.get(s.pair.name, {}) | score
     if len(found["prediction"][s.pair.name].xyz):
-        print(run.hand_over(f"swc/{s.pair.name}.swc"))
+        print(run.describe_file(f"swc/{s.pair.name}.swc"))
 run.record("neurons", neurons)
 
 # %% jupyter={"source_hidden": true} tags=["nbval-ignore-output", "hide-input"]

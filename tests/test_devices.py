@@ -9,7 +9,7 @@ from neurolib import devices
 from neurolib.errors import SettingsError
 from neurolib.inference import predict_volume
 from neurolib.network import NetworkSettings, make
-from neurolib.training import LOSSES, device_name, loss_terms, start
+from neurolib.training import LOSSES, device_name, loss_terms, start_fabric
 from neurolib.volume import normalise
 
 
@@ -80,7 +80,7 @@ def test_networks_compute_without_float64(kind):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_a_result_names_its_precision(precision):
-    assert device_name(start("cpu", precision)) == f"CPU, {precision}"
+    assert device_name(start_fabric("cpu", precision)) == f"CPU, {precision}"
 
 
 def test_unknown_precision_is_refused():

@@ -543,5 +543,5 @@ def test_auto_declines_an_apple_gpu_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     devices._say_once.cache_clear()
     assert pick_device("auto") == torch.device("cpu")
-    assert training.start("auto").device == torch.device("cpu")
+    assert training.start_fabric("auto").device == torch.device("cpu")
     assert capsys.readouterr().err.count("Apple GPU") == 1

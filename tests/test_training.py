@@ -335,7 +335,7 @@ def test_device_or_precision_that_does_not_exist_is_refused(bad):
     if value == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(SettingsError, match=f"{name}='{value}'.*(try|expected)"):
-        training.start(**bad)
+        training.start_fabric(**bad)
 
 
 # ------------------------------------------------------------------------------- batches

@@ -98,7 +98,7 @@ class Run:
                 f"{path}: damaged; expected the JSON file that a run writes; choose another --name"
             ) from None
 
-    def hand_over(self, name: str) -> str:
+    def describe_file(self, name: str) -> str:
         """Name, size and hash of a file that a notebook passes on."""
         path = self.path(name)
         return f"{name}: {path.stat().st_size / 1e6:.1f} MB, sha256 {files.sha256(path)[:12]}"
@@ -412,7 +412,7 @@ def train_run(
     split = defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK]
     values = defaults["03_training"] | chosen["03_training"]
     shape, settings = check_settings(split | values, ".")
-    fabric = training.start(values["device"], values["precision"])
+    fabric = training.start_fabric(values["device"], values["precision"])
     path = _run_path(data, profile, name, folder)
     first = fabric.is_global_zero
     if first:
@@ -590,7 +590,7 @@ def _prepare(run: Run, data: str, values: dict, checkpoint: str = "") -> str:
     if checkpoint:
         with files.atomic_path(run.path(CHECKPOINT)) as temporary:
             shutil.copyfile(checkpoint, temporary)
-        run.record("about", {"data": data, "network": run.hand_over(CHECKPOINT)})
+        run.record("about", {"data": data, "network": run.describe_file(CHECKPOINT)})
         values = values | run.metrics()["about"]
         note = "" if data == "fly-larva-final" else "; it must not have been trained on any of them"
         print(f"{checkpoint}: evaluated on all {len(pairs)} pairs of {data}{note}", flush=True)
