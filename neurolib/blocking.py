@@ -41,7 +41,7 @@ HALVINGS = 36
 class Sample:
     """A pair in memory: normalised image (z, y, x), spacing (dz, dy, dx) in µm, tree and target.
 
-    unknown: why the spacing is not known in µm; see `neurolib.volume.Volume`.
+    unknown: why the spacing is not known in µm; see `neurolib.volume.Volume`. kind: of the target.
     """
 
     pair: Pair
@@ -51,6 +51,7 @@ class Sample:
     response: np.ndarray
     mask: np.ndarray
     unknown: str = ""
+    kind: str = "sironi"
 
 
 def read_sample(pair: Pair, kind: str = "sironi", tau: float = 0.1) -> Sample:
@@ -64,18 +65,21 @@ def read_sample(pair: Pair, kind: str = "sironi", tau: float = 0.1) -> Sample:
     check_pair(tree, volume.data.shape, pair.name)
     response, mask = make_target(tree, volume.data.shape, volume.spacing, kind, tau=tau)
     image = normalise(volume.data)
-    return Sample(pair, image, volume.spacing, tree, response, mask, volume.unknown)
+    return Sample(pair, image, volume.spacing, tree, response, mask, volume.unknown, kind)
 
 
 def ignore_untraced(sample: Sample) -> Sample:
     """Mark as unknown what looks like neurite but is far from the tree, which may lack branches.
 
-    Where the image stands out as neurites do (`neurolib.volume.empty_level`) and the response is
-    0, the response becomes NaN, which every loss counts as correct background. As a side effect,
-    the network does not learn that bright specks are background.
+    Where the image stands out as neurites do (`neurolib.volume.empty_level`) and the centreline is
+    5 pixels away or more, the response becomes NaN, which every loss counts as correct background.
+    As a side effect, the network does not learn that bright specks are background.
     """
     bright = standing_out(sample.image) > empty_level(sample.image)
     unknown = bright & (sample.response == 0)
+    if sample.kind == "radius":  # its response is 0 right beside the neurite
+        near, _ = make_target(sample.tree, sample.image.shape, sample.spacing)
+        unknown &= near == 0
     return replace(sample, response=np.where(unknown, np.float32(np.nan), sample.response))
 
 
@@ -142,8 +146,9 @@ def make_target(
     Distances are exact. They are measured to the edge itself, not to samples of it, so a slanted
     neurite is as wide as a straight one. If a voxel is longer than a pixel along an axis, its
     extent matters: D is the distance to the nearest of the pixel-sized cubes that fill it. So the
-    voxels that an edge passes through lie within sqrt(3) / 2 pixels of it, and the mask of a
-    connected tree is connected, whatever the spacing. Only voxels near the tree are visited.
+    voxels that an edge passes through lie within sqrt(3) / 2 pixels of it, and for tau up to 0.35,
+    whose tube is as wide, the mask of a connected tree is connected, whatever the spacing. Only
+    voxels near the tree are visited.
 
     The response has the form given by Sironi, Türetken, Lepetit and Fua, "Multiscale Centerline
     Detection", TPAMI 2016; a, d_max and tau are choices of this course. Their paper defines it in

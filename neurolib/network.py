@@ -12,6 +12,7 @@ small U-Net at full resolution: a token of 14 pixels at this scale is 6 voxels w
 4. `contrast=True` shows the encoder local contrast instead of brightness, and the stem both.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -22,7 +23,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from neurolib._timm import timm
-from neurolib.errors import SettingsError
+from neurolib.errors import NeurolibWarning, SettingsError
 from neurolib.inflation import LoadReport, inflate_encoder
 from neurolib.parameters import check_range
 from neurolib.weights import load_pretrained
@@ -292,8 +293,8 @@ def build(
     ----------
     settings : NetworkSettings
     initialisation : {"scratch", "average", "center", "gaussian", "random"}
-        ``scratch``: timm's own random initialisation, which is the only one for the U-Net. The
-        others load pre-trained 2D weights and inflate them.
+        ``scratch``: timm's random initialisation, with LayerScale at 1; the only one for the
+        U-Net. The others load pre-trained 2D weights and inflate them.
     weights_file : str
         Your own file of 2D weights; if empty, the sources of `load_pretrained`.
     seed : int
@@ -320,6 +321,13 @@ def build(
         raise SettingsError(
             f"initialisation={initialisation!r}: {settings.encoder} has no pre-trained weights; "
             "expected 'scratch'"
+        )
+    if weights_file and "." not in settings.encoder:
+        warnings.warn(
+            f"encoder={settings.encoder}: images are normalised as for timm's default weights; if "
+            "the file was pre-trained otherwise, say how, as in vit_small_patch16_224.dino",
+            NeurolibWarning,
+            stacklevel=2,
         )
     weights = load_pretrained(settings.encoder, weights_file or None)
     generator = torch.Generator().manual_seed(seed)

@@ -71,7 +71,7 @@ class TrainingSettings:
     average: float = 0.98  # decay of the running average of the weights (EMA), which is saved
     loss: str = "dice+focal"
     frozen: bool = True  # train the decoder (and stem) only
-    negatives: float = 1.0  # blocks without foreground per salient block
+    negatives: float = 1.0  # other blocks, with little or no foreground, per salient block
     augment: bool = True
     checkpointing: bool = False  # recompute the encoder's activations: a third slower, less memory
     validate_every: int = 25  # steps
@@ -96,7 +96,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # blocks and their responses
 class BlockSource:
     """Training blocks (depth, size, size) of samples, drawn by step number.
 
-    For each salient block there are `negatives` blocks without foreground, or fewer if the
+    For each salient block there are `negatives` other blocks, or fewer if the
     volumes do not have that many.
     """
 
@@ -187,6 +187,8 @@ def zoom(block: torch.Tensor, response: torch.Tensor, factor: float) -> Batch:
 
     The neurite grows with the image, but the target's tube around the centreline must not. So the
     response is converted to distances, scaled, and converted back. Borders are reflected.
+    Only the part of a distance that lies in the plane is scaled; its slope there tells how large
+    that part is.
     """
     theta = torch.tensor([[[1 / factor, 0, 0], [0, 1 / factor, 0]]]).expand(2, -1, -1)
     both = torch.stack([block, torch.from_numpy(distance_of(response.numpy()))])
@@ -194,7 +196,9 @@ def zoom(block: torch.Tensor, response: torch.Tensor, factor: float) -> Batch:
     block, distance = F.grid_sample(both, grid, padding_mode="reflection", align_corners=False)
     # A response of 0 means a distance of 5 or more; where shrinking would move it is unknown.
     known = distance < distance_of(0.0) - 1e-3
-    zoomed = torch.from_numpy(response_at((distance * factor).numpy())).clamp_min(0)
+    slope = sum(d**2 for d in torch.gradient(distance * factor, dim=(1, 2))).clamp(max=1)
+    distance = distance * (1 + (factor**2 - 1) * slope).sqrt()
+    zoomed = torch.from_numpy(response_at(distance.numpy())).clamp_min(0)
     return block, zoomed * known
 
 
@@ -406,12 +410,13 @@ def train(
     fabric = fabric or start_fabric(precision=settings.precision)
     writes = fabric.is_global_zero  # only rank 0 writes
     alone = claim(checkpoint.with_name(".training.lock")) if writes else contextlib.nullcontext()
-    with alone, _explain_memory(settings, shape.size):
+    with alone, _explain_memory(settings, network):
         blocks = BlockSource(samples, shape.depth, shape.block, settings.negatives, settings.seed)
         checks = [validation_blocks(sample, shape, settings) for sample in validation]
         # A network that continues from a checkpoint has seen what that one had.
         seen = network.origin.get("seen", {}) | names_by_content((*samples, *validation))
-        about = {"tau": tau, "training": asdict(settings), "seen": seen}
+        about = {"tau": tau, "target": validation[0].kind, "training": asdict(settings)}
+        about["seen"] = seen
         _prepare_encoder(network, settings)
         optimizer = torch.optim.AdamW(parameter_groups(network, settings), fused=True)
         module, optimizer = fabric.setup(network, optimizer)
@@ -494,7 +499,7 @@ def _predicted(response: torch.Tensor, predict: str) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _explain_memory(settings: TrainingSettings, size: int) -> Iterator[None]:
+def _explain_memory(settings: TrainingSettings, network: Segmenter) -> Iterator[None]:
     """Turn running out of memory, on a GPU or not, into an error that says what to lower."""
     try:
         yield
@@ -503,11 +508,16 @@ def _explain_memory(settings: TrainingSettings, size: int) -> Iterator[None]:
         known = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not known and not re.search("not enough memory|can't allocate memory", str(error)):
             raise
-        raise SettingsError(
-            f"out of memory at batch={settings.batch}, size={size}; lower one of them "
-            f"(accumulate={2 * settings.accumulate} with half the batch gives nearly the same "
-            "step), or set checkpointing=True"
-        ) from None
+        remedies = [
+            f"lower batch={settings.batch} (with half of it and "
+            f"accumulate={2 * settings.accumulate}, a step is nearly the same)"
+        ]
+        if network.encoder is not None:
+            remedies.append(f"lower size={network.settings.size}")
+            # In a frozen encoder, nothing is kept for the backward pass.
+            if not (settings.frozen or settings.checkpointing):
+                remedies.append("set checkpointing=True")
+        raise SettingsError(f"out of memory; {', or '.join(remedies)}") from None
 
 
 def _prepare_encoder(network: Segmenter, settings: TrainingSettings) -> None:

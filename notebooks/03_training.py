@@ -57,7 +57,7 @@ encoder_rate = 1e-4  # peak learning rate at the top of the encoder
 decoder_rate = 1e-3  # peak learning rate of decoder and stem
 layer_decay = 0.75  # rate of each encoder layer relative to the one above it; 1 for equal rates
 loss = "dice+focal"  # or "dice+ce", "dice+ce+skeleton", "dice+ce+cldice"
-negatives = 1.0  # blocks without foreground per salient block
+negatives = 1.0  # other blocks, with little or no foreground, per salient block
 ignore_untraced = False  # for partly traced trees: ignore bright voxels far from the tree
 # For small devices
 accumulate = 1  # passes per step: many blocks per step on a small device
@@ -107,8 +107,8 @@ target = runs.target_of(run)
 # How does a network that knows photographs learn to see neurites, in two hundred steps? It starts
 # with what it is shown. Training blocks come only from the training neurons. Here the grid is finer
 # than in notebook 01, with a block every 50 voxels. From it, we take all the salient blocks and, for
-# each of them, `negatives` blocks without foreground, so that the network also meets things that are
-# bright but not neurite (*What salient blocks leave out*, in notebook 01). Each block is changed at
+# each of them, `negatives` others, with little or no foreground, so that the network also meets things
+# that are bright but not neurite (*What salient blocks leave out*, in notebook 01). Each block is changed at
 # random, as if another microscope had taken it (*augmentation*): flipped and turned, zoomed by 0.8 to
 # 1.25 (three blocks in ten), made brighter or darker (gamma 0.7 to 1.5), noisier (standard deviation
 # up to 0.05), and robbed of a slice (one block in ten). Block and target move together.
@@ -206,7 +206,8 @@ exercises.q1(draw)
 # logit, divided by its largest pull.
 
 # %%
-blocks, responses = source.batch(0, 16)
+batches = (source.batch(number, 16) for number in range(len(source)))
+blocks, responses = next(b for b in batches if (b[1][:, depth // 2] >= target["tau"]).any())
 middle = responses[:, depth // 2, None]
 fullest = int((middle >= target["tau"]).flatten(1).sum(1).argmax())
 wanted = middle[[fullest]]
@@ -539,6 +540,7 @@ exercises.q4(share)
 
 # %% tags=["method"]
 def dice_and_focal(logits, response, tau):
+    logits = logits.masked_fill(response.isnan(), -30.0)  # unknown: counts as correct background
     y = (response >= tau).float()
     p = logits.sigmoid()
     soft_dice = 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)

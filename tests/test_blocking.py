@@ -301,20 +301,21 @@ def test_trees_outside_and_empty_trees_mark_nothing():
             assert not mask.any()
 
 
-def test_a_branch_that_nobody_traced_is_unknown_and_its_surroundings_are_background():
+@pytest.mark.parametrize("kind", ["sironi", "radius"])
+def test_a_branch_that_nobody_traced_is_unknown_and_its_surroundings_are_background(kind):
     nodes = tree_of([(5, 20, 6), (75, 20, 6), (5, 60, 6), (75, 60, 6)], [-1, 0, -1, 2])
     shape = 13, 80, 80
     _, both = make_target(nodes, shape)
     noise = np.random.default_rng(0).normal(0.1, 0.02, shape)
     image = np.clip(0.5 * both + noise, 0, 1).astype(np.float32)
     half = tree_of([(5, 20, 6), (75, 20, 6)], [-1, 0])
-    response, mask = make_target(half, shape)
+    response, mask = make_target(half, shape, kind=kind)
     pair = Pair("a", "a", Path("a.tif"), Path("a.swc"), "synthetic")
-    sample = blocking.Sample(pair, image, (1.0, 1.0, 1.0), half, response, mask)
+    sample = blocking.Sample(pair, image, (1.0, 1.0, 1.0), half, response, mask, kind=kind)
     told = blocking.ignore_untraced(sample)
     unknown = np.isnan(told.response)
     assert unknown[6, 60, 8:73].all()
-    assert not unknown[response > 0].any()
+    assert not unknown[:, 16:25].any()  # beside the traced one
     assert unknown[~both].mean() < 0.01
     assert np.array_equal(told.response[~unknown], response[~unknown])
     assert np.array_equal(told.mask, mask)

@@ -11,7 +11,7 @@ from torch import nn
 
 from neurolib import network as rooms
 from neurolib._timm import timm
-from neurolib.errors import SettingsError, WeightsError
+from neurolib.errors import NeurolibWarning, SettingsError, WeightsError
 from neurolib.network import (
     ENCODERS,
     NetworkSettings,
@@ -206,6 +206,11 @@ def test_build_is_the_same_twice_and_reports_what_was_loaded(weights_file):
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
     assert report.share == 1
     assert build(SMALL, "scratch", seed=5)[1] is None
+
+
+def test_a_file_of_unnamed_pre_training_is_normalised_with_a_warning(weights_file):
+    with pytest.warns(NeurolibWarning, match=r"say how, as in vit_small_patch16_224\.dino"):
+        build(SMALL, "center", weights_file)
 
 
 def test_unknown_initialisation_and_missing_file_are_refused(weights_file, tmp_path):

@@ -597,12 +597,13 @@ def calibrate(
     _check_ranges(channel=channel)
     checkpoint = checkpoint_file(checkpoint)
     check_outputs([out], [checkpoint], overwrite)
-    tau = load_checkpoint(checkpoint)[1]["tau"]
+    facts = load_checkpoint(checkpoint)[1]
     pairs = load_dataset(data, -1 if channel is None else channel, spacing)
     if not ignore_frames:
         for pair in pairs:
             refuse_misplaced(*read_pair(pair), pair.name)
-    samples = [read_sample(pair, tau=tau) for pair in pairs]
+    target = facts.get("target", "sironi"), facts["tau"]
+    samples = [read_sample(pair, *target) for pair in pairs]
     with atomic_path(out) as temporary:
         shutil.copyfile(checkpoint, temporary)
         chosen = calibrate(temporary, samples, device=device)

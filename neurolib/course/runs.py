@@ -304,6 +304,11 @@ def check_settings(values: dict, folder: str | Path = NOTEBOOKS) -> tuple:
     ):
         if values[name] not in choices:
             raise SettingsError(f"{name}={values[name]!r}: expected one of {', '.join(choices)}")
+    if values["target"] == "radius" and "skeleton" in training_settings.loss:
+        raise SettingsError(
+            f"loss={training_settings.loss}: expected another for target=radius, in which the "
+            "centreline cannot be told from the rest of the neurite"
+        )
     if values.get("every", 1) > 1 and shape.predict == "all":
         raise SettingsError(
             f"every={values['every']}: expected 1 for a network that predicts all slices"
@@ -373,7 +378,7 @@ def run_course(
     if "encoder" in merged:
         check_settings(merged)
     if checkpoint:
-        defaults[DATA_NOTEBOOK]["tau"] = _tau_of(checkpoint, path)
+        defaults[DATA_NOTEBOOK] |= _target_of(checkpoint, path)
     split = defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK]
     check_data(data, [] if checkpoint else [split], ignore_frames)
     with _begin(path, data, given, overwrite) as (run, before):
@@ -485,15 +490,16 @@ def check_run(folder: Path, data: str, given: dict | None = None) -> None:
         )
 
 
-def _tau_of(checkpoint: str, folder: Path) -> float:
-    """The target threshold of a finished network; refuse `folder` if it has a trained one."""
+def _target_of(checkpoint: str, folder: Path) -> dict:
+    """The target of a finished network; refuse `folder` if it has a trained one."""
     from neurolib.training import load_checkpoint
 
     if "validation" in Run(folder).metrics():
         raise SettingsError(
             f"{folder}: a network was trained here; choose another --name to evaluate {checkpoint}"
         )
-    return load_checkpoint(checkpoint)[1]["tau"]
+    facts = load_checkpoint(checkpoint)[1]
+    return {"target": facts.get("target", "sironi"), "tau": facts["tau"]}
 
 
 def _run_path(data: str, profile: str | Path, name: str, folder: str | Path) -> Path:
