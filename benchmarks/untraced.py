@@ -62,7 +62,11 @@ def main() -> None:
         response, mask = blocking.make_target(tree, sample.image.shape, sample.spacing)
         halves.append(replace(sample, tree=tree, response=response, mask=mask))
     ignored = [blocking.ignore_untraced(sample) for sample in halves]
-    ways = {"whole trees": whole, "half of each tree": halves, "half, untraced ignored": ignored}
+    ways = {
+        "whole trees": whole,
+        "half of each tree": halves,
+        "half with untraced ignored": ignored,
+    }
     settings = training.TrainingSettings(
         steps=arguments.steps, batch=8, validate_every=50, validation_blocks=64
     )

@@ -108,7 +108,8 @@ def surface_dice(
     Nikolov et al., "Deep learning to achieve clinically applicable segmentation of head and neck
     anatomy for radiotherapy", 2018 (arXiv:1809.04430), with surfaces as in its published code: one
     element for each corner where eight voxels meet that are not all alike, weighted by the area of
-    the triangles that marching cubes puts there. A trace that runs one voxel to the side of a thin
+    the triangles that marching cubes puts there. (A few corners are ambiguous, and the published
+    table has other triangles for some of them.) A trace that runs one voxel to the side of a thin
     neurite loses a third of its Dice or more, but nothing here.
 
     `tolerance` is in the unit of `spacing` (dz, dy, dx), by default 2 voxels of the finest axis.
@@ -450,18 +451,22 @@ def short_pieces(tree: Tree) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return start + step * ((number + 0.5) / count)[:, None], length / count, child
 
 
-def compare(tree: Tree, reference: Tree, spacing: Zyx = (1.0, 1.0, 1.0)) -> dict[str, float]:
+def compare(
+    tree: Tree, reference: Tree, spacing: Zyx = (1.0, 1.0, 1.0), threshold: float | None = None
+) -> dict[str, float]:
     """The scores of a tree that a table of neurons shows: ESA, DSA, PDS, precision, recall, trees.
 
-    See `tree_distance` and `tree_scores`; distances in the unit of `spacing`, within 2 voxels of
-    the finest axis. For a tree without nodes (nothing was found), recall and trees are 0,
-    distances are infinite and the rest is NaN.
+    See `tree_distance` and `tree_scores`, also for `threshold`; distances in the unit of `spacing`.
+    If only one tree has nodes, as where nothing was found, distances are infinite, PDS is 1, and
+    precision and recall are 0. If neither has, distances and PDS are 0, precision and recall 1.
     """
-    if not len(tree.parent):
-        nothing = {"ESA": np.inf, "DSA": np.inf, "PDS": np.nan, "precision": np.nan}
-        return nothing | {"recall": 0.0, "trees": 0}
-    distance = tree_distance(tree, reference, spacing=spacing)
-    scores = tree_scores(tree, reference, spacing=spacing)
+    if len(tree.parent) and len(reference.parent):
+        distance = tree_distance(tree, reference, threshold, spacing)
+        scores = tree_scores(tree, reference, threshold, spacing)
+    else:
+        apart = len(tree.parent) != len(reference.parent)
+        away, agree = (np.inf, 0.0) if apart else (0.0, 1.0)
+        distance, scores = TreeDistance(away, away, 1 - agree), TreeScores(agree, agree)
     return {
         "ESA": distance.esa,
         "DSA": distance.dsa,

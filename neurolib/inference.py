@@ -16,7 +16,7 @@ from tqdm import tqdm
 from neurolib.blocking import Sample, block_grid, block_starts, gaussian_window, read_block
 from neurolib.data.formats import Box
 from neurolib.devices import autocast, pick_device, pick_precision
-from neurolib.errors import SettingsError, VolumeError
+from neurolib.errors import DataError, SettingsError, VolumeError
 from neurolib.evaluation import choose_cut, in_voxels
 from neurolib.files import content_key, sha256, text_key
 from neurolib.network import NetworkSettings, Segmenter
@@ -106,24 +106,27 @@ def predicted(
     """A checkpoint's probabilities for a volume, read from `folder` if predicted before.
 
     `folder` holds one TIFF (float32) per volume, named after the volume and a hash of everything
-    that decides the result: image, checkpoint, tiling, precision and the code that predicts.
+    that decides the result: image, checkpoint, tiling, precision and the code that predicts. A
+    result of one slice is not stored. The weight of the filter is the checkpoint's, unless given.
     """
-    settings = Tiling(**tiling)
+    settings, weight = Tiling(**tiling), tiling.get("filter_weight")
     precision = pick_precision("auto", pick_device(settings.device).type)
     code = [sha256(Path(__file__).with_name(f"{module}.py")) for module in CODE]
-    facts = [content_key(image), sha256(checkpoint), precision, *code, replace(settings, device="")]
+    facts = [content_key(image), sha256(checkpoint), precision, *code]
+    facts += [replace(settings, device=""), weight]
     path = Path(folder) / f"{name}-{text_key(repr(facts))}.tif"
     if path.exists():
         return read_volume(path, check=False).data
     network, facts = load_checkpoint(checkpoint)
-    options = tiling | {"filter_weight": facts.get("filter_weight", 0.0)}
+    options = {"filter_weight": facts.get("filter_weight", 0.0)} | tiling
     probability = predict_volume(network, image, progress=progress, **options)
-    write_volume(path, probability)
+    if len(probability) > 1:  # `read_volume` takes no single slice
+        write_volume(path, probability)
     return probability
 
 
 def calibrate(
-    checkpoint: str | Path, samples: Sequence[Sample], fused: bool = True, **tiling: object
+    checkpoint: str | Path, samples: Sequence[Sample], fused: bool = True, device: str = "auto"
 ) -> dict:
     """Choose, on whole volumes, how to cut a checkpoint's probabilities; store the choice in it.
 
@@ -134,8 +137,10 @@ def calibrate(
     Returns ``threshold``; ``min_size``, below which pieces are dropped (`smallest_piece`);
     ``filter_weight``; and ``calibrated``, the best mean Dice of all volumes, at these values.
     """
+    if not samples:
+        raise DataError("no validation volume; hold out at least one neuron for validation")
     network, facts = load_checkpoint(checkpoint)
-    tiling, masks = Tiling(**tiling), [sample.mask for sample in samples]
+    tiling, masks = Tiling(device=device), [sample.mask for sample in samples]
     spacings = [sample.spacing for sample in samples]
     predictions = []
     for sample in samples:
@@ -331,4 +336,5 @@ def fuse(chance: np.ndarray, heights: np.ndarray, weight: float) -> np.ndarray:
         return chance
     clipped = np.clip(chance, 1e-4, 1 - 1e-4)
     logits = np.log(clipped / (1 - clipped)) + weight * (np.minimum(heights, 2) - 1)
-    return np.where(chance > 0, 1 / (1 + np.exp(-logits)), 0).astype(np.float32)
+    with np.errstate(over="ignore"):  # far below what stands out, the probability is 0
+        return np.where(chance > 0, 1 / (1 + np.exp(-logits)), 0).astype(np.float32)

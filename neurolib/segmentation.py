@@ -49,7 +49,8 @@ def segment(
     progress : bool
         Show a progress bar over tiles.
     **tiling
-        Attributes of `neurolib.inference.Tiling`, such as ``overlap`` and ``device``.
+        Attributes of `neurolib.inference.Tiling`, such as ``overlap`` and ``device``;
+        ``filter_weight`` is by default the one chosen on the validation neurons.
 
     Returns
     -------
@@ -64,8 +65,11 @@ def segment(
     for name, value in given.items():
         check_range(name, value)
     tiles = Tiling(**tiling)
+    if tiles.every > 1:
+        raise SettingsError(f"every={tiles.every}: expected 1, because a tree needs all slices")
     network, facts = load_checkpoint(checkpoint_file(checkpoint))
-    tiles = replace(tiles, filter_weight=facts.get("filter_weight", 0.0))
+    if "filter_weight" not in tiling:
+        tiles = replace(tiles, filter_weight=facts.get("filter_weight", 0.0))
     volume = predict_image(image, network, tiles, progress)
     cut = facts["threshold"] if threshold is None else threshold
     if min_size is None:

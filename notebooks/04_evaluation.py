@@ -60,6 +60,7 @@ if "google.colab" in sys.modules and not Path("../neurolib").is_dir():  # on Col
 
 # %% jupyter={"source_hidden": true} tags=["hide-input"]
 import csv
+from dataclasses import replace
 
 import ipywidgets
 import numpy as np
@@ -98,7 +99,8 @@ smallest = {s.pair.name: min_size or inference.smallest_piece(facts, s.spacing) 
 print(f"{len(tests)} test volumes; chosen on validation neurons: threshold {facts['threshold']},")
 weight = facts.get("filter_weight", 0.0)
 sizes = " or ".join(map(str, sorted(set(smallest.values()))))
-print(f"pieces of at least {sizes} voxels, filter weight {weight:g}")
+pieces = f"pieces of at least {sizes} voxels, " if every == 1 else ""
+print(f"{pieces}filter weight {weight:g}")
 
 # %% tags=["nbval-ignore-output"]
 options = {"overlap": overlap, "device": device, "every": every, "flips": flips}
@@ -118,9 +120,9 @@ probability = {
 #
 # $$ \operatorname{logit} p' = \operatorname{logit} p + w \, (\min(h, 2) - 1) $$
 #
-# $h$ says how far a voxel stands out, in units of the level that only 0.3 % of the volume's voxels reach.
-# A network that sees one block at a time cannot know that level, so its best threshold differs between
-# volumes.
+# $h$ says how far a voxel stands out, in units of a level (`volume.empty_level`): the one that only 0.3 %
+# of the volume's voxels reach or, if that is lower, 20 standard deviations of the background. A network
+# that sees one block at a time cannot know that level, so its best threshold differs between volumes.
 
 
 # %% tags=["method"]
@@ -170,19 +172,25 @@ plotting.show(figure, "probability", alt, run.figures)
 # narrow Gaussian minus a wide one, which is bright where a thread is brighter than its
 # surroundings; and Sato's ridge filter, made from second derivatives. Each has one threshold,
 # chosen, like the network's, for the best mean Dice on the validation neurons. The scales are
-# chosen in the same way, and so is the size in voxels below which a piece is dropped.
+# chosen in the same way, and so is the size in voxels below which a piece is dropped. (If `every`
+# is above 1, all pieces are kept, the network's and the filters': their sizes are those of whole
+# volumes.)
 
 # %% tags=["nbval-ignore-output"]
 held = [blocking.read_sample(pair, **target) for pair in split.validation]
-images, masks = [s.image for s in held], [s.mask for s in held]
+known = [s.image for s in held], [s.mask for s in held], [s.spacing for s in held]
 names = baselines.FILTERS if filtered_too and held else ()
-filters = {name: baselines.choose(name, images, masks) for name in names}
+filters = {name: baselines.choose(name, *known) for name in names}
 display(Markdown(runs.table(baselines.describe(filters)) if filters else "none"))
 
 # %%
+keep_all = {"min_size": 1} if every > 1 else {}
+tried = {name: replace(one, **keep_all) for name, one in filters.items()}
 filtered = {
-    s.pair.name: {name: one.mask(s.image)[::every] for name, one in filters.items()} for s in tests
+    s.pair.name: {name: one.mask(s.image, s.spacing)[::every] for name, one in tried.items()}
+    for s in tests
 }
+unit = evaluation.length_unit(tests)
 tests = [blocking.every_slice(s, every) for s in tests]  # compared on the predicted slices
 sample = tests[0]
 
@@ -210,10 +218,11 @@ widgets.explore(draw, "viewer", alt, run.figures, z=slider)
 # Most blocks hold nothing, and the network is by far the slowest part. A cheap filter looks at
 # every block first: the mean of three slices, smoothed by a Gaussian of 1.5 voxels, minus the same
 # mean smoothed by one of 6 voxels. A block is skipped if, in the slice it votes for, this
-# difference never exceeds its 99.7th percentile over the volume. What that costs can be counted
-# without a network: a true voxel that no block covers any more is lost. The table gives the
-# shares of blocks skipped and of true voxels lost for ten confocal stacks of *Drosophila* neurons
-# (`benchmarks/skipping.py`):
+# difference never exceeds the level above: its 99.7th percentile over the volume or, if that is
+# less, 20 standard deviations of the background, so that dim neurites count even where bright ones
+# fill much of the volume. What that costs can be counted without a network: a true voxel that no
+# block covers any more is lost. The table gives the shares of blocks skipped and of true voxels
+# lost for ten confocal stacks of *Drosophila* neurons (`benchmarks/skipping.py`):
 
 # %%
 with open(runs.REPOSITORY / "data" / "results" / "skipping.csv") as file:
@@ -234,8 +243,9 @@ display(Markdown(runs.table(rows)))
 #
 # Dice counts voxels. Hd95 takes the distances $d$ in both directions between the surfaces
 # $\partial A$ and $\partial B$, and leaves out the worst twentieth ($P_{95}$ is the 95th
-# percentile). It is in µm if the voxel size of every stack is known, otherwise in voxels. Three
-# more numbers see what these two miss:
+# percentile). It is in µm if the voxel size of every stack is known and none is 1 µm along all
+# axes, as in generated stacks; otherwise it is in voxels of the finest axis. Three more numbers see
+# what these two miss:
 #
 # - The **surface Dice** is the share of both surfaces that lies within 2 voxels of the other one. The
 #   tree that notebook 01 moved by one voxel has a Dice of only 0.71, but a surface Dice of 1.
@@ -249,10 +259,8 @@ display(Markdown(runs.table(rows)))
 # Threshold and smallest piece were chosen together on validation neurons; nothing is chosen on the
 # test neurons. (For scale: 18 voxels along a tube as thick as the target's hold 200 voxels.)
 
+
 # %%
-unit = evaluation.length_unit(tests)
-
-
 def score(mask, s):
     scale = evaluation.in_unit(s.spacing, unit)
     values = {"Dice": evaluation.dice(mask, s.mask), "Hd95": evaluation.hd95(mask, s.mask, scale)}

@@ -390,8 +390,9 @@ plotting.show(plotting.curves(panels, amounts), "robustness", alt, run.figures)
 # nearest segment of the other tree. **ESA** (*entire structure average*) is the mean distance, averaged
 # over the two directions. Points two or more voxels (of the finest axis) away are "different". **PDS**
 # (*percentage of different structure*) is their share, and **DSA** (*different structure average*) is
-# their mean distance. ESA and DSA are in µm where the voxel size of every stack is known, otherwise in
-# voxels. DSA says nothing about how many points differ, ESA nothing about where.
+# their mean distance. ESA and DSA are in µm if the voxel size of every stack is known and none is 1 µm
+# along all axes, as in generated stacks; otherwise they are in voxels of the finest axis. DSA says nothing
+# about how many points differ, ESA nothing about where.
 #
 # We trace two trees, one from the prediction and one from the target itself. The second shows what the
 # tracer alone gets wrong; the rest is the network's fault. In the prediction, pieces smaller than the size
@@ -487,7 +488,7 @@ widgets.explore(retrace, "retrace", alt, run.figures, threshold=low, smallest=si
 # The table shows the same for confocal volumes of *Drosophila* neurons, for three filters and for `ours`,
 # the network of notebook 06, which was trained on other neurons. All slices were predicted, and the trees
 # were traced with the settings of this notebook. One command writes the file that is read here:
-# `neurolib sweep profiles/ours-cpu.yaml`.
+# `neurolib sweep profiles/ours-cpu.yaml --rows ours`.
 
 # %%
 measured = sweeps.read_results(real, "tree") if Path(real).is_file() else []
@@ -545,13 +546,12 @@ run.record("neurons", neurons)
 by_filter, rows = run.metrics().get("filters", {}), []
 for s in tests:
     for name, chosen in run.metrics().get("chosen", {}).items():
-        mask = baselines.Baseline(**chosen).mask(s.image)
-        if mask.any():
-            options = {"bridge": bridge, "min_size": chosen["min_size"]}
-            tree = tracing.trace(mask, spacing=s.spacing, **options)
-            score = compared(tree, s)
-            by_filter[s.pair.name][name] |= score
-            rows.append({"neuron": s.pair.name, "traced from": name, **evaluation.name_unit(score)})
+        mask = baselines.Baseline(**chosen).mask(s.image, s.spacing)
+        size = evaluation.in_voxels(chosen["min_size"], s.spacing)
+        tree = tracing.attempt(mask, s.spacing, bridge=bridge, min_size=size)
+        score = compared(tree, s)
+        by_filter[s.pair.name][name] |= score
+        rows.append({"neuron": s.pair.name, "traced from": name, **evaluation.name_unit(score)})
 run.record("filters", by_filter)
 display(Markdown(runs.table(rows) if rows else "Filters: see notebook 04."))
 

@@ -78,11 +78,11 @@ print(f"{len(rows)} measurements on {len(neurons)} neurons: {', '.join(neurons)}
 # where that one is tested, `sensory_IM3-1_sn30`. `ours` is our own configuration: a frozen encoder with
 # the weights from photographs, a decoder, and a small U-Net. The decoder and the U-Net start from the
 # shipped network, which has seen only rendered neurons, and train on the real ones for minutes; a
-# difference of Gaussians may contribute to its answer (notebook 04). `neurolib sweep profiles/ours-cpu.yaml` writes
-# the file, fold by fold. `shipped` is that starting point, without further training. Its threshold was
-# chosen on three of these stacks, among them all of `sensory_I4-2` and half of `in40`, so on these two
-# neurons its row is not a test; and the rendering imitates the brightness and noise of six confocal stacks
-# of fly larvae.
+# difference of Gaussians may contribute to its answer (notebook 04).
+# `neurolib sweep profiles/ours-cpu.yaml --rows ours` writes the file, fold by fold. `shipped` is that
+# starting point, without further training. Its threshold was chosen on three of these stacks, among them
+# all of `sensory_I4-2` and half of `in40`, so on these two neurons its row is not a test; and the rendering
+# imitates the brightness and noise of six confocal stacks of fly larvae.
 
 # %%
 beside = sweeps.read_results(ours, "tree")
@@ -327,8 +327,9 @@ for one, other in (
 
 # %% [markdown]
 # Nothing that we could measure: `frozen center` is ahead of its control, `frozen random`, by 0.001 (-0.038
-# to 0.040). Both gain somewhat less over 3D scratch (0.057 and 0.056) than photographs alone do above
-# (0.073), but they do gain, although the control knows no photograph and its encoder learns nothing.
+# to 0.040). Both are ahead of 3D scratch, by somewhat less (0.057 and 0.056) than what photographs alone add
+# above (0.073). The control's gain has been shown (0.018 to 0.094), although it knows no photograph and its
+# encoder learns nothing; that of `frozen center` has not (-0.015 to 0.129).
 #
 # One explanation: in the paper's network, all that the decoder learns about a voxel comes through tokens,
 # each of which describes a patch of the image, and it helps if lines can be told from noise in these
@@ -436,14 +437,15 @@ plotting.show(figure, "hd95", alt, run.figures)
 
 # %% [markdown]
 # The paper's Hd95 falls from 38 to 3 voxels with pre-training. In the stored run, that of the 3D network
-# falls, too, on three neurons: from 26 to 9 and 11 on `in40`, from 36 to 13 on `in44`, and from 67 to 21
-# and 17 on `sensory_M4-5` (average and center). That of the 2D network falls from 16 to 11, 28 to 20, and
-# 44 to 14. On each of `class1_sn23`, `sensory_I4-2` and `sensory_IM3-1_sn30`, the paper's networks and nearly
-# all filters have about the same Hd95 (84 to 147 voxels over the three), whatever their Dice. There, something
-# far away decides it: false pieces, like the far speck of [04](04_evaluation.ipynb#one-far-speck), neurites that
-# nobody traced, or branches that are missed; Hd95 does not say which. On `sensory_M4-1` it even rises with
-# pre-training. So read Hd95 for what it is: the distance of the worst errors that are still common. Where
-# specks are common, report the surface Dice beside it.
+# falls by more than ten voxels on three neurons: from 26 to 9 and 11 on `in40`, from 36 to 13 on `in44`,
+# and from 67 to 21 and 17 on `sensory_M4-5` (average and center). That of the 2D network falls from 16 to
+# 11, 28 to 20, and 44 to 14. On each of `class1_sn23`, `sensory_I4-2` and `sensory_IM3-1_sn30`, the paper's
+# networks and nearly all filters have about the same Hd95 (84 to 147 voxels over the three), whatever their
+# Dice. There, something far away decides it: false pieces, like the far speck of
+# [04](04_evaluation.ipynb#one-far-speck), neurites that nobody traced, or branches that are missed; Hd95
+# does not say which. On `sensory_M4-1` it even rises with pre-training. So read Hd95 for what it is: the
+# distance of the worst errors that are still common. Where specks are common, report the surface Dice
+# beside it.
 
 # %% [markdown]
 # ## Look for yourself
@@ -511,12 +513,12 @@ print(f"metrics.json: {len(summary)} networks")
 # the 3D one by 0.038 (-0.008 to 0.084; in the paper 0.030): the signs agree, and both intervals contain 0.
 # Seven neurons cannot tell whether center is better than average, as it is in the paper, by 0.010. Two
 # things differ from the paper. Five slices do not help the pre-trained network (center is 0.004 below the
-# 2D one, -0.021 to 0.013), and Hd95 falls on three neurons only. Neither these networks nor a U-Net from
-# scratch have been shown to be better than a difference of Gaussians or a ridge filter. Only `ours`, which
-# adds a stem, local contrast, the help of a filter, and rendered neurons, has been shown to beat every
-# filter, and only with thresholds chosen on two validation neurons. And where a stem and local contrast
-# help a frozen encoder, photographs add 0.001 (-0.038 to 0.040): what they are worth depends on what else
-# the network can see.
+# 2D one, -0.021 to 0.013), and Hd95 falls by more than ten voxels on three neurons only. Neither these
+# networks nor a U-Net from scratch have been shown to be better than a difference of Gaussians or a ridge
+# filter. Only `ours`, which adds a stem, local contrast, the help of a filter, and rendered neurons, has
+# been shown to beat every filter, and only with thresholds chosen on two validation neurons. And where a
+# stem and local contrast help a frozen encoder, photographs add 0.001 (-0.038 to 0.040): what they are
+# worth depends on what else the network can see.
 #
 # On your own volumes: `neurolib sweep profiles/table1-cpu.yaml --data my_pairs`, with a copy of the
 # profile in which `folds` and `validate_on` name your neurons.

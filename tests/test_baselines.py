@@ -77,6 +77,18 @@ def test_each_filter_finds_a_thread_in_an_uneven_ground(name):
     assert dice(baseline.mask(images[1]), masks[1]) > 0.6
 
 
+def test_where_slices_are_far_apart_a_smaller_piece_is_a_neurite():
+    mask, specks = np.zeros((2, 8, 60, 60), bool)
+    mask[2:6, ::12, 5:35] = True  # pieces of 120 voxels
+    specks[2:6, 6::12, 40:46] = True  # of 24
+    image = 0.9 * (mask | specks)
+    thin = baselines.choose("threshold", [image], [mask], [(4, 1, 1)])
+    assert (thin.min_size, thin.dice) == (200, 1)
+    assert dice(thin.mask(image, (4, 1, 1)), mask) == 1
+    assert not thin.mask(image).any()
+    assert baselines.choose("threshold", [image], [mask]).min_size == 50
+
+
 def test_an_unknown_filter_and_no_volume_are_refused():
     with pytest.raises(SettingsError, match=r"'frangi'.*threshold"):
         baselines.respond("frangi", np.zeros((3, 3, 3)))

@@ -1,5 +1,6 @@
 """The benchmarks: all of them run, and the stored table has what they give. Nothing is timed."""
 
+import csv
 import importlib
 import json
 import math
@@ -74,6 +75,12 @@ def test_the_stored_table_is_what_the_benchmarks_give(tiny):
             sign, limit = row["target"].split()
             met = row["ratio"] >= float(limit) if sign == ">=" else row["ours"] <= float(limit)
             assert met, row["task"]
+
+
+@pytest.mark.parametrize("name", [p.name for p in (REPOSITORY / "data/results").glob("*.csv")])
+def test_every_line_of_a_stored_table_has_as_many_cells_as_the_first(name):
+    with open(REPOSITORY / "data/results" / name, newline="", encoding="utf-8") as file:
+        assert len({len(row) for row in csv.reader(file, strict=True)}) == 1
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from neurolib.evaluation import (
     volume_diagonal,
 )
 from neurolib.swc import Tree, densify, read_swc
+from neurolib.tracing import EMPTY_TREE
 from neurolib.volume import Volume
 
 JANELIA = Path(__file__).parents[1].parent / "shared" / "data" / "janelia_gold"
@@ -447,6 +448,17 @@ def test_single_nodes_are_compared_by_place():
     a, b = line((0, 0, 0)), line((0, 0, 3))
     assert tree_distance(a, b).esa == 3
     assert tree_scores(a, b).recall == 0
+
+
+def test_where_one_tree_is_empty_nothing_agrees():
+    tree = line((0, 0, 0), (9, 0, 0))
+    for one, other in ((EMPTY_TREE, tree), (tree, EMPTY_TREE)):
+        row = compare(one, other)
+        assert (row["precision"], row["recall"], row["PDS"]) == (0, 0, 1)
+        assert row["ESA"] == row["DSA"] == np.inf
+        assert row["trees"] == len(one.parent) // 2
+    both = compare(EMPTY_TREE, EMPTY_TREE)
+    assert list(both.values()) == [0, 0, 0, 1, 1, 0]
 
 
 # --- Published values ----------------------------------------------------------------------------

@@ -14,12 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neurolib import inference
+from neurolib import inference, segmentation
 from neurolib import volume as volumes
 from neurolib.devices import pick_device
-from neurolib.errors import SettingsError, VolumeError, WeightsError
+from neurolib.errors import DataError, SettingsError, VolumeError, WeightsError
 from neurolib.inference import (
     Tiling,
+    fuse,
     predict_box,
     predict_slices,
     predict_volume,
@@ -320,6 +321,17 @@ def test_calibration_chooses_the_weight_of_the_filter(tmp_path, monkeypatch):
     assert fused["calibrated"] > plain["calibrated"]
     assert set(saved["chosen_on"].values()) == {"cell0", "cell1"}
     assert saved.items() >= fused.items()
+    saved.clear()
+    with pytest.raises(DataError, match="hold out at least one"):
+        inference.calibrate(checkpoint, [], device="cpu")
+    with pytest.raises(TypeError):  # what is chosen holds for every slice, and for tiles as usual
+        inference.calibrate(checkpoint, samples, every=2, skip_empty=False)
+    assert not saved
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_filter_that_finds_nothing_at_all_leaves_no_chance():
+    assert fuse(np.float32([[0.5]]), np.float32([[-20]]), 8.0) == 0
 
 
 @steady
@@ -533,6 +545,37 @@ def test_prediction_of_a_checkpoint_is_made_once(tmp_path, monkeypatch):
     checkpoint.write_bytes(b"junk")
     with pytest.raises(WeightsError):
         predicted(tmp_path / "out", "cell", checkpoint, image, **options)
+
+
+def test_a_prediction_has_its_own_weight_or_that_of_the_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    network = Segmenter(NetworkSettings("test_vit", 3, block=48, size=48, width=32))
+    checkpoint, image = tmp_path / "checkpoint.safetensors", volume((3, 40, 50))
+    facts = {"training": {"frozen": False}, "tau": 0.1, "filter_weight": 4.0}
+    save_checkpoint(checkpoint, network, network.state_dict(), facts)
+    for own, weight in (({}, 4.0), ({"filter_weight": 0.0}, 0.0), ({"filter_weight": 2.0}, 2.0)):
+        found = predicted(tmp_path / "out", "cell", checkpoint, image, **QUIET, **own)
+        wanted = predict_volume(network, image, filter_weight=weight, **QUIET)
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+    for _ in range(2):
+        one = predicted(tmp_path / "out", "cell", checkpoint, image, every=3, **QUIET)
+        assert one.shape == (1, 40, 50)
+
+
+def test_a_tree_is_made_of_all_slices_with_the_weight_that_is_given(monkeypatch):
+    facts, seen = {"threshold": 0.5, "min_size": 1, "filter_weight": 4.0}, []
+    monkeypatch.setattr(segmentation, "load_checkpoint", lambda path: (Identity(), facts))
+
+    def predict(network, image, *, filter_weight, **_):
+        seen.append(filter_weight)
+        return image
+
+    monkeypatch.setattr(segmentation, "predict_volume", predict)
+    for own in ({}, {"filter_weight": 0.0}):
+        segmentation.segment(thread(), device="cpu", **own)
+    assert seen == [4, 0]
+    with pytest.raises(SettingsError, match="every=3: expected 1"):
+        segmentation.segment(thread(), every=3)
 
 
 def test_auto_declines_an_apple_gpu_in_one_line(monkeypatch, capsys):

@@ -3,20 +3,21 @@
 nbval checks that each stored notebook still gives its outputs (see `make test`).
 """
 
-import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
+import jupytext
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from neurolib import evaluation
-from neurolib.course import runs
+from neurolib import blocking, evaluation, tracing
+from neurolib.course import baselines, runs
 from neurolib.errors import SettingsError
 from neurolib.swc import read_swc
 
@@ -99,8 +100,8 @@ def test_an_interrupted_run_goes_on(run, folder, capfd):
 
 
 def cell_of(notebook, words):
-    cells = json.loads(runs.notebook_path(notebook).read_text())["cells"]
-    return next(s for c in cells if words in (s := "".join(c["source"])))
+    cells = jupytext.read(runs.notebook_path(notebook).with_suffix(".py")).cells
+    return next(cell.source for cell in cells if words in cell.source)
 
 
 def test_cells_that_compare_bear_small_stacks_of_the_readers_own():
@@ -118,6 +119,29 @@ def test_cells_that_compare_bear_small_stacks_of_the_readers_own():
         for words in ("touched = F.", "twins ="):
             exec(cell_of("02_weight_inflation", words), names)
         assert np.isfinite(names["twins"])
+
+
+def test_filters_are_compared_like_the_network():
+    """Of a sample of slices with all pieces; with slices far apart, with pieces of fewer voxels."""
+    mask = np.zeros((6, 20, 30), bool)
+    mask[3, 10:12, 2:28] = True  # 52 voxels
+    one, pair = baselines.Baseline("threshold", (), 0.5, 200, 1.0), SimpleNamespace(name="a")
+    sample = blocking.Sample(pair, 1.0 * mask, (1, 1, 1), None, mask, mask)
+    names = {"filters": {"b": one}, "tests": [sample], "every": 3, "replace": replace}
+    names |= {"blocking": blocking, "evaluation": evaluation}
+    exec(cell_of("04_evaluation", "filtered = {"), names)
+    assert np.array_equal(names["filtered"]["a"]["b"], mask[::3])
+    assert names["unit"] == "voxels"  # as of the whole volume
+    for image, recall in ((1.0 * mask, 1), (0.0 * mask, 0)):
+        stored = {"chosen": {"b": vars(one)}, "filters": {"a": {"b": {}}}}
+        names = {"tests": [replace(sample, image=image, spacing=(4, 1, 1))], "bridge": 15.0}
+        # What is recorded is changed in place.
+        names["run"] = SimpleNamespace(metrics=lambda of=stored: of, record=lambda *_: None)
+        names["compared"] = lambda tree, s: {"recall": float(len(tree.xyz) > 0)}
+        names |= {"baselines": baselines, "evaluation": evaluation, "tracing": tracing}
+        names |= {"runs": runs, "Markdown": str, "display": print}
+        exec(cell_of("05_swc_tracing", "by_filter, rows ="), names)
+        assert stored["filters"]["a"]["b"]["recall"] == recall
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import ndimage
 
 from neurolib.errors import DataError, SettingsError
-from neurolib.evaluation import choose_cut, drop_small
+from neurolib.evaluation import choose_cut, drop_small, in_voxels
 
 # The settings to try for each filter, in voxels. Ridge filter: Sato et al. 1998.
 FILTERS: dict[str, tuple[tuple[float, ...], ...]] = {
@@ -28,12 +28,13 @@ class Baseline:
     name: str
     settings: tuple[float, ...]
     threshold: float
-    min_size: int
+    min_size: int  # in cubes of the shortest voxel edge, see `neurolib.evaluation.in_voxels`
     dice: float  # mean over the validation volumes
 
-    def mask(self, image: np.ndarray) -> np.ndarray:
-        """The segmentation (z, y, x) of a normalised image."""
-        return drop_small(respond(self.name, image, self.settings) >= self.threshold, self.min_size)
+    def mask(self, image: np.ndarray, spacing: Sequence[float] = (1, 1, 1)) -> np.ndarray:
+        """The segmentation (z, y, x) of a normalised image with voxels of this spacing."""
+        mask = respond(self.name, image, self.settings) >= self.threshold
+        return drop_small(mask, in_voxels(self.min_size, spacing))
 
 
 def respond(name: str, image: np.ndarray, settings: Sequence[float] = ()) -> np.ndarray:
@@ -60,10 +61,16 @@ def respond(name: str, image: np.ndarray, settings: Sequence[float] = ()) -> np.
     raise SettingsError(f"filter {name!r}: expected one of {', '.join(FILTERS)}")
 
 
-def choose(name: str, images: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> Baseline:
+def choose(
+    name: str,
+    images: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray],
+    spacings: Sequence[Sequence[float]] = (),
+) -> Baseline:
     """Choose settings, threshold and smallest piece of a filter (`FILTERS`) on validation volumes.
 
-    `images` (z, y, x) are normalised; `masks` are those of their targets.
+    `images` (z, y, x) are normalised; `masks` are those of their targets; `spacings` (dz, dy, dx)
+    are those of their voxels, by default cubes.
     """
     if not len(masks):
         raise DataError("no validation volume; hold out at least one neuron for validation")
@@ -72,7 +79,7 @@ def choose(name: str, images: Sequence[np.ndarray], masks: Sequence[np.ndarray])
         responses = [respond(name, image, settings) for image in images]
         sample = np.concatenate([response.ravel()[::17] for response in responses])
         candidates = np.unique(np.quantile(sample, 1 - np.geomspace(1e-4, 0.5, 256)))
-        cut = choose_cut(responses, masks, candidates)
+        cut = choose_cut(responses, masks, candidates, spacings)
         if best is None or cut[-1] > best.dice:
             best = Baseline(name, settings, *cut)
     return best

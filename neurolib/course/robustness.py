@@ -1,5 +1,6 @@
 """Where tracing fails: damage masks step by step, trace them, and compare with the reference."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ from scipy import ndimage, sparse
 from scipy.sparse import csgraph
 from scipy.spatial import KDTree
 
-from neurolib.errors import SettingsError, VolumeError
+from neurolib.errors import NeurolibWarning, SettingsError, VolumeError
 from neurolib.evaluation import compare, distance_to_tree, in_unit, skeleton
 from neurolib.swc import Tree, Zyx, densify, edges
 from neurolib.tracing import (
@@ -22,8 +23,9 @@ from neurolib.tracing import (
 
 # In voxels.
 GAP = 3.5  # radius of a ball cut out of a neurite; a cut is 7 long
-SPECK = (1.8, 3.2)  # radii of specks, balls of 27 to 123 voxels
+SPECK = (1.8, 3.2)  # radii of specks, balls of about 24 to 137 voxels; the border cuts some
 CLEAR = 8.0  # smallest distance from the centre of a speck to the neurite
+TRIES = 500  # random places per speck, before there is no room for more
 NEAR = 2.0  # largest distance between trees that agree
 BLUR = 1.5  # σ of the blur for the damage "threshold"
 
@@ -80,7 +82,7 @@ def degrade(mask: np.ndarray, tree: Tree, kind: str, amount: float) -> tuple[np.
     ===========  =====================================================  ==================
 
     `mask` (z, y, x) is perfect, the target of `tree`. A larger amount adds to the damage of a
-    smaller one.
+    smaller one. If there is no room for all specks, a `NeurolibWarning` says how many there are.
     """
     if kind not in DAMAGE:
         raise SettingsError(f"damage {kind!r}: expected one of {', '.join(DAMAGE)}")
@@ -98,11 +100,16 @@ def degrade(mask: np.ndarray, tree: Tree, kind: str, amount: float) -> tuple[np.
             _ball(damaged, centre, GAP, False)
         return damaged, 0.5
     near, made = KDTree(points), 0
-    while made < amount:
+    for _ in range(int(TRIES * amount)):
+        if made >= amount:
+            break
         centre, radius = rng.random(3) * mask.shape, rng.uniform(*SPECK)
         if near.query(centre)[0] > CLEAR:
             _ball(damaged, centre, radius, True)
             made += 1
+    if made < amount:
+        told = f"room for {made} of {amount:g} specks that are {CLEAR:g} voxels from the neurite"
+        warnings.warn(told, NeurolibWarning, stacklevel=2)
     return damaged, 0.5
 
 

@@ -17,14 +17,13 @@ from neurolib.errors import DataError, NeurolibError, NothingFoundError, SwcErro
 from neurolib.evaluation import (
     FULL_CONNECTIVITY,
     cl_dice,
+    compare,
     dice,
     finest_voxels,
     hd95,
     in_unit,
     short_pieces,
     surface_dice,
-    tree_distance,
-    tree_scores,
     volume_diagonal,
 )
 from neurolib.files import write_text
@@ -124,14 +123,10 @@ def _as_tree(one: np.ndarray | Tree, spacing: tuple) -> Tree:
 
 
 def _compare_trees(tree: Tree, reference: Tree, tolerance: float, spacing: tuple) -> dict:
-    scores = {"length": length(tree, spacing), "reference_length": length(reference, spacing)}
-    if len(tree.parent) and len(reference.parent):
-        distance = tree_distance(tree, reference, tolerance, spacing)
-        overlap = tree_scores(tree, reference, tolerance, spacing)
-        return scores | vars(distance) | vars(overlap)
-    agree = len(tree.parent) == len(reference.parent)
-    scores |= dict.fromkeys(("esa", "dsa"), 0.0 if agree else float("inf"))
-    return scores | {"pds": float(not agree), "precision": float(agree), "recall": float(agree)}
+    scores = compare(tree, reference, spacing, tolerance)
+    del scores["trees"]
+    lengths = {"length": length(tree, spacing), "reference_length": length(reference, spacing)}
+    return lengths | {key.lower(): value for key, value in scores.items()}
 
 
 def _shared_voxels(a: np.ndarray, b: np.ndarray) -> sparse.csr_array:
