@@ -70,7 +70,8 @@ def read_swc(path: str | Path, spacing: Sequence[float] | None = None) -> Tree:
 
     It also uses, and reports, comments about the frame: ``OFFSET x y z`` is added to every node,
     and coordinates and radii with a unit (``# All positions and radii in um``) are converted to
-    voxels if the voxel size is known. ``SCALE`` is reported but not used.
+    voxels if the voxel size is known. So are those in another unit with a voxel separation in that
+    unit. ``SCALE`` is reported but not used.
 
     Parameters
     ----------
@@ -324,6 +325,13 @@ def _use_comments(tree: Tree, lines: list[str], spacing: Sequence[float] | None)
         # With positions in voxels, `write_swc` still gives it in µm.
         written = separation[::-1] * (unit[1] or 1)
         tree = replace(tree, spacing=tuple(written.tolist()))
+    if separation is not None and not unit and (separation != 1).any():
+        # As SNT writes for images in inches, say, or in a unit that it does not know.
+        tree = transform(tree, separation[::-1])
+        repairs.append(
+            "header: positions in the unit of the voxel separation, converted to voxels of "
+            f"{text(separation)} (x, y, z)"
+        )
     if unit and unit[1]:
         word, size = unit
         voxel = written if spacing is None else np.array(spacing)

@@ -358,7 +358,8 @@ def inverted(data: np.ndarray) -> bool:
     negatives, and within 0.03 of 0 in noise. The bound of -0.3 lies between. For large images,
     only evenly spaced slices are used.
     """
-    some = data[:: max(1, -(-data.size // POLARITY))]
+    step = min(len(data), -(-data.size // POLARITY))
+    some = data[step // 2 :: step]
     fine, coarse = (gaussian_filter(some, (0, sigma, sigma)) for sigma in (1.5, 6))
     detail = (fine - coarse).astype(np.float64)
     detail -= detail.mean()
@@ -415,7 +416,7 @@ def write_volume(
             data = np.asarray(data)
         if len(data.shape) != 3 or not prod(data.shape):
             raise VolumeError(f"expected an array (z, y, x), got shape {data.shape}")
-        lengths = tuple(check_spacing(spacing or (1, 1, 1)).tolist())
+        lengths = tuple(check_spacing((1, 1, 1) if spacing is None else spacing).tolist())
         if suffix in (".npy", ".zarr"):
             check_type(data.dtype)
         else:

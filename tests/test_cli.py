@@ -15,11 +15,12 @@ from faults import command as call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
-from test_formats import ome_set
+from test_formats import ome_images, ome_set
 
 import neurolib
 from neurolib import __version__
 from neurolib.blocking import read_sample
+from neurolib.course import cli
 from neurolib.data.datasets import load_dataset
 from neurolib.errors import DataError, NeurolibWarning, SettingsError
 from neurolib.evaluation import dice, drop_small
@@ -650,6 +651,11 @@ def test_a_set_of_ome_files_is_one_image(pattern, tmp_path, segment):
     out = tmp_path / "out"
     assert call(*segment, folder / pattern, *ALL, "--out", out) == 0
     assert sorted(path.name for path in out.iterdir()) == ["s0.ome.swc", "t.swc"]
+
+
+def test_a_set_with_an_image_per_file_is_several_images(tmp_path):
+    files = ome_images(tmp_path, [image(), image()])
+    assert cli._expand([tmp_path]) == (files, True)
 
 
 @pytest.mark.parametrize(

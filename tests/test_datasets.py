@@ -13,13 +13,14 @@ import pytest
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_formats import DATA, needs_data
+from test_formats import DATA, needs_data, ome_set
 from test_formats import refusal as refused
 
 from neurolib.blocking import Sample, every_slice, make_target, read_sample
 from neurolib.data import datasets, synthesis
 from neurolib.data.datasets import (
     Split,
+    data_key,
     load_dataset,
     measure,
     name_from,
@@ -269,10 +270,14 @@ def test_rows_of_files_without_a_partner_are_no_error(tmp_path):
         ("12,b", ["12", "b"]),
         (12, ["12"]),
         ("B.tif", ["b"]),
+        ("fly1/12", ["fly1/12"]),
+        ("12,FLY1/12.swc", ["12", "fly1/12"]),
+        ("fly2/12", ["12"]),
+        ("x/b, x/d", ["b", "d"]),
     ],
 )
 def test_names_may_be_numbers_and_hold_commas(tmp_path, asked, chosen):
-    names = ("a, left", "b", "left", "007", "12", "d", "e")
+    names = ("a, left", "b", "left", "007", "12", "d", "e", "fly1/12")
     pairs = [Pair(name, name, tmp_path, tmp_path, "") for name in names]
     split = split_by_neuron(pairs, held_out=asked)
     assert sorted(pair.name for pair in split.test) == sorted(chosen)
@@ -427,6 +432,19 @@ def test_a_folder_as_an_image_is_hashed_by_all_that_is_in_it(tmp_path):
     assert read_manifest(path) == split
     chunk.write_bytes(b"\1\3")
     assert "cell.zarr" in refused(DataError, read_manifest, path)
+
+
+@pytest.mark.filterwarnings("ignore:.*left out")
+def test_a_set_of_ome_files_is_hashed_as_a_whole(tmp_path):
+    ome_set(tmp_path, np.arange(2400, dtype=np.uint8).reshape(4, 20, 30))
+    write_swc(tmp_path / "s0.swc", TREE)
+    split = Split(tuple(folder_pairs(tmp_path)), (), ())
+    path, key = write_manifest(tmp_path / "split.json", split, 0), data_key(str(tmp_path))
+    assert read_manifest(path) == split
+    with open(tmp_path / "s2.ome.tif", "ab") as file:
+        file.write(b"x")
+    assert data_key(str(tmp_path)) != key
+    assert "s0.ome.tif" in refused(DataError, read_manifest, path)
 
 
 @pytest.mark.parametrize(
@@ -748,6 +766,16 @@ def test_measure_takes_pairs_or_their_folder(tmp_path):
     assert measure(tmp_path) == rows[1:]
     (tmp_path / "b.tif").unlink()
     assert [list(row) for row in measure(tmp_path)] == [list(synthesis.GOLD_RANGES)] * 2
+
+
+def test_pairs_are_measured_with_their_channel_and_spacing(tmp_path):
+    data = np.random.default_rng(0).integers(0, 200, (30, 2, 50, 60), np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", data, imagej=True, metadata={"axes": "ZCYX"})
+    write_swc(tmp_path / "a.swc", TREE, units="um", spacing=(2.0, 0.5, 0.5))
+    (row,) = measure(load_dataset(tmp_path, channel=1, spacing="1,0.5,0.5"))
+    volume = read_volume(tmp_path / "a.tif", channel=1, spacing=(1.0, 0.5, 0.5))
+    tree = read_swc(tmp_path / "a.swc", (1.0, 0.5, 0.5))
+    assert row == synthesis.statistics(tree) | synthesis.image_statistics(volume, tree)
 
 
 def test_what_cannot_be_measured_is_named(tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -207,6 +208,7 @@ SINGLE = r"expected a 3D stack, got shape \(5, 6\); a single slice is not a volu
         (stack(shape=(2, 4, 5, 6)), {"imagej": True, "metadata": {"axes": "TZYX"}}, "axes TZYX"),
         (stack(), {"imagej": True, "metadata": {"axes": "CYX"}}, "channels are slices"),
         (stack().astype(complex), {}, "complex"),
+        *[(stack(), {"metadata": {"axes": f"{a}YX"}}, f"axes {a}YX") for a in "EHAR"],
     ],
 )
 def test_tiffs_that_are_no_volume(tmp_path, data, options, words):
@@ -242,6 +244,24 @@ def test_several_ome_images_have_each_their_own_spacing(tmp_path):
             metadata = {"axes": "ZYX"} | {f"PhysicalSize{axis}": size for axis in "XYZ"}
             writer.write(stack(shape=shape), photometric="minisblack", metadata=metadata)
     reads(path, stack(shape=(4, 5, 6)), (2, 2, 2))
+
+
+def test_an_image_and_its_segmentation_are_no_two_slices(tmp_path):
+    path = tmp_path / "a.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as writer:
+        for seed in range(2):
+            writer.write(stack(shape=(5, 6), seed=seed), photometric="minisblack")
+    refused(path, r"2 separate images, the first of shape \(5, 6\)")
+
+
+def test_pages_that_the_ome_metadata_do_not_describe_are_said(tmp_path):
+    path = tiff(tmp_path / "a.ome.tif", stack(), metadata={"axes": "ZYX"})
+    assert reads(path, stack()).notes == ()
+    with tifffile.TiffFile(path, mode="r+") as tif:
+        text = re.sub('(SizeZ|PlaneCount)="4"', r'\1="3"', tif.ome_metadata)
+        tif.pages[0].tags["ImageDescription"].overwrite(text)
+    (note,) = reads(path, stack()[:3]).notes
+    assert "describe 3 of 4 pages" in note
 
 
 @pytest.mark.parametrize("kind", ["described only", "without data", "in a file that is lost"])
@@ -285,6 +305,44 @@ def ome_set(folder, data, binary_only=False):
         tifffile.imwrite(folder / f"s{k}.ome.tif", page, **options)
 
 
+def ome_images(folder, images, compression=None):
+    """One OME-TIFF per image, with the metadata of all in each; image k has voxels of k + 1 µm."""
+    names, text = [f"i{k}.ome.tif" for k in range(len(images))], ""
+    for k, (name, data) in enumerate(zip(names, images, strict=True)):
+        (z, y, x), samples = data.shape[:3], data.shape[3] if data.ndim == 4 else 1
+        sizes = "".join(f'PhysicalSize{axis}="{k + 1}" ' for axis in "XYZ")
+        text += (
+            f'<Image ID="Image:{k}"><Pixels ID="Pixels:{k}" DimensionOrder="XYZCT" SizeX="{x}" '
+            f'SizeY="{y}" SizeZ="{z}" SizeC="{samples}" SizeT="1" {sizes} Type="{data.dtype}">'
+            f'<Channel ID="Channel:{k}:0" SamplesPerPixel="{samples}"/><TiffData IFD="0" '
+            f'PlaneCount="{z}"><UUID FileName="{name}">urn:uuid:{uuid.UUID(int=k)}</UUID>'
+            "</TiffData></Pixels></Image>"
+        )
+    head = '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" '
+    for k, (name, data) in enumerate(zip(names, images, strict=True)):
+        own = f'{head}UUID="urn:uuid:{uuid.UUID(int=k)}">{text}</OME>'
+        kind = "rgb" if data.ndim == 4 else "minisblack"
+        options = {"description": own, "metadata": None, "compression": compression}
+        tiff(folder / name, data[0] if kind == "rgb" else data, photometric=kind, **options)
+    return [folder / name for name in names]
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("other", [(3, 15, 20), (9, 50, 60), (4, 30, 40), (1, 90, 80, 3)])
+def test_of_a_set_with_an_image_per_file_each_file_is_its_own(tmp_path, other, compression):
+    images = [stack("uint16", (4, 30, 40)), stack("uint16", other, seed=1)]
+    first, second = files = ome_images(tmp_path, images, compression)
+    reads(first, images[0], (1, 1, 1))
+    if len(other) == 4:
+        refused(second, "colour image with 3 samples")
+    else:
+        reads(second, images[1], (2, 2, 2))
+    assert [formats.files_read(file) for file in files] == [[first], [second]]
+    first.unlink()
+    if len(other) == 3:
+        reads(second, images[1])
+
+
 def test_sets_of_ome_files(tmp_path):
     data = stack("uint16", (5, 60, 70))
     data[0] = 0  # compressed, far smaller than the others
@@ -300,6 +358,7 @@ def test_sets_of_ome_files(tmp_path):
     for wrong in (b"", b"no TIFF at all"):
         files[3].write_bytes(wrong)
         refused(files[1], r"slice 3 .* missing: s3\.ome\.tif not found, or not a TIFF")
+        assert sorted(formats.files_read(files[1])) == files
     # Another slice of the set under its name, and an image of another size.
     files[3].write_bytes(files[4].read_bytes())
     refused(files[1], r"s3\.ome\.tif does not belong to its set of files")
@@ -685,6 +744,7 @@ def test_nrrd(tmp_path, encoding, dtype, order):
         ("space directions: (3,4,0) (0,0.5,0) (0,0,-2)\n", (2, 0.5, 5)),
         ("spacings: 0.25 0.5\n", (1, 1, 1)),
         ("spacings: nan 0.5 0\n", (1, 1, 1)),
+        ("kinds: domain none ???\n", (1, 1, 1)),
     ],
 )
 def test_nrrd_spacing(tmp_path, extra, spacing):
@@ -701,7 +761,7 @@ def test_nrrd_channels(tmp_path):
     path = save(tmp_path, nrrd(np.moveaxis(data, 0, -1), extra=fast), "a.nrrd")
     reads(path, data[1], channel=1)
     # Without spacings, the kinds of axes tell; without these, it is the slowest axis.
-    for kinds in ("", "kinds: vector domain domain domain\n"):
+    for kinds in ("", "kinds: vector domain domain domain\n", "kinds: ??? space space space\n"):
         shown = np.moveaxis(data, 0, -1) if kinds else data
         path = save(tmp_path, nrrd(shown, "gzip", extra=kinds), "a.nrrd")
         refused(path, r"2 channels \(0 to 1\)")
@@ -731,6 +791,8 @@ def test_nrrd_refusals(tmp_path):
         (nrrd(stack())[:-1], "truncated"),
         (nrrd(stack(), "gzip")[:-20], "truncated|damaged"),
         (b"NRRD0004\ntype: uchar\n\n", "no usable sizes, type or encoding"),
+        (nrrd(stack(), extra="kinds: vector domain domain\n"), "axis of kind 'vector'"),
+        (nrrd(stack(), extra="kinds: domain domain time\n"), "axis of kind 'time'"),
         (b"something else", "does not begin like"),
     ):
         refused(save(tmp_path, content, "a.nrrd"), words)
@@ -843,7 +905,10 @@ def test_of_several_levels_the_largest_is_read_wherever_it_stands(tmp_path, ngff
     for levels in ([level, *image["datasets"], lost], [*image["datasets"], level]):
         path = ome_zarr(tmp_path / "a.zarr", stack(), image | {"datasets": levels}, ngff)
         zarr.open_group(path).create_array("1", data=stack()[::2, ::2, ::2])
-        reads(path, stack(), (2, 0.5, 0.25))
+        assert bool(reads(path, stack(), (2, 0.5, 0.25)).notes) == (lost in levels)
+    shutil.rmtree(path / "0")
+    (note,) = reads(path, stack()[::2, ::2, ::2], (4, 1, 1)).notes
+    assert note.startswith("missing levels: 0; ")
 
 
 def test_zarr_of_older_versions_and_groups_within(tmp_path):

@@ -11,7 +11,7 @@ import zarr
 from test_formats import DATA, multiscales, needs_data, ome_zarr
 from tifffile import imread, imwrite
 
-from neurolib import swc
+from neurolib import swc, volume
 from neurolib.data import inspection, synthesis
 from neurolib.data.formats import LazyStack
 from neurolib.data.inspection import inspect_files
@@ -63,6 +63,28 @@ def test_what_reading_chose_and_what_is_not_known_is_said(tmp_path, folder):
     np.save(tmp_path / "dark.npy", 255 - data)
     (text,) = inspect_files([tmp_path / "dark.npy"])
     assert facts(text)["warning"].startswith("dark structures on a bright background")
+
+
+def test_of_large_planes_a_middle_one_tells_dark_from_bright(tmp_path, monkeypatch):
+    for module in (inspection, volume):
+        monkeypatch.setattr(module, "POLARITY", 1)
+    data = np.full((5, 60, 60), 100, np.uint8)
+    data[0, 30:33], data[2, 30:33] = 200, 0
+    assert volume.inverted(volume.normalise(data))
+    assert "warning" in inspection.volume_facts(volume.Volume(data), "a")
+
+
+def test_a_length_in_voxels_is_called_that(folder):
+    tree = swc.read_swc(folder / "cell.swc")
+    write_volume(folder / "cell.tif", imread(folder / "cell.tif"), (2.0, 0.5, 0.5), known=False)
+    *_, text = inspect_files([folder])
+    assert facts(text)["length"] == f"{swc.length(tree):.0f} voxels"
+    swc.write_swc(folder / "um.swc", tree, units="um", spacing=(2.0, 0.5, 0.5))
+    written = (folder / "um.swc").read_text()
+    for unit in ("um", "inch"):
+        (folder / "um.swc").write_text(written.replace("in um", f"in {unit}"))
+        (text,) = inspect_files([folder / "um.swc"])
+        assert facts(text)["length"].startswith(f"{swc.length(tree):.1f} in voxels")
 
 
 def test_a_large_zarr_is_not_read_whole(tmp_path, folder, monkeypatch):

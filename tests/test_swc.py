@@ -412,6 +412,16 @@ NODE = "1 3 40 20 8 2 -1\n2 3 80 20 8 2 1\n"
             0.25,
             "of 0.008, 0.008, 0.004 µm (x, y, z); the header has 4, 4, 2 nanometers",
         ),
+        *[
+            (
+                f"# All positions and radii in {unit}\n# Voxel separation (x,y,z): 0.5, 0.5, 2.0",
+                spacing,
+                (80, 40, 4),
+                4,
+                "unit of the voxel separation, converted to voxels of 0.5, 0.5, 2 (x, y, z)",
+            )
+            for unit, spacing in (("inch", None), ("cm", (3, 1, 1)), ("unknown", None))
+        ],
     ],
 )
 def test_comments_that_tell_the_frame(tmp_path, head, spacing, first, radius, said):
@@ -429,6 +439,7 @@ def test_comments_that_tell_the_frame(tmp_path, head, spacing, first, radius, sa
         ("OFFSET 0 0 0\n# SCALE 1.0 1.0 1.0", False),
         ("after Um and others", False),
         ("All positions and radii in voxels\n# Voxel separation (x,y,z): 0.5, 0.5, 2", False),
+        ("All positions and radii in inch\n# Voxel separation (x,y,z): 1, 1, 1", False),
         ("units: um or voxels, nobody knows", True),
         ("units: 4x4x40 nm", True),
         ("units: [8, 8, 8] nanometer", True),

@@ -174,7 +174,7 @@ def test_written_volumes_come_back(tmp_path_factory, dtype, shape, spacing, suff
     """With their spacing, and without a unit if none was known."""
     data = stack(dtype, shape)
     path = tmp_path_factory.mktemp("volume") / f"a{suffix}"
-    assert write_volume(path, data, spacing, known=known) == path
+    assert write_volume(path, data, np.array(spacing), known=known) == path
     volume = reads(path, data, check=False)
     assert volume.spacing == pytest.approx(spacing, rel=1e-5)
     assert known == (not volume.unknown)

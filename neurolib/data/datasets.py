@@ -19,6 +19,7 @@ from tqdm import tqdm
 from neurolib.data import synthesis
 from neurolib.data.bigneuron import fetch_janelia
 from neurolib.data.fly_larva import load_fly_larva
+from neurolib.data.formats import files_read
 from neurolib.data.pairs import (
     FINAL_STYLE,
     GENERATED,
@@ -29,6 +30,7 @@ from neurolib.data.pairs import (
     folder_pairs,
     neurons_of,
     pair_files,
+    read_pair,
     stand_in,
     trees_by_name,
 )
@@ -36,7 +38,7 @@ from neurolib.errors import DataError
 from neurolib.files import atomic_path, cache_folder, naming, sha256, text_key, write_text
 from neurolib.parameters import three_numbers
 from neurolib.swc import Tree, read_swc, write_swc
-from neurolib.volume import SUFFIXES, read_volume, write_volume
+from neurolib.volume import SUFFIXES, Volume, write_volume
 
 # The name of a data set rendered from the trees of a folder, perhaps with its microscope.
 RENDERED = re.compile(r"rendered(-(?P<style>[^:/\\]*))?:(?P<folder>.+)")
@@ -198,9 +200,13 @@ def _asked(
     chosen = []
     for rest in [asked.split(",")] if isinstance(asked, str) else [[name] for name in asked]:
         while rest:
-            # Names may contain commas: try the longest run of words first.
-            ends = range(len(rest), 0, -1)
-            hits = ((end, find_name(",".join(rest[:end]), known)) for end in ends)
+            # Names may contain commas: try the longest run of words first, but no list of paths.
+            runs = ((end, ",".join(rest[:end]).strip()) for end in range(len(rest), 0, -1))
+            hits = (
+                (end, find_name(run, known))
+                for end, run in runs
+                if end == 1 or run in known or "," not in run.replace("\\", "/").rpartition("/")[0]
+            )
             end, name = next((hit for hit in hits if hit[1] is not None), (1, ""))
             word, rest = rest[0].strip(), rest[end:]
             if word and not name:
@@ -222,9 +228,12 @@ def write_manifest(path: str | Path, split: Split, seed: int) -> Path:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file, or of the names and contents of all files of a folder (OME-Zarr)."""
+    """SHA-256 of a file, or of the names and contents of all files of a folder (OME-Zarr).
+
+    Of a set of OME files that hold one image, the hash of each, with commas between them.
+    """
     if path.is_file():
-        return sha256(path)
+        return ",".join(sha256(file) for file in files_read(path) if file.is_file())
     files = sorted(file for file in path.rglob("*") if file.is_file())
     listing = "".join(f"{file.relative_to(path).as_posix()} {sha256(file)}\n" for file in files)
     return hashlib.sha256(listing.encode()).hexdigest()
@@ -350,14 +359,12 @@ def measure(data: list[Pair] | str | Path) -> list[dict[str, float]]:
     if not isinstance(data, list):
         trees = trees_by_name(Path(data))
         if not pair_files(files_of(Path(data), SUFFIXES), list(trees.values())):
-            return [_measured(path) for path in trees.values()]
+            return [_measured(path, read_swc(path)) for path in trees.values()]
         data = folder_pairs(data)
-    return [_measured(pair.swc, pair.image) for pair in data]
+    return [_measured(pair.image, *read_pair(pair)[::-1]) for pair in data]
 
 
-def _measured(swc: Path, image: Path | None = None) -> dict[str, float]:
-    volume = read_volume(image) if image else None
-    tree = read_swc(swc, volume and volume.known_spacing)
-    with naming((image or swc).name):
+def _measured(path: Path, tree: Tree, volume: Volume | None = None) -> dict[str, float]:
+    with naming(path.name):
         facts = synthesis.statistics(tree)
         return facts | synthesis.image_statistics(volume, tree) if volume else facts

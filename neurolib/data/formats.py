@@ -319,7 +319,7 @@ def _read_series(path: Path, tif: tifffile.TiffFile, channel: int | None) -> Sta
     _check_imagej(tif, prod(shape) // prod(shape[axes.index(axis)] for axis in "YX"))
     index = choose_channel(shape[axes.index("C")] if "C" in axes else 1, channel)
     spacing = _ome_spacing(tif, first) if tif.is_ome else _imagej_spacing(tif)
-    if not several and first.dataoffset is not None:
+    if not several and first.dataoffset is not None and first.keyframe.parent is tif:
         check_size(shape, first.dtype, tif.filehandle.size - first.dataoffset)
         dtype = first.dtype.newbyteorder(tif.byteorder)
         data = np.memmap(path, dtype, "r", first.dataoffset, shape)
@@ -356,8 +356,11 @@ def _choose_images(
     tif: tifffile.TiffFile,
 ) -> tuple[list[tifffile.TiffPageSeries], tuple[str, ...]]:
     """The series of the largest stack, or of its slices, and a note if there are others."""
+    # The metadata of a set of OME files also describe images that are only in its other files.
+    own = [s for s in tif.series if any(p is not None and p.parent is tif for p in s.pages)]
+    every = own or tif.series
     groups: dict[tuple, list] = {}
-    for series in tif.series:
+    for series in every:
         groups.setdefault((series.shape, series.dtype), []).append(series)
 
     def weight(group: list) -> tuple[bool, bool, int]:
@@ -370,16 +373,22 @@ def _choose_images(
     if first.dtype is None:
         raise VolumeError("its voxel type is not one that TIFF defines; convert it")
     # Thumbnails, labels and smaller copies have other rows and columns than the image.
-    alike = [s for s in tif.series if s.shape[-2:] == first.shape[-2:]]
-    if len(alike) > 1 and (len(first.shape) != 2 or len(alike) > len(main)):
+    alike = [s for s in every if s.shape[-2:] == first.shape[-2:]]
+    if len(alike) > 1 and (tif.is_ome or len(first.shape) != 2 or len(alike) > len(main)):
         raise VolumeError(
             f"{len(alike)} separate images, the first of shape {alike[0].shape}, expected "
             "one 3D stack; save them as one, or each as its own file"
         )
-    if len(main) == len(tif.series):
-        return main, ()
-    shapes = ", ".join(dict.fromkeys(str(s.shape) for s in tif.series))
-    return main, (f"{len(tif.series)} images, of shapes {shapes}; the largest stack is used",)
+    if len(main) == len(every):
+        if not tif.is_ome:
+            return main, ()
+        used = sum(p is not None and p.parent is tif for s in every for p in s.pages)
+        left = (
+            f"its OME metadata describe {used} of {len(tif.pages)} pages; the others are not read"
+        )
+        return main, (left,) * (used < len(tif.pages))
+    shapes = ", ".join(dict.fromkeys(str(s.shape) for s in every))
+    return main, (f"{len(every)} images, of shapes {shapes}; the largest stack is used",)
 
 
 def _axes(axes: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
@@ -392,7 +401,7 @@ def _axes(axes: str, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
             "its channels or, if they are slices, save as grey (tifffile: photometric='minisblack')"
         )
     # tifffile calls the axis of plain pages I, Q or "other".
-    unnamed = [a for a in axes if a not in "ZCTYX"]
+    unnamed = [a for a in axes if a in "IQ"]
     if "Z" not in axes and len(unnamed) == 1:
         axes = axes.replace(unnamed[0], "Z")
     if len(shape) == 2:
@@ -427,7 +436,7 @@ def _check_pages(
     for number, page in enumerate(pages):
         if page is None and tif.is_ome:
             found = {page.parent.filehandle.name for page in pages if page is not None}
-            lost = ", ".join(file for file in _set_of(tif) if file not in found)
+            lost = ", ".join(file for file in _set_of(tif.ome_metadata) if file not in found)
             raise VolumeError(
                 f"slice {number} of its set of files is missing: {lost} not found, or not a TIFF; "
                 "put all files of the set into one folder"
@@ -449,27 +458,40 @@ def _check_pages(
 
 
 def files_read(path: Path) -> list[Path]:
-    """The file of an image and, if it belongs to a set of OME files, all others of the set."""
+    """The file of an image and, if others of its set of OME files hold parts of it, those."""
     try:
         with tifffile.TiffFile(path) as tif:
-            return [path, *(path.parent / file for file in _set_of(tif))]
+            text = tif.ome_metadata or ""
     except Exception:  # another format, or damaged: reading will tell
         return [path]
+    own, parts = _uuid_in(text), {}
+    # Each file describes all images of the set, also those that it has no part in.
+    for named in map(_set_of, re.split(r"<Image\b", text)):
+        if path.name in named or own in named.values():
+            parts |= named
+    others = (name for name, uuid in parts.items() if name != path.name and uuid != own)
+    return [path, *(path.parent / name for name in others)]
 
 
-def _set_of(tif: tifffile.TiffFile) -> dict[str, str]:
-    """The files of a set of OME files, with their UUIDs."""
-    named = re.findall(r'<UUID [^>]*FileName="([^"]*)"[^>]*>([^<]*)<', tif.ome_metadata or "")
+def _set_of(text: str) -> dict[str, str]:
+    """The files of a set of OME files that their metadata name, with their UUIDs."""
+    named = re.findall(r'<UUID [^>]*FileName="([^"]*)"[^>]*>([^<]*)<', text)
     return {html.unescape(file): uuid.strip() for file, uuid in named}
+
+
+def _uuid_in(text: str) -> str | None:
+    """A file's own UUID in its OME metadata."""
+    own = re.search(r'<OME\b[^>]* UUID="([^"]*)"', text)
+    return own and own[1]
 
 
 def _check_member(tif: tifffile.TiffFile, page: tifffile.TiffPage) -> None:
     """Refuse a page from another file if that belongs to another set or has another shape."""
     file, first = page.parent.filehandle.name, tif.pages.first
-    own = re.search(r'<OME\b[^>]* UUID="([^"]*)"', page.parent.ome_metadata or "")
-    wanted = _set_of(tif).get(file)
+    own = _uuid_in(page.parent.ome_metadata or "")
+    wanted = _set_of(tif.ome_metadata or "").get(file)
     other = page.parent.pages.first
-    if (own and wanted and own[1] != wanted) or other.shape != first.shape:
+    if (own and wanted and own != wanted) or other.shape != first.shape:
         raise VolumeError(
             f"{file} does not belong to its set of files (shape {other.shape}); "
             "expected the file that was saved with it: copy the set again"
@@ -748,10 +770,14 @@ def _nrrd_axes(fields: dict[str, str], dims: int) -> tuple[int | None, Spacing]:
     values = values[::-1] if len(values) == dims else [float("nan")] * dims
     units = [*units, *[""] * dims][:dims][::-1]
     axis = None
+    kinds = fields.get("kinds", "").lower().split()[::-1]
+    odd = [k for k, n in enumerate(kinds) if n not in ("domain", "space") and len(kinds) == dims]
+    if dims == 3 and (other := [kinds[k] for k in odd if kinds[k] not in ("none", "???")]):
+        raise VolumeError(
+            f"an axis of kind {other[0]!r}, expected three axes in space; save one stack"
+        )
     if dims == 4:
         # The channel axis is the one that is not spatial or has no spacing, else the slowest.
-        kinds = fields.get("kinds", "").lower().split()[::-1]
-        odd = [k for k, n in enumerate(kinds) if n not in ("domain", "space") and len(kinds) == 4]
         axis = [*odd, *np.flatnonzero(~np.isfinite(values)).tolist(), 0][0]
         del values[axis], units[axis]
     if dims not in (3, 4) or not key:
@@ -863,7 +889,7 @@ def _chunk_files(folder: Path, ndim: int) -> Iterator[tuple[int, ...]]:
 def read_zarr(path: Path, channel: int | None) -> Stack:
     """Open the largest level of an OME-Zarr image (NGFF 0.4, 0.5; ngff.openmicroscopy.org)."""
     try:
-        array, axes, spacing, images = _open_multiscale(path)
+        array, axes, spacing, notes = _open_multiscale(path)
         shape, chunks, dtype = tuple(array.shape), tuple(array.chunks), np.dtype(array.dtype)
     except VolumeError:
         raise
@@ -891,7 +917,6 @@ def read_zarr(path: Path, channel: int | None) -> Stack:
         )
     index = choose_channel(shape[axes.index("c")] if "c" in axes else 1, channel)
     fixed = tuple(index if axis == "c" else 0 for axis in axes[:-3])
-    notes = () if images == 1 else (f"{images} images; the first is used",)
     return Stack(LazyStack(path.name, array, fixed, path / array.path), spacing, notes)
 
 
@@ -906,8 +931,8 @@ def _inside(path: Path) -> str:
     return "; a bare array can be saved as .npy"
 
 
-def _open_multiscale(path: Path) -> tuple[Any, list[str], Spacing, int]:
-    """Largest level of the first image of a group, its axes, spacing, and number of images."""
+def _open_multiscale(path: Path) -> tuple[Any, list[str], Spacing, tuple[str, ...]]:
+    """Largest level of the first image of a group, its axes and spacing, and notes."""
     zarr = _import_zarr()
     group = zarr.open_group(zarr.storage.LocalStore(path, read_only=True), mode="r")
     attributes = dict(group.attrs)
@@ -923,6 +948,9 @@ def _open_multiscale(path: Path) -> tuple[Any, list[str], Spacing, int]:
     described = [a if isinstance(a, dict) else {"name": a} for a in image.get("axes", "tczyx")]
     axes = [axis["name"].lower() for axis in described]
     levels = [level for level in image["datasets"] if level["path"] in group]
+    lost = ", ".join(x["path"] for x in image["datasets"] if x not in levels)
+    notes = (f"{len(images)} images; the first is used",) if len(images) > 1 else ()
+    notes += (f"missing levels: {lost}; the largest of the others is used",) if lost else ()
     # Some writers list the smallest level first.
     level = max(levels, key=lambda level: prod(group[level["path"]].shape))
     # The scales of image and level are multiplied; up to version 0.3 there are none.
@@ -938,7 +966,7 @@ def _open_multiscale(path: Path) -> tuple[Any, list[str], Spacing, int]:
         values = values if len(values) == len(axes) else [float("nan")] * 3
         units = [str(axis.get("unit") or "") for axis in described[-3:]]
         spacing = calibrate(values[-3:], units, [f"scale of {axis}" for axis in axes[-3:]])
-    return group[level["path"]], axes, spacing, len(images)
+    return group[level["path"]], axes, spacing, notes
 
 
 @functools.cache

@@ -151,7 +151,8 @@ def volume_facts(volume: Volume, name: str) -> dict[str, str]:
     }
     if volume.notes:
         facts["read"] = "; ".join(volume.notes)
-    if inverted(normalise(values[:: max(1, values.size // POLARITY)])):
+    step = max(1, min(len(values), values.size // POLARITY))
+    if inverted(normalise(values[step // 2 :: step])):
         facts["warning"] = INVERT
     return facts
 
@@ -163,10 +164,11 @@ def tree_facts(tree: swc.Tree) -> dict[str, str]:
     low, high = tree.xyz.min(axis=0), tree.xyz.max(axis=0)
     roots = int((tree.parent < 0).sum())
     spans = zip("xyz", low, high, strict=True)
-    radius = tree.radius
+    converted = tree.spacing or "converted to voxels" in str(tree.repairs)
+    radius, unit = tree.radius, "voxels" if converted else "the file's units"
     return {
         "nodes": f"{len(tree.parent)} in {roots} {'tree' if roots == 1 else 'trees'}",
-        "length": f"{swc.length(tree):.1f} in the file's units, {len(swc.tips(tree))} tips, "
+        "length": f"{swc.length(tree):.1f} in {unit}, {len(swc.tips(tree))} tips, "
         f"{len(swc.branch_points(tree))} branch points",
         "box": ", ".join(f"{k} {a:g} to {b:g}" for k, a, b in spans),
         "radius": f"{radius.min():g} to {radius.max():g}, median {np.median(radius):g}",
@@ -178,12 +180,12 @@ def fit_facts(tree: swc.Tree, volume: Volume) -> dict[str, str]:
     """Whether a tree lies on the bright structures of a volume, in words."""
     if isinstance(volume.data, LazyStack) and prod(volume.data.shape) > WHOLE:
         return {"frame": "not compared: that would read the whole image; cut out a part"}
-    fit = swc.fit(tree, volume)
+    fit, scale = swc.fit(tree, volume), volume.known_spacing or (1, 1, 1)
     return {
         "inside": f"{fit.inside:.1%} of the nodes lie in the image",
         "contrast": f"{fit.contrast:.2f} standard deviations brighter on the tree; "
         f"{fit.follows:.0%} of it brighter than its surroundings, {swc.AROUND:g} voxels away",
         "frame": str(fit),
         # In another frame, the length would be wrong.
-        **({"length": swc.length_text(tree, volume.spacing)} if fit.fits else {}),
+        **({"length": swc.length_text(tree, scale)} if fit.fits else {}),
     }

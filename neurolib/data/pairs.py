@@ -170,12 +170,13 @@ def _without(name: str, suffixes: tuple[str, ...]) -> str:
 
 def find_name(asked: str, names: Iterable[str]) -> str | None:
     """The one of `names` that `asked` means; `asked` may have a suffix or another case."""
-    # A spreadsheet may list paths.
-    asked, names = asked.strip().replace("\\", "/").rpartition("/")[2], list(names)
-    for key in (str, stem, same_name):
-        hits = [name for name in names if key(name) == key(asked)]
-        if len(hits) == 1:
-            return hits[0]
+    asked, names = asked.strip(), list(names)
+    # A spreadsheet may list paths; but a name may hold a slash, too.
+    for word in (asked, asked.replace("\\", "/").rpartition("/")[2]):
+        for key in (str, stem, same_name):
+            hits = [name for name in names if key(name) == key(word)]
+            if len(hits) == 1:
+                return hits[0]
     return None
 
 
