@@ -413,10 +413,9 @@ def train(
     with alone, _explain_memory(settings, network):
         blocks = BlockSource(samples, shape.depth, shape.block, settings.negatives, settings.seed)
         checks = [validation_blocks(sample, shape, settings) for sample in validation]
-        # A network that continues from a checkpoint has seen what that one had.
-        seen = network.origin.get("seen", {}) | names_by_content((*samples, *validation))
         about = {"tau": tau, "target": validation[0].kind, "training": asdict(settings)}
-        about["seen"] = seen
+        # A network that continues from a checkpoint has seen what that one had.
+        about["seen"] = network.origin.get("seen", {}) | names_by_content((*samples, *validation))
         _prepare_encoder(network, settings)
         optimizer = torch.optim.AdamW(parameter_groups(network, settings), fused=True)
         module, optimizer = fabric.setup(network, optimizer)
