@@ -545,13 +545,13 @@ run.record("neurons", neurons)
 # %% jupyter={"source_hidden": true} tags=["nbval-ignore-output", "hide-input"]
 by_filter, rows = run.metrics().get("filters", {}), []
 for s in tests:
-    for name, chosen in run.metrics().get("chosen", {}).items():
+    for method, chosen in run.metrics().get("chosen", {}).items():
         mask = baselines.Baseline(**chosen).mask(s.image, s.spacing)
-        size = evaluation.in_voxels(chosen["min_size"], s.spacing)
-        tree = tracing.attempt(mask, s.spacing, bridge=bridge, min_size=size)
+        least = evaluation.in_voxels(chosen["min_size"], s.spacing)
+        tree = tracing.attempt(mask, s.spacing, bridge=bridge, min_size=least)
         score = compared(tree, s)
-        by_filter[s.pair.name][name] |= score
-        rows.append({"neuron": s.pair.name, "traced from": name, **evaluation.name_unit(score)})
+        by_filter[s.pair.name][method] |= score
+        rows.append({"neuron": s.pair.name, "traced from": method, **evaluation.name_unit(score)})
 run.record("filters", by_filter)
 display(Markdown(runs.table(rows) if rows else "Filters: see notebook 04."))
 

@@ -4,7 +4,9 @@ nbval checks that each stored notebook still gives its outputs (see `make test`)
 """
 
 import math
+import re
 import subprocess
+import symtable
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -119,6 +121,22 @@ def test_cells_that_compare_bear_small_stacks_of_the_readers_own():
         for words in ("touched = F.", "twins ="):
             exec(cell_of("02_weight_inflation", words), names)
         assert np.isfinite(names["twins"])
+
+
+@pytest.mark.parametrize("path", sorted(runs.NOTEBOOKS.glob("0*.py")), ids=lambda p: p.stem)
+def test_no_later_cell_changes_what_a_slider_draws_with(path):
+    """A callback looks its names up when the slider moves, after all cells have run."""
+    cells = [cell.source for cell in jupytext.read(path).cells if cell.cell_type == "code"]
+    for number, source in enumerate(cells):
+        if not (drawn := re.search(r"widgets\.explore\((\w+)", source)):
+            continue
+        own = next(cell for cell in cells[number::-1] if f"def {drawn[1]}(" in cell)
+        functions = symtable.symtable(own, "", "exec").get_children()
+        draw = next(table for table in functions if table.get_name() == drawn[1])
+        read = {s.get_name() for t in (draw, *draw.get_children()) for s in t.get_symbols()}
+        later = symtable.symtable("\n".join(cells[number + 1 :]), "", "exec").get_symbols()
+        changed = read & {symbol.get_name() for symbol in later if symbol.is_assigned()}
+        assert not changed - set(draw.get_locals())
 
 
 def test_filters_are_compared_like_the_network():
