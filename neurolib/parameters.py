@@ -4,6 +4,7 @@ Command line, profiles, grids and notebooks share these checks.
 """
 
 import math
+from numbers import Real
 
 from neurolib.errors import SettingsError
 
@@ -32,7 +33,7 @@ def check_range(name: str, value: object, shown: str = "") -> None:
     Values that are not numbers pass. The error shows `shown`, by default ``name=``, before the
     value.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         return
     interval = RANGES.get(name, "(-inf, inf)")
     low, high = interval[1:-1].split(", ")

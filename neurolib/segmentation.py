@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 
 from neurolib.data.formats import check_spacing
-from neurolib.errors import NeurolibWarning, SettingsError
+from neurolib.errors import NeurolibWarning, SettingsError, VolumeError
 from neurolib.evaluation import label_pieces
 from neurolib.files import SHIPPED, checkpoint_file, naming
 from neurolib.inference import Tiling, predict_volume, smallest_piece
@@ -19,7 +19,7 @@ from neurolib.parameters import check_range
 from neurolib.swc import Tree
 from neurolib.tracing import trace
 from neurolib.training import load_checkpoint
-from neurolib.volume import INVERT, Volume, inverted, normalise, read_volume
+from neurolib.volume import INVERT, Volume, check_values, inverted, normalise, read_volume
 
 
 def segment(
@@ -92,7 +92,11 @@ def predict_image(
     name = _name(image)
     if isinstance(image, np.ndarray):
         image = Volume(image)
-    volume = image if isinstance(image, Volume) else read_volume(image, **reading)
+    if isinstance(image, Volume):
+        volume = image
+        _check_image(name, volume)
+    else:
+        volume = read_volume(image, **reading)
     with naming(name):
         check_spacing(volume.spacing)
     _check_fits(name, volume.data.shape)
@@ -122,6 +126,17 @@ def choose_size(facts: dict, volume: Volume, cut: float, name: str) -> int:
 
 def _name(image: object) -> str:
     return Path(image).name if isinstance(image, str | Path) else "image"
+
+
+def _check_image(name: str, image: Volume) -> None:
+    """Refuse an image that `read_volume` would refuse."""
+    shape = tuple(image.data.shape)
+    if len(shape) != 3 or 0 in shape:
+        raise VolumeError(
+            f"{name}: expected a 3D stack (z, y, x), got shape {shape}; pass a single slice as "
+            "image[None], and one channel of several"
+        )
+    check_values(image, name)
 
 
 def _check_fits(name: str, shape: tuple[int, int, int]) -> None:

@@ -153,7 +153,9 @@ def _parse_lines(report: "_Report") -> np.ndarray:
 
 def _check_heading(line: str, where: str) -> None:
     """Refuse columns in another order than that of `COLUMNS`, if a heading names x, y and z."""
-    cells = re.split(r"\s*,\s*|\s+", line.strip("#/%; \t\n").lower())
+    # Without the first words of "# Columns: id type x y z radius parent".
+    columns = re.sub(r".*[:=](?=.*\bx\b)", "", line.lower())
+    cells = re.split(r"\s*,\s*|\s+", columns.strip("#/%; \t\n"))
     expected = {"x": 2, "y": 3, "z": 4, "r": 5, "radius": 5, "parent": 6, "pid": 6}
     if {"x", "y", "z"} <= set(cells):
         for word, place in expected.items():
@@ -299,7 +301,9 @@ def _use_comments(tree: Tree, lines: list[str], spacing: Sequence[float] | None)
     keys = {"OFFSET": "OFFSET", "SCALE": "SCALE", "separation": r"Voxel separation \(x,\s*y,\s*z\)"}
     for comment in (line for line in lines if line.lstrip().startswith("#")):
         shown = comment.strip("# \t")[:60]
-        if {"parent", "pid"} & set(re.split(r"[\s,]+", comment.lower())):
+        cells = set(re.split(r"[\s,]+", comment.lower()))
+        # With "and", it is a sentence about the columns.
+        if {"parent", "pid"} & cells and "and" not in cells:
             _check_heading(comment, f"heading {shown!r}")
         for key, words in keys.items():
             match = re.match(rf"[\s#]*{words}{number}", comment, re.IGNORECASE)
@@ -443,7 +447,8 @@ def take(tree: Tree, rows: np.ndarray) -> Tree:
     place = np.full(len(tree.parent) + 1, -1)
     place[rows] = np.arange(len(rows))
     parent = place[tree.parent[rows]]  # the last entry of `place` is for the roots' index -1
-    return Tree(tree.xyz[rows], tree.radius[rows], tree.type[rows], parent, tree.repairs)
+    xyz, radius, kind = tree.xyz[rows], tree.radius[rows], tree.type[rows]
+    return replace(tree, xyz=xyz, radius=radius, type=kind, parent=parent)
 
 
 # Writing --------------------------------------------------------------------------------------
@@ -638,7 +643,7 @@ def resample(tree: Tree, step: float) -> Tree:
     columns = (tree.xyz, xyz), (tree.radius, radius), (tree.type, kind)
     xyz, radius, kind = (np.concatenate([old[roots], new]) for old, new in columns)
     parent = np.concatenate([np.full(len(roots), -1), parent])
-    return Tree(xyz, radius, kind, parent, tree.repairs)
+    return replace(tree, xyz=xyz, radius=radius, type=kind, parent=parent)
 
 
 # Frames ---------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from scipy.spatial import KDTree
 from neurolib.data.formats import Box, check_spacing
 from neurolib.errors import NothingFoundError, VolumeError
 from neurolib.parameters import check_range
-from neurolib.swc import SOMA, Tree, Zyx, components, length, resample, take, tips
+from neurolib.swc import SOMA, Tree, Zyx, components, densify, length, resample, take, tips
 from neurolib.swc import edges as tree_edges
 from neurolib.volume import pieces
 
@@ -154,7 +154,7 @@ def trace(
         It need not be in memory: it is sliced once per region and per gap that may be closed.
     spacing : (dz, dy, dx), edge lengths of a voxel in any unit
     seed : (z, y, x) in voxels; root of the nearest component (or the centre of the soma around
-        it). Without a soma or seed the root is an end of the longest path
+        it). Without a soma or seed the root is an end, far from the thickest voxel
     threshold : voxels of at least this probability are foreground
     min_size : components of fewer voxels are dropped
     bridge : longest gap to close, in voxels of the finest axis; 0 keeps the forest
@@ -167,9 +167,10 @@ def trace(
     -------
     Tree
         Parents before children, one root per tree. The tree with the seed comes first, the rest by
-        size. Radii are in voxels of the plane, the geometric mean of dy and dx being 1; the type
-        is 1 for the soma, else 0. There is at most one soma: the thickest candidate (`find_soma`)
-        whose tree is not a mere fragment; with a seed, only a soma that contains the seed.
+        the size of their largest connected component. Radii are in voxels of the plane, the
+        geometric mean of dy and dx being 1; the type is 1 for the soma, else 0. There is at most
+        one soma: the thickest candidate (`find_soma`) whose tree is not a mere fragment; with a
+        seed, only a soma that contains the seed.
 
         If nothing reaches the threshold, `trace` raises a `NothingFoundError`.
     """
@@ -446,7 +447,7 @@ def path_cost(foreground: Foreground, radius: np.ndarray) -> np.ndarray:
 def find_paths(
     foreground: Foreground, radius: np.ndarray, cost: np.ndarray, seed: Zyx | None = None
 ) -> list[np.ndarray]:
-    """Paths that together explain the foreground, longest first in each component.
+    """Paths that together explain the foreground, farthest tip first in each component.
 
     Parameters
     ----------
@@ -474,7 +475,7 @@ def find_root(lengths: sparse.csr_array, radius: np.ndarray, seed: int | None = 
     """Number of the root voxel of one component, from its distances (n, n) and radii (n,).
 
     This is the voxel `seed` if given, or the centre of the soma around it; else the soma
-    (`find_soma`); else an end of the longest path.
+    (`find_soma`); else an end: the voxel the most steps away from the thickest one.
     """
     soma = find_soma(lengths, radius)
     if seed is not None and soma is not None:
@@ -485,7 +486,7 @@ def find_root(lengths: sparse.csr_array, radius: np.ndarray, seed: int | None = 
         return int(seed)
     if soma is not None:
         return soma
-    # In a tree, the farthest voxel from any voxel is an end of the longest path.
+    # Steps are counted, not their lengths, so it is not always an end of the longest path.
     start = int(np.argmax(radius))
     return int(csgraph.breadth_first_order(lengths, start, return_predecessors=False)[-1])
 
@@ -715,18 +716,23 @@ def bridge_gaps(
     # Kruskal's algorithm: the cheapest bridge first, unless its ends are already connected.
     group = np.arange(label.max() + 1)
     bridges, xyz, radius, edges = [], [tree.xyz], [tree.radius], [np.stack(tree_edges(tree))]
-    n, taken = len(points), KDTree(points)
+    n, taken = len(points), [KDTree(densify(replace(tree, xyz=points))[0])]
     for _, a, b, certainty in sorted(candidates):
         start, end = ends[a], ends[b]
         if group[label[start]] == group[label[end]]:
             continue
         length = float(np.linalg.norm(points[end] - points[start]))
         share = np.linspace(0, 1, int(np.ceil(length)) + 1)[1:-1]
-        way = points[start] + share[:, None] * (points[end] - points[start])
+        # Like the edges, the bridge is sampled every half voxel, between its first and last node.
+        fine = np.linspace(0, 1, 2 * len(share) + 3)[2:-2, None]
+        way = points[start] + fine * (points[end] - points[start])
         # Another neurite or bridge lies between.
-        if len(way) and np.any(taken.query_ball_point(way, HALF_VOXEL, return_length=True)):
+        if any(part.query_ball_point(way, HALF_VOXEL, return_length=True).any() for part in taken):
             continue
-        taken = KDTree(np.concatenate([taken.data, way])) if len(way) else taken
+        # A search tree takes in those that are no larger, so that none is rebuilt often.
+        while taken and taken[-1].n <= len(way):
+            way = np.concatenate([taken.pop().data, way])
+        taken.append(KDTree(way))
         group[group == group[label[end]]] = group[label[start]]
         ends_xyz = tree.xyz[[start, end]].tolist()
         bridges.append(Bridge(tuple(ends_xyz[0]), tuple(ends_xyz[1]), length, certainty))
@@ -779,7 +785,8 @@ def _open_ends(tree: Tree, points: np.ndarray) -> tuple[np.ndarray, ...]:
     neurite has its full thickness; direction and radius come from the last `END_LENGTH`.
     """
     walks = list(_walks_inward(tree, points, _adjacency(tree), lambda walk: END_LENGTH))
-    rows = [(walk[0], walk[_first_thick(tree.radius[walk])], walk[-1]) for walk in walks]
+    # The last node, which may lie in a thicker neurite, gives only the direction.
+    rows = [(w[0], w[_first_thick(tree.radius[w[:-1] or w])], w[-1]) for w in walks]
     first, thick, last = np.array(rows, dtype=int).reshape(-1, 3).T
     thickness = np.array([np.median(tree.radius[walk]) for walk in walks])
     return first, points[thick], points[thick] - points[last], thickness
@@ -845,7 +852,7 @@ def smooth_tree(tree: Tree, shell: np.ndarray, scale: np.ndarray, step: float) -
 
     Nodes other than ends and somas are averaged with their neighbours. Then ends are drawn back
     from the surface of the tube to the centre of its last ball. A radius is that of the largest
-    ball in the foreground around the node.
+    ball in the foreground around the node; on a bridge, it is the bridge's own.
     """
     shell, scale = shell * scale, scale[::-1]
     around = _adjacency(tree)
@@ -856,9 +863,11 @@ def smooth_tree(tree: Tree, shell: np.ndarray, scale: np.ndarray, step: float) -
     for _ in range(SMOOTHING_PASSES):
         xyz = np.where(free[:, None], (xyz + mean @ xyz) / 2, xyz)
         radius = np.where(free, (radius + mean @ radius) / 2, radius)
-    # Both balls lie in the foreground. The second is more accurate off the grid, but bridges have
-    # only the first.
-    radius = np.maximum(radius, _edge_distance(shell, xyz[:, ::-1]) + HALF_VOXEL)
+    # Both balls lie in the foreground. The second is more accurate off the grid. In a gap it would
+    # reach the two ends, so it exceeds the old radius by no more than its node has moved.
+    moved = np.linalg.norm(xyz - tree.xyz * scale, axis=1)
+    ball = np.minimum(_edge_distance(shell, xyz[:, ::-1]) + HALF_VOXEL, tree.radius + moved)
+    radius = np.maximum(radius, ball)
     tree = resample(_draw_back(replace(tree, xyz=xyz, radius=radius), around), step)
     return replace(tree, xyz=tree.xyz / scale, radius=tree.radius / np.sqrt(scale[0] * scale[1]))
 

@@ -22,7 +22,7 @@ from neurolib import __version__
 from neurolib.blocking import read_sample
 from neurolib.course import cli
 from neurolib.data.datasets import load_dataset
-from neurolib.errors import DataError, NeurolibWarning, SettingsError
+from neurolib.errors import DataError, NeurolibWarning, SettingsError, VolumeError
 from neurolib.evaluation import dice, drop_small
 from neurolib.files import check_outputs
 from neurolib.inference import predict_volume
@@ -348,6 +348,16 @@ def test_trace_takes_the_spacing_of_the_file_or_the_one_given(tmp_path):
         assert call("trace", path, "--out", out, *spacing) == 0
         radius.append(np.median(read_swc(out).radius))
     assert radius[0] == radius[1] > 1.5 * radius[2]
+
+
+def test_bridges_are_counted(tmp_path, capsys):
+    cut = BAR.copy()
+    cut[:, :, 20:26] = 0
+    for data, told in ((BAR, "0 gaps"), (cut, "1 gap")):
+        path, out = put(tmp_path / "cell.tif", data), tmp_path / f"{told}.swc"
+        assert call("trace", path, "--out", out) == 0
+        assert f" 1 tree, {told} bridged; " in capsys.readouterr().out
+        assert f"# gaps bridged: {told[0]}\n" in out.read_text()
 
 
 def test_trace_of_one_slice_and_of_one_voxel(tmp_path, refused):
@@ -687,8 +697,17 @@ def test_from_an_image_to_a_tree_in_one_call(checkpoint, tmp_path, segment):
         tree = neurolib.segment(one, where, threshold=0.0001, progress=False)
         np.testing.assert_allclose(tree.xyz, told.xyz, atol=1e-4)
         np.testing.assert_array_equal(tree.parent, told.parent)
+    assert "# gaps bridged: " in out.read_text()
     with pytest.raises(SettingsError, match=r"threshold=50: expected more than 0"):
         neurolib.segment(path, checkpoint, threshold=50)
+    for array, words in (
+        (image()[0], "expected a 3D stack"),
+        (np.stack([image()] * 3, -1), "expected a 3D stack"),
+        (image()[:0], "expected a 3D stack"),
+        (with_value(np.nan), "slice 0 holds NaN"),
+    ):
+        with pytest.raises(VolumeError, match=f"^image: {words}"):
+            neurolib.segment(array, checkpoint, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,7 @@ WRONG = [
     (tracing.q1, (10, 10), "leaves one piece"),
     (tracing.q1, (35, 10), "mended it"),
     (tracing.q1, (60, 35), "mended it"),
+    (tracing.q1, (15, 10), "only a stump of 35 voxels"),
     (tracing.q2, lambda parent: np.arange(len(parent)), "before its parent"),
     (tracing.q2, lambda parent: np.argsort(parent, kind="stable"), "before its parent"),
     (tracing.q2, lambda parent: by_depth(parent)[::-1], "Children come first"),

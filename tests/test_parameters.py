@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -57,7 +58,7 @@ def test_intervals_hold_at_their_ends(name):
             outside = math.nextafter(end, towards)
         else:
             outside = end
-        for value in (outside, math.nan, -math.inf, math.inf):
+        for value in (outside, math.nan, -math.inf, math.inf, np.float32("nan"), np.int64(-1)):
             with pytest.raises(SettingsError, match=rf"--{name} .*: expected (at least|more than)"):
                 check_range(name, value, f"--{name} ")
 

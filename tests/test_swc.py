@@ -245,6 +245,8 @@ def test_long_repairs_are_counted_not_listed(tmp_path):
         ("id type x z y r parent\n1 3 0 0 0 1 -1\n", "line 1: y is column 5, expected"),
         ("id type x y r z parent\n1 3 0 0 0 1 -1\n", "line 1: z is column 6, expected"),
         ("# id type z y x radius parent\n1 3 0 0 0 1 -1\n", "x is column 5, expected"),
+        ("# Columns: id type z y x radius parent\n1 3 0 0 0 1 -1\n", "x is column 5, expected"),
+        ("# id type z y x radius parent unit: um\n1 3 0 0 0 1 -1\n", "x is column 5, expected"),
         ("1,3,1,5,2,5,3,5,1,0,-1\n", "line 1: found commas inside numbers"),
         ("-1 1 1 1 1 1 -1\n2 3 2 2 2 1 -1\n", "line 1: id -1, which also marks roots"),
         ("1 NA 0 0 0 1 -1\n", "line 1: found 'NA', expected a number"),
@@ -450,6 +452,9 @@ def test_comments_that_tell_the_frame(tmp_path, head, spacing, first, radius, sa
         ("all values shrunk: section thickness 50 microns", True),
         ("xyz resolution 0.35 0.35 1.0 um", True),
         ("id type x y z radius parent", False),
+        ("SWC format: n type x y z radius parent", False),
+        ("Columns: id, type, x, y, z, radius, parent", False),
+        ("x, y, z and parent are from SNT", False),
         ("parent trees: see the paper; x y in voxels", False),
         ("OFFSET 40 30", True),
         ("scale: 0.5", True),
@@ -510,6 +515,7 @@ def test_micrometres_come_back_as_voxels(tmp_path_factory, tree, spacing, given)
     assert np.allclose(columns[:, 2:5], tree.xyz * spacing[::-1], atol=1e-5)
     assert np.allclose(columns[:, 5], tree.radius * (spacing[1] * spacing[2]) ** 0.5, 1e-5)
     back = read_swc(path, spacing if given else None)
+    assert take(back, np.arange(1)).spacing == resample(back, 1.0).spacing == back.spacing
     assert np.allclose(back.xyz, tree.xyz, 1e-4, 1e-3)
     assert np.allclose(back.radius, tree.radius, 1e-4)
     assert "unit um, converted to voxels" in back.repairs[-1]

@@ -458,6 +458,56 @@ def test_a_gap_is_bridged_and_logged_or_kept():
     assert log == [bridge]
 
 
+def test_a_bridge_is_no_thicker_than_its_ends():
+    assert trace(cut_bar(12)).radius.max() <= trace(bar(soma=False)).radius.max() + 0.01
+
+
+def test_a_thin_branch_is_bridged_where_it_points():
+    mask = np.zeros((15, 60, 90), bool)
+    mask[5:10, 10:15, 5:60] = True
+    mask[7, 15:24, 30] = True  # the branch ends at y = 23
+    beside, ahead = mask.copy(), mask.copy()
+    beside[6:9, 18:21, 38:78] = True
+    ahead[6:9, 30:58, 29:32] = True
+    assert [count(trace(with_other)) for with_other in (mask, beside, ahead)] == [1, 2, 1]
+
+
+def forest_of(*lines: np.ndarray) -> Tree:
+    """Unbranched trees along points (n, 3), x, y, z."""
+    parent = [row for line in lines for row in [-1, *range(len(line) - 1)]]
+    above = np.repeat(np.cumsum([0, *map(len, lines[:-1])]), [len(line) for line in lines])
+    parent = np.where(np.array(parent) < 0, -1, parent + above)
+    n = len(parent)
+    return Tree(np.concatenate(lines).astype(float), np.full(n, 1.5), np.zeros(n, int), parent)
+
+
+def test_no_bridge_passes_between_the_nodes_of_another_tree_or_bridge():
+    k = np.arange(15)[:, None]
+    across = [(31, 40, 7) - k * (1, -1, 0), (40, 31, 7) + k * (1, -1, 0)]
+    along = [(31, 31, 7) - k * (1, 1, 0), (40, 40, 7) + k * (1, 1, 0)]
+    through = (20, 20, 7) + np.arange(30)[:, None] * (1, 1, 0)
+    empty = np.zeros((15, 90, 90), bool)
+    for lines, bridges in ((across, 1), ([*across, through], 0), ([*across, *along], 1)):
+        assert len(bridge_gaps(forest_of(*lines), empty)[1]) == bridges
+    aside = through + np.array([0, 0, 4])  # in another plane it is not in the way
+    assert len(bridge_gaps(forest_of(*across, aside), empty)[1]) == 1
+
+
+def test_bridging_takes_time_in_proportion_to_the_forest(monkeypatch):
+    sizes = []
+
+    def counted(points, **options):
+        sizes.append(len(points))
+        return KDTree(points, **options)
+
+    x = np.arange(42)[:, None] * (1, 0, 0)
+    pieces = [x + np.array([50 * column, 20 * row, 5]) for row in range(4) for column in range(20)]
+    forest = forest_of(*pieces)
+    monkeypatch.setattr(tracing, "KDTree", counted)
+    assert len(bridge_gaps(forest, np.zeros((11, 90, 1000), bool))[1]) == 76
+    assert sum(sizes) < 10 * len(forest.xyz)  # all search trees together
+
+
 def test_ends_that_do_not_face_each_other_stay_apart():
     mask = np.zeros((20, 60, 80), bool)
     mask[9:12, 20:23, 5:75] = True
@@ -708,6 +758,7 @@ def test_any_mask_gives_a_forest(seed, density, shape, spacing):
         (ODD["full"], {"min_size": -1}, SettingsError, "min_size"),
         (ODD["full"], {"step": 0}, SettingsError, "step"),
         (ODD["full"], {"bridge": -1}, SettingsError, "bridge"),
+        (ODD["full"], {"bridge": np.float32("nan")}, SettingsError, "bridge"),
     ],
 )
 def test_errors_are_one_line_of_ours(volume, options, error, words):

@@ -423,9 +423,11 @@ def _segment_one(
         print(f"{mask}: voxels with a probability of at least {cut:g}{kept}")
     if out:
         options = {"threshold": cut, "min_size": size, "regions": stored_boxes(volume.data)}
-        tree = trace(volume.data, volume.spacing, **options)
-        about = provenance("segment", **made, min_size=size)
-        _write_tree(out, tree, about, units, _known(volume, units, image.name))
+        bridges: list = []
+        tree = trace(volume.data, volume.spacing, log=bridges, **options)
+        made |= {"min_size": size, "gaps bridged": len(bridges)}
+        about = provenance("segment", **made)
+        _write_tree(out, tree, about, units, _known(volume, units, image.name), len(bridges))
 
 
 def _known(stack: "Volume", units: str, name: str) -> tuple[float, float, float] | None:
@@ -442,7 +444,12 @@ def _known(stack: "Volume", units: str, name: str) -> tuple[float, float, float]
 
 
 def _write_tree(
-    out: Path, tree: "Tree", about: str, units: str, known: tuple[float, float, float] | None
+    out: Path,
+    tree: "Tree",
+    about: str,
+    units: str,
+    known: tuple[float, float, float] | None,
+    bridges: int,
 ) -> None:
     from neurolib.swc import length_text, tips, write_swc
 
@@ -452,7 +459,8 @@ def _write_tree(
     trees = int((tree.parent < 0).sum())
     print(
         f"{out}: {len(tree.xyz)} nodes, {long} long, {len(tips(tree))} tips, "
-        f"{trees} {'tree' if trees == 1 else 'trees'}; root at {root} (x, y, z, in voxels)"
+        f"{trees} {'tree' if trees == 1 else 'trees'}, {bridges} "
+        f"{'gap' if bridges == 1 else 'gaps'} bridged; root at {root} (x, y, z, in voxels)"
     )
 
 
@@ -559,10 +567,12 @@ def _trace_one(
         )
     regions = stored_boxes(foreground) if in_parts else None
     cut = 0.5 if threshold is None else threshold
-    tree = trace(foreground, stack.spacing, seed, cut, regions=regions, **options)
+    bridges: list = []
+    tree = trace(foreground, stack.spacing, seed, cut, regions=regions, log=bridges, **options)
     print(f"{volume.name}: {meaning}")
     made = {"image": f"{volume}, {meaning}", "spacing (z, y, x)": stack.spacing, "label": label}
-    _write_tree(out, tree, provenance("trace", **made, **about), units, stack.known_spacing)
+    made |= about | {"gaps bridged": len(bridges)}
+    _write_tree(out, tree, provenance("trace", **made), units, stack.known_spacing, len(bridges))
 
 
 @app.command()

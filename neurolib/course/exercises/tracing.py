@@ -25,14 +25,19 @@ def q1(place: Sequence[float]) -> str:
     cut = np.linalg.norm(grid - [*map(float, place), 8], axis=-1) <= 4
     if not (mask & cut).any():
         return f"At {tuple(place)} there is no neurite to cut."
-    before, after = (tracing.find_foreground(m).component.max() for m in (mask, mask & ~cut))
-    if after == before:
+    sizes = np.diff(tracing.find_foreground(mask & ~cut).start)
+    if len(sizes) == 1:
         return "The ball only cuts off an end and leaves one piece: cut where both sides continue."
     log: list = []
     if (tracing.trace(mask & ~cut, log=log).parent < 0).sum() == 1:
         return (
             f"The tracer mended it with a bridge of {log[0].length:.1f} voxels, because the ends "
             "face each other there. Where do they not?"
+        )
+    if sizes.min() < 100:
+        return (
+            f"The ball leaves only a stump of {sizes.min()} voxels, too short to show where it "
+            "points. Cut where both pieces are long."
         )
     return ""
 
