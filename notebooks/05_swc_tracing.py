@@ -147,7 +147,7 @@ plotting.show(figure, "cost", alt, run.figures)
 # ### 4. Paths
 #
 # Voxels that touch are neighbours in a graph. From the root (a cell body if there is one, otherwise an end
-# of the longest path) the tracer takes the cheapest path to the farthest voxel. It counts everything
+# far from the thickest place) the tracer takes the cheapest path to the farthest voxel. It counts everything
 # within $1.5 r + 3$ of that path as explained, moves on to the farthest voxel that remains, and stops when
 # none remains. This is TEASAR (Sato et al., 2000), applied to each piece separately.
 
