@@ -651,7 +651,7 @@ run.record("validation", {"neurons": "+".join(s.pair.name for s in validation), 
 # *these* neurons. Its peaks near 1 are steps whose blocks hold little or no neurite: there, soft Dice
 # is near 1 almost whatever the network does. The right curve asks about a neuron that the network has
 # never seen, and it alone decides which weights are kept. In the stored run it rises until about step
-# 175 and then levels off, when the learning rate has fallen to almost nothing: this plateau comes with
+# 150 and then levels off, as the learning rate falls to almost nothing: this plateau comes with
 # the end of the schedule, and does not mean that more steps would not help. (The focal term is only
 # about 0.02 by then, since nearly all voxels are easy background; most of the loss is soft Dice.) Where
 # the right curve turns down while the loss still falls, the network is learning its neurons by heart:

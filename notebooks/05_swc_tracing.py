@@ -426,7 +426,7 @@ display(Markdown(runs.table([evaluation.name_unit(row) for row in scores])))
 
 # %% [markdown]
 # In the stored run, hardly anything in the tree from the prediction is false, but three tenths of the
-# neuron is missing (recall 0.70). The picture shows the same: blue is right, orange was traced where there
+# neuron is missing (recall 0.69). The picture shows the same: blue is right, orange was traced where there
 # is nothing, and purple was missed.
 
 # %%
