@@ -76,20 +76,31 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             (model := folder / ".mode").touch()
             os.chmod(temporary, stat.S_IMODE(model.stat().st_mode))
             model.unlink()
-        # Removing the old folder first could leave half an image if interrupted. So it is renamed,
-        # and renamed back if the replacement fails.
-        old = folder / ".old"
-        try:
-            if temporary.is_dir() and path.exists():
-                os.replace(path, old)
-            os.replace(temporary, path)
-        except OSError as error:
-            raise SettingsError(
-                f"{path}: cannot be replaced ({error.strerror}); choose another output name"
-            ) from None
-        finally:
-            if old.exists() and not path.exists():
-                os.replace(old, path)
+        for left in reversed(range(10)):  # another process may replace it at the same time
+            try:
+                _replace(path, temporary, folder / f".old{left}")
+                break
+            except OSError as error:
+                if not left:
+                    raise SettingsError(
+                        f"{path}: cannot be replaced ({error.strerror}); choose another output name"
+                    ) from None
+
+
+def _replace(path: Path, new: Path, old: Path) -> None:
+    """Rename `new` to `path`.
+
+    Removing the old folder first could leave half an image if interrupted. So it is renamed to
+    `old`, and renamed back if the replacement fails.
+    """
+    try:
+        if new.is_dir() and path.exists():
+            os.replace(path, old)
+        os.replace(new, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # there is no old one, or already another new one
+            os.replace(old, path)
+        raise
 
 
 @contextmanager
@@ -213,13 +224,15 @@ def _hold(path: Path) -> int | None:
     try:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Its previous owner may have removed it after we opened it.
-        if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
-            return lock
     except BlockingIOError:
-        pass
+        os.close(lock)
+        return None
     except OSError:  # this file system has no locks
         return lock
+    # Its previous owner may have removed it after we opened it.
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(lock), path.stat()):
+            return lock
     os.close(lock)
     return None
 
@@ -328,7 +341,7 @@ def is_result(path: Path) -> bool:
             return WRITTEN in path.read_text(encoding="utf-8") and is_sealed(path)
         with tifffile.TiffFile(path) as file:
             return file.pages.first.software.startswith(WRITTEN)
-    except (OSError, ValueError, KeyError, tifffile.TiffFileError):
+    except Exception:  # damaged files cause errors of all kinds
         return False
 
 
@@ -366,13 +379,21 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], overwrite: bo
     that neurolib did not write are replaced only with `overwrite`; a tree beside its image is
     never replaced.
     """
-    for number, path in enumerate(outputs):
-        for other in (*inputs, *outputs[:number]):
-            if _overlap(path, other):
+    # The paths seen so far by their own place, and by each folder that they lie in.
+    taken: dict[object, Path] = {}
+    around: dict[object, Path] = {}
+    for number, path in enumerate((*inputs, *outputs)):
+        places = _places(path)
+        if number >= len(inputs):
+            hits = (*map(taken.get, places), around.get(places[0]))
+            if other := next(filter(None, hits), None):
                 kind = "input" if other in inputs else "output"
                 raise SettingsError(
                     f"{path}: is the {kind} {other}, or lies inside it; choose another name"
                 )
+        taken[places[0]] = path
+        around |= dict.fromkeys(places[1:], path)
+    for path in outputs:
         if not path.exists() or is_result(path):
             continue
         if any(_is_tree_of(path, image) for image in inputs):
@@ -387,22 +408,23 @@ def check_outputs(outputs: Sequence[Path], inputs: Sequence[Path], overwrite: bo
             )
 
 
-def _overlap(one: Path, other: Path) -> bool:
-    """Whether two paths are the same file, or one lies in the other."""
+def _places(path: Path) -> list[object]:
+    """What is the same for all names of a path, and for those of each folder that it lies in."""
 
-    def same(a: Path, b: Path) -> bool:
+    def place(real: Path) -> object:
         try:
-            return os.path.samefile(a, b)
+            return os.stat(real)[1:3]  # inode and device
         except OSError:
-            return a.resolve() == b.resolve()
+            return real
 
-    pairs = ((one, other), (other, one))
-    return any(same(a, b) for inner, b in pairs for a in (inner, *inner.resolve().parents))
+    real = path.resolve()
+    return [place(real), *map(place, real.parents)]
 
 
 def _is_tree_of(path: Path, image: Path) -> bool:
     first = [name.split(".")[0].casefold() for name in (path.name, image.name)]
-    is_tree = path.suffix.lower() in (".swc", ".eswc")
+    if path.suffix.lower() not in (".swc", ".eswc") or first[0] != first[1]:
+        return False
     # Either may be a link to a file elsewhere.
     places = [{file.parent.resolve(), file.resolve().parent} for file in (path, image)]
-    return is_tree and first[0] == first[1] and bool(places[0] & places[1])
+    return bool(places[0] & places[1])

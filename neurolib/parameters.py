@@ -43,7 +43,7 @@ def check_range(name: str, value: object, shown: str = "") -> None:
         return
     words = "at least" if interval[0] == "[" else "more than"
     wanted = {
-        (False, False): f"{words} {low} and at most {high}",
+        (False, False): f"{words} {low} and {'at most' if interval[-1] == ']' else 'below'} {high}",
         (False, True): f"{words} {low}",
         (True, True): "a finite number",
     }[math.isinf(float(low)), math.isinf(float(high))]

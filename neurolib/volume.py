@@ -326,17 +326,17 @@ def standing_out(slices: np.ndarray, kept: slice = slice(None)) -> np.ndarray:
     return gaussian_filter(mean, (0, 1.5, 1.5)) - gaussian_filter(mean, (0, 6, 6))
 
 
-def empty_level(image: np.ndarray) -> float:
+def empty_level(image: np.ndarray, regions: Iterable[Box] | None = None) -> float:
     """What a voxel must exceed in `standing_out` for its tile to be run.
 
     A percentile over the volume, since neurites fill few voxels; at most 20 standard deviations of
     the background, so that dim neurites are not lost where bright ones fill much of the volume.
     Voxels that do not stand out at all, as outside a mask, are not counted.
     `benchmarks/skipping.py` counts what is saved and lost. The image is normalised to [0, 1] and
-    need not be in memory.
+    need not be in memory. Only `regions` are read, if given: the `pieces` that are not all zero.
     """
     counts = np.zeros(BINS, np.int64)
-    for box in pieces(image):
+    for box in pieces(image) if regions is None else regions:
         part = image[box]
         # Heights are exactly zero where everything that the Gaussians reach is zero.
         if (inside := bounding_box(part)) is None:

@@ -522,6 +522,19 @@ def test_outputs_that_meet_an_input_are_refused_however_they_are_written(one, ot
         assert ("lies inside it" in said) == (os.path.commonpath(real) in real)
 
 
+def test_the_outputs_of_many_images_are_checked_in_one_pass(tmp_path, monkeypatch):
+    looks, stat = [], os.stat
+    monkeypatch.setattr(os, "stat", lambda *a, **k: looks.append(a) or stat(*a, **k))
+
+    def count(images: int) -> int:
+        looks.clear()
+        files = [tmp_path / f"{number}.tif" for number in range(images)]
+        check_outputs([path.with_suffix(".swc") for path in files], files)
+        return len(looks)
+
+    assert 0 < count(40) <= 2 * count(20)
+
+
 @pytest.mark.parametrize("option", ["--mask", "--probability"])
 def test_an_output_of_the_set_of_files_that_is_read_is_refused(option, segment, tmp_path, refused):
     ome_set(tmp_path, image())
@@ -624,7 +637,7 @@ def test_folders_and_patterns_give_a_tree_each(tmp_path, capsys, segment):
     folder.mkdir()
     for name in ("a.tif", "b.x.tif", "c.npy"):
         put(folder / name, image()) if "tif" in name else np.save(folder / name, image())
-    (folder / "bad.tif").write_text("no image")
+    (folder / "bad.tif").write_bytes(b"II*\0\xff\xff\0\0")  # a copy that broke off
     (folder / "notes.txt").write_text("mine")
     arguments = [*segment, *ALL, "--out", out]
     assert call(*arguments, folder, "--mask", masks) == 1
@@ -650,6 +663,14 @@ def test_folders_and_patterns_give_a_tree_each(tmp_path, capsys, segment):
     said = capsys.readouterr().out
     assert "skipped 1 results of earlier calls" in said
     assert "3 of 3 images" in said
+
+
+def test_an_image_within_a_group_is_an_image(tmp_path, segment):
+    inner = tmp_path / "plate.zarr" / "0"
+    inner.parent.mkdir()
+    write_volume(tmp_path / "x.zarr", BAR).rename(inner)
+    assert call(*segment, inner, *ALL, "--out", tmp_path / "x.swc") == 0
+    assert call("evaluate", inner, inner) == 0
 
 
 @pytest.mark.parametrize("pattern", ["", "*.tif"])
@@ -884,6 +905,7 @@ def test_calibrate_refuses_trees_beside_their_neurites(checkpoint, tmp_path, ref
     [
         (["run", "--name", "../evil"], "--name ../evil: expected a name"),
         (["train", "--name", "a/b"], "--name a/b: expected a name"),
+        (["run", "--name", ".."], "--name ..: expected a name"),
         (["segment", "nofolder", "--out", "trees"], "nofolder: not found"),
         (["trace", "x.tif", "--label", "0", "--out", "x.swc"], "--label 0"),
     ],

@@ -417,6 +417,15 @@ def test_changed_or_missing_file_is_noticed_and_named(manifest, kind, change):
     assert str(file) in refused(DataError, read_manifest, path)
 
 
+def test_data_that_are_downloaded_are_known_by_their_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("NEUROLIB_DATA", str(tmp_path))
+    keys = set()
+    for seed in range(2):
+        write_pair(tmp_path / "bigneuron-janelia", "cell", seed=seed)
+        keys.add(datasets.data_key("bigneuron-janelia"))
+    assert len(keys) == 2
+
+
 def test_a_folder_as_an_image_is_hashed_by_all_that_is_in_it(tmp_path):
     chunk = tmp_path / "cell.zarr" / "0" / "chunk"
     chunk.parent.mkdir(parents=True)

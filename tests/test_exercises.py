@@ -348,6 +348,7 @@ WRONG = [
     (table1.q1, lambda a, b: [b[n] - a[n] for n in a if n in b], "the other sign"),
     (table1.q1, lambda a, b: np.subtract(list(a.values()), list(b.values())), "Pair by name"),
     (table1.q1, lambda a, b: np.mean(list(a.values())) - np.mean(list(b.values())), "as a list"),
+    (table1.q1, lambda a, b: {n: a[n] - b[n] for n in a if n in b}, "yours is a dictionary"),
     (table1.q1, lambda a, b: [a[n] for n in a], "4 neurons were measured with both"),
     (table1.q1, lambda a, b: [a[n] for n in a if n in b], "not the differences"),
     (table1.q2, lambda g, s: 2.5, "must be whole"),

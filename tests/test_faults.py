@@ -194,6 +194,30 @@ def test_a_folder_that_is_removed_before_it_is_locked(tmp_path, monkeypatch):
     assert len(made) == 2
 
 
+def test_a_folder_that_others_replace_at_the_same_time(tmp_path, monkeypatch):
+    folder, replace = tmp_path / "a", os.replace
+    (folder / "old").mkdir(parents=True)
+
+    def unlucky(source, target):
+        replace(source, target)
+        if source == folder:
+            monkeypatch.undo()
+            (folder / "theirs").mkdir(parents=True)
+
+    monkeypatch.setattr(os, "replace", unlucky)
+    with files.atomic_path(folder) as temporary:
+        (temporary / "ours").mkdir(parents=True)
+    assert os.listdir(folder) == ["ours"]
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_lock_that_its_owner_removes_while_it_is_taken(tmp_path, monkeypatch):
+    path, flock = tmp_path / ".lock", files.fcntl.flock
+    monkeypatch.setattr(files.fcntl, "flock", lambda *options: flock(*options) or path.unlink())
+    monkeypatch.setattr(Path, "exists", lambda path: True)  # as it was a moment before
+    assert files._hold(path) is None
+
+
 # ------------------------------------------------------------------------------- full disks
 
 

@@ -340,6 +340,9 @@ def test_nothing_trains_on_the_final_neurons(own, monkeypatch, tmp_path, capsys)
     for command in (["run"], ["train"], ["sweep", grid]):
         with pytest.raises(NeurolibError, match="final test set"):
             cli.app([*command, "--data", "fly-larva-final", *runs], standalone_mode=False)
+    calibrate = ["calibrate", "fly-larva-final", "--out", str(tmp_path / "x.safetensors")]
+    with pytest.raises(NeurolibError, match="final test set"):
+        cli.app(calibrate, standalone_mode=False)
 
 
 def execute_in_this_process(source, target, parameters, cwd, **_):

@@ -120,9 +120,13 @@ def test_where_the_input_has_no_chunks_nothing_is_read_run_or_written(
     monkeypatch.setattr(large, "_network", lambda checkpoint, digest: Dim(checkpoint.stem))
     image = write_volume(tmp_path / "in.zarr", sparse(), (2.0, 0.5, 0.5))
     assert len(chunk_files(image)) < 30
+    monkeypatch.setattr(volume, "SLAB", 1)
     regions, predict_box = [], large.predict_box
     monkeypatch.setattr(large, "predict_box", lambda *a: regions.append(a[2]) or predict_box(*a))
+    looks, bounding_box = [], volume.bounding_box
+    monkeypatch.setattr(volume, "bounding_box", lambda a: looks.append(1) or bounding_box(a))
     predict_large(image, checkpoints[predict], out, TILING)
+    assert 0 < len(looks) <= len(chunk_files(image))  # for the level of emptiness
     check(out, Dim(predict), sparse(), atol=1e-6)
     assert 0 < len(chunk_files(out)) < 3 * 5 * 5
     assert 0 < len(regions) < 3 * 5 * 3
@@ -160,6 +164,11 @@ def test_stored_boxes_hold_all_that_is_not_zero_and_leave_out_what_is_not_stored
             assert times[data > 0].all()
             if slab == 1:
                 assert times.sum() <= len(chunk_files(tmp_path)) * 4 * 32 * 32
+            pieces = [box for box in volume.pieces(data, stored.chunks) if data[box].any()]
+            assert list(stored_boxes(view, cut=False)) == pieces
+        scaled = Mapped(stored, lambda part: part / np.float32(255), np.dtype(np.float32))
+        level = volume.empty_level(scaled)
+        assert volume.empty_level(scaled, stored_boxes(scaled, cut=False)) == level > 0
         for every in (data, Mapped(stored, lambda part: part == 0, np.dtype(bool))):
             assert sum(data[box].size for box in stored_boxes(every)) == data.size
 
@@ -353,8 +362,8 @@ def test_no_more_is_read_than_a_region_and_its_margin(checkpoints, image, out, m
     predict_large(image, checkpoints["center"], out, replace(TILING, skip_empty=True))
     # Tiles of 48 that begin before a region of 32 or end after it, and a slice on either side.
     assert max(sizes) <= 6 * (32 + 2 * 47) ** 2
-    # 27 regions, a pass over 27 chunks for one of the statistics, and one over what is stored.
-    assert len(sizes) >= 2 * 27 + len(list(stored_boxes(read_volume(image).data)))
+    # 27 regions, and two passes over what is stored for the statistics.
+    assert len(sizes) >= 27 + 2 * len(list(stored_boxes(read_volume(image).data)))
 
 
 @pytest.mark.parametrize(

@@ -75,3 +75,8 @@ def test_every_number_of_a_notebook_has_an_interval():
                 check_range(name, default)
             numeric = isinstance(default, int | float) and not isinstance(default, bool)
             assert not numeric or name in RANGES, f"{notebook}: add {name} to parameters.RANGES"
+
+
+def test_an_open_end_is_told():
+    with pytest.raises(SettingsError, match=r"average=1\.0: expected at least 0 and below 1$"):
+        check_range("average", 1.0)

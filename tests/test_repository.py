@@ -345,7 +345,7 @@ def test_the_tables_of_the_readme_are_current(monkeypatch, tmp_path):
         before, mark, after = text.partition(f"<!-- {name} -->")
         (tmp_path / "README.md").write_text(before + mark + after.replace(digit, "7.", 1))
         assert [name in problem for problem in readme.check(build.sources())] == [True]
-    readme.write(build.sources())
+    readme.write(build.sources(), executed=False)
     assert readme.check(build.sources()) == []
     with pytest.raises(SystemExit, match="<!-- none -->"):
         readme.fill(text, "none", "")
@@ -513,6 +513,16 @@ def test_build_attaches_the_figure_that_was_drawn(course):
     written = nbformat.read(build.build(source), as_version=4)
     assert written.cells[0].attachments == {"tree.png": {"image/png": "QUJD"}}
     assert problems_of(course) == []
+
+
+def test_versions_are_written_if_all_notebooks_were_executed(monkeypatch):
+    told = []
+    monkeypatch.setattr(build, "build", lambda source: None)
+    monkeypatch.setattr(build, "store", lambda source, notebook: None)
+    monkeypatch.setattr(build.readme, "write", lambda sources, executed: told.append(executed))
+    for arguments in (["--text"], ["03"], []):
+        build.main(arguments)
+    assert told == [False, False, True]
 
 
 def test_new_text_keeps_the_outputs_and_new_code_is_refused(course):

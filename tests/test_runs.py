@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -154,12 +155,19 @@ def test_a_fold_may_name_its_own_validation_neurons(tmp_path):
         (GRID.replace("depth", "dept"), r"grid\.yaml: .*did you mean 'depth'"),
         (GRID.replace("{steps: 3}", "{every: 3}") + "measure: tree\n", "tree needs all slices"),
         (GRID.replace("{one: {", "{a b: {}, a/b: {"), "share the folder grid/a-b-s0-f0"),
+        (GRID, "seeds 0, 1 draw different .* name them in validate_on"),
     ],
 )
 def test_a_grid_that_cannot_be_run_fails_before_anything_runs(text, message, tmp_path):
     with pytest.raises(SettingsError, match=message):
         sweeps.run_sweep(write_grid(tmp_path, text), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_beside_the_user_hides_no_module_from_a_worker(tmp_path):
+    (tmp_path / "yaml.py").write_text("raise SystemExit('not the real one')")
+    command = [*sweeps.WORKER[:-1], "import yaml"]
+    assert subprocess.run(command, cwd=tmp_path).returncode == 0
 
 
 def test_every_profile_is_made_of_known_parameters():
@@ -573,7 +581,7 @@ def test_trees_in_micrometres_lie_in_their_images(data, tmp_path, capsys):
     assert again == pytest.approx(lengths, rel=1e-3)
 
 
-def test_channel_and_spacing_of_a_run_reach_every_notebook(data, tmp_path):
+def test_channel_and_spacing_of_a_run_reach_every_notebook(data, tmp_path, monkeypatch):
     for path in data.glob("*.tif"):
         stack = volume.read_volume(path).data
         tifffile.imwrite(path, np.stack([stack[::-1], stack], 1), imagej=True)
@@ -588,6 +596,13 @@ def test_channel_and_spacing_of_a_run_reach_every_notebook(data, tmp_path):
     assert (sample.spacing, sample.unknown) == ((2.0, 0.5, 0.5), "")
     stack = tifffile.imread(data / "cell0.tif")[:, 1]
     np.testing.assert_array_equal(sample.image, volume.normalise(stack))
+    # Also with a finished network.
+    monkeypatch.setattr(runs, "EVALUATION", ())
+    finished = str(data), "empty", "y", tmp_path / "runs"
+    with pytest.raises(VolumeError, match="channel"):
+        runs.run_course(*finished, {"checkpoint": "shipped", "channel": "5"})
+    run = runs.run_course(*finished, {"checkpoint": "shipped", "channel": "1"})
+    assert [pair.channel for pair in runs.split_of(run, str(data)).test] == [1, 1, 1]
 
 
 def test_a_trained_network_is_not_replaced_by_one_of_other_settings(data, tmp_path):
@@ -597,9 +612,13 @@ def test_a_trained_network_is_not_replaced_by_one_of_other_settings(data, tmp_pa
     for parameters, words in (
         ({"held_out": "cell1"}, "held_out='cell0'"),
         ({"held_out": "cell0", "tau": "0.2"}, "tau=0.1"),
+        ({"held_out": "cell1", "checkpoint": ""}, "held_out='cell0'"),
     ):
         with pytest.raises(SettingsError, match=f"x: .*{words}.*--name.*--overwrite"):
             runs.run_course(*call, parameters, ())
+    with pytest.raises(SettingsError, match=r"x: a network was trained here; .*--name"):
+        runs.run_course(*call, {"checkpoint": "shipped"})
+    assert run.path("checkpoint.safetensors").read_text() == "hours of work"
     # The declared value as text gives the same network.
     runs.run_course(*call, {"held_out": "cell0", "tau": ".10"}, ())
     tree = swc.read_swc(data / "cell2.swc")

@@ -82,6 +82,10 @@ def test_every_link_inside_the_site_leads_somewhere(pages):
     assert checked > 1000
 
 
+def test_no_page_names_a_folder_of_the_machine_that_built_it(site):
+    assert str(REPOSITORY) not in (site / "own_data.html").read_text(encoding="utf-8")
+
+
 def test_every_picture_has_words(pages):
     for page in pages.values():
         for image in page.images:

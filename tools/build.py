@@ -416,7 +416,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             build(path)
     if not options.twice:
-        readme.write(sources())
+        readme.write(sources(), executed=not options.text and paths == sources())
     return 0
 
 

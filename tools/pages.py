@@ -146,7 +146,10 @@ class Commands(Written):
                 {
                     "option": ", ".join(f"`{text}`" for text in parameter.opts),
                     "meaning": getattr(parameter, "help", "") or "",
-                    "default": f"`{parameter.default}`" if parameter.default else "",
+                    # As the command's help shows it: the default of --checkpoint is a path here.
+                    "default": f"`{parameter.default}`"
+                    if parameter.default and parameter.show_default
+                    else "",
                 }
                 for parameter in entry.params
                 if parameter.name != "help"

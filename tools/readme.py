@@ -45,10 +45,10 @@ def facts(source: Path) -> dict:
     return found | {"name": source.stem, "link": link, "exercises": exercises}
 
 
-def write(sources: Sequence[Path]) -> None:
-    """Write the tables, and the versions with which the notebooks of `sources` were executed."""
+def write(sources: Sequence[Path], executed: bool) -> None:
+    """Write the tables and, if all notebooks were `executed` just now, with which versions."""
     text = README.read_text(encoding="utf-8")
-    for name, part in (tables(sources) | {"seen": seen()}).items():
+    for name, part in (tables(sources) | ({"seen": seen()} if executed else {})).items():
         text = fill(text, name, part)
     write_text(README, text)
 

@@ -124,7 +124,7 @@ def run(
 
 
 def _run_name(name: str) -> str:
-    if name and Path(name).name != name:
+    if name and (Path(name).name != name or name == ".."):
         raise SettingsError(f"--name {name}: expected a name alone; --folder sets the folder")
     return name
 
@@ -336,12 +336,12 @@ def _expand(paths: list[Path]) -> tuple[list[Path], bool]:
 
     from neurolib.data.formats import files_read
     from neurolib.data.pairs import files_of
-    from neurolib.volume import SUFFIXES
+    from neurolib.volume import SUFFIXES, is_image
 
     images: list[Path] = []
     several = len(paths) > 1
     for path in paths:
-        if path.is_dir() and path.suffix.lower() not in SUFFIXES:
+        if path.is_dir() and not is_image(path):
             listed = files_of(path, SUFFIXES)
         elif not path.exists() and glob.has_magic(str(path)):
             listed = map(Path, glob.glob(str(path), recursive=True))
@@ -595,7 +595,7 @@ def calibrate(
     """
     from neurolib.blocking import read_sample
     from neurolib.course.runs import refuse_misplaced
-    from neurolib.data.datasets import load_dataset
+    from neurolib.data.datasets import load_dataset, refuse_final
     from neurolib.data.pairs import read_pair
     from neurolib.devices import pick_device
     from neurolib.inference import calibrate
@@ -609,6 +609,7 @@ def calibrate(
     check_outputs([out], [checkpoint], overwrite)
     facts = load_checkpoint(checkpoint)[1]
     pairs = load_dataset(data, -1 if channel is None else channel, spacing)
+    refuse_final(pairs)
     if not ignore_frames:
         for pair in pairs:
             refuse_misplaced(*read_pair(pair), pair.name)

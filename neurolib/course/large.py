@@ -124,11 +124,12 @@ def _distinct(data: np.ndarray) -> np.ndarray:
 # --- Empty parts -------------------------------------------------------------------------------
 
 
-def stored_boxes(data: np.ndarray) -> Iterator[Box]:
+def stored_boxes(data: np.ndarray, cut: bool = True) -> Iterator[Box]:
     """Boxes of whole chunks that do not overlap and contain every voxel that is not zero.
 
-    They are the `neurolib.volume.pieces` of the volume. For a `LazyStack`, or a `Mapped` one, each
-    is cut down to the stored chunks, if missing chunks mean zeros.
+    They are the `neurolib.volume.pieces` of the volume. For a `LazyStack`, or a `Mapped` one, those
+    without stored chunks are left out, if missing chunks mean zeros, and with `cut` the others are
+    cut down to the stored chunks.
     """
     cells = _stored(data)
     if cells is None:
@@ -138,7 +139,9 @@ def stored_boxes(data: np.ndarray) -> Iterator[Box]:
     for box in pieces(data):
         cells = _cells_of(box, step)
         places = np.argwhere(stored[cells])
-        if len(places):
+        if len(places) and not cut:
+            yield box
+        elif len(places):
             first = [side.start for side in cells]
             low = (places.min(axis=0) + first) * step
             high = (places.max(axis=0) + first + 1) * step
@@ -322,7 +325,8 @@ def fingerprint(path: Path) -> str:
 def _begin(part: Path, name: str, volume: Volume, wanted: dict) -> None:
     """Make an output without chunks, and a manifest with all that depends on the whole input."""
     low, high = limits(volume.data, stored_boxes(volume.data))
-    level = empty_level(normalised(volume.data, low, high))
+    scaled = normalised(volume.data, low, high)
+    level = empty_level(scaled, stored_boxes(scaled, cut=False))
     with atomic_path(part) as temporary:
         about = provenance("probability", checkpoint=wanted["checkpoint"], **wanted["options"])
         array = (tuple(volume.data.shape), np.dtype(np.float32), volume.spacing)

@@ -410,7 +410,7 @@ def curves(
     xlabel: str | Sequence[str],
     line: float | None = None,
 ) -> Figure:
-    """Panels of lines side by side; a label has the same colour and mark in all of them.
+    """Panels of lines side by side, with the same order of colours and marks in all of them.
 
     `panels` maps a y label to lines (label: (x, y)); `xlabel` may list one per panel. An axis
     begins at zero if no value is negative. A dashed `line` is drawn for comparison.

@@ -380,7 +380,7 @@ def run_course(
     if checkpoint:
         defaults[DATA_NOTEBOOK] |= _target_of(checkpoint, path)
     split = defaults[DATA_NOTEBOOK] | chosen[DATA_NOTEBOOK]
-    check_data(data, [] if checkpoint else [split], ignore_frames)
+    check_data(data, [split], ignore_frames, not checkpoint)
     with _begin(path, data, given, overwrite) as (run, before):
         if DATA_NOTEBOOK not in notebooks:
             before += _prepare(run, data, split, checkpoint)
@@ -475,7 +475,7 @@ def check_run(folder: Path, data: str, given: dict | None = None) -> None:
             f"{folder}: a run on {made['folder']}, not on {_absolute(data)}; choose another --name"
         )
     old = made.get("parameters", {})
-    if not trained or "checkpoint" in {**old, **given}:
+    if not trained or old.get("checkpoint") or given.get("checkpoint"):
         return
     changed = []
     for name, default in merge(defaults_of(("03_training",))).items():
@@ -494,7 +494,10 @@ def _target_of(checkpoint: str, folder: Path) -> dict:
     """The target of a finished network; refuse `folder` if it has a trained one."""
     from neurolib.training import load_checkpoint
 
-    if "validation" in Run(folder).metrics():
+    run = Run(folder)
+    made = run.metrics().get("made_from", {}).get("parameters", {})
+    trained = run.path(CHECKPOINT).exists() and not made.get("checkpoint")
+    if trained or "validation" in run.metrics():
         raise SettingsError(
             f"{folder}: a network was trained here; choose another --name to evaluate {checkpoint}"
         )
@@ -540,17 +543,19 @@ def notebook_path(name: str) -> Path:
     return path
 
 
-def check_data(data: str, choices: Sequence[dict], ignore_frames: bool = False) -> None:
+def check_data(
+    data: str, choices: Sequence[dict], ignore_frames: bool = False, is_split: bool = True
+) -> None:
     """Refuse unusable data now, not inside a notebook.
 
-    `choices` are parameters of notebook 01, one dict for each way to split the data.
-    `ignore_frames` accepts trees that do not lie on the neurites of their images.
+    `choices` are parameters of notebook 01, one dict for each way to read and (if `is_split`) to
+    split the data. `ignore_frames` accepts trees that do not lie on the neurites of their images.
     """
     if data in GENERATED:
         return
     printed: set[str] = set()
-    options = {(v["channel"], v["spacing"]) for v in choices} or {(-1, "")}
-    for values in choices:
+    options = {(v["channel"], v["spacing"]) for v in choices}
+    for values in choices if is_split else ():
         _split(load_dataset(data), values)
     for pair in (pair for option in sorted(options) for pair in load_dataset(data, *option)):
         files.check_name(data, pair.image.resolve(), pair.swc.resolve())

@@ -30,7 +30,7 @@ from neurolib.files import write_text
 from neurolib.parameters import check_range
 from neurolib.swc import Tree, Zyx, check_pair, components, length, read_swc
 from neurolib.tracing import EMPTY_TREE, trace
-from neurolib.volume import SUFFIXES, read_volume
+from neurolib.volume import SUFFIXES, is_image, read_volume
 
 # Columns of a table and their names in printed lines; columns of lengths also name the unit.
 SCORES = {
@@ -246,7 +246,7 @@ def evaluate_files(
 
 def _pairs(one: Path, two: Path) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
     """Pairs of files by name, and lines on the files left out."""
-    folders = [path.is_dir() and path.suffix.lower() not in SUFFIXES for path in (one, two)]
+    folders = [path.is_dir() and not is_image(path) for path in (one, two)]
     for path in (one, two):
         if not path.exists():
             raise DataError(f"{path}: no such file or folder, expected masks or SWC files")

@@ -77,7 +77,8 @@ USABLE: dict[str, tuple[Callable, str]] = {
     "results": (lambda v: isinstance(v, str) and v.endswith(".csv"), "a .csv"),
 }
 # Command of a process that does one run.
-WORKER = [sys.executable, "-c", "from neurolib.course.sweeps import _work; _work()"]
+# -P: a file of the current folder, such as yaml.py, must not hide a module.
+WORKER = [sys.executable, "-P", "-c", "from neurolib.course.sweeps import _work; _work()"]
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def read_grid(path: str | Path) -> dict:
     held out together (comma-separated, or a mapping of ``held_out`` and ``validate_on``),
     ``seeds`` lists numbers, ``common`` holds parameters of all runs, ``data`` and ``results`` name
     the data set and the file to write, and ``measure`` is ``test`` (the default), ``tree`` or
-    ``validation``.
+    ``validation``. Without ``validate_on``, several seeds can only measure ``validation``.
     """
     path = Path(path)
     if not path.is_file():
@@ -213,7 +214,7 @@ def run_sweep(
             given |= runs.merge(runs.choose_parameters(given, defaults))
     whole = list(_cells(grid, stem, seeds))
     cells = _part(path, grid, whole, rows, folds)
-    _check(path, measure, whole, defaults, results)
+    _check(path, grid, seeds, whole, defaults, results)
     splits = [defaults[runs.DATA_NOTEBOOK] | cell.parameters for cell in cells]
     runs.check_data(data, splits, ignore_frames)
     for cell in cells:
@@ -244,10 +245,15 @@ def run_sweep(
 
 
 def _check(
-    path: str | Path, measure: str, cells: list[Cell], defaults: dict, results: Path
+    path: str | Path,
+    grid: dict,
+    seeds: Sequence[int],
+    cells: list[Cell],
+    defaults: dict,
+    results: Path,
 ) -> None:
     """Refuse early what would fail hours later (SettingsError)."""
-    known = runs.merge(defaults)
+    known, measure = runs.merge(defaults), grid["measure"]
     for cell in {cell.network: cell for cell in cells}.values():
         runs.localise(cell.parameters)
         if "encoder" in known:
@@ -266,6 +272,14 @@ def _check(
     name, count = Counter(cell.name for cell in cells).most_common(1)[0]
     if count > 1:
         raise SettingsError(f"{path}: two runs would share the folder {name}; rename a network")
+    drawn = any(not cell.parameters.get("validate_on") for cell in cells)
+    several = sorted({*grid["seeds"], *seeds})
+    if drawn and len(several) > 1 and measure != "validation":
+        raise SettingsError(
+            f"{path}: the seeds {', '.join(map(str, several))} draw different validation neurons, "
+            "and the filters are chosen on them; expected the same for all: name them in "
+            "validate_on, in 'common' or in each fold"
+        )
 
 
 def _cells(grid: dict, stem: str, seeds: Sequence[int]) -> Iterator[Cell]:

@@ -150,11 +150,7 @@ def split_by_neuron(
         Number of neurons to train on, drawn from the rest; 0 takes all. With the same seed, a
         smaller draw is part of a larger one.
     """
-    if any(pair.style == FINAL_STYLE for pair in pairs):
-        raise DataError(
-            f"{pairs[0].name}: in a final test set, never to train or validate on; evaluate with "
-            "'neurolib run --data fly-larva-final --profile final -p checkpoint=FILE'"
-        )
+    refuse_final(pairs)
     if min(test, validation, train) < 0:
         raise DataError(f"test={test}, validation={validation}, train={train}: expected 0 or more")
     neurons = sorted({pair.neuron for pair in pairs})
@@ -187,6 +183,16 @@ def split_by_neuron(
         )
     groups = free[: train or len(free)], checks, tests
     return Split(*(tuple(pair for pair in pairs if pair.neuron in group) for group in groups))
+
+
+def refuse_final(pairs: Iterable[Pair]) -> None:
+    """Refuse neurons of a final test set (DataError), because something is chosen on `pairs`."""
+    for pair in pairs:
+        if pair.style == FINAL_STYLE:
+            raise DataError(
+                f"{pair.name}: in a final test set, never to train or validate on; evaluate with "
+                "'neurolib run --data fly-larva-final --profile final -p checkpoint=FILE'"
+            )
 
 
 def _asked(

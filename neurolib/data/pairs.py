@@ -30,8 +30,8 @@ NEURONS_FILE = "neurons.csv"
 # What a spreadsheet may have saved instead.
 OTHER_TABLES = re.compile(r"neurons\.(csv\..+|tsv|txt|xlsx?|ods)")
 # Data sets that are determined by their name and this version, so no file need be hashed.
-GENERATED = ("synthetic", "bigneuron-janelia")
-NAMED = (*GENERATED, "fly-larva", "fly-larva-final")
+GENERATED = ("synthetic",)
+NAMED = (*GENERATED, "bigneuron-janelia", "fly-larva", "fly-larva-final")
 
 # Pairs of this style are for evaluation only.
 FINAL_STYLE = "real, final test set"

@@ -22,7 +22,8 @@ def q1(gains: Callable) -> str:
         except KeyError as error:
             return f"{error} was measured with only one of the two networks: leave it out."
         if np.ndim(answer) == 0:
-            return "One gain per neuron is expected, as a list; yours is a single number."
+            kind = "dictionary" if isinstance(answer, dict) else "single number"
+            return f"One gain per neuron is expected, as a list; yours is a {kind}."
         if hint := _gain_hint(sorted(answer), sorted(exact), ours, theirs):
             return hint
     return ""
