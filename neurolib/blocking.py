@@ -147,8 +147,8 @@ def make_target(
     neurite is as wide as a straight one. If a voxel is longer than a pixel along an axis, its
     extent matters: D is the distance to the nearest of the pixel-sized cubes that fill it. So the
     voxels that an edge passes through lie within sqrt(3) / 2 pixels of it, and for tau up to 0.35,
-    whose tube is as wide, the mask of a connected tree is connected, whatever the spacing. Only
-    voxels near the tree are visited.
+    where the tube's radius is at least that, the mask of a connected tree is connected, whatever
+    the spacing. Only voxels near the tree are visited.
 
     The response has the form given by Sironi, Türetken, Lepetit and Fua, "Multiscale Centerline
     Detection", TPAMI 2016; a, d_max and tau are choices of this course. Their paper defines it in

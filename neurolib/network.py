@@ -325,7 +325,7 @@ def build(
     if weights_file and "." not in settings.encoder:
         warnings.warn(
             f"encoder={settings.encoder}: images are normalised as for timm's default weights; if "
-            "the file was pre-trained otherwise, say how, as in vit_small_patch16_224.dino",
+            "yours were trained otherwise, name the variant, as in vit_small_patch16_224.dino",
             NeurolibWarning,
             stacklevel=2,
         )

@@ -129,7 +129,7 @@ def _name(image: object) -> str:
 
 
 def _check_image(name: str, image: Volume) -> None:
-    """Refuse an image that `read_volume` would refuse."""
+    """Refuse an image that is no stack (one slice is enough), or values that are no image."""
     shape = tuple(image.data.shape)
     if len(shape) != 3 or 0 in shape:
         raise VolumeError(

@@ -329,7 +329,7 @@ def _use_comments(tree: Tree, lines: list[str], spacing: Sequence[float] | None)
         # With positions in voxels, `write_swc` still gives it in µm.
         written = separation[::-1] * (unit[1] or 1)
         tree = replace(tree, spacing=tuple(written.tolist()))
-    if separation is not None and not unit and (separation != 1).any():
+    if separation is not None and not unit and separation.min() > 0 and (separation != 1).any():
         # As SNT writes for images in inches, say, or in a unit that it does not know.
         tree = transform(tree, separation[::-1])
         repairs.append(

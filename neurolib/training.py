@@ -507,16 +507,19 @@ def _explain_memory(settings: TrainingSettings, network: Segmenter) -> Iterator[
         known = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not known and not re.search("not enough memory|can't allocate memory", str(error)):
             raise
-        remedies = [
-            f"lower batch={settings.batch} (with half of it and "
-            f"accumulate={2 * settings.accumulate}, a step is nearly the same)"
-        ]
+        remedies = []
+        if settings.batch > 1:
+            remedies.append(
+                f"lower batch={settings.batch} (with half of it and "
+                f"accumulate={2 * settings.accumulate}, a step is nearly the same)"
+            )
         if network.encoder is not None:
             remedies.append(f"lower size={network.settings.size}")
             # In a frozen encoder, nothing is kept for the backward pass.
             if not (settings.frozen or settings.checkpointing):
                 remedies.append("set checkpointing=True")
-        raise SettingsError(f"out of memory; {', or '.join(remedies)}") from None
+        told = ", or ".join(remedies) or "close other programs, or use another device"
+        raise SettingsError(f"out of memory; {told}") from None
 
 
 def _prepare_encoder(network: Segmenter, settings: TrainingSettings) -> None:

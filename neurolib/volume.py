@@ -163,9 +163,11 @@ def remarks(volume: Volume, name: str) -> Iterator[str]:
 
 
 def is_image(path: Path) -> bool:
-    """Whether a path has the suffix of an image, or is a group within an OME-Zarr."""
-    groups = ("zarr.json", ".zattrs", ".zgroup")
-    return path.suffix.lower() in SUFFIXES or any((path / name).exists() for name in groups)
+    """Whether a path has the suffix of an image, or is a group of Zarr that holds no such path."""
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    is_group = any((path / name).exists() for name in ("zarr.json", ".zattrs", ".zgroup"))
+    return is_group and not any(inside.suffix.lower() in SUFFIXES for inside in path.iterdir())
 
 
 def check_values(volume: Volume, name: str) -> None:

@@ -172,9 +172,9 @@ plotting.show(figure, "probability", alt, run.figures)
 # narrow Gaussian minus a wide one, which is bright where a thread is brighter than its
 # surroundings; and Sato's ridge filter, made from second derivatives. Each has one threshold,
 # chosen, like the network's, for the best mean Dice on the validation neurons. The scales are
-# chosen in the same way, and so is the size in voxels below which a piece is dropped. (If `every`
-# is above 1, all pieces are kept, the network's and the filters': their sizes are those of whole
-# volumes.)
+# chosen in the same way, and so is the size below which a piece is dropped (in cubes of the shortest
+# voxel edge). If `every` is above 1, all pieces are kept, the network's and the filters', because
+# this size was chosen on whole volumes.
 
 # %% tags=["nbval-ignore-output"]
 held = [blocking.read_sample(pair, **target) for pair in split.validation]

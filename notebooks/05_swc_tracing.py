@@ -265,9 +265,10 @@ print(f"{len(many)} paths, {len(kept)} kept")
 #
 # The ends of two pieces are joined if they are close (within 15 voxels) and point at each other: each end
 # may deviate by up to 60 degrees, and the two deviations may add up to at most 80. The cheapest bridges
-# come first, and none may close a loop. Each bridge is a guess and is reported as one. All other gaps stay
-# open, and the result is a forest: it does not claim what it does not know. (Ten cuts can leave fewer than
-# eleven pieces: two cuts may overlap, or the piece between them may be too small to keep.)
+# come first, and none may close a loop. Each bridge is a guess, so `trace` and `segment` print how many
+# there are. All other gaps stay open, and the result is a forest: it does not claim what it does not know.
+# (Ten cuts can leave fewer than eleven pieces: two cuts may overlap, or the piece between them may be too
+# small to keep.)
 
 # %%
 kept = tracing.prune_paths(paths, foreground, radius)
@@ -547,8 +548,7 @@ by_filter, rows = run.metrics().get("filters", {}), []
 for s in tests:
     for method, chosen in run.metrics().get("chosen", {}).items():
         mask = baselines.Baseline(**chosen).mask(s.image, s.spacing)
-        least = evaluation.in_voxels(chosen["min_size"], s.spacing)
-        tree = tracing.attempt(mask, s.spacing, bridge=bridge, min_size=least)
+        tree = tracing.attempt(mask, s.spacing, bridge=bridge, min_size=1)
         score = compared(tree, s)
         by_filter[s.pair.name][method] |= score
         rows.append({"neuron": s.pair.name, "traced from": method, **evaluation.name_unit(score)})

@@ -671,6 +671,12 @@ def test_an_image_within_a_group_is_an_image(tmp_path, segment):
     write_volume(tmp_path / "x.zarr", BAR).rename(inner)
     assert call(*segment, inner, *ALL, "--out", tmp_path / "x.swc") == 0
     assert call("evaluate", inner, inner) == 0
+    # A group of whole images is a folder of them.
+    group = tmp_path / "group"
+    group.mkdir()
+    (group / "zarr.json").write_text("{}")
+    write_volume(group / "b.zarr", BAR)
+    assert cli._expand([group]) == ([group / "b.zarr"], True)
 
 
 @pytest.mark.parametrize("pattern", ["", "*.tif"])

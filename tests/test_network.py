@@ -209,7 +209,7 @@ def test_build_is_the_same_twice_and_reports_what_was_loaded(weights_file):
 
 
 def test_a_file_of_unnamed_pre_training_is_normalised_with_a_warning(weights_file):
-    with pytest.warns(NeurolibWarning, match=r"say how, as in vit_small_patch16_224\.dino"):
+    with pytest.warns(NeurolibWarning, match="name the variant, as in vit_small_patch16"):
         build(SMALL, "center", weights_file)
 
 

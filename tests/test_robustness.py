@@ -59,7 +59,7 @@ def test_specks_are_separate_and_off_the_tree():
 
 def test_where_there_is_no_room_there_are_fewer_specks():
     small, tree = MASK[8:17, 20:31, 10:81], replace(TREE, xyz=NODES - (10, 20, 8))
-    with pytest.warns(NeurolibWarning, match="room for 0 of 3 specks"):
+    with pytest.warns(NeurolibWarning, match="only 0 of 3 specks found a place"):
         mask, _ = degrade(small, tree, "specks", 3)
     assert np.array_equal(mask, small)
 

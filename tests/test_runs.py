@@ -22,7 +22,7 @@ from neurolib import blocking, swc, volume
 from neurolib.course import runs, sweeps
 from neurolib.course.baselines import FILTERS
 from neurolib.data import datasets, pairs, synthesis
-from neurolib.errors import DataError, SettingsError, VolumeError, WeightsError
+from neurolib.errors import DataError, NeurolibError, SettingsError, VolumeError, WeightsError
 from neurolib.files import SHIPPED
 from neurolib.inference import Tiling
 
@@ -162,6 +162,12 @@ def test_a_grid_that_cannot_be_run_fails_before_anything_runs(text, message, tmp
     with pytest.raises(SettingsError, match=message):
         sweeps.run_sweep(write_grid(tmp_path, text), tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+def test_several_seeds_may_draw_their_validation_neurons_if_no_filter_is_chosen_on_them(tmp_path):
+    path = write_grid(tmp_path, GRID.replace("{steps: 3}", "{filtered_too: false}"))
+    with pytest.raises(NeurolibError, match="somewhere"):  # nothing but its data is missing
+        sweeps.run_sweep(path, tmp_path / "runs")
 
 
 def test_a_file_beside_the_user_hides_no_module_from_a_worker(tmp_path):

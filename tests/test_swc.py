@@ -442,6 +442,7 @@ def test_comments_that_tell_the_frame(tmp_path, head, spacing, first, radius, sa
         ("after Um and others", False),
         ("All positions and radii in voxels\n# Voxel separation (x,y,z): 0.5, 0.5, 2", False),
         ("All positions and radii in inch\n# Voxel separation (x,y,z): 1, 1, 1", False),
+        ("Voxel separation (x,y,z): 0, 0, 0", False),
         ("units: um or voxels, nobody knows", True),
         ("units: 4x4x40 nm", True),
         ("units: [8, 8, 8] nanometer", True),

@@ -394,7 +394,7 @@ def _segment_one(
     if units != "voxels":
         _known(read_volume(image, check=False, **reading), units, image.name)
     cut = facts["threshold"] if threshold is None else threshold
-    if _is_zarr(probability) and (any(sharing.values()) or _is_zarr(image)):
+    if _is_zarr(probability) and (any(sharing.values()) or image.is_dir()):
         predict_large(image, checkpoint, probability, tiling, **reading, **sharing)
         volume = read_volume(probability, check=False)
     else:

@@ -25,7 +25,7 @@ from neurolib.tracing import (
 GAP = 3.5  # radius of a ball cut out of a neurite; a cut is 7 long
 SPECK = (1.8, 3.2)  # radii of specks, balls of about 24 to 137 voxels; the border cuts some
 CLEAR = 8.0  # smallest distance from the centre of a speck to the neurite
-TRIES = 500  # random places per speck, before there is no room for more
+TRIES = 500  # random places to try per speck before giving up
 NEAR = 2.0  # largest distance between trees that agree
 BLUR = 1.5  # σ of the blur for the damage "threshold"
 
@@ -108,7 +108,7 @@ def degrade(mask: np.ndarray, tree: Tree, kind: str, amount: float) -> tuple[np.
             _ball(damaged, centre, radius, True)
             made += 1
     if made < amount:
-        told = f"room for {made} of {amount:g} specks that are {CLEAR:g} voxels from the neurite"
+        told = f"only {made} of {amount:g} specks found a place {CLEAR:g} voxels from the neurite"
         warnings.warn(told, NeurolibWarning, stacklevel=2)
     return damaged, 0.5
 

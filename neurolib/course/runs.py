@@ -475,7 +475,7 @@ def check_run(folder: Path, data: str, given: dict | None = None) -> None:
             f"{folder}: a run on {made['folder']}, not on {_absolute(data)}; choose another --name"
         )
     old = made.get("parameters", {})
-    if not trained or old.get("checkpoint") or given.get("checkpoint"):
+    if not trained or old.get("checkpoint"):
         return
     changed = []
     for name, default in merge(defaults_of(("03_training",))).items():
@@ -494,10 +494,10 @@ def _target_of(checkpoint: str, folder: Path) -> dict:
     """The target of a finished network; refuse `folder` if it has a trained one."""
     from neurolib.training import load_checkpoint
 
-    run = Run(folder)
-    made = run.metrics().get("made_from", {}).get("parameters", {})
-    trained = run.path(CHECKPOINT).exists() and not made.get("checkpoint")
-    if trained or "validation" in run.metrics():
+    metrics = Run(folder).metrics()
+    made = metrics.get("made_from", {}).get("parameters", {})
+    trained = (folder / CHECKPOINT).exists() and not made.get("checkpoint")
+    if trained or "validation" in metrics:
         raise SettingsError(
             f"{folder}: a network was trained here; choose another --name to evaluate {checkpoint}"
         )

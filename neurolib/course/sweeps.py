@@ -117,7 +117,7 @@ def read_grid(path: str | Path) -> dict:
     held out together (comma-separated, or a mapping of ``held_out`` and ``validate_on``),
     ``seeds`` lists numbers, ``common`` holds parameters of all runs, ``data`` and ``results`` name
     the data set and the file to write, and ``measure`` is ``test`` (the default), ``tree`` or
-    ``validation``. Without ``validate_on``, several seeds can only measure ``validation``.
+    ``validation``. Several seeds need ``validate_on`` if filters are measured, too.
     """
     path = Path(path)
     if not path.is_file():
@@ -272,9 +272,9 @@ def _check(
     name, count = Counter(cell.name for cell in cells).most_common(1)[0]
     if count > 1:
         raise SettingsError(f"{path}: two runs would share the folder {name}; rename a network")
-    drawn = any(not cell.parameters.get("validate_on") for cell in cells)
+    filtered = [own for cell in cells if (own := known | cell.parameters).get("filtered_too")]
     several = sorted({*grid["seeds"], *seeds})
-    if drawn and len(several) > 1 and measure != "validation":
+    if len(several) > 1 and not all(own["validate_on"] for own in filtered):
         raise SettingsError(
             f"{path}: the seeds {', '.join(map(str, several))} draw different validation neurons, "
             "and the filters are chosen on them; expected the same for all: name them in "
